@@ -1,0 +1,81 @@
+"""Every field of a run with its default. A run file calls `get_config()` here and only overrides.
+
+Durations carry their unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one of the
+two is non-zero; `trainer.config` turns both into steps.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the base config: ResNet-50 on ImageNet at 224 px; only `data.path` is left to be filled in."""
+  config = ml_collections.ConfigDict()
+
+  config.seed = 0  # initialisation, data order and augmentation are functions of it
+  config.global_batch_size = 1024  # examples per step, over all devices of all hosts
+  config.total_epochs = 90.0  # length of the run; give exactly one of the two
+  config.total_steps = 0
+  config.label_smoothing = 0.1  # in [0, 1)
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "resnet"  # resnet: four stages, 18|34|50|101|152|200; cifar_resnet: three stages, 6n+2
+  config.model.depth = 50
+  config.model.width = 1.0  # multiplies the number of channels of every stage
+  config.model.num_classes = 1000
+  config.model.dtype = "bfloat16"  # of activations; parameters and BN statistics are float32
+  config.model.zero_init_residual = True  # last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)
+  config.model.bn_momentum = 0.9  # share of the old running average kept at each step
+  config.model.bn_epsilon = 1e-5
+
+  config.data = ml_collections.ConfigDict()
+  config.data.path = ""  # folder of shards (input_pipeline.prepare or TFDS), or of class folders
+  config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | synthetic
+  config.data.train_split = "train"
+  config.data.eval_split = "val"
+  config.data.image_size = 224  # pixels, height and width of what the model sees
+  config.data.eval_resize = 256  # pixels, shorter side before the centre crop of evaluation
+  config.data.crop_area = (0.08, 1.0)  # random-resized crop: share of the image's area
+  config.data.crop_aspect = (3 / 4, 4 / 3)  # random-resized crop: width over height, log-uniform
+  config.data.flip = True  # mirror half of the training images
+  config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
+  config.data.std = (58.395, 57.12, 57.375)
+  config.data.workers = 0  # decoding processes; 0 decodes in threads of the trainer
+  config.data.threads = 2  # decoding threads of each process
+  config.data.prefetch_batches = 4  # decoded batches waiting in each process
+  config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
+  config.data.synthetic_examples = 1024  # size of each split of kind synthetic
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "sgd"  # sgd | adamw
+  config.optimizer.lr_per_256 = 0.1  # peak learning rate at batch 256; scaled linearly with the batch
+  config.optimizer.final_lr_fraction = 0.0  # the cosine ends at this share of the peak
+  config.optimizer.warmup_epochs = 5.0  # linear from 0 to the peak; at most one of the two
+  config.optimizer.warmup_steps = 0
+  config.optimizer.momentum = 0.9  # sgd
+  config.optimizer.nesterov = True  # sgd
+  config.optimizer.b1 = 0.9  # adamw
+  config.optimizer.b2 = 0.999  # adamw
+  config.optimizer.eps = 1e-8  # adamw
+  config.optimizer.weight_decay = 1e-4  # sgd: added to the gradient; adamw: decoupled
+  config.optimizer.decay_bn_and_bias = False  # whether BN scales and all biases decay too
+  config.optimizer.clip_norm = 0.0  # global gradient norm; 0 clips nothing
+  config.optimizer.ema_decay = 0.0  # of averaged weights, which evaluation then uses; 0 keeps none
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.batch_size = 1024  # examples per step over all devices; the last batch is padded
+  config.eval.every_epochs = 1.0  # at most one of the two; with neither only the end is evaluated
+  config.eval.every_steps = 0
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_epochs = 0.0  # at most one of the two; evaluated steps and the end are always saved
+  config.checkpoint.every_steps = 0
+  config.checkpoint.every_minutes = 10.0  # besides, by the clock; 0 is never
+  config.checkpoint.keep_last = 3  # newest checkpoints that stay
+  config.checkpoint.keep_best = True  # the one with the highest top1 stays as well
+  config.checkpoint.retry_seconds = 60.0  # pause before a failed save is tried again
+
+  config.log = ml_collections.ConfigDict()
+  config.log.every_steps = 100  # progress line and event files
+  config.log.profile_step = 0  # first step of a profile for TensorBoard; 0 takes none
+  config.log.profile_steps = 5  # its length
+  return config

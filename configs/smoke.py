@@ -1,0 +1,32 @@
+"""A small ResNet on scikit-learn's handwritten digits: the whole path of a pod run, on one CPU, in about a minute.
+
+    bash launch/smoke.sh
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.global_batch_size = 64
+  config.total_epochs = 12.0
+  config.label_smoothing = 0.0
+
+  config.model.name = "cifar_resnet"
+  config.model.depth = 8
+  config.model.num_classes = 10
+  config.model.dtype = "float32"  # what a CPU computes fastest
+
+  config.data.image_size = 32
+  config.data.eval_resize = 32
+  config.data.crop_area = (0.6, 1.0)  # a digit must stay whole
+  config.data.flip = False  # a mirrored 2 is no 2
+
+  config.optimizer.lr_per_256 = 0.4
+  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.weight_decay = 5e-4
+
+  config.eval.batch_size = 128
+  config.eval.every_epochs = 3.0
+  config.log.every_steps = 20
+  return config

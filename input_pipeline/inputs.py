@@ -1,0 +1,340 @@
+"""What `prepare` reads: every image of a tar, a folder or ImageNet's archives; unpacks nothing."""
+
+import collections
+import hashlib
+import io
+import os
+import tarfile
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+from input_pipeline import sources
+from input_pipeline.errors import DataError
+
+_SPLITS = {"train": "train", "val": "val", "validation": "val"}
+_BLOCK = 512  # bytes, of a tar
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Member(NamedTuple):
+  """One image file: `size` bytes at `offset` of the file `path`, or `data` without a file."""
+
+  path: str
+  offset: int
+  size: int
+  label: int
+  name: str
+  data: bytes = b""
+
+  def read(self) -> bytes:
+    """Returns the bytes of the image file; raises DataError if they are not all there any more."""
+    if not self.path:
+      return self.data
+    try:
+      with open(self.path, "rb", buffering=0) as f:
+        data = os.pread(f.fileno(), self.size, self.offset)
+    except OSError as e:
+      raise DataError(f"{self.path} cannot be read: {e.strerror}.") from e
+    if len(data) != self.size:
+      raise DataError(
+        f"{self.path} has changed while it was read ({self.name} is shorter now); start again."
+      )
+    return data
+
+
+class Inputs(NamedTuple):
+  """All images by split, in a fixed order.
+
+  Attributes:
+    origin: where they come from, for the manifest.
+    classes: names, by label.
+    splits: the images of train and val.
+    ignored: number of files that are no images of a class.
+  """
+
+  origin: dict[str, Any]
+  classes: list[str]
+  splits: dict[str, list[Member]]
+  ignored: int
+
+  def fingerprint(self) -> str:
+    """Returns a hash that changes if an image is added, renamed, relabelled or of another size."""
+    digest = hashlib.sha256()
+    for split, members in self.splits.items():
+      for m in members:
+        digest.update(
+          f"{split}/{self.classes[m.label]}/{m.name}/{m.size}\n".encode("utf-8", "surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+# How the tasks of a scan are run: `map` or the one of a pool.
+Map = Callable[..., Iterable[Any]]
+
+
+def from_folder(folder: str) -> Inputs:
+  """Lists FOLDER/{train,val}/CLASS/IMAGE or FOLDER/CLASS/IMAGE, which becomes the split train.
+
+  Raises:
+    DataError: it is not such a folder.
+  """
+  if not os.path.isdir(folder):
+    raise DataError(f"--folder {folder} is not a folder.")
+  present = [name for name in sources.list_classes(folder) if name in _SPLITS]
+  roots = [(_SPLITS[name], os.path.join(folder, name)) for name in present] or [("train", folder)]
+  found, ignored = [], 0
+  for split, root in roots:
+    for name in sources.list_classes(root):
+      images = sources.list_images(os.path.join(root, name))
+      ignored += len(os.listdir(os.path.join(root, name))) - len(images)
+      for image in images:
+        path = os.path.join(root, name, image)
+        found.append((split, name, Member(path, 0, os.path.getsize(path), 0, image)))
+  return _label(
+    found, {"kind": "folder", "name": os.path.basename(os.path.abspath(folder))}, ignored, folder
+  )
+
+
+def from_tar(path: str) -> Inputs:
+  """Lists the images of an uncompressed tar of [ANY/]{train,val}/CLASS/IMAGE or [ANY/]CLASS/IMAGE.
+
+  Raises:
+    DataError: it is compressed, damaged, or laid out otherwise.
+  """
+  found, ignored, depths = [], 0, {}
+  for name, offset, size in scan_tar(path):
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if len(parts) < 2 or not _is_image(parts[-1]):
+      ignored += 1
+      continue
+    depths.setdefault(len(parts), name)
+    split = _SPLITS.get(parts[-3]) if len(parts) > 2 else None
+    found.append((split, parts[-2], Member(path, offset, size, 0, parts[-1])))
+  splits = {split for split, _, _ in found}
+  if len(depths) > 1 or (None in splits and len(splits) > 1):
+    raise DataError(
+      f"{path} is not laid out as {{train,val}}/CLASS/IMAGE or CLASS/IMAGE throughout: compare "
+      f"{' with '.join(sorted(depths.values())) or 'its folders'}."
+    )
+  found = [(split or "train", name, member) for split, name, member in found]
+  return _label(found, {"kind": "tar", "name": os.path.basename(path)}, ignored, path)
+
+
+def from_imagenet(
+  train: str | None, val: str | None, devkit: str | None, val_labels: str | None, run: Map = map
+) -> Inputs:
+  """Lists the images of the official archives of ILSVRC2012.
+
+  Args:
+    train: ILSVRC2012_img_train.tar, a tar of one tar per class, or None.
+    val: ILSVRC2012_img_val.tar, a flat tar, or None.
+    devkit: ILSVRC2012_devkit_t12.tar.gz, with the classes of `val`; or
+    val_labels: a text file with the synset of each image of `val`, one a line, in the order of
+      their names.
+    run: runs the scans of the tars inside `train`.
+
+  Raises:
+    DataError: an archive is damaged, or the labels do not fit it.
+  """
+  found, ignored = [], 0
+  if train:
+    inner = []
+    for name, offset, size in scan_tar(train):
+      if name.endswith(".tar"):
+        inner.append((os.path.basename(name)[: -len(".tar")], offset, size))
+      else:
+        ignored += 1
+    if not inner:
+      raise DataError(
+        f"--imagenet-train {train} holds no tars of classes; is it ILSVRC2012_img_train.tar?"
+      )
+    inner.sort()
+    scans = run(
+      _scan_inner, [train] * len(inner), [o for _, o, _ in inner], [s for _, _, s in inner]
+    )
+    for (synset, _, _), members in zip(inner, scans):
+      for name, offset, size in members:
+        found.append(("train", synset, Member(train, offset, size, 0, os.path.basename(name))))
+  if val:
+    images = sorted(
+      (os.path.basename(name), offset, size)
+      for name, offset, size in scan_tar(val)
+      if _is_image(name)
+    )
+    synsets = _devkit_labels(devkit) if devkit else _listed_labels(val_labels)
+    if len(synsets) != len(images):
+      raise DataError(
+        f"{val} holds {len(images)} images, but {devkit or val_labels} labels {len(synsets)}; "
+        "use the files that belong together."
+      )
+    for (name, offset, size), synset in zip(images, synsets):
+      found.append(("val", synset, Member(val, offset, size, 0, name)))
+  return _label(found, {"kind": "imagenet", "name": "ILSVRC2012"}, ignored, train or val)
+
+
+def from_digits(seed: int) -> Inputs:
+  """Makes the 1,797 handwritten digits of scikit-learn: 1,437 for train, 360 for val.
+
+  They are upscaled from 8x8 to 32x32 and encoded as RGB JPEG of quality 95.
+
+  Args:
+    seed: of the stratified split.
+
+  Raises:
+    DataError: scikit-learn is not installed.
+  """
+  try:
+    from sklearn import datasets  # an extra, wanted for nothing else
+    from sklearn import model_selection
+  except ImportError as e:
+    raise DataError("--digits needs scikit-learn: pip install resnet-pod[smoke].") from e
+  import cv2
+  import simplejpeg
+
+  digits = datasets.load_digits()
+  train, _ = model_selection.train_test_split(
+    np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=seed % 2**32
+  )
+  train = set(train.tolist())
+  found = []
+  for i, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+    grey = cv2.resize(
+      (pixels * (255 / 16)).astype(np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC
+    )
+    data = simplejpeg.encode_jpeg(
+      np.repeat(grey[:, :, None], 3, axis=2), quality=95, colorsubsampling="444"
+    )
+    name = f"digit_{i:04d}_{label}.jpeg"
+    found.append(
+      ("train" if i in train else "val", str(label), Member("", 0, len(data), 0, name, data))
+    )
+  return _label(found, {"kind": "digits", "name": "scikit-learn load_digits"}, 0, "--digits")
+
+
+def scan_tar(path: str, offset: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
+  """Reads the headers of a tar, which may be a part of a file, and seeks over all else.
+
+  Args:
+    path: the file.
+    offset: where the tar begins, in bytes.
+    size: its length in bytes; the rest of the file by default.
+
+  Yields:
+    (name, offset in the file, size) of each regular file in it.
+
+  Raises:
+    DataError: it cannot be read, is compressed, damaged or cut off.
+  """
+  try:
+    with open(path, "rb") as f:
+      end = offset + size if size is not None else os.fstat(f.fileno()).st_size
+      magic = f.read(8)
+      for prefix, name in _COMPRESSED.items():
+        if magic.startswith(prefix):
+          raise DataError(
+            f"{path} is compressed with {name}, so its images cannot be read one by one; "
+            "decompress it first."
+          )
+      f.seek(offset)
+      with tarfile.open(fileobj=f, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+          tar.members.clear()  # or they would all stay: two gigabytes for ImageNet
+          if member.issparse():
+            raise DataError(
+              f"{path} stores {member.name} as a sparse file; pack it again without --sparse."
+            )
+          if not member.isreg():
+            continue
+          if member.offset_data + member.size > end:
+            raise DataError(f"{path} ends in the middle of {member.name}; fetch it again.")
+          yield member.name, member.offset_data, member.size
+        # tarfile takes a damaged header, and a file cut off between two members, for the end.
+        f.seek(tar.offset)
+        block = f.read(min(_BLOCK, max(0, end - tar.offset)))
+        if any(block):
+          raise DataError(f"{path} is damaged at byte {tar.offset:,}; fetch it again.")
+        if not block:
+          raise DataError(
+            f"{path} lacks the mark at the end of a tar, so it is cut off; fetch it again."
+          )
+  except OSError as e:
+    raise DataError(f"{path} cannot be read: {e.strerror}.") from e
+  except tarfile.TarError as e:
+    raise DataError(f"{path} is not an intact tar ({e}); fetch it again.") from e
+
+
+def _scan_inner(path: str, offset: int, size: int) -> list[tuple[str, int, int]]:
+  """Returns the images of a tar inside a tar as a list, which can travel between processes."""
+  return [found for found in scan_tar(path, offset, size) if _is_image(found[0])]
+
+
+def _is_image(name: str) -> bool:
+  base = os.path.basename(name)
+  return base.lower().endswith(sources.IMAGE_SUFFIXES) and not base.startswith(".")
+
+
+def _label(
+  found: Sequence[tuple[str, str, Member]], origin: dict[str, Any], ignored: int, where: str
+) -> Inputs:
+  """Numbers the classes in sorted order and groups (split, class, member) by split.
+
+  Raises:
+    DataError: there are no images, or val has a class that train lacks.
+  """
+  if not found:
+    raise DataError(f"{where} holds no CLASS/*.jpg, .jpeg or .png.")
+  names = collections.defaultdict(set)
+  for split, name, _ in found:
+    names[split].add(name)
+  classes = sorted(names["train"] or names["val"])
+  unknown = sorted(names["val"] - set(classes))
+  if unknown:
+    raise DataError(f"{where}: val has the class {unknown[0]}, which train has not.")
+  labels = {name: i for i, name in enumerate(classes)}
+  splits = {split: [] for split in ("train", "val") if names[split]}
+  for split, name, member in found:
+    splits[split].append(member._replace(label=labels[name]))
+  for members in splits.values():
+    # The order of a tar or of a folder is nobody's promise, and the shards must not depend on it.
+    members.sort(key=lambda m: (m.label, m.name, m.offset))
+  return Inputs(origin, classes, splits, ignored)
+
+
+def _listed_labels(path: str | None) -> list[str]:
+  if not path:
+    raise DataError(
+      "--imagenet-val needs --devkit or --val-labels, because the images carry no class."
+    )
+  try:
+    with open(path, encoding="utf-8") as f:
+      return f.read().split()
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f"--val-labels {path} cannot be read: {e}.") from e
+
+
+def _devkit_labels(path: str) -> list[str]:
+  """Returns the synset of each validation image, in the order of their names, from the devkit."""
+  import scipy.io  # jax brings it, and only this needs it
+
+  wanted = {"data/meta.mat": None, "data/ILSVRC2012_validation_ground_truth.txt": None}
+  try:
+    with tarfile.open(path, mode="r:*") as tar:
+      for member in tar:
+        for suffix in wanted:
+          if member.name.endswith(suffix):
+            wanted[suffix] = tar.extractfile(member).read()
+  except (OSError, EOFError, tarfile.TarError) as e:
+    raise DataError(f"--devkit {path} cannot be read ({e}); fetch it again.") from e
+  for suffix, data in wanted.items():
+    if data is None:
+      raise DataError(f"--devkit {path} holds no {suffix}; is it ILSVRC2012_devkit_t12.tar.gz?")
+  meta, truth = wanted.values()
+  synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+  names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
+  try:
+    return [names[int(i)] for i in truth.split()]
+  except KeyError as e:
+    raise DataError(
+      f"--devkit {path}: the ground truth has the class {e}, which meta.mat lacks."
+    ) from e

@@ -1,0 +1,447 @@
+"""Makes ArrayRecord shards and a manifest of ImageNet's archives, of a folder, or of a tar.
+
+    python -m input_pipeline.prepare --out DIR --imagenet-train ILSVRC2012_img_train.tar \\
+        --imagenet-val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+
+The images are put in random order and dealt to shards. Every one is decoded once, and what is odd
+about it is listed in DIR/manifest.json. The bytes of the images stay as they are. The result
+depends on the images, --seed, the numbers of shards and --max-size, and on nothing else. A run that
+was stopped goes on from its finished shards when the same command is given again.
+"""
+
+import argparse
+import collections
+from concurrent import futures
+from concurrent.futures import process
+import contextlib
+import fcntl
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+import tqdm
+
+from input_pipeline import inputs
+from input_pipeline import records
+from input_pipeline import shards
+from input_pipeline.errors import DataError
+
+_SHARD_BYTES = (
+  128 << 20
+)  # wanted size of a shard: large enough to read well, 1,024 of them hold ImageNet
+_MAX_SHARDS = 1024
+_SHARD = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
+_TEMPORARY = re.compile(rf"\.{_SHARD.pattern}\.\d+\.tmp")
+_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns 0, 1 for a failure told in one sentence, or 130 when interrupted."""
+  args = _parser().parse_args(argv)
+  try:
+    prepare(args)
+  except DataError as e:
+    print(f"prepare: {e}", file=sys.stderr)
+    return 1
+  except OSError as e:
+    print(f"prepare: {e.filename or args.out}: {e.strerror}.", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(
+      "prepare: interrupted; the same command goes on from the finished shards.", file=sys.stderr
+    )
+    return 130
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m input_pipeline.prepare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="where the shards and manifest.json go"
+  )
+  what = parser.add_argument_group("images, one of")
+  what.add_argument(
+    "--imagenet-train", metavar="TAR", help="ILSVRC2012_img_train.tar: a tar of one tar per class"
+  )
+  what.add_argument(
+    "--imagenet-val", metavar="TAR", help="ILSVRC2012_img_val.tar; needs --devkit or --val-labels"
+  )
+  what.add_argument(
+    "--folder", metavar="DIR", help="{train,val}/CLASS/*.jpg|jpeg|png, or CLASS/*: split train"
+  )
+  what.add_argument(
+    "--tar", metavar="TAR", help="the same in an uncompressed tar; a leading folder does no harm"
+  )
+  what.add_argument(
+    "--digits",
+    action="store_true",
+    help="scikit-learn's 1,797 handwritten digits as 32x32 JPEGs, 10 classes, needs no file",
+  )
+  labels = parser.add_argument_group("classes of --imagenet-val, one of")
+  labels.add_argument("--devkit", metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
+  labels.add_argument(
+    "--val-labels", metavar="TXT", help="one synset a line, in the order of the image names"
+  )
+  how = parser.add_argument_group("how")
+  how.add_argument(
+    "--shards",
+    type=int,
+    default=0,
+    metavar="N",
+    help="shards of train; 0 (default) makes shards of about 128 MiB, at most 1024",
+  )
+  how.add_argument(
+    "--val-shards", type=int, default=0, metavar="N", help="shards of val; 0 as above"
+  )
+  how.add_argument(
+    "--seed", type=int, default=0, metavar="N", help="of the order of the records (default 0)"
+  )
+  how.add_argument(
+    "--max-size",
+    type=int,
+    default=0,
+    metavar="PX",
+    help="shrink images whose shorter side is longer than PX to PX (bicubic, antialiased) and "
+    "encode them again as RGB JPEG of quality 95, 4:4:4; others stay untouched. Decoding gets "
+    "about twice as fast at 256, the data are no longer the originals. 0 (default): all untouched",
+  )
+  how.add_argument(
+    "--workers", type=int, default=0, metavar="N", help="processes; 0 (default) is one per core"
+  )
+  how.add_argument(
+    "--overwrite", action="store_true", help="delete the shards of another run in --out first"
+  )
+  return parser
+
+
+def prepare(args: argparse.Namespace) -> None:
+  """Does the work of the command.
+
+  Args:
+    args: the parsed flags.
+
+  Raises:
+    DataError: in one sentence, what is wrong with the flags, the images or the disk.
+  """
+  _check(args)
+  workers = args.workers or len(os.sched_getaffinity(0))
+  os.makedirs(args.out, exist_ok=True)
+  with _locked(args.out), _pool(workers) as pool:
+    found = _find(args, pool.executor.map if pool else map)
+    counts = {split: _shard_count(split, members, args) for split, members in found.splits.items()}
+    for split, members in found.splits.items():
+      print(
+        f"{split}: {len(members):,} images of {len(found.classes):,} classes, "
+        f"{counts[split]:,} shards to make",
+        flush=True,
+      )
+    if found.ignored:
+      print(f"ignored {found.ignored:,} files that are not CLASS/*.jpg, .jpeg or .png", flush=True)
+    plan = {
+      "format_version": records.FORMAT_VERSION,
+      "source": found.origin,
+      "images": found.fingerprint(),
+      "seed": args.seed,
+      "shards": counts,
+      "max_size": args.max_size,
+    }
+    _start(args, plan, sum(m.size for members in found.splits.values() for m in members))
+    tasks = {
+      split: _tasks(args, split, members, counts[split]) for split, members in found.splits.items()
+    }
+    entries = _make_all(list(itertools.chain(*tasks.values())), pool)
+    manifest = _manifest(
+      plan, found.classes, {s: [entries[t.file] for t in tasks[s]] for s in tasks}
+    )
+    records.write_json(os.path.join(args.out, records.MANIFEST), manifest)
+  print(summary(manifest), flush=True)
+
+
+def _check(args: argparse.Namespace) -> None:
+  imagenet = bool(args.imagenet_train or args.imagenet_val)
+  if imagenet + bool(args.folder) + bool(args.tar) + args.digits != 1:
+    raise DataError(
+      "give exactly one of --imagenet-train/--imagenet-val, --folder, --tar, --digits."
+    )
+  if args.devkit and args.val_labels:
+    raise DataError("give --devkit or --val-labels, not both.")
+  if (args.devkit or args.val_labels) and not args.imagenet_val:
+    raise DataError("--devkit and --val-labels label --imagenet-val, which is not given.")
+  for name in ("shards", "val_shards", "seed", "max_size", "workers"):
+    if getattr(args, name) < 0:
+      raise DataError(f"--{name.replace('_', '-')} must not be negative.")
+
+
+def _find(args: argparse.Namespace, run: inputs.Map) -> inputs.Inputs:
+  if args.digits:
+    return inputs.from_digits(args.seed)
+  if args.folder:
+    return inputs.from_folder(args.folder)
+  if args.tar:
+    return inputs.from_tar(args.tar)
+  return inputs.from_imagenet(
+    args.imagenet_train, args.imagenet_val, args.devkit, args.val_labels, run
+  )
+
+
+def _shard_count(split: str, members: Sequence[inputs.Member], args: argparse.Namespace) -> int:
+  wanted = args.shards if split == "train" else args.val_shards
+  if wanted > len(members):
+    raise DataError(f"{wanted} shards are more than the {len(members)} images of {split}.")
+  total = sum(m.size for m in members)
+  return wanted or max(1, min(_MAX_SHARDS, -(-total // _SHARD_BYTES)))
+
+
+def _tasks(
+  args: argparse.Namespace, split: str, members: list[inputs.Member], count: int
+) -> list[shards.Task]:
+  """Deals the images of a split, in an order drawn from the seed, to its shards."""
+  order = np.random.default_rng([args.seed, split == "train"]).permutation(len(members))
+  return [
+    shards.Task(
+      args.out, records.shard_name(split, i, count), [members[j] for j in part], args.max_size
+    )
+    for i, part in enumerate(np.array_split(order, count))
+  ]
+
+
+def _start(args: argparse.Namespace, plan: dict[str, Any], size: int) -> None:
+  """Makes the output folder ready for `plan`; raises DataError if it holds other shards."""
+  journal = os.path.join(args.out, shards.JOURNAL)
+  file = os.path.join(journal, "plan.json")
+  names = os.listdir(args.out)
+  ours = [name for name in names if name == records.MANIFEST or _SHARD.fullmatch(name)]
+  if os.path.exists(file) or ours:
+    old = records.read_json(file) if os.path.exists(file) else {}
+    differs = [key for key in plan if old.get(key) != plan[key]]
+    if not differs:
+      return
+    if not args.overwrite:
+      shown = ", ".join(f"{k}={old.get(k)!r} instead of {plan[k]!r}" for k in differs)
+      raise DataError(
+        f"{args.out} holds shards made with {shown}; give the same options as then, another --out, "
+        "or --overwrite to delete them."
+      )
+    for name in ours:
+      os.remove(os.path.join(args.out, name))
+    shutil.rmtree(journal, ignore_errors=True)
+  free = shutil.disk_usage(args.out).free
+  if not args.max_size and free < size:
+    raise DataError(
+      f"{args.out} has {free / 2**30:.1f} GiB free, but the shards need {size / 2**30:.1f} GiB; "
+      "make room or choose another --out."
+    )
+  os.makedirs(journal, exist_ok=True)
+  records.write_json(file, plan)
+
+
+@contextlib.contextmanager
+def _locked(out: str) -> Iterator[None]:
+  """Holds the output folder for this process alone and leaves no torn file in it.
+
+  Raises:
+    DataError: another prepare has it.
+  """
+  folder = os.open(out, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    os.close(folder)
+    raise DataError(f"another prepare is writing to {out}; wait for it or stop it.") from e
+  try:
+    _remove_temporaries(out)  # of a run that was killed
+    yield
+  finally:
+    _remove_temporaries(out)  # of processes that were stopped
+    os.close(folder)
+
+
+def _remove_temporaries(out: str) -> None:
+  for name in os.listdir(out):
+    if _TEMPORARY.fullmatch(name):
+      os.remove(os.path.join(out, name))
+
+
+_counter = None  # in a worker: images done, shared by all of them
+
+
+def _start_worker(counter: Any) -> None:
+  """Sets a worker process up: the parent alone handles Ctrl-C, and no worker outlives it."""
+  global _counter
+  _counter = counter
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def follow_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _make_in_worker(task: shards.Task) -> tuple[dict[str, Any], bool]:
+  def report(images: int) -> None:
+    with _counter.get_lock():
+      _counter.value += images
+
+  return shards.make_shard(task, report)
+
+
+class _Pool:
+  """Worker processes and the number of images they have done."""
+
+  def __init__(self, workers: int):
+    # Fresh interpreters: array_record has threads, and a fork would copy their locks without them.
+    context = multiprocessing.get_context("spawn")
+    self.counter = context.Value("q", 0)
+    self.executor = futures.ProcessPoolExecutor(workers, context, _start_worker, (self.counter,))
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[_Pool | None]:
+  """Yields a pool whose processes are gone afterwards, however it is left; None for one worker.
+
+  Raises:
+    DataError: a process was killed.
+  """
+  if workers == 1:
+    yield None
+    return
+  before = set(multiprocessing.active_children())
+  pool = _Pool(workers)
+  try:
+    yield pool
+    pool.executor.shutdown()
+  except process.BrokenProcessPool as e:
+    raise DataError(
+      "a worker process was killed, for lack of memory as a rule; run the same command again with "
+      "fewer --workers."
+    ) from e
+  finally:
+    for child in set(multiprocessing.active_children()) - before:
+      child.terminate()
+    pool.executor.shutdown(cancel_futures=True)
+
+
+def _make_all(tasks: Sequence[shards.Task], pool: _Pool | None) -> dict[str, dict[str, Any]]:
+  """Makes all shards and shows how far it is; returns their journals by file name."""
+  results = {}
+  with _Progress(sum(len(task.members) for task in tasks)) as progress:
+    if pool is None:
+      for task in tasks:
+        results[task.file] = shards.make_shard(task, progress.add)
+    else:
+      waiting = {pool.executor.submit(_make_in_worker, task): task for task in tasks}
+      while waiting:
+        done, _ = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)
+        progress.add(pool.counter.value - progress.done)
+        for future in done:
+          results[waiting.pop(future).file] = future.result()
+  kept = sum(was_there for _, was_there in results.values())
+  if kept:
+    print(f"kept {kept} finished shards, made {len(results) - kept}", flush=True)
+  return {file: entry for file, (entry, _) in results.items()}
+
+
+class _Progress:
+  """A bar on a terminal, a line now and then elsewhere."""
+
+  def __init__(self, total: int):
+    self.done = 0
+    self._total = total
+    self._start = self._printed = time.monotonic()
+    self._bar = (
+      tqdm.tqdm(total=total, unit=" images", unit_scale=True) if sys.stderr.isatty() else None
+    )
+
+  def __enter__(self) -> "_Progress":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def add(self, images: int) -> None:
+    """Counts images and shows the count if it is time to."""
+    self.done += images
+    now = time.monotonic()
+    if self._bar is not None:
+      self._bar.update(images)
+    elif self.done and now - self._printed > _LINE_SECONDS:
+      self._printed = now
+      rate = self.done / (now - self._start)
+      print(
+        f"{self.done:,} of {self._total:,} images, {rate:,.0f}/s, "
+        f"{(self._total - self.done) / rate / 60:.0f} min left",
+        flush=True,
+      )
+
+
+def _manifest(
+  plan: dict[str, Any], classes: list[str], made: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+  """Returns the manifest of finished shards; raises DataError if a split came out empty."""
+  splits = {}
+  for split, entries in made.items():
+    counts, problems, reasons = collections.Counter(), collections.defaultdict(list), {}
+    for entry in entries:
+      counts.update({int(label): n for label, n in entry["class_counts"].items()})
+      reasons |= entry["reasons"]
+      for kind, names in entry["problems"].items():
+        problems[kind] += names
+    if not counts:
+      raise DataError(f"not one image of {split} can be decoded: {next(iter(reasons.items()))}.")
+    splits[split] = {
+      "examples": counts.total(),
+      "class_counts": [counts[label] for label in range(len(classes))],
+      "reencoded": sum(entry["reencoded"] for entry in entries),
+      "problems": {kind: sorted(problems[kind]) for kind in sorted(problems)},
+      "reasons": dict(sorted(reasons.items())),
+      "shards": [
+        {key: entry[key] for key in ("file", "examples", "bytes", "sha256")} for entry in entries
+      ],
+    }
+  return {
+    **{k: plan[k] for k in ("format_version", "source", "seed", "max_size")},
+    "checksum": "sha256",
+    "classes": classes,
+    "splits": splits,
+  }
+
+
+def summary(manifest: dict[str, Any]) -> str:
+  """Returns what a manifest says, for a person: counts, and what is odd about which images."""
+  lines = []
+  for split, made in manifest["splits"].items():
+    size = sum(shard["bytes"] for shard in made["shards"])
+    counts = made["class_counts"]
+    lines.append(
+      f"{split}: {made['examples']:,} records in {len(made['shards'])} shards, "
+      f"{size / 2**20:,.1f} MiB, "
+      f"{min(counts):,} to {max(counts):,} of each of {len(counts):,} classes"
+    )
+    if manifest["max_size"]:
+      lines.append(f"  {made['reencoded']:,} shrunk to {manifest['max_size']} pixels")
+    for kind, names in made["problems"].items():
+      lines.append(
+        f"  {kind.replace('_', ' ')}: {len(names):,} ({shards.KINDS[kind]}), for example {names[0]}"
+      )
+    lines += [f"    {name}: {reason}" for name, reason in made["reasons"].items()]
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  # A polite kill ends as Ctrl-C does.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  sys.exit(main())

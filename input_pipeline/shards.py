@@ -1,0 +1,175 @@
+"""One shard of `prepare`: reads its images, looks at each, writes all or nothing."""
+
+import collections
+import hashlib
+import io
+import os
+from typing import Any, Callable, NamedTuple, Sequence
+
+from array_record.python import array_record_module
+import numpy as np
+from PIL import Image
+import simplejpeg
+
+from input_pipeline import image
+from input_pipeline import records
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+from input_pipeline.inputs import Member
+
+JOURNAL = ".journal"  # folder in the output: one file per finished shard, and what was asked for
+UNDECODABLE = "undecodable"
+# What a look at an image may find, and what becomes of it.
+KINDS = {
+  "greyscale": "kept, read as RGB",
+  "cmyk": "kept, converted to RGB when it is read",
+  "not_what_its_name_says": "kept, for example a PNG named .JPEG",
+  "exif_rotated": "kept, the rotation is ignored",
+  "damaged_but_decodable": "kept, one decoder complains and another reads it whole",
+  UNDECODABLE: "LEFT OUT",
+}
+_EXIF_ORIENTATION = 0x0112
+_QUALITY = 95  # of --max-size, without chroma subsampling
+_JPEG = ("JPEG", "MPO")  # the latter is a JPEG with a second picture behind it, as phones write it
+_FORMATS = {".jpg": _JPEG, ".jpeg": _JPEG, ".png": ("PNG",)}
+
+
+class Task(NamedTuple):
+  """One shard to make: OUT/FILE of `members`, shrunk to `max_size` pixels (0: untouched)."""
+
+  out: str
+  file: str
+  members: Sequence[Member]
+  max_size: int
+
+
+def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any], bool]:
+  """Makes one shard, unless it is there, whole and right.
+
+  Args:
+    task: what to make.
+    report: called with the number of images done since the last call.
+
+  Returns:
+    What its journal holds: file, examples, bytes, sha256, class_counts ({label: count}), reencoded
+    (count), problems ({kind: [names]}), reasons ({name: why it is undecodable}); and whether the
+    shard was there already.
+
+  Raises:
+    DataError: the images cannot be read or the disk cannot be written.
+  """
+  final = os.path.join(task.out, task.file)
+  journal = os.path.join(task.out, JOURNAL, f"{task.file}.json")
+  done = _finished(final, journal)
+  if done is not None:
+    report(len(task.members))
+    return done, True
+  temporary = os.path.join(task.out, f".{task.file}.{os.getpid()}.tmp")
+  try:
+    entry = _write(temporary, task, report)
+    with open(temporary, "rb+") as f:
+      entry["bytes"] = os.fstat(f.fileno()).st_size
+      entry["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+      os.fsync(f.fileno())
+    os.replace(temporary, final)
+    records.write_json(journal, entry)
+    return entry, False
+  except (OSError, RuntimeError) as e:  # array_record raises the latter for what the system refuses
+    raise DataError(
+      f"{final} cannot be written ({e}); mend that and run the same command again, "
+      "finished shards are kept."
+    ) from e
+  finally:
+    if os.path.exists(temporary):
+      os.remove(temporary)
+
+
+def _finished(final: str, journal: str) -> dict[str, Any] | None:
+  """Returns the journal of a shard that is there as it was written; None if it must be made."""
+  if not os.path.exists(journal) or not os.path.exists(final):
+    return None
+  entry = records.read_json(journal)
+  if os.path.getsize(final) != entry["bytes"]:
+    return None
+  with open(final, "rb") as f:
+    return entry if hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"] else None
+
+
+def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, Any]:
+  """Writes the records; returns the journal without bytes and sha256."""
+  counts = collections.Counter()
+  problems, reasons = collections.defaultdict(list), {}
+  reencoded = 0
+  writer = array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
+  try:
+    for member in task.members:
+      data = member.read()
+      rgb, kinds, reason = inspect(data, member.name)
+      for kind in kinds:
+        problems[kind].append(member.name)
+      if rgb is None:
+        reasons[member.name] = reason
+      else:
+        if task.max_size and min(rgb.shape[:2]) > task.max_size:
+          data = shrink(rgb, task.max_size)
+          reencoded += 1
+        writer.write(records.encode(records.Record(data, member.label, member.name)))
+        counts[member.label] += 1
+      report(1)
+  finally:
+    writer.close()
+  return {
+    "file": task.file,
+    "examples": counts.total(),
+    "class_counts": {str(k): counts[k] for k in sorted(counts)},
+    "reencoded": reencoded,
+    "problems": dict(problems),
+    "reasons": reasons,
+  }
+
+
+def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
+  """Decodes an image and looks for what is odd about it.
+
+  Args:
+    data: the file.
+    name: its name.
+
+  Returns:
+    uint8 RGB [height, width, 3], or None if it is undecodable; which of KINDS it is; and why it is
+    undecodable.
+  """
+  kinds = []
+  rgb = image.decode_plain_jpeg(data)
+  plain = rgb is not None
+  if not plain:
+    try:
+      rgb = image.decode_with_pillow(data)
+    except BadRecordError as e:
+      return None, [UNDECODABLE], str(e)
+  try:
+    with Image.open(io.BytesIO(data)) as opened:  # reads the header only
+      found, mode, rotation = opened.format, opened.mode, opened.getexif().get(_EXIF_ORIENTATION, 1)
+  except Exception:  # as in image.py: the pixels are fine, but Pillow trips over the rest
+    return rgb, ["damaged_but_decodable"], ""
+  expected = _FORMATS.get(os.path.splitext(name)[1].lower(), (found,))
+  if found not in expected:
+    kinds.append("not_what_its_name_says")
+  elif not plain and found in _JPEG and mode != "CMYK":
+    kinds.append("damaged_but_decodable")
+  if mode in ("1", "L", "LA", "I", "I;16"):
+    kinds.append("greyscale")
+  elif mode == "CMYK":
+    kinds.append("cmyk")
+  if rotation in range(2, 9):
+    kinds.append("exif_rotated")
+  return rgb, kinds, ""
+
+
+def shrink(rgb: np.ndarray, max_size: int) -> bytes:
+  """Shrinks uint8 [height, width, 3] to a shorter side of `max_size`; returns a JPEG."""
+  height, width = rgb.shape[:2]
+  scale = max_size / min(height, width)
+  size = (max(1, round(width * scale)), max(1, round(height * scale)))
+  small = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
+  return simplejpeg.encode_jpeg(small, quality=_QUALITY, colorspace="RGB", colorsubsampling="444")

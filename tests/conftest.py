@@ -1,0 +1,43 @@
+"""Compiled programs are shared by all tests and the processes that they start: compiling is most of their time."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+import simplejpeg
+
+
+# In the environment, because child processes must see it, and before anything imports jax.
+_cache = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ.update({
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": _cache.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+})
+
+
+def pytest_unconfigure(config):
+  del config
+  _cache.cleanup()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+  """A folder of shards: 6 classes, each a hue with noise; 72 images of 20 to 28 px to train, 29 to evaluate."""
+  folder, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 72), ("val", 29)):
+    for i in range(count):
+      label = i % 6
+      height, width = rng.integers(20, 28, 2)
+      noise = rng.integers(0, 128, (height, width, 3))
+      pixels = (noise + 127 * np.array([label & 1, label >> 1 & 1, label >> 2])).astype(np.uint8)
+      path = folder / split / f"class{label}" / f"{i}.jpg"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(simplejpeg.encode_jpeg(pixels))
+  subprocess.run([sys.executable, "-m", "input_pipeline.prepare", "--folder", folder, "--out", out, "--shards", "3",
+                  "--val-shards", "2", "--workers", "1"], check=True, capture_output=True)
+  return out

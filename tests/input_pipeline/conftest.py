@@ -1,0 +1,94 @@
+"""Small images and folders of them, made on the spot."""
+
+import io
+import os
+import pathlib
+
+from PIL import Image
+from array_record.python import array_record_module
+from configs import base
+from input_pipeline import prepare
+from input_pipeline import records
+import ml_collections
+import numpy as np
+import pytest
+
+_SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
+
+
+def picture(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
+  """Returns uint8 [height, width, 3]: smooth, so that JPEG keeps it, another for each seed."""
+  rng = np.random.default_rng(seed)
+  coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+  return np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+  """Returns the file that Pillow makes of uint8 [height, width, 3]."""
+  file = io.BytesIO()
+  Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+  return file.getvalue()
+
+
+def rotated(pixels: np.ndarray) -> bytes:
+  """Returns a JPEG whose EXIF asks for a rotation by 90 degrees."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  return encoded(pixels, exif=exif)
+
+
+def make_folder(root: pathlib.Path, counts: dict[str, dict[str, int]]) -> pathlib.Path:
+  """Makes ROOT/SPLIT/CLASS/{i}.JPEG for {split: {class: count}}; no two images are equal."""
+  seed = 0
+  for split, classes in counts.items():
+    for name, count in classes.items():
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        (root / split / name / f"{name}_{i:03d}.JPEG").write_bytes(encoded(picture(seed)))
+        seed += 1
+  return root
+
+
+def write_shard(path: pathlib.Path, examples: list[records.Record]) -> None:
+  """Writes records to an ArrayRecord file."""
+  writer = array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+  for example in examples:
+    writer.write(records.encode(example))
+  writer.close()
+
+
+def run_prepare(*argv) -> int:
+  """Runs prepare in this process, by default with one worker; returns its exit code."""
+  argv = [str(a) for a in argv]
+  return prepare.main(argv if "--workers" in argv else [*argv, "--workers", "1"])
+
+
+def data_config(path, **fields) -> ml_collections.ConfigDict:
+  """Returns config.data for small images."""
+  data = base.get_config().data
+  data.update(path=str(path), image_size=16, eval_resize=20, **fields)
+  return data
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+  """Two splits of three classes: 23 and 11 images."""
+  counts = {"train": {"a": 8, "b": 8, "c": 7}, "val": {"a": 4, "b": 4, "c": 3}}
+  return make_folder(tmp_path_factory.mktemp("folder"), counts)
+
+
+@pytest.fixture(scope="session")
+def shards(folder, tmp_path_factory):
+  """The same as ArrayRecord: three shards of train, one of val."""
+  out = tmp_path_factory.mktemp("shards") / "out"
+  assert run_prepare("--out", out, "--folder", folder, "--shards", 3) == 0
+  return out
+
+
+@pytest.fixture(scope="session")
+def originals():
+  """The folder of 200 odd originals of ImageNet, which are not part of the repository."""
+  path = pathlib.Path(os.environ.get("IMAGENET_SAMPLE", _SHARED / "imagenet-sample"))
+  if not path.is_dir():
+    pytest.skip(f"no ImageNet originals in {path}; set IMAGENET_SAMPLE")
+  return path

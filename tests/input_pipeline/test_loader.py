@@ -1,0 +1,348 @@
+"""The order of examples, what hosts and processes change (nothing), and what bad records do."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import signal
+import time
+
+from input_pipeline import image
+from input_pipeline import loader
+from input_pipeline import records
+from input_pipeline import sources
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+import numpy as np
+import psutil
+import pytest
+
+from tests.input_pipeline.conftest import data_config
+from tests.input_pipeline.conftest import encoded
+from tests.input_pipeline.conftest import make_folder
+from tests.input_pipeline.conftest import picture
+
+_BATCH = 8
+
+
+def opened(path, split="train", **fields):
+  data = data_config(path, **fields)
+  return sources.open_source(data, split, 3), data
+
+
+def take(source, data, steps, *, seed=0, batch=_BATCH, **where):
+  """Returns the first batches of a training run, by default steps of 8 images."""
+  iterator = loader.train_batches(source, data, seed=seed, global_batch_size=batch, **where)
+  with contextlib.closing(iterator):
+    return [next(iterator) for _ in range(steps)]
+
+
+def evaluate(source, data, *, batch=_BATCH, **where):
+  with contextlib.closing(loader.eval_batches(source, data, batch_size=batch, **where)) as iterator:
+    return list(iterator)
+
+
+def joined(parts):
+  """Puts the batches of several hosts together, host 0 first."""
+  return [
+    {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    for batches in zip(*parts, strict=True)
+  ]
+
+
+def digest(batches):
+  h = hashlib.sha256()
+  for batch in batches:
+    for key in sorted(batch):
+      h.update(f"{key} {batch[key].shape} {batch[key].dtype}".encode())
+      h.update(batch[key].tobytes())
+  return h.hexdigest()
+
+
+class Memory:
+  """A source of given files; label is the index, so that batches tell which examples they hold."""
+
+  def __init__(self, images):
+    self.images = images
+    self.num_classes = len(images)
+    self.class_names = tuple(str(i) for i in range(len(images)))
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, index):
+    if self.images[index] is None:
+      raise BadRecordError(f"record {index}: cannot be read")
+    return records.Record(self.images[index], index, f"image {index}")
+
+
+def memory(count, bad=()):
+  """A source of `count` images, of which those in `bad` are empty."""
+  return Memory([b"" if i in bad else encoded(picture(i, 24, 24)) for i in range(count)])
+
+
+def test_the_shapes_and_types_of_a_batch(shards):
+  (batch,) = take(*opened(shards), 1)
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+    "image": ((8, 16, 16, 3), np.uint8),
+    "label": ((8,), np.int32),
+    "bad": ((8,), np.bool_),
+  }
+  assert batch["image"].std() > 10
+  assert not batch["bad"].any()
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_hosts_and_threads_do_not_change_the_batches(kind, request):
+  # 12 steps of 8 cross the borders of epochs of 23 at places that differ from those of batches.
+  path = request.getfixturevalue(kind)
+  expected = digest(take(*opened(path), 12))
+  for hosts in (2, 4):
+    parts = [take(*opened(path), 12, host=h, hosts=hosts) for h in range(hosts)]
+    assert digest(joined(parts)) == expected
+  for threads, prefetch in ((0, 1), (1, 1), (4, 2)):
+    assert digest(take(*opened(path, threads=threads, prefetch_batches=prefetch), 12)) == expected
+
+
+@pytest.mark.parametrize("first_step", [1, 7, 11])
+def test_a_restart_goes_on_with_the_same_batches(shards, first_step):
+  expected = take(*opened(shards), 12)
+  assert digest(take(*opened(shards), 12 - first_step, first_step=first_step)) == digest(
+    expected[first_step:]
+  )
+
+
+def test_processes_do_not_change_the_batches(shards):
+  expected = take(*opened(shards), 7)
+  got = take(*opened(shards, workers=2), 4, first_step=3)
+  assert digest(got) == digest(expected[3:])
+  got = take(*opened(shards, workers=2, threads=1), 4, first_step=3, host=1, hosts=2)
+  assert digest(got) == digest([{k: v[4:] for k, v in b.items()} for b in expected[3:]])
+
+
+def test_any_step_starts_at_once(shards):
+  source, data = opened(shards)
+  start = time.monotonic()
+  take(source, data, 1, first_step=10**9)
+  assert time.monotonic() - start < 1
+
+
+def test_seeds_are_different_runs(shards):
+  runs = [take(*opened(shards), 3, seed=seed) for seed in (0, 1, 2**40)]
+  assert len({digest(run) for run in runs}) == 3
+
+
+def test_each_epoch_is_another_permutation_of_all(tmp_path):
+  source = memory(20)
+  labels = np.concatenate([b["label"] for b in take(source, data_config(""), 15)]).reshape(6, 20)
+  for epoch in labels:
+    assert sorted(epoch) == list(range(20))
+  assert len({tuple(epoch) for epoch in labels}) == 6
+
+
+def test_the_epochs_of_one_seed_are_not_those_of_the_next():
+  source, data = memory(20), data_config("")
+  first, second = (
+    np.concatenate([b["label"] for b in take(source, data, 5, seed=s)]).reshape(2, 20)
+    for s in (0, 1)
+  )
+  assert not (first[1] == second[0]).all()
+
+
+def test_crops_and_flips_are_new_in_each_epoch():
+  source, data = memory(1), data_config("")
+  images = np.concatenate([b["image"] for b in take(source, data, 4)])
+  assert len({view.tobytes() for view in images}) == 32
+
+
+def test_a_batch_larger_than_the_data_holds_several_epochs():
+  (batch,) = take(memory(3), data_config(""), 1, batch=12)
+  assert sorted(batch["label"]) == sorted([0, 1, 2] * 4)
+
+
+def test_without_augmentation_the_pixels_are_those_of_the_file():
+  data = data_config("", crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=False)
+  square = Memory([encoded(picture(0, 16, 16))])
+  (batch,) = take(square, data, 1)
+  np.testing.assert_array_equal(batch["image"][5], image.decode(square.images[0]))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_evaluation_sees_each_example_once(hosts):
+  source, data = memory(19), data_config("")
+  parts = [evaluate(source, data, host=h, hosts=hosts) for h in range(hosts)]
+  batches = joined(parts)
+  assert len(batches) == 3
+  assert all(batch["image"].shape == (8, 16, 16, 3) for batch in batches)
+  mask = np.concatenate([b["mask"] for b in batches])
+  assert mask.tolist() == [True] * 19 + [False] * 5
+  assert np.concatenate([b["label"] for b in batches])[mask].tolist() == list(range(19))
+  assert not np.concatenate([b["image"] for b in batches])[~mask].any()
+  assert digest(batches) == digest(evaluate(source, data))
+
+
+def test_evaluation_in_one_batch_of_mostly_padding():
+  batches = evaluate(memory(3), data_config(""), batch=16, host=1, hosts=4)
+  assert len(batches) == 1
+  assert not batches[0]["mask"].any()
+
+
+def test_evaluation_in_processes_is_the_same(shards):
+  expected = evaluate(*opened(shards, "val"))
+  assert len(expected) == 2
+  # More processes than batches: some have nothing to do.
+  assert digest(evaluate(*opened(shards, "val", workers=3))) == digest(expected)
+
+
+def test_a_bad_record_is_replaced_by_its_neighbour(caplog):
+  source, data = memory(20, bad=(5, 6, 19)), data_config("", max_bad_fraction=1.0)
+  clean = take(memory(20), data, 5)
+  iterator = loader.train_batches(source, data, seed=0, global_batch_size=_BATCH)
+  with contextlib.closing(iterator), caplog.at_level(logging.WARNING):
+    batches = [next(iterator) for _ in range(5)]
+  label, was = (np.concatenate([b["label"] for b in batches]) for batches in (batches, clean))
+  bad = np.concatenate([b["bad"] for b in batches])
+  np.testing.assert_array_equal(bad, np.isin(was, (5, 6, 19)))
+  np.testing.assert_array_equal(label[bad], [{5: 7, 6: 7, 19: 0}[i] for i in was[bad]])
+  np.testing.assert_array_equal(label[~bad], was[~bad])
+  assert iterator.bad_records == bad.sum() == 6
+  # Two epochs, but one line for each.
+  lines = [r.getMessage() for r in caplog.records if "Bad record" in r.getMessage()]
+  assert sorted(lines) == [f"Bad record: image {i}: zero bytes" for i in (19, 5, 6)]
+
+
+def test_hosts_and_processes_agree_about_bad_records(tmp_path):
+  root = make_folder(tmp_path / "f", {"train": {"a": 6, "b": 5, "c": 4}})
+  (root / "train" / "b" / "b_002.JPEG").write_bytes(b"")
+  fields = {"max_bad_fraction": 1.0}
+  expected = take(*opened(root, **fields), 4)
+  assert sum(b["bad"].sum() for b in expected) == 2
+  parts = [take(*opened(root, **fields), 4, host=h, hosts=2) for h in (0, 1)]
+  assert digest(joined(parts)) == digest(expected)
+  assert digest(take(*opened(root, workers=1, **fields), 4)) == digest(expected)
+
+
+def test_too_many_bad_records_end_the_run():
+  source, data = memory(20, bad=(5, 6, 19)), data_config("", max_bad_fraction=0.1)
+  iterator = loader.train_batches(source, data, seed=0, global_batch_size=1)
+  with contextlib.closing(iterator), pytest.raises(DataError) as e:
+    for _ in range(20):
+      next(iterator)
+  assert "3 records cannot be decoded, 15.000% of 20" in str(e.value)
+  assert "config.data.max_bad_fraction=0.1" in str(e.value)
+  for i in (5, 6, 19):
+    assert f"image {i}: zero bytes" in str(e.value)
+
+
+def test_bad_records_within_the_limit_do_not_end_a_long_run():
+  # One in 20 is 5 %; over many epochs the count grows and the share does not.
+  source, data = memory(20, bad=(5,)), data_config("", max_bad_fraction=0.05)
+  iterator = loader.train_batches(source, data, seed=0, global_batch_size=20)
+  with contextlib.closing(iterator):
+    for _ in range(10):
+      next(iterator)
+  assert iterator.bad_records == 10
+
+
+def test_nothing_but_bad_records_ends_the_run_at_once():
+  source, data = memory(40, bad=range(40)), data_config("", max_bad_fraction=1.0)
+  with pytest.raises(
+    DataError, match="17 neighbouring records cannot be decoded, the last is image"
+  ):
+    take(source, data, 1)
+
+
+def test_a_bad_record_of_evaluation_is_grey_and_counted():
+  source = memory(10, bad=(4,))
+  source.images[7] = None  # cannot even be read
+  batches = evaluate(source, data_config("", max_bad_fraction=0.2))
+  assert sum(b["mask"].sum() for b in batches) == 10
+  bad = np.concatenate([b["bad"] for b in batches])
+  assert np.flatnonzero(bad).tolist() == [4, 7]
+  assert (np.concatenate([b["image"] for b in batches])[bad] == 128).all()
+  assert np.concatenate([b["label"] for b in batches])[bad].tolist() == [4, 0]
+  with pytest.raises(DataError, match=r"2 records cannot be decoded, 20\.000% of 10"):
+    evaluate(source, data_config("", max_bad_fraction=0.19))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
+  source, data = opened(shards, workers=workers)
+  source = pickle.loads(pickle.dumps(source))
+  source._folder = str(tmp_path)  # as if the disk had gone
+  with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
+    take(source, data, 1)
+
+
+def test_a_killed_process_is_a_clear_error_and_no_hang(shards):
+  before = set(psutil.Process().children(recursive=True))
+  iterator = loader.train_batches(*opened(shards, workers=1), seed=0, global_batch_size=_BATCH)
+  with contextlib.closing(iterator):
+    next(iterator)
+    workers = set(psutil.Process().children(recursive=True)) - before
+    victims = [p for p in workers if "resource_tracker" not in " ".join(p.cmdline())]
+    assert victims
+    for process in victims:
+      os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a decoding process failed.*lower config.data.workers"):
+      for _ in range(50):
+        next(iterator)
+
+
+def test_close_ends_the_processes_and_may_be_repeated(shards):
+  before = set(psutil.Process().children(recursive=True))
+  iterator = loader.train_batches(*opened(shards, workers=2), seed=0, global_batch_size=_BATCH)
+  next(iterator)
+  iterator.close()
+  iterator.close()
+  left = set(psutil.Process().children(recursive=True)) - before
+  assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+def test_synthetic_batches_cycle_and_have_right_masks():
+  source, data = opened("", kind="synthetic", synthetic_examples=19)
+  batches = take(source, data, 6)
+  assert batches[0]["image"].std() > 10
+  assert digest(batches[:1]) != digest(batches[1:2])
+  assert digest(batches[:2]) == digest(batches[4:])
+  assert digest(take(source, data, 2, first_step=4)) == digest(batches[4:])
+  parts = [take(source, data, 6, host=h, hosts=2) for h in (0, 1)]
+  assert digest(joined(parts)) == digest(batches)
+  evaluated = evaluate(source, data, batch=4)
+  assert [int(b["mask"].sum()) for b in evaluated] == [4, 4, 4, 4, 3]
+
+
+def test_synthetic_batches_cost_nothing():
+  source, data = opened("", kind="synthetic")
+  iterator = loader.train_batches(source, data, seed=0, global_batch_size=256)
+  with contextlib.closing(iterator):
+    for _ in range(4):
+      next(iterator)
+    start = time.monotonic()
+    for _ in range(1000):
+      next(iterator)
+  assert time.monotonic() - start < 0.5
+
+
+@pytest.mark.parametrize(
+  ("batch", "hosts", "fields", "says"),
+  [
+    (10, 4, {}, "config.global_batch_size=10 must be a positive multiple of .* hosts, 4"),
+    (0, 1, {}, "config.global_batch_size=0 must be"),
+    (8, 1, {"workers": -1}, "config.data.workers=-1 must be at least 0"),
+    (8, 1, {"prefetch_batches": 0}, "config.data.prefetch_batches=0 must be at least 1"),
+  ],
+)
+def test_values_that_do_not_fit_are_named(batch, hosts, fields, says):
+  with pytest.raises(DataError, match=says):
+    take(memory(3), data_config("", **fields), 1, batch=batch, hosts=hosts)
+
+
+def test_values_of_evaluation_that_do_not_fit_are_named():
+  with pytest.raises(DataError, match="config.eval.batch_size=10 must be"):
+    evaluate(memory(3), data_config(""), batch=10, hosts=4)
+  data = data_config("")
+  data.eval_resize = 15
+  with pytest.raises(DataError, match="config.data.eval_resize=15 is smaller than .*image_size=16"):
+    evaluate(memory(3), data)

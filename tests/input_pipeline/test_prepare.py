@@ -1,0 +1,555 @@
+"""What prepare makes of folders, tars, ImageNet's archives and the digits, and how it survives."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+from PIL import Image
+from input_pipeline import image
+from input_pipeline import prepare
+from input_pipeline import records
+from input_pipeline import shards as shards_lib
+from input_pipeline import sources
+import numpy as np
+import psutil
+import pytest
+import scipy.io
+
+from tests.input_pipeline.conftest import data_config
+from tests.input_pipeline.conftest import encoded
+from tests.input_pipeline.conftest import make_folder
+from tests.input_pipeline.conftest import picture
+from tests.input_pipeline.conftest import rotated
+from tests.input_pipeline.conftest import run_prepare
+
+
+def manifest_of(out):
+  return json.loads((out / records.MANIFEST).read_text())
+
+
+def contents(out, split="train"):
+  """Returns the records of a split by name."""
+  classes = manifest_of(out)["classes"]
+  source = sources.open_source(data_config(out), split, len(classes))
+  found = [source[i] for i in range(len(source))]
+  assert len({r.name for r in found}) == len(found)
+  return {r.name: r for r in found}
+
+
+def hashes(out):
+  """Returns the hash of each visible file of an output folder."""
+  files = [f for f in out.iterdir() if f.is_file()]
+  assert not [f for f in files if f.name.endswith(".tmp")]
+  return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def failure(capsys, *argv):
+  """Returns the one sentence with which prepare fails."""
+  capsys.readouterr()
+  assert run_prepare(*argv) == 1
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1
+  assert lines[0].startswith("prepare: ")
+  return lines[0]
+
+
+def add(tar, name, data):
+  """Adds a file to an open tar."""
+  member = tarfile.TarInfo(name)
+  member.size = len(data)
+  tar.addfile(member, io.BytesIO(data))
+
+
+def tar_of(files, **options):
+  """Returns the bytes of a tar of {name: data}."""
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+    for name, data in files.items():
+      add(tar, name, data)
+  return buffer.getvalue()
+
+
+def test_the_untouched_files_come_back_in_another_order(folder, shards):
+  made = contents(shards)
+  assert len(made) == 23
+  for name, record in made.items():
+    assert record.image == (folder / "train" / "abc"[record.label] / name).read_bytes()
+  assert list(made) != sorted(made)
+
+
+def test_the_manifest_says_what_there_is(shards):
+  manifest = manifest_of(shards)
+  assert manifest["format_version"] == 1
+  assert manifest["classes"] == ["a", "b", "c"]
+  assert manifest["source"]["kind"] == "folder"
+  assert (manifest["seed"], manifest["max_size"], manifest["checksum"]) == (0, 0, "sha256")
+  train = manifest["splits"]["train"]
+  assert train["examples"] == 23
+  assert train["class_counts"] == [8, 8, 7]
+  assert train["problems"] == {}
+  assert [s["file"] for s in train["shards"]] == [
+    records.shard_name("train", i, 3) for i in range(3)
+  ]
+  assert [s["examples"] for s in train["shards"]] == [8, 8, 7]
+  for split in manifest["splits"].values():
+    for shard in split["shards"]:
+      data = (shards / shard["file"]).read_bytes()
+      assert len(data) == shard["bytes"]
+      assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+
+
+def test_workers_do_not_change_a_byte_and_seeds_do(folder, shards, tmp_path):
+  flags = ("--folder", folder, "--shards", 3)
+  assert run_prepare("--out", tmp_path / "two", *flags, "--workers", 2) == 0
+  assert hashes(tmp_path / "two") == hashes(shards)
+  assert run_prepare("--out", tmp_path / "seed", *flags, "--seed", 1) == 0
+  assert contents(tmp_path / "seed") == contents(shards)
+  assert list(contents(tmp_path / "seed")) != list(contents(shards))
+
+
+def test_finished_shards_are_kept_and_torn_ones_made_again(folder, shards, tmp_path, capsys):
+  out = shutil.copytree(shards, tmp_path / "out")
+  expected = hashes(out)
+  names = [records.shard_name("train", i, 3) for i in range(3)]
+  kept_time = (out / names[0]).stat().st_mtime_ns
+  with open(out / names[1], "r+b") as f:  # cut off
+    f.truncate(1000)
+  with open(out / names[2], "r+b") as f:  # a flipped byte, size as before
+    f.seek(70_000)
+    f.write(b"\x55")
+  (out / records.shard_name("val", 0, 1)).unlink()
+  (out / f".{names[1]}.1234.tmp").write_bytes(b"left by a run that was killed")
+  (out / records.MANIFEST).unlink()
+  assert run_prepare("--out", out, "--folder", folder, "--shards", 3) == 0
+  assert "kept 1 finished shards, made 3" in capsys.readouterr().out
+  assert hashes(out) == expected
+  assert (out / names[0]).stat().st_mtime_ns == kept_time
+
+
+def test_other_options_over_existing_shards_are_refused(folder, shards, tmp_path, capsys):
+  out = shutil.copytree(shards, tmp_path / "out")
+  flags = ("--out", out, "--folder", folder)
+  assert "seed=0 instead of 5;" in failure(capsys, *flags, "--shards", 3, "--seed", 5)
+  assert "max_size=0 instead of 20" in failure(capsys, *flags, "--shards", 3, "--max-size", 20)
+  assert "{'train': 3, 'val': 1} instead of {'train': 2, " in failure(capsys, *flags, "--shards", 2)
+  other = make_folder(tmp_path / "other", {"train": {"a": 1, "b": 1, "c": 1}})
+  assert "images=" in failure(capsys, "--out", out, "--folder", other)
+  assert hashes(out) == hashes(shards)
+  assert run_prepare(*flags, "--shards", 2, "--overwrite") == 0
+  assert len(list(out.glob("train-*"))) == 2
+  assert len(contents(out)) == 23
+
+
+def test_shards_of_an_unknown_origin_are_refused(folder, tmp_path, capsys):
+  (tmp_path / records.shard_name("train", 0, 9)).write_bytes(b"mine")
+  (tmp_path / "notes.txt").write_text("also mine")
+  assert "--overwrite to delete them" in failure(capsys, "--out", tmp_path, "--folder", folder)
+  assert run_prepare("--out", tmp_path, "--folder", folder, "--overwrite") == 0
+  assert not (tmp_path / records.shard_name("train", 0, 9)).exists()
+  assert (tmp_path / "notes.txt").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(folder, tmp_path, capsys):
+  with prepare._locked(str(tmp_path)):
+    message = failure(capsys, "--out", tmp_path, "--folder", folder)
+  assert "another prepare is writing to" in message
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+  """One class of every oddity, of which three are no images."""
+  files = {
+    "plain.JPEG": encoded(picture(0)),
+    "grey.JPEG": encoded(picture(1), mode="L"),
+    "cmyk.JPEG": encoded(picture(2), mode="CMYK"),
+    "png.JPEG": encoded(picture(3), "PNG"),
+    "real.png": encoded(picture(4), "PNG"),
+    "rotated.JPEG": rotated(picture(5)),
+    "one_pixel.JPEG": encoded(picture(6, 1, 1)),
+    "junk_inside.JPEG": damaged(encoded(picture(7, 200, 200))),
+    "empty.JPEG": b"",
+    "truncated.JPEG": encoded(picture(8))[:-300],
+    "text.JPEG": b"no image at all",
+  }
+  root = make_folder(tmp_path / "odd", {"train": {"a": 0}})
+  for name, data in files.items():
+    (root / "train" / "a" / name).write_bytes(data)
+  (root / "train" / "a" / "notes.txt").write_text("not an image")
+  return root, files
+
+
+def damaged(data: bytes) -> bytes:
+  """Puts a marker into the coded pixels, at which libjpeg warns and goes on."""
+  return data[: len(data) // 2] + b"\xff\xd5" + data[len(data) // 2 :]
+
+
+def test_odd_images_are_listed_and_only_undecodable_ones_left_out(odd_folder, tmp_path, capsys):
+  root, files = odd_folder
+  assert run_prepare("--out", tmp_path / "out", "--folder", root) == 0
+  train = manifest_of(tmp_path / "out")["splits"]["train"]
+  assert train["problems"] == {
+    "cmyk": ["cmyk.JPEG"],
+    "damaged_but_decodable": ["junk_inside.JPEG"],
+    "exif_rotated": ["rotated.JPEG"],
+    "greyscale": ["grey.JPEG"],
+    "not_what_its_name_says": ["png.JPEG"],
+    "undecodable": ["empty.JPEG", "text.JPEG", "truncated.JPEG"],
+  }
+  assert train["examples"] == 8
+  assert train["reasons"]["empty.JPEG"] == "zero bytes"
+  made = contents(tmp_path / "out")
+  assert sorted(made) == sorted(set(files) - {"empty.JPEG", "text.JPEG", "truncated.JPEG"})
+  for name, record in made.items():
+    assert record.image == files[name]
+    assert image.decode(record.image).shape[2] == 3
+  out = capsys.readouterr().out
+  assert "ignored 1 files" in out
+  assert "undecodable: 3 (LEFT OUT), for example empty.JPEG" in out
+  assert "    truncated.JPEG: OSError: image file is truncated" in out
+
+
+def test_max_size_shrinks_only_what_is_larger(tmp_path, capsys):
+  files = {
+    "large.JPEG": encoded(picture(0, 120, 90)),
+    "large.png": encoded(picture(1, 64, 200), "PNG"),
+    "exact.JPEG": encoded(picture(2, 32, 100)),
+    "small.JPEG": encoded(picture(3, 20, 300)),
+  }
+  root = make_folder(tmp_path / "f", {"train": {"a": 0}})
+  for name, data in files.items():
+    (root / "train" / "a" / name).write_bytes(data)
+  assert run_prepare("--out", tmp_path / "out", "--folder", root, "--max-size", 32) == 0
+  made = contents(tmp_path / "out")
+  assert made["exact.JPEG"].image == files["exact.JPEG"]
+  assert made["small.JPEG"].image == files["small.JPEG"]
+  for name, size in {"large.JPEG": (32, 43), "large.png": (100, 32)}.items():
+    shrunk = Image.open(io.BytesIO(made[name].image))
+    assert (shrunk.format, shrunk.size) == ("JPEG", size)
+    original = Image.fromarray(image.decode(files[name])).resize(size, Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(shrunk).astype(int) - np.asarray(original))
+    assert difference.mean() < 3
+  assert manifest_of(tmp_path / "out")["splits"]["train"]["reencoded"] == 2
+  assert "2 shrunk to 32 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top", ["", "./", "set/", "a/b/"])
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_tar_is_read_like_the_folder_in_it(folder, tmp_path, top, splits):
+  roots = {s: folder / s for s in ("train", "val")} if splits else {"": folder / "train"}
+  files = {
+    f"{top}{split}/{f.parent.name}/{f.name}".replace("//", "/"): f.read_bytes()
+    for split, root in roots.items()
+    for f in root.glob("*/*.JPEG")
+  }
+  (tmp_path / "x.tar").write_bytes(tar_of(files))
+  assert run_prepare("--out", tmp_path / "out", "--tar", tmp_path / "x.tar") == 0
+  assert (
+    run_prepare("--out", tmp_path / "same", "--folder", folder if splits else folder / "train") == 0
+  )
+  for split in roots:
+    assert contents(tmp_path / "out", split or "train") == contents(
+      tmp_path / "same", split or "train"
+    )
+
+
+def test_what_is_wrong_with_a_tar_is_named(folder, tmp_path, capsys):
+  files = {f"train/a/{i}.JPEG": encoded(picture(i)) for i in range(4)}
+  whole = tar_of(files)
+
+  def says(data, name="x.tar"):
+    (tmp_path / name).write_bytes(data)
+    return failure(capsys, "--out", tmp_path / "out", "--tar", tmp_path / name)
+
+  compressed = io.BytesIO()
+  with tarfile.open(fileobj=compressed, mode="w:gz") as tar:
+    add(tar, "train/a/0.JPEG", b"x")
+  assert "is compressed with gzip" in says(compressed.getvalue())
+  assert "decompress it first" in says(compressed.getvalue())
+  last = whole.index(b"train/a/3.JPEG")
+  assert "ends in the middle of train/a/3.JPEG; fetch it again" in says(whole[: last + 900])
+  assert f"is damaged at byte {last:,}; fetch it again" in says(whole[: last + 100])
+  assert "lacks the mark at the end of a tar, so it is cut off" in says(whole[:last])
+  torn = bytearray(whole)
+  at = torn.index(b"train/a/2.JPEG")
+  torn[at : at + 20] = b"\x55" * 20
+  assert f"is damaged at byte {at:,}; fetch it again" in says(bytes(torn))
+  assert "is not an intact tar" in says(b"no tar" * 1000)
+  assert "holds no CLASS/" in says(tar_of({"readme.txt": b"x"}))
+  mixed = files | {"train/a/deeper/9.JPEG": b"x"}
+  assert "is not laid out as {train,val}/CLASS/IMAGE" in says(tar_of(mixed))
+  assert "the class b, which train has not" in says(tar_of(files | {"val/b/9.JPEG": b"x"}))
+  missing = failure(capsys, "--out", tmp_path / "out", "--tar", tmp_path / "none.tar")
+  assert "none.tar cannot be read: No such file" in missing
+
+
+_SYNSETS = ["n01440764", "n01443537", "n02084071"]
+
+
+@pytest.fixture
+def official(tmp_path):
+  """The archives of ILSVRC2012 in small: 3 synsets, 4 images each, 5 to validate."""
+  inner = {
+    s: tar_of({f"{s}_{i}.JPEG": encoded(picture(10 * n + i)) for i in range(4)})
+    for n, s in enumerate(_SYNSETS)
+  }
+  # Not in order, as nobody promises one.
+  train = tar_of({f"{s}.tar": inner[s] for s in reversed(_SYNSETS)})
+  (tmp_path / "train.tar").write_bytes(train)
+  val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encoded(picture(100 + i)) for i in (2, 0, 1, 4, 3)}
+  (tmp_path / "val.tar").write_bytes(tar_of(val))
+  # The ids of the development kit are in another order than the synsets, with inner nodes behind.
+  fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+  ids = {1: _SYNSETS[2], 2: _SYNSETS[0], 3: _SYNSETS[1], 4: "n00000001"}
+  synsets = np.array([[(float(i), s, "word")] for i, s in ids.items()], dtype=fields)
+  meta = io.BytesIO()
+  scipy.io.savemat(meta, {"synsets": synsets})
+  truth = b"1\n2\n3\n3\n2\n"
+  with tarfile.open(tmp_path / "devkit.tar.gz", "w:gz") as tar:
+    add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+    add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
+  expected = [_SYNSETS[i] for i in (2, 0, 1, 1, 0)]
+  (tmp_path / "labels.txt").write_text("\n".join(expected) + "\n")
+  return tmp_path, expected
+
+
+@pytest.mark.parametrize("labels", [("--devkit", "devkit.tar.gz"), ("--val-labels", "labels.txt")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_official_archives(official, labels, workers):
+  root, expected = official
+  out = root / "out"
+  flags = ("--imagenet-train", root / "train.tar", "--imagenet-val", root / "val.tar")
+  flags += (labels[0], root / labels[1], "--shards", 4, "--val-shards", 2)
+  assert run_prepare("--out", out, *flags, "--workers", workers) == 0
+  assert manifest_of(out)["classes"] == _SYNSETS
+  train = contents(out)
+  assert len(train) == 12
+  for n, synset in enumerate(_SYNSETS):
+    for i in range(4):
+      record = train[f"{synset}_{i}.JPEG"]
+      assert (record.label, record.image) == (n, encoded(picture(10 * n + i)))
+  val = contents(out, "val")
+  assert len(val) == 5
+  for i, synset in enumerate(expected):
+    record = val[f"ILSVRC2012_val_{i + 1:08d}.JPEG"]
+    assert (record.label, record.image) == (_SYNSETS.index(synset), encoded(picture(100 + i)))
+
+
+def test_validation_alone(official):
+  root, _ = official
+  flags = ("--imagenet-val", root / "val.tar", "--val-labels", root / "labels.txt")
+  assert run_prepare("--out", root / "out", *flags) == 0
+  assert len(contents(root / "out", "val")) == 5
+
+
+def test_what_is_wrong_with_the_official_archives_is_named(official, capsys):
+  root, _ = official
+  flags = ["--out", root / "out", "--imagenet-val", root / "val.tar"]
+  assert "needs --devkit or --val-labels" in failure(capsys, *flags)
+  (root / "short.txt").write_text("n01440764\n")
+  message = failure(capsys, *flags, "--val-labels", root / "short.txt")
+  assert "holds 5 images, but" in message
+  assert "labels 1;" in message
+  assert "is it ILSVRC2012_devkit_t12" in failure(capsys, *flags, "--devkit", root / "val.tar")
+  assert "cannot be read" in failure(capsys, *flags, "--devkit", root / "none.tar.gz")
+  assert "cannot be read" in failure(capsys, *flags, "--val-labels", root / "none.txt")
+  message = failure(capsys, "--out", root / "out", "--imagenet-train", root / "val.tar")
+  assert "holds no tars" in message
+  # The train archive is cut off inside its last class.
+  data = (root / "train.tar").read_bytes()
+  (root / "cut.tar").write_bytes(data[: len(data) // 2])
+  message = failure(capsys, "--out", root / "out", "--imagenet-train", root / "cut.tar")
+  assert "ends in the middle of" in message
+  # A class inside is damaged, the rest is whole.
+  torn = bytearray(data)
+  at = torn.index(b"n01443537_2.JPEG")
+  torn[at : at + 20] = b"\x55" * 20
+  (root / "torn.tar").write_bytes(torn)
+  message = failure(capsys, "--out", root / "out", "--imagenet-train", root / "torn.tar")
+  assert f"torn.tar is damaged at byte {at:,}" in message
+
+
+def test_the_digits(tmp_path):
+  out = tmp_path / "out"
+  assert run_prepare("--out", out, "--digits") == 0
+  manifest = manifest_of(out)
+  assert manifest["classes"] == list("0123456789")
+  assert manifest["splits"]["train"]["examples"] == 1437
+  assert manifest["splits"]["val"]["examples"] == 360
+  assert min(manifest["splits"]["val"]["class_counts"]) >= 35
+  assert manifest["splits"]["train"]["problems"] == {}
+  train, val = contents(out), contents(out, "val")
+  assert not set(train) & set(val)
+  record = next(iter(train.values()))
+  assert image.decode(record.image).shape == (32, 32, 3)
+  assert record.name.endswith(f"_{record.label}.jpeg")
+
+
+def test_digits_without_scikit_learn_say_what_to_install(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "sklearn", None)
+  message = failure(capsys, "--out", tmp_path, "--digits")
+  assert "pip install resnet-pod[smoke]" in message
+
+
+@pytest.mark.parametrize(
+  ("flags", "says"),
+  [
+    ((), "give exactly one of"),
+    (("--digits", "--folder", "x"), "give exactly one of"),
+    (("--digits", "--val-labels", "x"), "label --imagenet-val, which is not given"),
+    (("--imagenet-val", "x", "--val-labels", "y", "--devkit", "z"), "not both"),
+    (("--digits", "--max-size", "-1"), "--max-size must not be negative"),
+    (("--folder", "/no/such"), "--folder /no/such is not a folder"),
+    (("--digits", "--shards", "9999"), "9999 shards are more than the 1437 images of train"),
+  ],
+)
+def test_flags_that_do_not_fit_are_named(tmp_path, capsys, flags, says):
+  assert says in failure(capsys, "--out", tmp_path / "out", *flags)
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):
+  (tmp_path / "file").write_text("x")
+  assert "file: File exists" in failure(capsys, "--out", tmp_path / "file", "--digits")
+
+
+def test_nothing_but_undecodable_images_is_an_error(tmp_path, capsys):
+  root = make_folder(tmp_path / "f", {"train": {"a": 1}})
+  (root / "train" / "a" / "a_000.JPEG").write_bytes(b"")
+  message = failure(capsys, "--out", tmp_path / "out", "--folder", root)
+  assert "not one image of train can be decoded" in message
+  assert not (tmp_path / "out" / records.MANIFEST).exists()
+
+
+def test_too_little_room_is_said_before_the_work(folder, tmp_path, capsys, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  message = failure(capsys, "--out", tmp_path / "out", "--folder", folder)
+  assert "0.0 GiB free, but the shards need" in message
+
+
+def test_a_source_that_shrinks_meanwhile_is_named(folder, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(os, "pread", lambda fd, size, offset: b"short")
+  assert "has changed while it was read" in failure(
+    capsys, "--out", tmp_path / "o", "--folder", folder
+  )
+
+
+def command(*flags):
+  return [sys.executable, "-m", "input_pipeline.prepare", *(str(f) for f in flags)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_sentence_and_no_torn_shard(folder, tmp_path, workers):
+  # A limit on the size of files fails in the same calls as a full disk, and needs no such disk.
+  program = (
+    "import resource, signal, sys\n"
+    "from input_pipeline import prepare\n"
+    "if __name__ == '__main__':\n"
+    "  resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))\n"
+    "  sys.exit(prepare.main())\n"
+  )
+  (tmp_path / "limited.py").write_text(program)
+  flags = ["--folder", folder, "--out", tmp_path / "out", "--workers", workers, "--shards", 3]
+  run = [sys.executable, str(tmp_path / "limited.py"), *map(str, flags)]
+  environment = os.environ | {"PYTHONPATH": os.getcwd()}
+  done = subprocess.run(run, capture_output=True, text=True, env=environment, check=False)
+  assert done.returncode == 1
+  assert "cannot be written (" in done.stderr
+  assert "File too large" in done.stderr
+  assert "Traceback" not in done.stderr
+  left = os.listdir(tmp_path / "out")
+  assert left == [".journal"]
+  assert run_prepare(*flags[:4], "--shards", 3) == 0
+  assert len(contents(tmp_path / "out")) == 23
+
+
+def test_the_command_from_beginning_to_end(folder, shards, tmp_path):
+  run = command("--folder", folder, "--out", tmp_path / "out", "--shards", 3)
+  done = subprocess.run(run, capture_output=True, text=True, check=True)
+  assert done.stderr == ""
+  assert "train: 23 records in 3 shards" in done.stdout
+  assert "7 to 8 of each of 3 classes" in done.stdout
+  assert hashes(tmp_path / "out") == hashes(shards)
+
+
+def test_help_explains_max_size():
+  done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
+  assert "quality 95" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
+  root = make_folder(tmp_path / "f", {"train": {"a": 0, "b": 0}})
+  large = encoded(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
+  for i in range(160):
+    (root / "train" / "ab"[i % 2] / f"{i}.JPEG").write_bytes(large)
+  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 8, "--workers", 2)
+  # A group of its own, as a terminal gives it: Ctrl-C reaches the workers as well.
+  process = subprocess.Popen(
+    command(*flags),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  journal = tmp_path / "out" / shards_lib.JOURNAL
+  deadline = time.monotonic() + 60
+  while len(list(journal.glob("train-*"))) < 2 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  family = psutil.Process(process.pid).children(recursive=True)
+  assert family
+  if how == signal.SIGINT:
+    os.killpg(process.pid, how)
+  else:
+    process.send_signal(how)
+  _, errors = process.communicate(timeout=60)
+  _, alive = psutil.wait_procs(family, timeout=10)
+  assert not alive
+  finished = {f.name for f in (tmp_path / "out").glob("train-*")}
+  assert 2 <= len(finished) < 8
+  if how != signal.SIGKILL:
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").glob("*.tmp"))
+  assert not (tmp_path / "out" / records.MANIFEST).exists()
+  done = subprocess.run(command(*flags), capture_output=True, text=True, check=True)
+  assert "finished shards, made" in done.stdout
+  assert len(contents(tmp_path / "out")) == 160
+  assert not list((tmp_path / "out").glob(".*.tmp"))
+  assert run_prepare("--folder", root, "--out", tmp_path / "one", "--shards", 8) == 0
+  assert hashes(tmp_path / "one") == hashes(tmp_path / "out")
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path):
+  root = make_folder(tmp_path / "f", {"train": {"a": 0}})
+  large = encoded(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
+  for i in range(200):
+    (root / "train" / "a" / f"{i}.JPEG").write_bytes(large)
+  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 4, "--workers", 2)
+  process = subprocess.Popen(
+    command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  deadline = time.monotonic() + 60
+  while not (torn := list((tmp_path / "out").glob(".*.tmp"))) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  os.kill(int(torn[0].name.split(".")[-2]), signal.SIGKILL)  # its name carries the process
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert "a worker process was killed" in errors
+  assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_the_real_originals_can_be_prepared(originals, tmp_path):
+  assert run_prepare("--folder", originals, "--out", tmp_path, "--max-size", 256) == 0
+  train = manifest_of(tmp_path)["splits"]["train"]
+  assert train["examples"] == 200
+  assert "undecodable" not in train["problems"]
+  for record in contents(tmp_path).values():
+    assert min(image.decode(record.image).shape[:2]) <= 256

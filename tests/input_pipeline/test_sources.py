@@ -1,0 +1,326 @@
+"""Opening data of each kind, and every sentence that says why they cannot be opened."""
+
+import json
+import pickle
+import shutil
+import time
+
+from input_pipeline import records
+from input_pipeline import sources
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+import pytest
+
+from tests.input_pipeline.conftest import data_config
+from tests.input_pipeline.conftest import encoded
+from tests.input_pipeline.conftest import make_folder
+from tests.input_pipeline.conftest import picture
+from tests.input_pipeline.conftest import write_shard
+
+
+def open_source(path, split="train", num_classes=3, **fields):
+  return sources.open_source(data_config(path, **fields), split, num_classes)
+
+
+def all_of(source):
+  return sorted(
+    (r.label, r.name.rpartition("/")[2], r.image) for r in (source[i] for i in range(len(source)))
+  )
+
+
+@pytest.fixture
+def copied(shards, tmp_path):
+  """A copy of the shards to be damaged, outside of the folder that the fixture shares."""
+  return shutil.copytree(shards, tmp_path / "copied")
+
+
+def tfds_folder(root, labels=("x", "y"), **info):
+  """Makes what TFDS writes for a dataset of 5 images in 2 shards, and one of 2 for validation."""
+  root.mkdir(parents=True)
+  shards = {"train": [3, 2], "validation": [2]}
+  seed = 0
+  for split, lengths in shards.items():
+    for i, length in enumerate(lengths):
+      name = f"imagenet2012-{split}.array_record-{i:05d}-of-{len(lengths):05d}"
+      images = range(seed, seed + length)
+      seed += length
+      write_shard(
+        root / name, [records.Record(encoded(picture(s)), s % 2, f"{s}.JPEG") for s in images]
+      )
+  splits = [
+    {
+      "name": split,
+      "shardLengths": [str(n) for n in lengths],
+      "numBytes": "1234",
+      "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    }
+    for split, lengths in shards.items()
+  ]
+  info = {
+    "name": "imagenet2012",
+    "version": "5.1.0",
+    "fileFormat": "array_record",
+    "splits": splits,
+  } | info
+  (root / "dataset_info.json").write_text(json.dumps(info))
+  label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "2"}}
+  (root / "features.json").write_text(json.dumps({"featuresDict": {"features": {"label": label}}}))
+  if labels:
+    (root / "label.labels.txt").write_text("".join(f"{name}\n" for name in labels))
+  return root
+
+
+def test_a_folder_and_its_shards_hold_the_same(folder, shards):
+  for split, count in (("train", 23), ("val", 11)):
+    files, packed = open_source(folder, split), open_source(shards, split)
+    assert len(files) == len(packed) == count
+    assert files.class_names == packed.class_names == ("a", "b", "c")
+    assert all_of(files) == all_of(packed)
+
+
+def test_val_and_validation_are_one(folder, shards, tmp_path):
+  assert len(open_source(shards, "validation")) == 11
+  assert len(open_source(folder, "validation")) == 11
+  assert len(open_source(tfds_folder(tmp_path / "tfds"), "val", 2)) == 2
+
+
+def test_a_folder_written_by_tfds(tmp_path):
+  source = open_source(tfds_folder(tmp_path / "tfds"), "train", 2)
+  assert source.class_names == ("x", "y")
+  assert [source[i].name for i in range(5)] == [f"{i}.JPEG" for i in range(5)]
+  assert source[4].label == 0
+
+
+def test_a_folder_written_by_tfds_without_names_of_classes(tmp_path):
+  source = open_source(tfds_folder(tmp_path / "tfds", labels=()), "train", 2)
+  assert source.class_names == ("0", "1")
+
+
+def test_synthetic_records_are_images_of_every_class():
+  source = open_source("", kind="synthetic", synthetic_examples=7)
+  assert len(source) == 7
+  assert {source[i].label for i in range(7)} == {0, 1, 2}
+  assert source[3] == source[3]
+  assert source[3].image.startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("kind", ["array_record", "folder", "synthetic"])
+def test_a_source_can_be_sent_to_another_process(kind, folder, shards):
+  source = open_source({"array_record": shards, "folder": folder, "synthetic": ""}[kind], kind=kind)
+  before = source[5]
+  assert pickle.loads(pickle.dumps(source))[5] == before
+
+
+def test_an_index_out_of_range_is_an_error(shards):
+  source = open_source(shards)
+  for index in (-1, len(source)):
+    with pytest.raises(IndexError):
+      source[index]
+
+
+def test_the_many_shards_of_imagenet_open_at_once(tmp_path):
+  names = [records.shard_name("train", i, 1024) for i in range(1024)]
+  for name in names:
+    (tmp_path / name).write_bytes(b"never read")
+  shards = [{"file": name, "examples": 1251, "bytes": 10, "sha256": ""} for name in names]
+  manifest = {"format_version": 1, "classes": ["a"], "splits": {"train": {"shards": shards}}}
+  (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
+  start = time.monotonic()
+  source = open_source(tmp_path, num_classes=1)
+  assert time.monotonic() - start < 1
+  assert len(source) == 1024 * 1251
+
+
+@pytest.mark.parametrize(
+  ("fields", "says"),
+  [
+    ({"path": ""}, "config.data.path is empty"),
+    ({"path": "/no/such"}, "/no/such, which does not exist"),
+    ({"path": "gs://bucket/imagenet"}, "gs:// is not supported; copy the shards to a local disk"),
+    ({"path": "s3://bucket/imagenet"}, "s3:// is not supported"),
+    ({"path": "https://host/imagenet"}, "https:// is not supported"),
+    ({"path": __file__}, "which is a file; make shards"),
+    ({"path": "", "kind": "tfrecord"}, "config.data.kind is 'tfrecord'; it must be one of auto"),
+    ({"path": "", "kind": "synthetic", "synthetic_examples": 0}, "synthetic_examples must be"),
+  ],
+)
+def test_a_bad_path_or_kind_is_named(fields, says):
+  with pytest.raises(DataError, match=says):
+    open_source(**fields)
+
+
+@pytest.mark.parametrize("kind", ["auto", "array_record", "folder"])
+def test_an_empty_folder_is_named(tmp_path, kind):
+  with pytest.raises(DataError, match="which is empty; fill it"):
+    open_source(tmp_path, kind=kind)
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+  (tmp_path / "notes.txt").write_text("x")
+  with pytest.raises(DataError, match=r"neither manifest\.json nor .* nor SPLIT/CLASS"):
+    open_source(tmp_path)
+  with pytest.raises(DataError, match="shards need one of them"):
+    open_source(tmp_path, kind="array_record")
+
+
+def test_the_parent_of_the_data_is_told_where_they_are(tmp_path):
+  tfds_folder(tmp_path / "imagenet2012" / "5.1.0")
+  with pytest.raises(DataError, match=r"the data are in .*imagenet2012/5\.1\.0; give that folder"):
+    open_source(tmp_path)
+
+
+def test_a_split_that_is_not_there_is_named(folder, shards, tmp_path):
+  for path in (folder, shards):
+    with pytest.raises(DataError, match="has no split 'test', only train, val"):
+      open_source(path, "test")
+  with pytest.raises(DataError, match="has no split 'test', only train, validation"):
+    open_source(tfds_folder(tmp_path / "tfds"), "test", 2)
+
+
+def test_a_split_without_images_is_named(tmp_path):
+  (tmp_path / "train" / "a").mkdir(parents=True)
+  with pytest.raises(DataError, match="train holds no CLASS/"):
+    open_source(tmp_path)
+
+
+def test_another_number_of_classes_is_named(folder, shards):
+  for path in (folder, shards):
+    with pytest.raises(
+      DataError, match=r"has 3 classes, .* is 1000; give --config.model.num_classes=3"
+    ):
+      open_source(path, num_classes=1000)
+
+
+def test_val_with_other_classes_than_train_is_named(tmp_path):
+  root = make_folder(tmp_path / "f", {"train": {"a": 1, "b": 1}, "val": {"a": 1}})
+  with pytest.raises(DataError, match="has 1 classes"):
+    open_source(root, "val", 2)
+
+
+def test_a_missing_shard_is_named(copied):
+  (copied / records.shard_name("train", 1, 3)).unlink()
+  with pytest.raises(DataError, match=r"train-00001-of-00003\.array_record is missing.*rerun"):
+    open_source(copied)
+
+
+def test_a_shard_of_another_size_is_named(copied):
+  with open(copied / records.shard_name("train", 1, 3), "ab") as f:
+    f.write(b"x")
+  with pytest.raises(
+    DataError, match=r"train-00001-of-00003.* bytes, but manifest.json says.*rerun"
+  ):
+    open_source(copied)
+
+
+def edit_manifest(path, change):
+  manifest = json.loads((path / records.MANIFEST).read_text())
+  change(manifest)
+  (path / records.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_another_number_of_records_is_named_when_the_shard_is_read(copied):
+  def change(manifest):
+    manifest["splits"]["train"]["shards"][0]["examples"] += 1
+
+  edit_manifest(copied, change)
+  with pytest.raises(
+    DataError, match=r"train-00000-of-00003.* holds 8 records instead of 9; rerun"
+  ):
+    open_source(copied)[0]
+
+
+def test_a_shard_that_vanishes_later_is_named(copied):
+  source = open_source(copied)
+  (copied / records.shard_name("train", 0, 3)).unlink()
+  with pytest.raises(
+    DataError, match="train-00000-of-00003.* cannot be opened .No such file.*rerun"
+  ):
+    source[0]
+
+
+def test_a_shard_of_the_right_size_that_is_none_is_named(copied):
+  shard = copied / records.shard_name("train", 0, 3)
+  shard.write_bytes(b"x" * shard.stat().st_size)
+  with pytest.raises(DataError, match="train-00000-of-00003.* is damaged or no ArrayRecord file"):
+    open_source(copied)[0]
+
+
+def test_a_damaged_record_costs_only_itself(copied):
+  shard = copied / records.shard_name("train", 0, 3)
+  source = open_source(copied)
+  third = source[3].image
+  data = bytearray(shard.read_bytes())
+  at = data.index(third) + 50
+  data[at : at + 20] = bytes(20)
+  shard.write_bytes(data)
+  source = open_source(copied)
+  with pytest.raises(
+    BadRecordError, match=r"train-00000-of-00003\.array_record\[3\]: cannot be read"
+  ):
+    source[3]
+  assert source[2].image
+  assert source[4].image
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_is_named(copied, label):
+  shard = copied / records.shard_name("val", 0, 1)
+  write_shard(shard, [records.Record(b"x", label, "odd.JPEG")])
+
+  def change(manifest):
+    manifest["splits"]["val"]["shards"] = [
+      {"file": shard.name, "examples": 1, "bytes": shard.stat().st_size, "sha256": ""}
+    ]
+
+  edit_manifest(copied, change)
+  with pytest.raises(
+    DataError, match=rf"array_record\[0\].*odd\.JPEG\) has label {label}, but there are 3"
+  ):
+    open_source(copied, "val")[0]
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    (lambda m: m.update(format_version=2), "has format_version 2, this program reads 1"),
+    (lambda m: m.pop("classes"), "manifest.json is not complete"),
+    (lambda m: m["splits"]["train"].pop("shards"), "manifest.json is not complete"),
+    (lambda m: m["splits"]["train"].update(shards=[]), "holds no examples"),
+  ],
+)
+def test_a_manifest_that_is_wrong_is_named(copied, change, says):
+  edit_manifest(copied, change)
+  with pytest.raises(DataError, match=says):
+    open_source(copied)
+
+
+def test_a_manifest_that_is_no_object_is_named(copied):
+  (copied / records.MANIFEST).write_text("[]")
+  with pytest.raises(DataError, match="has format_version None"):
+    open_source(copied)
+
+
+def test_what_is_wrong_with_a_tfds_folder_is_named(tmp_path):
+  root = tfds_folder(tmp_path / "1", fileFormat="tfrecord")
+  with pytest.raises(DataError, match="written by TFDS as tfrecord; prepare it with file_format"):
+    open_source(root, num_classes=2)
+  root = tfds_folder(tmp_path / "2")
+  (root / "imagenet2012-train.array_record-00001-of-00002").unlink()
+  with pytest.raises(DataError, match="train.array_record-00001-of-00002 is missing"):
+    open_source(root, num_classes=2)
+  root = tfds_folder(tmp_path / "3", splits=[{"name": "train"}])
+  with pytest.raises(DataError, match="is not what TFDS writes.*shardLengths"):
+    open_source(root, num_classes=2)
+  root = tfds_folder(tmp_path / "4", labels=())
+  (root / "features.json").write_text("{}")
+  with pytest.raises(DataError, match="describes no feature `label`"):
+    open_source(root, num_classes=2)
+
+
+def test_a_file_that_vanishes_is_a_bad_record(tmp_path):
+  root = make_folder(tmp_path / "f", {"train": {"a": 2}})
+  source = open_source(root, num_classes=1)
+  (root / "train" / "a" / "a_001.JPEG").unlink()
+  assert source[0].name == "train/a/a_000.JPEG"
+  with pytest.raises(BadRecordError, match=r"a_001\.JPEG: cannot be read \(No such file"):
+    source[1]

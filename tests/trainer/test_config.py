@@ -1,0 +1,113 @@
+"""Every bad value is refused with one sentence that names the field; durations become steps."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from configs import base
+from trainer import config as config_lib
+from trainer.errors import ConfigError
+
+RUN_FILES = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_every_run_file_is_valid_on_its_own(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config_lib.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_run_files_only_override(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  assert config_lib.flatten(config).keys() == config_lib.flatten(base.get_config()).keys()
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("model.name", "vgg", ["config.model.name", "resnet", "cifar_resnet", "vgg"]),
+    ("model.depth", 51, ["config.model.depth", "18", "50", "200", "51"]),
+    ("model.dtype", "int8", ["config.model.dtype", "bfloat16", "int8"]),
+    ("model.num_classes", 1, ["config.model.num_classes", "2 or more"]),
+    ("model.bn_momentum", 1.0, ["config.model.bn_momentum", "[0, 1)"]),
+    ("global_batch_size", 0, ["config.global_batch_size", "1 or more"]),
+    ("global_batch_size", 1023, ["config.global_batch_size", "1023", "8 devices", "1024"]),
+    ("eval.batch_size", 100, ["config.eval.batch_size", "8 devices"]),
+    ("label_smoothing", -0.1, ["config.label_smoothing"]),
+    ("data.crop_area", (0.5, 0.2), ["config.data.crop_area"]),
+    ("data.std", (1.0, 0.0, 1.0), ["config.data.std"]),
+    ("data.kind", "tfrecord", ["config.data.kind", "array_record", "tfrecord"]),
+    ("optimizer.name", "lamb", ["config.optimizer.name", "sgd", "adamw", "lamb"]),
+    ("optimizer.lr_per_256", 0.0, ["config.optimizer.lr_per_256", "positive"]),
+    ("checkpoint.keep_last", 0, ["config.checkpoint.keep_last", "1 or more"]),
+    ("total_steps", 10, ["config.total_epochs", "config.total_steps", "set one of them to 0"]),
+    ("total_epochs", 0.0, ["config.total_epochs", "config.total_steps", "both 0"]),
+    ("optimizer.warmup_steps", -1, ["config.optimizer.warmup_steps", "negative"]),
+    ("eval.every_steps", 7, ["config.eval.every_epochs", "config.eval.every_steps"]),
+])
+def test_out_of_range_is_refused_by_name(field, value, words):
+  config = base.get_config()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config, num_devices=8)
+  for word in words:
+    assert word in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_unknown_field_is_refused_with_the_nearest_name():
+  config = base.get_config().unlock()
+  config.optimizer.momentun = 0.9
+  with pytest.raises(ConfigError, match=r"config\.optimizer\.momentun.*did you mean config\.optimizer\.momentum\?"):
+    config_lib.validate(config, num_devices=1)
+
+
+def test_missing_field_is_refused():
+  config = base.get_config().unlock()
+  del config.data.flip
+  with pytest.raises(ConfigError, match=r"config\.data\.flip is missing"):
+    config_lib.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("section, name, value", [
+    ("model", "depth", "50"), ("model", "depth", 50.0), ("data", "flip", 1), ("data", "workers", True),
+    ("optimizer", "lr_per_256", "0.1"), ("data", "mean", ("a", "b", "c"))])
+def test_wrong_type_is_refused(section, name, value):
+  config = base.get_config().unlock()
+  with config[section].ignore_type():
+    config[section][name] = value
+  with pytest.raises(ConfigError, match=rf"config\.{section}\.{name} must"):
+    config_lib.validate(config, num_devices=1)
+
+
+def test_durations_in_steps():
+  config = base.get_config()
+  config.global_batch_size = 100
+  config.total_epochs, config.optimizer.warmup_epochs, config.eval.every_epochs = 3.0, 0.5, 1.0
+  config.checkpoint.every_steps = 7
+  lengths = config_lib.durations(config, num_examples=1050)
+  assert lengths == config_lib.Durations(total=32, warmup=5, eval_every=10, checkpoint_every=7, per_epoch=10.5)
+
+
+def test_warmup_longer_than_the_run_is_refused():
+  config = base.get_config()
+  config.total_epochs = 4.0
+  with pytest.raises(ConfigError, match="warm-up must be shorter"):
+    config_lib.durations(config, num_examples=10_000)
+
+
+@pytest.mark.parametrize("field, value, refused", [
+    ("model.depth", 18, True), ("seed", 1, True), ("global_batch_size", 512, True), ("optimizer.momentum", 0.8, True),
+    ("total_epochs", 100.0, True), ("data.crop_area", (0.2, 1.0), True), ("label_smoothing", 0.0, True),
+    ("data.workers", 7, False), ("data.path", "elsewhere", False), ("log.every_steps", 3, False),
+    ("checkpoint.keep_last", 9, False), ("eval.batch_size", 64, False)])
+def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
+  config = base.get_config()
+  saved = config_lib.flatten(config)
+  config.update_from_flattened_dict({field: value})
+  if not refused:
+    config_lib.check_same_run(saved, config, "runs/a")
+    return
+  with pytest.raises(ConfigError) as error:
+    config_lib.check_same_run(saved, config, "runs/a")
+  assert f"config.{field}" in str(error.value) and "runs/a" in str(error.value)

@@ -1,0 +1,213 @@
+"""Event files: clu's writers without TensorFlow in a fresh process, and what is read back."""
+
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+
+from etils import epath
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX import record_writer
+
+from trainer import events
+
+from clu import metric_writers  # after trainer.events
+
+
+def in_fresh_process(code, *arguments):
+  """Runs code in a new interpreter: what one import leaves behind hides what another lacks."""
+  return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+                        capture_output=True, text=True, timeout=120, check=False,
+                        env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def write(logdir, scalars_by_step):
+  writer = events.SummaryWriter(str(logdir))
+  for step, scalars in scalars_by_step.items():
+    writer.write_scalars(step, scalars)
+  writer.close()
+
+
+def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
+  result = in_fresh_process("""
+      import sys, time
+      from trainer import events
+      from clu import metric_writers, periodic_actions
+      import jax.numpy as jnp
+
+      writer = metric_writers.create_default_writer(sys.argv[1], just_logging=False,
+                                                    asynchronous=True)
+      writer.write_hparams({"depth": 50})
+      progress = periodic_actions.ReportProgress(num_train_steps=8, writer=writer, every_steps=2,
+                                                 every_secs=None)
+      periodic_actions.Profile(logdir=sys.argv[1], first_profile=100)
+      for step in range(1, 9):
+        writer.write_scalars(step, {"train/loss": jnp.float32(1 / step), "train/top1": step / 8})
+        time.sleep(0.01)
+        progress(step)
+      writer.flush()
+      writer.close()
+      loaded = {name.split(".")[0] for name in sys.modules}
+      assert not loaded & {"tensorflow", "torch", "tensorboard", "matplotlib"}, loaded
+      """, tmp_path)
+  assert result.returncode == 0, result.stderr
+  scalars = events.read_scalars(tmp_path)
+  steps, values, wall_times = scalars["train/loss"]
+  np.testing.assert_array_equal(steps, np.arange(1, 9))
+  np.testing.assert_allclose(values, 1 / np.arange(1, 9), rtol=1e-6)
+  assert (np.diff(wall_times) > 0).all() and wall_times[0] > 1.7e9
+  assert (steps.dtype, values.dtype, wall_times.dtype) == ("int64", "float64", "float64")
+  # The first report only starts the clock.
+  assert len(scalars["steps_per_sec"][0]) >= 2 and (scalars["steps_per_sec"][1] > 0).all()
+  assert len(list(tmp_path.glob("*tfevents*"))) == 1
+
+
+def test_only_process_0_writes_files(tmp_path):
+  writer = metric_writers.create_default_writer(tmp_path, just_logging=True)
+  writer.write_scalars(1, {"loss": 1.0})
+  writer.close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_importing_clu_writers_first_is_refused():
+  result = in_fresh_process("""
+      import sys, types
+      # What an installed TensorFlow would allow.
+      theirs = types.ModuleType("clu.metric_writers.summary_writer")
+      theirs.SummaryWriter = type("SummaryWriter", (), {"__module__": "clu.tf"})
+      sys.modules[theirs.__name__] = theirs
+      from clu import metric_writers
+      import trainer.events
+      """)
+  assert result.returncode == 1
+  assert "import trainer.events before clu.metric_writers" in result.stderr
+  assert "clu.tf.SummaryWriter" in result.stderr
+
+
+def test_a_failed_import_of_clu_before_does_no_harm():
+  result = in_fresh_process("""
+      import sys
+      sys.modules["tensorflow"] = None  # as if it were absent
+      try:
+        from clu import periodic_actions
+      except ImportError:
+        pass
+      import trainer.events
+      from clu import periodic_actions
+      periodic_actions.ReportProgress
+      """)
+  assert result.returncode == 0, result.stderr
+
+
+def test_writer_has_the_whole_interface_of_clu():
+  interface = metric_writers.MetricWriter
+  assert issubclass(events.SummaryWriter, interface)
+  assert metric_writers.SummaryWriter is events.SummaryWriter
+  for name in interface.__abstractmethods__:
+    theirs = inspect.signature(getattr(interface, name)).parameters
+    ours = inspect.signature(getattr(events.SummaryWriter, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()], name
+
+
+def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
+  writer = metric_writers.create_default_writer(tmp_path)
+  writer.write_hparams({"optimizer.name": "sgd", "seed": 0})
+  writer.write_texts(step=1, texts={"note": "**hello**"})
+  writer.write_histograms(1, {"weights": jnp.arange(100.0)}, num_buckets={"weights": 7})
+  writer.write_histograms(1, {"default": np.arange(100)})
+  writer.write_images(1, {"image": np.zeros((4, 5, 3)), "grid": np.zeros((2, 4, 5, 3), np.uint8)})
+  writer.write_videos(1, {"video": np.zeros((1, 2, 4, 5, 3))})
+  writer.write_audios(1, {"audio": np.zeros((1, 9, 1))}, sample_rate=8000)
+  writer.write_summaries(1, {"raw": np.zeros(3)})
+  writer.write_scalars(1, {"loss": np.float32(2.0), "nan": float("nan"), "one": jnp.ones(1)})
+  writer.flush()
+  scalars = events.read_scalars(tmp_path)
+  assert list(scalars) == ["loss", "nan", "one"]
+  assert scalars["loss"][1] == [2.0] and np.isnan(scalars["nan"][1]).all()
+  writer.close()
+  file, = tmp_path.iterdir()
+  written = {value.tag: value for event in events._events(epath.Path(file))
+             for value in event.summary.value}
+  assert b"| optimizer.name | sgd |" in written["hparams/text_summary"].tensor.string_val[0]
+  assert written["note/text_summary"].tensor.string_val[0] == b"**hello**"
+  assert sum(written["weights"].histo.bucket) == 100
+  assert len(written["weights"].histo.bucket) == 8  # tensorboardX adds an empty one on the left
+  assert len(written["default"].histo.bucket) == 31
+  assert (written["grid"].image.height, written["grid"].image.width) == (4, 10)
+
+
+def test_flush_puts_everything_into_the_file(tmp_path):
+  writer = events.SummaryWriter(str(tmp_path))
+  writer.write_scalars(3, {"loss": 0.5})
+  writer.flush()
+  assert events.read_scalars(tmp_path)["loss"][0] == [3]
+  writer.close()
+
+
+def test_later_file_wins_where_a_resumed_run_repeats_steps(tmp_path, monkeypatch):
+  clock = iter(range(1_800_000_000, 1_900_000_000, 10))
+  monkeypatch.setattr(events.time, "time", lambda: next(clock))
+  write(tmp_path, {step: {"loss": 1.0} for step in (10, 20, 30, 40)})
+  write(tmp_path, {step: {"loss": 2.0} for step in (30, 40, 50)})
+  write(tmp_path, {40: {"loss": 3.0, "eval/top1": 0.5}})
+  assert len(list(tmp_path.iterdir())) == 3  # though opened in the same second
+  # The names sort against the order of writing, as they may if the runs were on different hosts.
+  for i, path in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+    path.rename(tmp_path / f"events.out.tfevents.{9 - i}")
+  steps, values, wall_times = events.read_scalars(tmp_path)["loss"]
+  assert steps.tolist() == [10, 20, 30, 40, 50]
+  assert values.tolist() == [1.0, 1.0, 2.0, 3.0, 2.0]
+  assert wall_times[3] == wall_times.max()
+  assert events.read_scalars(tmp_path)["eval/top1"][0].tolist() == [40]
+
+
+@pytest.mark.parametrize("missing", [1, 4, 5, 20, 40])
+def test_torn_last_record_is_left_out(tmp_path, missing):
+  write(tmp_path, {step: {"train/loss": float(step)} for step in range(5)})
+  path, = tmp_path.iterdir()
+  path.write_bytes(path.read_bytes()[:-missing])
+  steps, values, _ = events.read_scalars(tmp_path)["train/loss"]
+  np.testing.assert_array_equal(steps, values)
+  assert steps.tolist() == [0, 1, 2, 3]
+  # The next file of the run is read nevertheless.
+  write(tmp_path, {9: {"train/loss": 9.0}})
+  assert events.read_scalars(tmp_path)["train/loss"][0].tolist() == [0, 1, 2, 3, 9]
+
+
+def test_flipped_bit_ends_the_file(tmp_path):
+  write(tmp_path, {step: {"loss": float(step)} for step in range(5)})
+  path, = tmp_path.iterdir()
+  data = bytearray(path.read_bytes())
+  data[-5] ^= 1
+  path.write_bytes(data)
+  assert events.read_scalars(tmp_path)["loss"][0].tolist() == [0, 1, 2, 3]
+
+
+def test_folders_without_scalars(tmp_path):
+  assert events.read_scalars(tmp_path) == {}
+  (tmp_path / "events.out.tfevents.0").write_bytes(b"")
+  (tmp_path / "notes.txt").write_bytes(b"no event file")
+  assert events.read_scalars(str(tmp_path)) == {}
+  with pytest.raises(FileNotFoundError):
+    events.read_scalars(tmp_path / "absent")
+
+
+def test_a_bucket_holds_what_was_flushed(tmp_path, monkeypatch):
+  # A folder in the place of the bucket: etils, not tensorboardX, is to do the writing.
+  real = epath.Path
+  monkeypatch.setattr(events.epath, "Path",
+                      lambda path: real(str(path).replace("gs://bucket", str(tmp_path))))
+  writer = events.SummaryWriter("gs://bucket")
+  assert isinstance(writer._events._py_recordio_writer._writer, events._BucketFile)
+  assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events._BucketFiles)
+  for step in (1, 2):
+    writer.write_scalars(step, {"loss": 1.0})
+    writer.flush()
+    assert events.read_scalars("gs://bucket")["loss"][0][-1] == step
+  writer.write_scalars(3, {"loss": 1.0})
+  writer.close()
+  assert events.read_scalars("gs://bucket")["loss"][0].tolist() == [1, 2, 3]

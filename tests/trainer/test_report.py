@@ -1,0 +1,161 @@
+"""The report of finished, unfinished and empty workdirs; no network, nothing but one file."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import base
+from trainer import events
+from trainer import report
+
+FINAL = {
+    "step": 10_000, "epochs": 90.0, "top1": 0.76512, "top5": 0.93104, "loss": 1.2345,
+    "examples": 50_000, "params": 25_557_032, "images_per_second": 31_234.5,
+    "devices": "32 x TPU v4",
+    "best": {"step": 9_000, "top1": 0.76599}, "bad_records": 0,
+    "wall_seconds": {"compile": 95.0, "input_wait": 40.0, "step": 3700.0, "eval": 120.0,
+                     "checkpoint": 15.0, "other": 30.0, "total": 4000.0},
+}
+
+
+def write_events(workdir):
+  rng = np.random.default_rng(0)
+  writer = events.SummaryWriter(str(workdir / "events"))
+  for step in range(100, 10_001, 100):
+    t = step / 10_000
+    writer.write_scalars(step, {
+        "train/loss": 6.9 * np.exp(-3 * t) + 1.6 + 0.05 * rng.normal(),
+        "train/top1": 0.78 * (1 - np.exp(-4 * t)) + 0.01 * rng.normal(),
+        "train/learning_rate": 0.4 * min(1, t / 0.06) * 0.5 * (1 + np.cos(np.pi * t)),
+        "train/grad_norm": 1 + 0.3 * rng.random(),
+        "train/images_per_second": 31_000 + 300 * rng.normal(),
+        "train/input_wait": 0.01 * rng.random(), "steps_per_sec": 30.0})
+    if step % 1000 == 0:
+      writer.write_scalars(step, {
+          "eval/loss": 5.0 * np.exp(-3 * t) + 1.1, "eval/top1": 0.77 * (1 - np.exp(-4 * t)),
+          "eval/top5": 0.93 * (1 - np.exp(-6 * t)), "eval/examples": 50_000})
+  writer.close()
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A finished run."""
+  workdir = tmp_path / "r50 <pod>"
+  workdir.mkdir()
+  config = base.get_config()
+  config.global_batch_size = 4096
+  config.data.path = "gs://bucket/<imagenet>"
+  (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+  (workdir / "final.json").write_text(json.dumps(FINAL))
+  write_events(workdir)
+  return workdir
+
+
+def pictures(page):
+  return [Image.open(io.BytesIO(base64.b64decode(data)))
+          for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+
+
+def test_finished_run(workdir):
+  path = report.write_report(str(workdir))
+  assert path == str(workdir / "report.html")
+  page = (workdir / "report.html").read_text()
+  text = re.sub(r"<[^>]*>", " ", re.sub(r"base64,[^\"]*", "", page))
+  for expected in ("ResNet-50", "r50 &lt;pod&gt;", "76.51%", "best 76.60% at step 9,000", "93.10%",
+                   "50,000", "1 h 6 min", "31,234", "25.6 M",
+                   "32 x TPU v4", "90.0"):
+    assert expected in text, expected
+  assert "not finished" not in text
+  images = pictures(page)
+  assert len(images) == len(report._PANELS) == 6
+  assert all(image.format == "PNG" and image.width > 600 for image in images)
+  assert sorted(p.name for p in workdir.iterdir()) == [
+      "config.json", "events", "final.json", "report.html"]
+
+
+def test_page_needs_nothing_from_outside(workdir):
+  page = open(report.write_report(str(workdir))).read()
+  assert not re.search(r"https?://|<link|<script|url\(", page)
+  assert len(page) < 1_000_000
+
+
+def test_time_is_split_by_cause_without_the_total(workdir):
+  page = open(report.write_report(str(workdir))).read()
+  shares = [float(share) for share in re.findall(r"flex: ([0-9.]+) 0 0", page)]
+  assert len(shares) == 6 and sum(shares) == pytest.approx(1, abs=1e-4)
+  assert shares[0] == pytest.approx(3700 / 4000)
+  assert "training steps" in page and "92.5%" in page
+
+
+def test_only_changed_fields_of_the_config_are_listed(workdir):
+  page = open(report.write_report(str(workdir))).read()
+  rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td class=\"muted\">(.*?)</td></tr>", page)
+  assert rows == [("data.path", "&quot;gs://bucket/&lt;imagenet&gt;&quot;", "&quot;&quot;"),
+                  ("global_batch_size", "4096", "1024")]
+
+
+def test_config_equal_to_the_base_and_fields_of_another_version(workdir):
+  config = base.get_config().to_dict()
+  (workdir / "config.json").write_text(json.dumps(config))
+  assert "Nothing differs from" in open(report.write_report(str(workdir))).read()
+  del config["seed"]
+  config["model"]["gone"] = 3
+  (workdir / "config.json").write_text(json.dumps(config))
+  page = open(report.write_report(str(workdir))).read()
+  assert "<td>seed</td><td>absent</td>" in page and "<td>model.gone</td><td>3</td>" in page
+
+
+def test_unfinished_run_says_so(workdir):
+  (workdir / "final.json").unlink()
+  page = open(report.write_report(str(workdir))).read()
+  assert "This run is not finished" in page and "last logged step is 10,000" in page
+  assert "75.59%" in page  # of the last evaluation
+  assert "Wall time by cause" not in page
+
+
+def test_run_that_was_never_evaluated(tmp_path):
+  writer = events.SummaryWriter(str(tmp_path / "events"))
+  writer.write_scalars(1, {"train/loss": 7.0, "train/grad_norm": float("nan")})
+  writer.close()
+  page = open(report.write_report(str(tmp_path))).read()
+  assert "Training run" in page and "7.000" in page
+  assert len(pictures(page)) == 2
+
+
+def test_best_may_be_absent_or_the_last(workdir):
+  for best in (None, {"step": 10_000, "top1": 0.76512}):
+    (workdir / "final.json").write_text(json.dumps(FINAL | {"best": best}))
+    assert "top-1, the best of the run" in open(report.write_report(str(workdir))).read()
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "events").mkdir()])
+def test_nothing_to_report(tmp_path, make):
+  make(tmp_path)
+  with pytest.raises(ValueError, match="has nothing to report"):
+    report.write_report(str(tmp_path))
+  assert not (tmp_path / "report.html").exists()
+
+
+def test_command(workdir, tmp_path):
+  def run(folder):
+    return subprocess.run([sys.executable, "-m", "trainer.report", folder], capture_output=True,
+                          text=True, timeout=120, check=False)
+
+  done, empty = run(workdir), run(tmp_path)
+  assert (done.returncode, done.stdout.strip()) == (0, str(workdir / "report.html")), done.stderr
+  assert empty.returncode == 2
+  assert empty.stderr.strip().count("\n") == 0 and "has nothing to report" in empty.stderr
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (725, "12 min 5 s"),
+    (12_000, "3 h 20 min")])
+def test_duration(seconds, text):
+  assert report._duration(seconds) == text

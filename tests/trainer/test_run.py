@@ -1,0 +1,278 @@
+"""A whole run: to the end, stopped and resumed, and refused with one sentence."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from input_pipeline.errors import DataError
+from tests.trainer import tiny
+from trainer import events, train as train_lib
+from trainer.errors import CheckpointError, ConfigError, FAILED, NonFiniteError, PREEMPTED, Preempted
+
+TINY = pathlib.Path(tiny.__file__)
+
+
+@pytest.fixture
+def run_config(shards):
+  config = tiny.get_config()
+  config.data.path = str(shards)
+  return config
+
+
+def command(workdir, shards, *overrides):
+  return [sys.executable, "-m", "trainer", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={shards}",
+          *[f"--config.{override}" for override in overrides]]
+
+
+def fingerprints(workdir, step):
+  """Returns the hash of every leaf at a step, as the checkpoint holds them."""
+  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
+
+
+def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
+  run_config.total_steps, run_config.eval.every_steps = 60, 20
+  final = train_lib.train(run_config, str(tmp_path))
+  assert final == json.loads((tmp_path / "final.json").read_text())
+  assert final["step"] == 60 and final["epochs"] == pytest.approx(60 * 8 / 72)
+  assert final["examples"] == 29
+  assert final["top1"] > 0.8 and final["top5"] >= final["top1"]
+  assert final["best"]["top1"] >= final["top1"]
+  assert {"compile", "input_wait", "step", "eval", "checkpoint"} <= final["wall_seconds"].keys()
+  assert sum(v for k, v in final["wall_seconds"].items() if k != "total") == pytest.approx(
+      final["wall_seconds"]["total"])
+  curves = events.read_scalars(str(tmp_path / "events"))
+  steps, losses, _ = curves["train/loss"]
+  assert list(steps) == list(range(1, 61)) and losses[-1] < losses[0]
+  assert list(curves["eval/top1"][0]) == [20, 40, 60]
+  assert curves["eval/top1"][1][-1] == pytest.approx(final["top1"])
+  assert {"train/learning_rate", "train/grad_norm", "train/images_per_second", "train/input_wait",
+          "steps_per_sec"} <= curves.keys()
+  assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 60
+  assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
+
+  again = train_lib.train(run_config, str(tmp_path))
+  assert again == final
+  evaluated = train_lib.evaluate_only(run_config, str(tmp_path))
+  assert {name: evaluated[name] for name in ("top1", "top5", "loss", "examples")} == pytest.approx(
+      {name: final[name] for name in ("top1", "top5", "loss", "examples")})
+
+
+class StopAt:
+  """Asks for a stop when it is asked for the n-th time: between steps, and between the batches of an evaluation."""
+
+  def __init__(self, n):
+    self.left = n
+
+  def __call__(self):
+    self.left -= 1
+    return self.left <= 0
+
+
+def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
+  run_config.total_steps, run_config.eval.every_steps, run_config.checkpoint.every_steps = 12, 5, 3
+  train_lib.train(run_config, str(tmp_path / "quiet"))
+  quiet = fingerprints(tmp_path / "quiet", 12)
+  # 12 steps ask 12 times and three evaluations of four batches another 12 times; 7, 9, 16 and 24 fall into evaluations.
+  for n in (1, 4, 7, 9, 13, 16, 22, 24):
+    workdir = tmp_path / f"stopped-{n}"
+    with pytest.raises(Preempted) as stopped:
+      train_lib.train(run_config, str(workdir), StopAt(n))
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert f"step {saved} of 12" in str(stopped.value)
+    assert not (workdir / "final.json").exists()
+    final = train_lib.train(run_config, str(workdir))
+    assert fingerprints(workdir, 12) == quiet
+    assert final["examples"] == 29
+    steps, _, _ = events.read_scalars(str(workdir / "events"))["train/loss"]
+    assert list(steps) == list(range(1, 13))
+
+
+def test_signals_and_kills_at_random_moments(tmp_path, shards):
+  """SIGTERM and kill -9 of a real process, at moments spread over its life, end in the same bits."""
+  overrides = ("total_steps=1000", "eval.every_steps=100", "checkpoint.every_steps=40", "log.every_steps=50")
+  for name in ("compiling", "quiet"):  # the second finds everything compiled, as the later ones do
+    began = time.monotonic()
+    subprocess.run(command(tmp_path / name, shards, *overrides), check=True, capture_output=True)
+    lifetime = time.monotonic() - began
+  quiet = fingerprints(tmp_path / "quiet", 1000)
+  assert fingerprints(tmp_path / "compiling", 1000) == quiet
+
+  rng = random.Random(0)
+  signals = [signal.SIGTERM, signal.SIGKILL] * 5
+  stopped_at, codes = None, []
+  for number in signals:
+    with subprocess.Popen(command(tmp_path / "chaos", shards, *overrides), stderr=subprocess.PIPE, text=True) as process:
+      time.sleep(rng.uniform(0.2, 0.6) * lifetime)
+      process.send_signal(number)
+      _, log = process.communicate(timeout=120)
+    codes.append(process.returncode)
+    if stopped_at is not None and "Compiled in" in log:
+      # A SIGTERM loses no step: the next process goes on exactly where it stopped.
+      assert stopped_at == 0 or f"Going on from checkpoint {stopped_at} of" in log, log
+    stopped_at = None
+    if number == signal.SIGTERM and process.returncode == PREEMPTED:
+      stopped_at = int(log.split("Stopped and saved at step ")[1].split()[0])
+    assert process.returncode in (0, PREEMPTED, -signal.SIGKILL), log
+    if process.returncode == 0:
+      break
+  subprocess.run(command(tmp_path / "chaos", shards, *overrides), check=True, capture_output=True)
+  assert PREEMPTED in codes and -signal.SIGKILL in codes
+  assert fingerprints(tmp_path / "chaos", 1000) == quiet
+  assert json.loads((tmp_path / "chaos" / "final.json").read_text())["examples"] == 29
+  assert not (tmp_path / "chaos" / "damaged").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_anything_is_loaded(tmp_path, shards, number):
+  with subprocess.Popen(command(tmp_path / "run", shards), stderr=subprocess.PIPE, text=True) as process:
+    while not process.stderr.readline():  # pragma: no branch
+      pass
+    process.send_signal(number)
+    log = process.communicate(timeout=120)[1]
+  assert process.returncode == PREEMPTED, log
+  assert "stopping after this step" in log and "Traceback" not in log
+
+
+def test_four_devices_give_the_result_of_one(tmp_path, shards):
+  results = []
+  for devices in (1, 4):
+    workdir = tmp_path / str(devices)
+    log = subprocess.run([*command(workdir, shards, "model.bn_momentum=0.5")], check=True, text=True, stderr=subprocess.PIPE,
+                         env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}).stderr
+    assert f"devices   {devices} x" in log
+    results.append(events.read_scalars(str(workdir / "events")))
+  for name in ("train/loss", "train/grad_norm", "eval/loss"):
+    np.testing.assert_allclose(results[0][name][1], results[1][name][1], rtol=2e-4)
+  assert results[0]["eval/examples"][1][-1] == results[1]["eval/examples"][1][-1] == 29
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 2 MiB, which only root can mount."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+  if mounted.returncode:
+    pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+  yield folder
+  subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_is_said_and_the_save_is_tried_again(small_disk, shards):
+  """Training goes on while nothing can be saved, and ends well once there is room again."""
+  overrides = ("total_steps=1500", "checkpoint.every_steps=50", "checkpoint.retry_seconds=0.5", "log.every_steps=100")
+  with subprocess.Popen(command(small_disk / "run", shards, *overrides), stderr=subprocess.PIPE, text=True) as process:
+    while not list((small_disk / "run" / "checkpoints").glob("?0")):
+      time.sleep(0.05)
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+      while True:  # until the disk is full
+        file.write(b"x" * 4096)
+    log = ""
+    for line in process.stderr:
+      log += line
+      if "could not be saved" in line:
+        break
+    ballast.unlink()
+    log += process.communicate(timeout=120)[0] or ""
+  assert process.returncode == 0, log
+  assert "No space left" in log and "Training goes on" in log
+  assert "Traceback" not in log
+  assert (small_disk / "run" / "checkpoints" / "1500").exists()
+  assert (small_disk / "run" / "final.json").exists()
+
+
+def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
+  (small_disk / "ballast").write_bytes(b"x" * (2 * 1024 - 200) * 1024)
+  refused(command(small_disk / "run", shards), "checkpoint of step 10 could not be written", "Make room")
+
+
+def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
+  run_config.checkpoint.every_steps = 1
+  run_config.optimizer.lr_per_256 = 1e30
+  with pytest.raises(NonFiniteError, match=r"Step \d+ is not finite \(loss .*learning rate"):
+    train_lib.train(run_config, str(tmp_path))
+  for checkpoint in (tmp_path / "checkpoints").iterdir():
+    state = train_lib.Checkpointer(train_lib.open_workdir(str(tmp_path)), run_config, 0).restore_newest(
+        train_lib.build(run_config, 72).abstract_state)[0]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_importing_everything_imports_neither_tensorflow_nor_torch():
+  code = ("import sys, trainer.train, trainer.__main__, trainer.report, input_pipeline.prepare, input_pipeline.loader\n"
+          "sys.exit(', '.join({'tensorflow', 'torch'} & sys.modules.keys()) or 0)")
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def refused(process_args, *words):
+  result = subprocess.run(process_args, capture_output=True, text=True)
+  assert result.returncode == FAILED, result.stderr
+  assert "Traceback" not in result.stderr, result.stderr
+  last = result.stderr.strip().splitlines()[-1]
+  for word in words:
+    assert word in last, last
+
+
+def test_command_line_is_refused_in_one_sentence(tmp_path, shards):
+  refused(command(tmp_path, shards, "model.dephts=18"), "dephts")
+  refused(command(tmp_path, shards, "model.depth=deep"), "depth", "deep")
+  refused(command(tmp_path, shards, "global_batch_size=0"), "config.global_batch_size")
+  refused([sys.executable, "-m", "trainer", "--config=nowhere.py", f"--workdir={tmp_path}"], "nowhere.py")
+  refused([sys.executable, "-m", "trainer", f"--config={TINY}"], "--workdir")
+  refused([*command(tmp_path, shards), "--mode=predict"], "mode", "predict")
+
+
+@pytest.mark.parametrize("field, value, error, words", [
+    ("data.path", "/nowhere/at/all", DataError, ["/nowhere/at/all", "does not exist"]),
+    ("data.eval_split", "test", DataError, ["no split 'test'", "train, val"]),
+    ("model.num_classes", 7, DataError, ["6 classes", "config.model.num_classes", "7"]),
+    ("model.depth", 9, ConfigError, ["config.model.depth", "6n+2"]),
+    ("model.name", "vgg", ConfigError, ["config.model.name", "vgg"]),
+])
+def test_data_and_config_that_do_not_fit(tmp_path, run_config, field, value, error, words):
+  run_config.update_from_flattened_dict({field: value})
+  with pytest.raises(error) as refusal:
+    train_lib.train(run_config, str(tmp_path / "run"))
+  for word in words:
+    assert word in str(refusal.value)
+
+
+def test_truncated_shard_is_named(tmp_path, run_config, shards):
+  shutil.copytree(shards, tmp_path / "shards")
+  victim = sorted((tmp_path / "shards").glob("train-*.array_record"))[1]
+  victim.write_bytes(victim.read_bytes()[:-100])
+  run_config.data.path = str(tmp_path / "shards")
+  with pytest.raises(DataError, match=f"{victim.name}.*prepare"):
+    train_lib.train(run_config, str(tmp_path / "run"))
+
+
+def test_workdir_that_cannot_be_written(tmp_path, run_config):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match="--workdir .* cannot be written"):
+    train_lib.train(run_config, str(tmp_path / "file" / "run"))
+
+
+def test_workdir_of_another_config(tmp_path, run_config):
+  train_lib.train(run_config, str(tmp_path))
+  before = sorted(p for p in tmp_path.rglob("*") if "events" not in p.parts)
+  run_config.optimizer.momentum = 0.8
+  with pytest.raises(ConfigError, match=r"config\.optimizer\.momentum: 0\.9 -> 0\.8"):
+    train_lib.train(run_config, str(tmp_path))
+  assert sorted(p for p in tmp_path.rglob("*") if "events" not in p.parts) == before
+  assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["momentum"] == 0.9
+
+
+def test_nothing_to_evaluate(tmp_path, run_config):
+  with pytest.raises(CheckpointError, match="no checkpoint to evaluate"):
+    train_lib.evaluate_only(run_config, str(tmp_path))

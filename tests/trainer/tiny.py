@@ -1,0 +1,20 @@
+"""Run file of the tests: a net with 1,400 parameters on 16 px images of 6 classes, 10 steps of 8 examples."""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.global_batch_size = 8
+  config.total_epochs, config.total_steps = 0.0, 10
+  config.label_smoothing = 0.0
+  config.model.name, config.model.depth, config.model.width = "cifar_resnet", 8, 0.25
+  config.model.num_classes, config.model.dtype = 6, "float32"
+  config.data.image_size = config.data.eval_resize = 16
+  config.data.synthetic_examples = 64
+  config.optimizer.lr_per_256 = 1.0
+  config.optimizer.warmup_epochs = 0.0
+  config.eval.batch_size = 8
+  config.eval.every_epochs = 0.0
+  config.log.every_steps = 1
+  return config

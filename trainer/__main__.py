@@ -1,0 +1,78 @@
+"""python -m trainer --config=configs/X.py --workdir=DIR [--config.field=value ...] [--mode=train|eval]"""
+
+from trainer.preemption import StopRequest
+
+# Before the slow imports: a signal that comes during them must count too.
+stop = StopRequest()
+if __name__ == "__main__":
+  stop.install()
+
+import logging as python_logging
+import os
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from input_pipeline.errors import DataError
+from trainer.errors import DONE, FAILED, TrainerError
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Run file; single fields are set by --config.field=value.")
+flags.DEFINE_string("workdir", None, "Folder of everything that the run writes; a run goes on from what it finds there.")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir.")
+
+
+class _OnlyOurs(python_logging.Filter):
+  """Leaves the log to what a user can act on.
+
+  Orbax and Grain narrate every save and read at INFO; of a failed save Orbax prints the trace, and asyncio the tasks
+  left behind, where the trainer says what it means; clu's work unit repeats the progress line.
+  """
+
+  def filter(self, record: python_logging.LogRecord) -> bool:
+    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "grain", "clu", "jax"))
+    if library:
+      record.exc_info = None
+    if library:
+      return record.levelno >= python_logging.WARNING
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def parse_flags(argv: list[str]) -> None:
+  """Parses flags and loads the config file.
+
+  Raises:
+    TrainerError: with one sentence where a flag, the file or a field is wrong.
+  """
+  try:
+    FLAGS(argv)
+    if FLAGS.config is None or not FLAGS.workdir:
+      raise flags.Error("--config=configs/X.py and --workdir=DIR are needed")
+    FLAGS.config.to_dict()  # config_flags tells of a file that cannot be loaded when it is first used
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # The last line says what is wrong; config_flags puts a whole trace in front of it.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    raise TrainerError(f"Command line: {lines[-1].strip() if lines else error!r}") from error
+
+
+def main(argv: list[str]) -> int:
+  """Runs one mode and returns the exit code of trainer.errors."""
+  logging.use_absl_handler()
+  logging.get_absl_handler().addFilter(_OnlyOurs())
+  logging.set_verbosity(logging.INFO)
+  logging.set_stderrthreshold("info")
+  try:
+    parse_flags(argv)
+    # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
+    from trainer import train
+    run = {"train": train.train, "eval": train.evaluate_only}[FLAGS.mode]
+    run(FLAGS.config, FLAGS.workdir, stop)
+  except (TrainerError, DataError) as error:
+    logging.error("%s", error)
+    return getattr(error, "exit_code", FAILED)
+  return DONE
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,232 @@
+"""What a checkpoint holds, when one is taken, and how a run comes back from it.
+
+A checkpoint is a folder `WORKDIR/checkpoints/STEP` that Orbax writes in the background and renames into place when it
+is whole. Its items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in
+the data, config, clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the
+hashes are computed on the devices before the save, and again after each restore.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from typing import Any, Sequence
+
+from absl import logging
+from etils import epath
+import flax
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+from trainer import config as config_lib
+from trainer.errors import CheckpointError, ConfigError
+from trainer.state import TrainState, fingerprints
+
+FORMAT = 1
+_ITEMS = ("params", "batch_stats", "opt_state", "ema")
+
+# What reading a damaged checkpoint was seen to raise. Anything else (no memory, no permission, no network) says nothing
+# about the checkpoint, which then must not be set aside.
+_DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError)
+_UNREACHABLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+
+class _KeepLatestAndBest:
+  """Orbax preservation policy: the newest N and the best one, which Orbax's own `best_fn` does not combine."""
+
+  def __init__(self, keep_last: int):
+    self.keep_last = keep_last
+    self.best_step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    del context
+    oldest_kept = len(checkpoints) - self.keep_last
+    return [i >= oldest_kept or info.step == self.best_step for i, info in enumerate(checkpoints)]
+
+
+class Checkpointer:
+  """Saves and restores the state of one workdir."""
+
+  def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
+    """Opens the checkpoints of a workdir.
+
+    Args:
+      workdir: folder of the run.
+      config: validated config of the run.
+      every_steps: steps between periodic checkpoints; 0 is none by steps.
+    """
+    self._workdir = workdir
+    self._config = config
+    self._every_steps = every_steps
+    self._policy = _KeepLatestAndBest(config.checkpoint.keep_last)
+    self._directory = workdir / "checkpoints"
+    self._manager = self._open_manager()
+    self._in_flight: int | None = None
+    self._last_time = time.monotonic()
+    self._retry_time: float | None = None
+
+  def _open_manager(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy, cleanup_tmp_directories=True))
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the newest whole checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def set_best(self, step: int) -> None:
+    """Tells which step must outlive the newest N."""
+    if self._config.checkpoint.keep_best:
+      self._policy.best_step = step
+
+  def due(self, step: int) -> bool:
+    """Tells whether a periodic save belongs after this step: by steps, by the clock, or after a save that failed."""
+    now = time.monotonic()
+    if self._retry_time is not None:
+      return now >= self._retry_time
+    by_clock = 60 * self._config.checkpoint.every_minutes
+    return bool(self._every_steps and step % self._every_steps == 0) or bool(
+        by_clock and now - self._last_time >= by_clock)
+
+  def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts an asynchronous save; returns when the state has been copied and may be donated.
+
+    A save that fails is logged and tried again after `config.checkpoint.retry_seconds`; it never ends the run.
+
+    Args:
+      step: steps taken; a step that is already saved is left alone.
+      state: what to save.
+      meta: JSON-able facts of the run to keep beside it: the clocks and the best result.
+    """
+    self.poll(wait=True)
+    if step in self._manager.all_steps():
+      return
+    self._clear_torn()
+    items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
+    meta = meta | {
+        "format": FORMAT,
+        "step": step,
+        "data": {"next_step": step, "examples_seen": step * self._config.global_batch_size},
+        "config": config_lib.flatten(self._config),
+        "fingerprints": fingerprints(items),
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
+    }
+    meta["digest"] = _digest(meta)
+    self._last_time, self._retry_time, self._in_flight = time.monotonic(), None, step
+    try:
+      self._manager.save(step, force=True, args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+    except (OSError, ValueError, RuntimeError) as error:
+      self._save_failed(error)
+
+  def poll(self, wait: bool = False) -> None:
+    """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""
+    if self._in_flight is None or (self._manager.is_saving_in_progress() and not wait):
+      return
+    try:
+      self._manager.wait_until_finished()
+      self._in_flight = None
+    except (OSError, ValueError, RuntimeError) as error:
+      self._save_failed(error)
+
+  def _save_failed(self, error: Exception) -> None:
+    step, self._in_flight = self._in_flight, None
+    # A manager goes on raising what once failed in its background, on close too.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._manager = self._open_manager()
+    self._clear_torn()
+    self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
+    logging.error("The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
+                  "the newest whole checkpoint is that of step %s.", step, _first_line(error),
+                  self._config.checkpoint.retry_seconds, self.latest_step())
+
+  def _clear_torn(self) -> None:
+    """Removes what failed saves left, for its room; called when none is in flight."""
+    if jax.process_index() == 0:
+      for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
+        torn.rmtree(missing_ok=True)
+
+  def save_and_wait(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """Saves unless this step is saved already, and returns when the checkpoint is whole.
+
+    Raises:
+      CheckpointError: if it could not be written.
+    """
+    self.save(step, state, meta)
+    self.poll(wait=True)
+    if self.latest_step() != step:
+      raise CheckpointError(f"The checkpoint of step {step} could not be written to {self._directory}; the newest whole "
+                            f"one is that of step {self.latest_step()}. Make room or mend the folder, then run again.")
+
+  def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restores the newest checkpoint that is whole and true, setting aside those that are not.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+
+    Returns:
+      The state, placed as asked, and its meta; None if there is no checkpoint.
+
+    Raises:
+      ConfigError: if the checkpoint belongs to another config.
+      CheckpointError: if the storage cannot be read at all.
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        state, meta = self._restore(step, abstract_state)
+      except ConfigError:
+        raise
+      except Exception as error:
+        cause = error.__cause__ or error  # Orbax wraps what TensorStore says in a bare Exception
+        if not isinstance(cause, _DAMAGE):
+          raise
+        if any(word in str(cause) for word in _UNREACHABLE):
+          raise CheckpointError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
+                                f"{_first_line(cause)}.") from error
+        self._set_aside(step, _first_line(cause))
+        continue
+      if meta.get("best"):
+        self.set_best(meta["best"]["step"])
+      return state, meta
+    return None
+
+  def _restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta.get("digest") != _digest(meta):
+      raise ValueError("its meta item does not match its digest")
+    if meta["format"] != FORMAT:
+      raise ConfigError(f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}.")
+    config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
+    abstract = {name: getattr(abstract_state, name) for name in _ITEMS if getattr(abstract_state, name) is not None}
+    items = dict(self._manager.restore(step, args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(item) for name, item in abstract.items()})))
+    found = fingerprints(items)
+    wrong = [name for name, value in meta["fingerprints"].items() if found.get(name) != value]
+    if wrong or len(found) != len(meta["fingerprints"]):
+      raise ValueError(f"the hash of {wrong[0] if wrong else 'a leaf'} is not the one that was saved "
+                       f"({len(wrong)} of {len(found)} leaves differ)")
+    step_array = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
+    return abstract_state.replace(step=step_array, **items), meta
+
+  def _set_aside(self, step: int, reason: str) -> None:
+    source, target = self._directory / str(step), self._workdir / "damaged" / f"{step}-{int(time.time())}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+    self._manager.reload()
+    logging.error("Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.", source, reason,
+                  target)
+
+  def close(self) -> None:
+    """Waits for the save in flight and frees Orbax's threads."""
+    self.poll(wait=True)
+    self._manager.close()
+
+
+def _digest(meta: dict[str, Any]) -> str:
+  content = {key: value for key, value in meta.items() if key != "digest"}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:300]

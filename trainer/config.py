@@ -1,0 +1,196 @@
+"""Checks a config once at start, and turns durations into steps in one place."""
+
+import dataclasses
+import difflib
+import json
+from typing import Any, Iterator
+
+import ml_collections
+
+from configs import base
+from trainer import models
+from trainer.errors import ConfigError
+
+_AT_LEAST_0 = (lambda v: v >= 0, "must be 0 or more")
+_AT_LEAST_1 = (lambda v: v >= 1, "must be 1 or more")
+_POSITIVE = (lambda v: v > 0, "must be positive")
+_SHARE = (lambda v: 0 <= v < 1, "must be in [0, 1)")
+
+
+def _one_of(*names: str):
+  return (lambda v: v in names, f"must be one of {', '.join(names)}")
+
+
+_RANGES = {
+    "seed": (lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
+    "global_batch_size": _AT_LEAST_1,
+    "label_smoothing": _SHARE,
+    "model.width": _POSITIVE,
+    "model.num_classes": (lambda v: v >= 2, "must be 2 or more"),
+    "model.dtype": _one_of("bfloat16", "float32"),
+    "model.bn_momentum": _SHARE,
+    "model.bn_epsilon": _POSITIVE,
+    "data.kind": _one_of("auto", "array_record", "folder", "synthetic"),
+    "data.image_size": _AT_LEAST_1,
+    "data.eval_resize": _AT_LEAST_1,
+    "data.crop_area": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "must be (min, max) in (0, 1]"),
+    "data.crop_aspect": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "must be (min, max), both positive"),
+    "data.mean": (lambda v: len(v) == 3, "must have one number for each of R, G, B"),
+    "data.std": (lambda v: len(v) == 3 and min(v) > 0, "must have one positive number for each of R, G, B"),
+    "data.workers": _AT_LEAST_0,
+    "data.threads": _AT_LEAST_1,
+    "data.prefetch_batches": _AT_LEAST_1,
+    "data.max_bad_fraction": _SHARE,
+    "data.synthetic_examples": _AT_LEAST_1,
+    "optimizer.name": _one_of("sgd", "adamw"),
+    "optimizer.lr_per_256": _POSITIVE,
+    "optimizer.final_lr_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    "optimizer.momentum": _SHARE,
+    "optimizer.b1": _SHARE,
+    "optimizer.b2": _SHARE,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.clip_norm": _AT_LEAST_0,
+    "optimizer.ema_decay": _SHARE,
+    "eval.batch_size": _AT_LEAST_1,
+    "checkpoint.every_minutes": _AT_LEAST_0,
+    "checkpoint.keep_last": _AT_LEAST_1,
+    "checkpoint.retry_seconds": _AT_LEAST_0,
+    "log.every_steps": _AT_LEAST_1,
+    "log.profile_step": _AT_LEAST_0,
+    "log.profile_steps": _AT_LEAST_1,
+}
+
+_DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
+
+# What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
+# saved numbers mean or which batch comes next.
+_MAY_CHANGE = ("data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
+               "data.max_bad_fraction", "eval.", "checkpoint.", "log.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+  """The durations of a config in steps.
+
+  Attributes:
+    total: steps of the whole run.
+    warmup: steps of the linear warm-up.
+    eval_every: steps between evaluations; 0 is only at the end.
+    checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
+    per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+  """
+
+  total: int
+  warmup: int
+  eval_every: int
+  checkpoint_every: int
+  per_epoch: float
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'model.depth': 50, ...} with tuples as lists, as JSON would give them back."""
+
+  def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+      if isinstance(value, dict):
+        yield from walk(value, f"{prefix}{key}.")
+      else:
+        yield prefix + key, value
+
+  return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
+
+
+def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
+  """Refuses a config that cannot run.
+
+  Args:
+    config: the config of the run.
+    num_devices: devices of all hosts, over which batches are split.
+
+  Raises:
+    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, out of
+      its range, or not divisible.
+  """
+  values, defaults = flatten(config), flatten(base.get_config())
+  for field in sorted(values.keys() - defaults.keys()):
+    close = difflib.get_close_matches(field, defaults, n=1)
+    raise ConfigError(f"config.{field} is not a field of configs/base.py"
+                      + (f"; did you mean config.{close[0]}?" if close else "."))
+  for field, default in defaults.items():
+    if field not in values:
+      raise ConfigError(f"config.{field} is missing; build the config on configs.base.get_config().")
+    _check_type(field, values[field], default)
+    in_range, rule = _RANGES.get(field, (lambda v: True, ""))
+    if not in_range(values[field]):
+      raise ConfigError(f"config.{field} {rule}; it is {values[field]!r}.")
+  for name in _DURATIONS:
+    epochs, steps = values[f"{name}_epochs"], values[f"{name}_steps"]
+    if epochs < 0 or steps < 0:
+      raise ConfigError(f"config.{name}_epochs and config.{name}_steps must not be negative.")
+    if epochs and steps:
+      raise ConfigError(f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; set one of them to 0.")
+  if not values["total_epochs"] and not values["total_steps"]:
+    raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
+  for field in ("global_batch_size", "eval.batch_size"):
+    if values[field] % num_devices:
+      raise ConfigError(f"config.{field} is {values[field]}, which the {num_devices} devices do not divide; "
+                        f"the nearest that fits is {max(1, round(values[field] / num_devices)) * num_devices}.")
+  try:
+    models.check(config.model)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+  expected = (int, float) if isinstance(default, float) else type(default)
+  if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
+    raise ConfigError(f"config.{field} must be of type {type(default).__name__}; "
+                      f"it is {value!r} of type {type(value).__name__}.")
+  if isinstance(default, list) and not all(isinstance(v, (int, float)) for v in value):
+    raise ConfigError(f"config.{field} must hold numbers; it is {value!r}.")
+
+
+def durations(config: ml_collections.ConfigDict, num_examples: int) -> Durations:
+  """Turns every `*_epochs` and `*_steps` of the config into steps.
+
+  Args:
+    config: a validated config.
+    num_examples: examples of the training split.
+
+  Raises:
+    ConfigError: if the run would have no step, or a warm-up longer than itself.
+  """
+  per_epoch = num_examples / config.global_batch_size
+
+  def steps(section: ml_collections.ConfigDict, name: str) -> int:
+    epochs = section[f"{name}_epochs"]
+    return max(1, round(epochs * per_epoch)) if epochs else section[f"{name}_steps"]
+
+  result = Durations(
+      total=steps(config, "total"), warmup=steps(config.optimizer, "warmup"), eval_every=steps(config.eval, "every"),
+      checkpoint_every=steps(config.checkpoint, "every"), per_epoch=per_epoch)
+  if result.warmup >= result.total:
+    raise ConfigError(f"config.optimizer.warmup_* makes {result.warmup} steps, the whole run has {result.total}; "
+                      "the warm-up must be shorter.")
+  return result
+
+
+def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Refuses to go on from checkpoints of a config that means something else.
+
+  Args:
+    saved: `flatten` of the config that wrote the checkpoints.
+    config: the config of this run.
+    workdir: named in the message.
+
+  Raises:
+    ConfigError: with every differing field that would change the meaning of the saved state or the order of data.
+  """
+  values = flatten(config)
+  differ = [field for field in sorted(saved.keys() | values.keys())
+            if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)]
+  if differ:
+    changes = ", ".join(f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ)
+    raise ConfigError(f"{workdir} holds checkpoints of another config ({changes}); "
+                      "use another --workdir, or the config that this one was started with.")

@@ -1,0 +1,29 @@
+"""What ends a run, and the exit codes that a launcher reads."""
+
+DONE = 0
+FAILED = 2  # a rerun of the same command fails in the same way
+PREEMPTED = 75  # stopped on request after saving; the same command goes on from there
+
+
+class TrainerError(Exception):
+  """Ends the run with one sentence for the user and `exit_code`."""
+
+  exit_code = FAILED
+
+
+class ConfigError(TrainerError):
+  """A config field is unknown, of the wrong type, out of range, or does not fit the data or the workdir."""
+
+
+class CheckpointError(TrainerError):
+  """A checkpoint is needed and none can be read or written."""
+
+
+class NonFiniteError(TrainerError):
+  """Loss, gradients or parameters stopped being finite numbers."""
+
+
+class Preempted(TrainerError):
+  """SIGTERM or Ctrl-C came; everything there is to keep is on disk."""
+
+  exit_code = PREEMPTED

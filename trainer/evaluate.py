@@ -1,0 +1,54 @@
+"""Exact evaluation: every example counts once on any number of devices."""
+
+import collections
+from typing import Any, Callable, Iterator
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from trainer import mesh as mesh_lib
+from trainer.errors import NonFiniteError
+
+BATCH = ("image", "label", "mask")
+_TOTALS = {"loss": np.float32, "top1": np.int32, "top5": np.int32, "examples": np.int32}
+
+
+def zero_totals(mesh: Mesh) -> dict[str, jax.Array]:
+  """Returns what `eval_step` adds to: replicated scalars, all zero."""
+  return jax.device_put({name: dtype(0) for name, dtype in _TOTALS.items()}, mesh_lib.replicated(mesh))
+
+
+def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats: Any,
+             host_batches: Iterator[dict[str, np.ndarray]], stopped: Callable[[], bool]) -> dict[str, Any] | None:
+  """Runs the model over a whole split.
+
+  Args:
+    eval_step: the compiled `trainer.step.make_eval_step`.
+    mesh: the mesh of the run.
+    params: what to evaluate.
+    batch_stats: running BN statistics that belong to `params`.
+    host_batches: this host's rows of each padded batch of the split.
+    stopped: asked before each batch; True ends the evaluation early.
+
+  Returns:
+    {'loss', 'top1', 'top5': float means, 'examples': int count}, or None if it was stopped.
+
+  Raises:
+    NonFiniteError: if the mean loss is not a finite number.
+  """
+  totals = zero_totals(mesh)
+  in_flight = collections.deque()
+  for batch in mesh_lib.prefetch(mesh, host_batches, BATCH):
+    if stopped():
+      return None
+    totals = eval_step(params, batch_stats, totals, batch)
+    in_flight.append(totals["examples"])
+    if len(in_flight) > 2:  # bounds the batches in flight, and with them the memory that they hold
+      in_flight.popleft().block_until_ready()
+  totals = jax.device_get(totals)
+  examples = int(totals["examples"])
+  result = {name: float(totals[name]) / examples for name in ("loss", "top1", "top5")}
+  if not np.isfinite(result["loss"]):
+    raise NonFiniteError(f"the evaluation loss is {result['loss']}; the weights are not usable.")
+  return result | {"examples": examples}

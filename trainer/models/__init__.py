@@ -1,0 +1,40 @@
+"""Models by name: `create` builds that of `config.model`, `check` only looks whether it exists."""
+
+from flax import nnx
+import ml_collections
+
+from trainer.models.resnet import CifarResNet
+from trainer.models.resnet import ResNet
+
+MODELS = {"resnet": ResNet, "cifar_resnet": CifarResNet}
+
+
+def check(model_config: ml_collections.ConfigDict):
+  """Checks, without building anything, that `create` knows such a model.
+
+  Args:
+    model_config: `config.model`.
+
+  Raises:
+    ValueError: one sentence that names the field and what it may be.
+  """
+  if model_config.name not in MODELS:
+    raise ValueError(f"config.model.name: there are {', '.join(MODELS)}; got {model_config.name}")
+  MODELS[model_config.name].check_depth(model_config.depth)
+
+
+def create(model_config: ml_collections.ConfigDict, *, rngs: nnx.Rngs) -> nnx.Module:
+  """Returns a new model: float [N, H, W, 3] -> float32 logits [N, num_classes].
+
+  Its state is nnx.Param and nnx.BatchStat only, all float32, with string keys throughout.
+
+  Args:
+    model_config: `config.model`.
+    rngs: with a `params` stream, from which all parameters are drawn.
+
+  Raises:
+    ValueError: as `check`.
+  """
+  check(model_config)
+  arguments = dict(model_config)
+  return MODELS[arguments.pop("name")](arguments.pop("depth"), rngs=rngs, **arguments)

@@ -1,0 +1,283 @@
+"""The story of a run: open the data, build the program, find the newest checkpoint, compile, train, evaluate, report."""
+
+import dataclasses
+import json
+from typing import Any, Callable
+
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from flax import nnx
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from input_pipeline import loader, sources
+from trainer import config as config_lib, evaluate, mesh as mesh_lib, models, report, step as step_lib
+from trainer.checkpoint import Checkpointer
+from trainer.errors import CheckpointError, ConfigError, Preempted
+from trainer.optimizer import make_optimizer, make_schedule
+from trainer.state import TrainState, make_init
+from trainer.telemetry import Telemetry, WallClock
+
+TRAIN_BATCH = ("image", "label")
+
+
+@dataclasses.dataclass
+class Program:
+  """What a config, a mesh and the length of the run define; no array is made yet."""
+
+  mesh: Mesh
+  lengths: config_lib.Durations
+  graphdef: nnx.GraphDef
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  init: Callable[[], TrainState]
+  abstract_state: TrainState
+
+
+def build(config: ml_collections.ConfigDict, num_examples: int) -> Program:
+  """Builds the program of a validated config for a training split of `num_examples`."""
+  mesh = mesh_lib.make_mesh()
+  lengths = config_lib.durations(config, num_examples)
+  schedule = make_schedule(config, warmup_steps=lengths.warmup, total_steps=lengths.total)
+  optimizer = make_optimizer(config, schedule)
+  graphdef, init = make_init(config, optimizer)
+  abstract_state = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh)), jax.eval_shape(init))
+  return Program(mesh, lengths, graphdef, schedule, optimizer, init, abstract_state)
+
+
+def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
+  """Compiles (state, batch) -> (state, metrics); the state is donated."""
+  train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config)
+  state_sharding = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, mesh_lib.replicated(program.mesh)))
+  return jitted.lower(program.abstract_state, _abstract_batch(config, program.mesh, config.global_batch_size,
+                                                              TRAIN_BATCH)).compile()
+
+
+def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
+  """Compiles (params, batch_stats, totals, batch) -> totals."""
+  jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config),
+                   out_shardings=mesh_lib.replicated(program.mesh))
+  batch = _abstract_batch(config, program.mesh, config.eval.batch_size, evaluate.BATCH)
+  return jitted.lower(*program.abstract_state.for_eval(), evaluate.zero_totals(program.mesh), batch).compile()
+
+
+def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int,
+                    names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+  size = config.data.image_size
+  kinds = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32),
+           "mask": ((batch_size,), np.bool_)}
+  return {name: jax.ShapeDtypeStruct(*kinds[name], sharding=mesh_lib.batch_sharding(mesh)) for name in names}
+
+
+def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+  """Trains to the end of the run, from wherever its workdir is.
+
+  Args:
+    config: the run; see `configs/base.py`.
+    workdir: folder of everything the run writes; a workdir with checkpoints goes on from the newest valid one.
+    stop: asked at every step; True saves and ends the process.
+
+  Returns:
+    What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, and more.
+
+  Raises:
+    TrainerError: with one sentence for the user; `Preempted` after a stop.
+    input_pipeline.errors.DataError: if the data are missing, inconsistent or broken.
+  """
+  clock = WallClock()
+  config_lib.validate(config, num_devices=jax.device_count())
+  workdir = open_workdir(workdir)
+
+  train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
+  eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
+  program = build(config, len(train_source))
+  lengths, mesh = program.lengths, program.mesh
+  logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
+
+  checkpointer = Checkpointer(workdir, config, lengths.checkpoint_every)
+  restored = checkpointer.restore_newest(program.abstract_state)
+  if restored:
+    state, meta = restored
+    first_step, best = meta["step"], meta["best"]
+    clock.restore(meta["wall_seconds"])
+    logging.info("Going on from checkpoint %d of %d.", first_step, lengths.total)
+  else:
+    state, first_step, best = None, 0, None
+  write_json(workdir / "config.json", config.to_dict())
+  finished = workdir / "final.json"
+  if first_step >= lengths.total and finished.exists():
+    logging.info("This run is complete: %s", finished.read_text())
+    checkpointer.close()
+    return json.loads(finished.read_text())
+
+  with clock("compile"):
+    if state is None:
+      state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
+    train_step = compile_train_step(config, program)
+    eval_step = compile_eval_step(config, program)
+    jax.block_until_ready(state)
+  logging.info("Compiled in %.1f s.", clock.read()["compile"])
+
+  host, hosts = jax.process_index(), jax.process_count()
+  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=host,
+                                      hosts=hosts, global_batch_size=config.global_batch_size)
+  telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
+                        steps_per_epoch=lengths.per_epoch)
+
+  def is_eval_step(step: int) -> bool:
+    return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
+
+  def evaluate_now(step: int) -> dict[str, Any] | None:
+    nonlocal best
+    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=host,
+                                       hosts=hosts)
+    with clock("eval"):
+      result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, stop)
+      eval_batches.close()
+    if result:
+      telemetry.evaluated(step, result)
+      if best is None or result["top1"] > best["top1"]:
+        best = {"step": step, "top1": result["top1"]}
+        checkpointer.set_best(step)
+    return result
+
+  def meta_now() -> dict[str, Any]:
+    return {"best": best, "wall_seconds": clock.read()}
+
+  step, result = first_step, None
+  try:
+    # A checkpoint is taken before the evaluation of its step, so one that was cut short, or is lost with its process,
+    # is done again here.
+    if step and is_eval_step(step):
+      result = evaluate_now(step)
+    batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
+    clock.switch("step")
+    while step < lengths.total and not stop():
+      with clock("input_wait"):
+        batch = next(batches)
+      with jax.transfer_guard("disallow"):
+        state, metrics = train_step(state, batch)
+      step += 1
+      telemetry.step(step, metrics)
+      checkpointer.poll()
+      if is_eval_step(step) or checkpointer.due(step):
+        telemetry.flush()  # raises if a step up to this one was not finite: only good states are saved
+        with clock("checkpoint"):
+          checkpointer.save(step, state, meta_now())
+      if is_eval_step(step):
+        result = evaluate_now(step)
+
+    telemetry.flush()
+    clock.switch("end")
+    with clock("checkpoint"):
+      checkpointer.save_and_wait(step, state, meta_now())
+    if step < lengths.total or result is None:
+      raise Preempted(f"Stopped and saved at step {step} of {lengths.total}; the same command goes on from there.")
+  finally:
+    host_batches.close()
+    telemetry.close()
+    checkpointer.close()
+
+  seconds = clock.read()
+  final = result | {
+      "step": step,
+      "epochs": step / lengths.per_epoch,
+      "best": best,
+      "params": count_params(program),
+      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
+      "bad_records": host_batches.bad_records,
+      "wall_seconds": seconds | {"total": sum(seconds.values())},
+  }
+  write_json(finished, final)
+  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs. Curves: %s", 100 * final["top1"],
+               100 * final["top5"], final["examples"], final["epochs"], report.write_report(str(workdir)))
+  return final
+
+
+def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
+                  stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a workdir on `config.data.eval_split`, and writes `eval.json`.
+
+  Returns:
+    {'step', 'top1', 'top5', 'loss', 'examples'}.
+
+  Raises:
+    TrainerError: as `train` does, and if there is no checkpoint.
+  """
+  config_lib.validate(config, num_devices=jax.device_count())
+  directory = open_workdir(workdir)
+  train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
+  eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
+  program = build(config, len(train_source))
+  checkpointer = Checkpointer(directory, config, every_steps=0)
+  restored = checkpointer.restore_newest(program.abstract_state)
+  checkpointer.close()
+  if restored is None:
+    raise CheckpointError(f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir.")
+  state, meta = restored
+  host_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
+                                     host=jax.process_index(), hosts=jax.process_count())
+  result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches, stop)
+  host_batches.close()
+  if result is None:
+    raise Preempted("Stopped during the evaluation; the same command starts it again.")
+  result = {"step": meta["step"]} | result
+  write_json(directory / "eval.json", result)
+  logging.info("Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.", result["step"],
+               100 * result["top1"], 100 * result["top5"], result["loss"], result["examples"])
+  return result
+
+
+def open_workdir(workdir: str) -> epath.Path:
+  """Makes the folder and proves that it can be written.
+
+  Raises:
+    ConfigError: if it cannot.
+  """
+  path = epath.Path(workdir).expanduser().absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".probe-{jax.process_index()}"
+    probe.write_text("x")
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(f"--workdir {path} cannot be written: {error.strerror or error}.") from error
+  return path
+
+
+def write_json(path: epath.Path, value: dict[str, Any]) -> None:
+  """Writes a file that is whole or absent, on process 0."""
+  if jax.process_index() == 0:
+    partial = path.parent / f"{path.name}.tmp"
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def count_params(program: Program) -> int:
+  """Returns the number of trained parameters."""
+  return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
+
+
+def describe(config: ml_collections.ConfigDict, program: Program, train_examples: int, eval_examples: int) -> str:
+  """Returns what is about to run, for the log."""
+  lengths, devices = program.lengths, jax.devices()
+  overview = parameter_overview.get_parameter_overview(program.abstract_state.params, include_stats=False)
+  return "\n".join([
+      "This run:",
+      f"  model     {config.model.name} {config.model.depth}, width {config.model.width:g}, "
+      f"{count_params(program):,} parameters, {config.model.num_classes} classes, {config.model.dtype}",
+      f"  data      {config.data.path or config.data.kind}: {train_examples:,} to train, {eval_examples:,} to evaluate, "
+      f"{config.data.image_size} px",
+      f"  length    {lengths.total:,} steps of {config.global_batch_size}, {lengths.total / lengths.per_epoch:.2f} epochs, "
+      f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
+      f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
+      f"{jax.process_count()} process(es)",
+      overview,
+  ])
