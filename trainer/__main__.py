@@ -59,7 +59,9 @@ def parse_flags(argv: list[str]) -> None:
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code of trainer.errors."""
   logging.use_absl_handler()
-  logging.get_absl_handler().addFilter(_OnlyOurs())
+  handler = logging.get_absl_handler()
+  handler.addFilter(_OnlyOurs())
+  handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   try:
@@ -75,4 +77,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  code = main(sys.argv)
+  logging.flush()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Everything is closed by now. What may be left are threads of a save that failed, which would hold up the end of the
+  # interpreter and fill the screen with their traces.
+  os._exit(code)

@@ -7,8 +7,11 @@ hashes are computed on the devices before the save, and again after each restore
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
+import shutil
 import time
 from typing import Any, Sequence
 
@@ -24,6 +27,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.state import TrainState, fingerprints
 
 FORMAT = 1
+_ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
 _ITEMS = ("params", "batch_stats", "opt_state", "ema")
 
 # What reading a damaged checkpoint was seen to raise. Anything else (no memory, no permission, no network) says nothing
@@ -114,10 +118,19 @@ class Checkpointer:
     meta["digest"] = _digest(meta)
     self._last_time, self._retry_time, self._in_flight = time.monotonic(), None, step
     try:
+      self._check_room(items)
       self._manager.save(step, force=True, args=ocp.args.Composite(
           meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
     except (OSError, ValueError, RuntimeError) as error:
       self._save_failed(error)
+
+  def _check_room(self, items: dict[str, Any]) -> None:
+    """Raises OSError if a local disk is too full: Orbax, finding that out midway, leaves threads that fill the log."""
+    if self._directory.as_posix().startswith("/"):
+      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
+      free = shutil.disk_usage(self._directory).free
+      if free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed")
 
   def poll(self, wait: bool = False) -> None:
     """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""

@@ -159,10 +159,10 @@ def test_four_devices_give_the_result_of_one(tmp_path, shards):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A file system of 2 MiB, which only root can mount."""
+  """A file system of 16 MiB, which only root can mount."""
   folder = tmp_path / "disk"
   folder.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
   if mounted.returncode:
     pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
   yield folder
@@ -194,7 +194,7 @@ def test_full_disk_is_said_and_the_save_is_tried_again(small_disk, shards):
 
 
 def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
-  (small_disk / "ballast").write_bytes(b"x" * (2 * 1024 - 200) * 1024)
+  (small_disk / "ballast").write_bytes(b"x" * (14 << 20))
   refused(command(small_disk / "run", shards), "checkpoint of step 10 could not be written", "Make room")
 
 
