@@ -1,4 +1,10 @@
-"""ResNet-18 from scratch on Imagenette (10 classes of ImageNet), sized for a CPU."""
+"""ResNet-18 of half the width, from scratch, on 10 classes of ImageNet, sized for two CPU cores and half an hour.
+
+    python -m input_pipeline.prepare --tar imagenette.tar --out data/imagenette
+    python -m trainer --config=configs/imagenette_resnet18.py --workdir=runs/imagenette --config.data.path=data/imagenette
+
+At 112 px the last stage is 4x4: XLA computes a 3x3 convolution on a smaller map many times slower on a CPU.
+"""
 
 from configs import base
 
@@ -9,18 +15,18 @@ def get_config():
   config.total_epochs = 36.0
 
   config.model.depth = 18
+  config.model.width = 0.5
   config.model.num_classes = 10
-  config.model.dtype = "float32"
+  config.model.dtype = "float32"  # what a CPU computes fastest
 
-  config.data.image_size = 72
-  config.data.eval_resize = 82
-  config.data.crop_area = (0.35, 1.0)
+  config.data.image_size = 112
+  config.data.eval_resize = 128
+  config.data.crop_area = (0.35, 1.0)  # a short run learns little from the tiny crops of the 90-epoch recipe
 
-  config.optimizer.lr_per_256 = 0.2
+  config.optimizer.lr_per_256 = 0.3
   config.optimizer.warmup_epochs = 3.0
   config.optimizer.weight_decay = 5e-4
 
   config.eval.batch_size = 100
   config.eval.every_epochs = 3.0
-  config.log.every_steps = 50
   return config

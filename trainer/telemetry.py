@@ -25,11 +25,11 @@ _LAG = 2
 class WallClock:
   """Splits wall time into causes; every second belongs to exactly one."""
 
-  CAUSES = ("start", "compile", "input_wait", "step", "eval", "checkpoint", "end")
+  CAUSES = ("compile", "input_wait", "step", "eval", "checkpoint", "other")
 
   def __init__(self):
     self.seconds = {cause: 0.0 for cause in self.CAUSES}
-    self._cause = "start"
+    self._cause = "other"
     self._since = time.monotonic()
 
   def switch(self, cause: str) -> str:

@@ -174,7 +174,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
         result = evaluate_now(step)
 
     telemetry.flush()
-    clock.switch("end")
+    clock.switch("other")
     with clock("checkpoint"):
       checkpointer.save_and_wait(step, state, meta_now())
     if step < lengths.total or result is None:
