@@ -12,7 +12,7 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.global_batch_size = 64
-  config.total_epochs = 36.0
+  config.total_epochs = 30.0
 
   config.model.depth = 18
   config.model.width = 0.5

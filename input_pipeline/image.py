@@ -56,9 +56,8 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as opened:
       if opened.width * opened.height > MAX_PIXELS:
         raise BadRecordError(f"{opened.width}x{opened.height} pixels are more than {MAX_PIXELS}")
-      if opened.mode.startswith(
-        "I"
-      ):  # 16 bits a pixel; Pillow would clip them to 255 instead of scaling
+      if opened.mode.startswith("I"):
+        # 16 bits a pixel, which Pillow would clip to 255 instead of scaling them.
         grey = (np.asarray(opened) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
       return np.asarray(opened.convert("RGB"))

@@ -18,7 +18,10 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class Member(NamedTuple):
-  """One image file: `size` bytes at `offset` of the file `path`, or `data` without a file."""
+  """One image file: `size` bytes at `offset` of the file `path`, or `data` without a file.
+
+  The name is unique within a split: the file's own where it is, else CLASS/FILE.
+  """
 
   path: str
   offset: int
@@ -90,7 +93,7 @@ def from_folder(folder: str) -> Inputs:
       ignored += len(os.listdir(os.path.join(root, name))) - len(images)
       for image in images:
         path = os.path.join(root, name, image)
-        found.append((split, name, Member(path, 0, os.path.getsize(path), 0, image)))
+        found.append((split, name, Member(path, 0, os.path.getsize(path), 0, f"{name}/{image}")))
   return _label(
     found, {"kind": "folder", "name": os.path.basename(os.path.abspath(folder))}, ignored, folder
   )
@@ -110,7 +113,7 @@ def from_tar(path: str) -> Inputs:
       continue
     depths.setdefault(len(parts), name)
     split = _SPLITS.get(parts[-3]) if len(parts) > 2 else None
-    found.append((split, parts[-2], Member(path, offset, size, 0, parts[-1])))
+    found.append((split, parts[-2], Member(path, offset, size, 0, "/".join(parts[-2:]))))
   splits = {split for split, _, _ in found}
   if len(depths) > 1 or (None in splits and len(splits) > 1):
     raise DataError(
@@ -149,7 +152,6 @@ def from_imagenet(
       raise DataError(
         f"--imagenet-train {train} holds no tars of classes; is it ILSVRC2012_img_train.tar?"
       )
-    inner.sort()
     scans = run(
       _scan_inner, [train] * len(inner), [o for _, o, _ in inner], [s for _, _, s in inner]
     )

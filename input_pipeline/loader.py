@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from input_pipeline import image
+from input_pipeline import processes
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
@@ -182,8 +183,8 @@ class BatchIterator:
       if "terminated unexpectedly" not in str(e):
         raise
       raise DataError(
-        f"a decoding process failed ({e}); check the memory of the host or lower "
-        "config.data.workers."
+        f"a decoding process failed ({e}); it was probably short of memory or of /dev/shm, "
+        "lower config.data.workers or config.data.prefetch_batches."
       ) from e
     for reason in bad.reasons:
       if reason not in self._logged:
@@ -241,6 +242,12 @@ def train_batches(
     DataError: a value does not fit; see BatchIterator for what happens later.
   """
   _check(data, "config.global_batch_size", global_batch_size, hosts)
+  if seed < 0:
+    raise DataError(f"config.seed={seed} must not be negative.")
+  for name, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+    low, high = data[name]
+    if not 0 < low <= high <= most:
+      raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
   rows = _TrainRows(source, data, global_batch_size, host, hosts, seed)
   make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
   return BatchIterator(make(rows, first_step, _ENDLESS, data), len(source), data.max_bad_fraction)
@@ -306,10 +313,15 @@ def _read_ahead(
     # Grain reads absl flags of its own when it starts processes, and trips outside of absl.app.run.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
-    )
+    workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
+    batches = batches.mp_prefetch(workers, worker_init_fn=_start_worker)
   return iter(batches)
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Runs in a new decoding process, number `index` of `count`."""
+  del index, count
+  processes.follow_parent()
 
 
 def _synthetic(

@@ -6,41 +6,35 @@
 The images are put in random order and dealt to shards. Every one is decoded once, and what is odd
 about it is listed in DIR/manifest.json. The bytes of the images stay as they are. The result
 depends on the images, --seed, the numbers of shards and --max-size, and on nothing else. A run that
-was stopped goes on from its finished shards when the same command is given again.
+was stopped goes on when the same command is given again: finished shards whose checksums are right
+are kept.
 """
 
 import argparse
 import collections
-from concurrent import futures
-from concurrent.futures import process
 import contextlib
 import fcntl
 import itertools
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
-import time
 from typing import Any, Iterator, Sequence
 
 import numpy as np
-import tqdm
 
 from input_pipeline import inputs
+from input_pipeline import pool
 from input_pipeline import records
 from input_pipeline import shards
 from input_pipeline.errors import DataError
 
-_SHARD_BYTES = (
-  128 << 20
-)  # wanted size of a shard: large enough to read well, 1,024 of them hold ImageNet
+# Wanted size of a shard: large enough to be copied well, and 1,024 of them hold ImageNet.
+_SHARD_BYTES = 128 << 20
 _MAX_SHARDS = 1024
 _SHARD = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
 _TEMPORARY = re.compile(rf"\.{_SHARD.pattern}\.\d+\.tmp")
-_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,10 +130,11 @@ def prepare(args: argparse.Namespace) -> None:
     DataError: in one sentence, what is wrong with the flags, the images or the disk.
   """
   _check(args)
-  workers = args.workers or len(os.sched_getaffinity(0))
+  count = args.workers or _cores()
   os.makedirs(args.out, exist_ok=True)
-  with _locked(args.out), _pool(workers) as pool:
-    found = _find(args, pool.executor.map if pool else map)
+  with _locked(args.out), pool.start(count) as workers:
+    print("listing the images", flush=True)
+    found = _find(args, workers.executor.map if workers else map)
     counts = {split: _shard_count(split, members, args) for split, members in found.splits.items()}
     for split, members in found.splits.items():
       print(
@@ -161,12 +156,19 @@ def prepare(args: argparse.Namespace) -> None:
     tasks = {
       split: _tasks(args, split, members, counts[split]) for split, members in found.splits.items()
     }
-    entries = _make_all(list(itertools.chain(*tasks.values())), pool)
+    entries = pool.make_all(list(itertools.chain(*tasks.values())), workers)
     manifest = _manifest(
       plan, found.classes, {s: [entries[t.file] for t in tasks[s]] for s in tasks}
     )
     records.write_json(os.path.join(args.out, records.MANIFEST), manifest)
   print(summary(manifest), flush=True)
+
+
+def _cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -229,10 +231,13 @@ def _start(args: argparse.Namespace, plan: dict[str, Any], size: int) -> None:
     if not differs:
       return
     if not args.overwrite:
-      shown = ", ".join(f"{k}={old.get(k)!r} instead of {plan[k]!r}" for k in differs)
+      shown = ", ".join(
+        "other images" if k == "images" else f"{k}={old.get(k)!r} instead of {plan[k]!r}"
+        for k in differs
+      )
       raise DataError(
-        f"{args.out} holds shards made with {shown}; give the same options as then, another --out, "
-        "or --overwrite to delete them."
+        f"{args.out} holds shards made with {shown}; give the same options as then, another "
+        "--out, or --overwrite to delete them."
       )
     for name in ours:
       os.remove(os.path.join(args.out, name))
@@ -272,120 +277,6 @@ def _remove_temporaries(out: str) -> None:
   for name in os.listdir(out):
     if _TEMPORARY.fullmatch(name):
       os.remove(os.path.join(out, name))
-
-
-_counter = None  # in a worker: images done, shared by all of them
-
-
-def _start_worker(counter: Any) -> None:
-  """Sets a worker process up: the parent alone handles Ctrl-C, and no worker outlives it."""
-  global _counter
-  _counter = counter
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-  def follow_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _make_in_worker(task: shards.Task) -> tuple[dict[str, Any], bool]:
-  def report(images: int) -> None:
-    with _counter.get_lock():
-      _counter.value += images
-
-  return shards.make_shard(task, report)
-
-
-class _Pool:
-  """Worker processes and the number of images they have done."""
-
-  def __init__(self, workers: int):
-    # Fresh interpreters: array_record has threads, and a fork would copy their locks without them.
-    context = multiprocessing.get_context("spawn")
-    self.counter = context.Value("q", 0)
-    self.executor = futures.ProcessPoolExecutor(workers, context, _start_worker, (self.counter,))
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[_Pool | None]:
-  """Yields a pool whose processes are gone afterwards, however it is left; None for one worker.
-
-  Raises:
-    DataError: a process was killed.
-  """
-  if workers == 1:
-    yield None
-    return
-  before = set(multiprocessing.active_children())
-  pool = _Pool(workers)
-  try:
-    yield pool
-    pool.executor.shutdown()
-  except process.BrokenProcessPool as e:
-    raise DataError(
-      "a worker process was killed, for lack of memory as a rule; run the same command again with "
-      "fewer --workers."
-    ) from e
-  finally:
-    for child in set(multiprocessing.active_children()) - before:
-      child.terminate()
-    pool.executor.shutdown(cancel_futures=True)
-
-
-def _make_all(tasks: Sequence[shards.Task], pool: _Pool | None) -> dict[str, dict[str, Any]]:
-  """Makes all shards and shows how far it is; returns their journals by file name."""
-  results = {}
-  with _Progress(sum(len(task.members) for task in tasks)) as progress:
-    if pool is None:
-      for task in tasks:
-        results[task.file] = shards.make_shard(task, progress.add)
-    else:
-      waiting = {pool.executor.submit(_make_in_worker, task): task for task in tasks}
-      while waiting:
-        done, _ = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)
-        progress.add(pool.counter.value - progress.done)
-        for future in done:
-          results[waiting.pop(future).file] = future.result()
-  kept = sum(was_there for _, was_there in results.values())
-  if kept:
-    print(f"kept {kept} finished shards, made {len(results) - kept}", flush=True)
-  return {file: entry for file, (entry, _) in results.items()}
-
-
-class _Progress:
-  """A bar on a terminal, a line now and then elsewhere."""
-
-  def __init__(self, total: int):
-    self.done = 0
-    self._total = total
-    self._start = self._printed = time.monotonic()
-    self._bar = (
-      tqdm.tqdm(total=total, unit=" images", unit_scale=True) if sys.stderr.isatty() else None
-    )
-
-  def __enter__(self) -> "_Progress":
-    return self
-
-  def __exit__(self, *unused) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def add(self, images: int) -> None:
-    """Counts images and shows the count if it is time to."""
-    self.done += images
-    now = time.monotonic()
-    if self._bar is not None:
-      self._bar.update(images)
-    elif self.done and now - self._printed > _LINE_SECONDS:
-      self._printed = now
-      rate = self.done / (now - self._start)
-      print(
-        f"{self.done:,} of {self._total:,} images, {rate:,.0f}/s, "
-        f"{(self._total - self.done) / rate / 60:.0f} min left",
-        flush=True,
-      )
 
 
 def _manifest(

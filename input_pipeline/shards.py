@@ -79,9 +79,6 @@ def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any
       f"{final} cannot be written ({e}); mend that and run the same command again, "
       "finished shards are kept."
     ) from e
-  finally:
-    if os.path.exists(temporary):
-      os.remove(temporary)
 
 
 def _finished(final: str, journal: str) -> dict[str, Any] | None:

@@ -313,8 +313,17 @@ def _guess_kind(path: str) -> str:
 
 
 def _open_folder(path: str, split: str) -> FolderSource:
-  split = find_split(split, list_classes(path), path)
+  splits = list_classes(path)
+  split = find_split(split, splits, path)
   classes = list_classes(os.path.join(path, split))
+  # Labels are positions in a sorted list: a class that one split lacks would shift those behind it.
+  for other in sorted({"train", "val", "validation"}.intersection(splits)):
+    unlike = set(classes).symmetric_difference(list_classes(os.path.join(path, other)))
+    if unlike:
+      raise DataError(
+        f"{path}: {split} and {other} must have the same class folders, but {min(unlike)!r} is in "
+        "only one of them."
+      )
   files = [
     (os.path.join(split, name, image), label)
     for label, name in enumerate(classes)
@@ -365,7 +374,8 @@ def _open_tfds(path: str, split: str) -> ArrayRecordSource:
   file = os.path.join(path, _TFDS_INFO)
   if not os.path.exists(file):
     raise DataError(
-      f"{path} holds neither {records.MANIFEST} nor {_TFDS_INFO}; shards need one of them."
+      f"{path} holds neither {records.MANIFEST} nor {_TFDS_INFO}, without which shards cannot be "
+      "used; if prepare was stopped, run the same command again."
     )
   info = records.read_json(file)
   try:

@@ -15,7 +15,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from input_pipeline.errors import DataError
-from trainer.errors import DONE, FAILED, TrainerError
+from trainer.errors import DONE, FAILED, Preempted, TrainerError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Run file; single fields are set by --config.field=value.")
@@ -70,9 +70,12 @@ def main(argv: list[str]) -> int:
     from trainer import train
     run = {"train": train.train, "eval": train.evaluate_only}[FLAGS.mode]
     run(FLAGS.config, FLAGS.workdir, stop)
+  except Preempted as error:
+    logging.info("%s", error)
+    return error.exit_code
   except (TrainerError, DataError) as error:
     logging.error("%s", error)
-    return getattr(error, "exit_code", FAILED)
+    return FAILED
   return DONE
 
 

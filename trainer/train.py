@@ -196,8 +196,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
       "wall_seconds": seconds | {"total": sum(seconds.values())},
   }
   write_json(finished, final)
-  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs. Curves: %s", 100 * final["top1"],
-               100 * final["top5"], final["examples"], final["epochs"], report.write_report(str(workdir)))
+  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
+               100 * final["top5"], final["examples"], final["epochs"])
+  if jax.process_index() == 0:
+    logging.info("Curves: %s", report.write_report(str(workdir)))
   return final
 
 

@@ -1,6 +1,8 @@
 """Small images and folders of them, made on the spot."""
 
+import hashlib
 import io
+import json
 import os
 import pathlib
 
@@ -9,6 +11,7 @@ from array_record.python import array_record_module
 from configs import base
 from input_pipeline import prepare
 from input_pipeline import records
+from input_pipeline import sources
 import ml_collections
 import numpy as np
 import pytest
@@ -92,3 +95,33 @@ def originals():
   if not path.is_dir():
     pytest.skip(f"no ImageNet originals in {path}; set IMAGENET_SAMPLE")
   return path
+
+
+def manifest_of(out):
+  return json.loads((out / records.MANIFEST).read_text())
+
+
+def contents(out, split="train"):
+  """Returns the records of a split by name."""
+  classes = manifest_of(out)["classes"]
+  source = sources.open_source(data_config(out), split, len(classes))
+  found = [source[i] for i in range(len(source))]
+  assert len({r.name for r in found}) == len(found)
+  return {r.name: r for r in found}
+
+
+def hashes(out):
+  """Returns the hash of each visible file of an output folder."""
+  files = [f for f in out.iterdir() if f.is_file()]
+  assert not [f for f in files if f.name.endswith(".tmp")]
+  return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def failure(capsys, *argv):
+  """Returns the one sentence with which prepare fails."""
+  capsys.readouterr()
+  assert run_prepare(*argv) == 1
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1
+  assert lines[0].startswith("prepare: ")
+  return lines[0]

@@ -86,6 +86,11 @@ def test_any_shape_gives_a_square(shape):
   assert image.eval_crop(rgb, 32, 32).shape == (32, 32, 3)
 
 
+def test_a_box_that_ends_at_the_edge_is_not_rounded_beyond_it():
+  # 225 / 224 * 224 is a little more than 225.
+  assert image.eval_crop(picture(0, 225, 225), 224, 224).shape == (224, 224, 3)
+
+
 def test_random_boxes_have_the_shares_and_shapes_asked_for():
   # The two channels are ramps, so a crop tells its own box.
   y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
@@ -112,6 +117,17 @@ def test_a_fixed_box_is_the_whole_image():
   rgb = picture(3, 32, 32)
   crop = image.random_resized_crop(rgb, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0))
   np.testing.assert_array_equal(crop, rgb)
+
+
+def test_a_large_box_is_averaged_and_a_small_one_interpolated():
+  noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+  crop = image.random_resized_crop(noise, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0))
+  means = noise.reshape(32, 3, 32, 3, 3).mean(axis=(1, 3))
+  assert np.abs(crop - means).max() <= 1
+  smooth = picture(3, 20, 20)
+  crop = image.random_resized_crop(smooth, np.random.default_rng(0), 64, (1.0, 1.0), (1.0, 1.0))
+  larger = Image.fromarray(smooth).resize((64, 64), Image.Resampling.BILINEAR)
+  assert np.abs(crop.astype(int) - np.asarray(larger)).max() <= 1
 
 
 def test_half_of_the_views_are_mirrored():

@@ -6,6 +6,8 @@ import logging
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 from input_pipeline import image
@@ -275,15 +277,72 @@ def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, wor
     take(source, data, 1)
 
 
+def started_since(before):
+  """Returns the processes that decode, started since the set `before` was taken."""
+  new = set(psutil.Process().children(recursive=True)) - before
+  return [p for p in new if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_signals_for_the_whole_job_leave_the_processes_working(shards, how):
+  expected = take(*opened(shards), 12)
+  before = set(psutil.Process().children(recursive=True))
+  iterator = loader.train_batches(*opened(shards, workers=1), seed=0, global_batch_size=_BATCH)
+  with contextlib.closing(iterator):
+    batches = [next(iterator)]
+    workers = started_since(before)
+    assert workers
+    for process in workers:
+      process.send_signal(how)
+    batches += [next(iterator) for _ in range(11)]
+  assert digest(batches) == digest(expected)
+
+
+_RUN = """
+import ml_collections, pathlib, sys, time
+from input_pipeline import loader, sources
+if __name__ == "__main__":
+  path, end = sys.argv[1:]
+  data = ml_collections.ConfigDict(dict(
+      path=path, kind="auto", image_size=16, crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.33),
+      flip=True, workers=2, threads=1, prefetch_batches=1, max_bad_fraction=0.0))
+  source = sources.open_source(data, "train", 3)
+  iterator = loader.train_batches(source, data, seed=0, global_batch_size=8)
+  next(iterator)
+  print("started", flush=True)
+  if end == "killed":
+    time.sleep(60)
+  # else the interpreter ends without close()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "forgot to close"])
+def test_no_process_outlives_the_run(shards, end, tmp_path):
+  (tmp_path / "run.py").write_text(_RUN)
+  command = [sys.executable, str(tmp_path / "run.py"), str(shards), end]
+  environment = os.environ | {"PYTHONPATH": os.getcwd()}
+  run = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+  )
+  with run:
+    assert run.stdout.readline() == b"started\n"
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) >= 2 or end != "killed"
+    if end == "killed":
+      run.kill()
+    run.wait(timeout=20)
+  _, alive = psutil.wait_procs(family, timeout=20)
+  assert not alive
+
+
 def test_a_killed_process_is_a_clear_error_and_no_hang(shards):
   before = set(psutil.Process().children(recursive=True))
   iterator = loader.train_batches(*opened(shards, workers=1), seed=0, global_batch_size=_BATCH)
   with contextlib.closing(iterator):
     next(iterator)
-    workers = set(psutil.Process().children(recursive=True)) - before
-    victims = [p for p in workers if "resource_tracker" not in " ".join(p.cmdline())]
-    assert victims
-    for process in victims:
+    workers = started_since(before)
+    assert workers
+    for process in workers:
       os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(DataError, match="a decoding process failed.*lower config.data.workers"):
       for _ in range(50):
@@ -296,8 +355,7 @@ def test_close_ends_the_processes_and_may_be_repeated(shards):
   next(iterator)
   iterator.close()
   iterator.close()
-  left = set(psutil.Process().children(recursive=True)) - before
-  assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+  assert not started_since(before)
 
 
 def test_synthetic_batches_cycle_and_have_right_masks():
@@ -331,12 +389,19 @@ def test_synthetic_batches_cost_nothing():
     (10, 4, {}, "config.global_batch_size=10 must be a positive multiple of .* hosts, 4"),
     (0, 1, {}, "config.global_batch_size=0 must be"),
     (8, 1, {"workers": -1}, "config.data.workers=-1 must be at least 0"),
+    (8, 1, {"crop_area": (0.5, 1.1)}, r"config.data.crop_area=\(0.5, 1.1\) must be 0 < low"),
+    (8, 1, {"crop_aspect": (2.0, 1.0)}, r"config.data.crop_aspect=\(2.0, 1.0\) must be"),
     (8, 1, {"prefetch_batches": 0}, "config.data.prefetch_batches=0 must be at least 1"),
   ],
 )
 def test_values_that_do_not_fit_are_named(batch, hosts, fields, says):
   with pytest.raises(DataError, match=says):
     take(memory(3), data_config("", **fields), 1, batch=batch, hosts=hosts)
+
+
+def test_a_negative_seed_is_named():
+  with pytest.raises(DataError, match="config.seed=-1 must not be negative"):
+    take(memory(3), data_config(""), 1, seed=-1)
 
 
 def test_values_of_evaluation_that_do_not_fit_are_named():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import shutil
 import time
 
@@ -23,9 +24,8 @@ def open_source(path, split="train", num_classes=3, **fields):
 
 
 def all_of(source):
-  return sorted(
-    (r.label, r.name.rpartition("/")[2], r.image) for r in (source[i] for i in range(len(source)))
-  )
+  found = [source[i] for i in range(len(source))]
+  return sorted((r.label, r.name.rpartition("/")[2], r.image) for r in found)
 
 
 @pytest.fixture
@@ -131,6 +131,16 @@ def test_the_many_shards_of_imagenet_open_at_once(tmp_path):
   assert len(source) == 1024 * 1251
 
 
+def test_more_shards_than_files_that_may_be_open(shards):
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+  try:
+    sources.ArrayRecordSource(str(shards), [("never opened", 1)] * 500, ["a"])
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1000, before[1])
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 @pytest.mark.parametrize(
   ("fields", "says"),
   [
@@ -159,7 +169,7 @@ def test_a_folder_of_something_else_is_named(tmp_path):
   (tmp_path / "notes.txt").write_text("x")
   with pytest.raises(DataError, match=r"neither manifest\.json nor .* nor SPLIT/CLASS"):
     open_source(tmp_path)
-  with pytest.raises(DataError, match="shards need one of them"):
+  with pytest.raises(DataError, match="if prepare was stopped, run the same command again"):
     open_source(tmp_path, kind="array_record")
 
 
@@ -193,8 +203,9 @@ def test_another_number_of_classes_is_named(folder, shards):
 
 def test_val_with_other_classes_than_train_is_named(tmp_path):
   root = make_folder(tmp_path / "f", {"train": {"a": 1, "b": 1}, "val": {"a": 1}})
-  with pytest.raises(DataError, match="has 1 classes"):
-    open_source(root, "val", 2)
+  for split in ("train", "val"):
+    with pytest.raises(DataError, match="must have the same class folders, but 'b' is in only one"):
+      open_source(root, split, 2)
 
 
 def test_a_missing_shard_is_named(copied):

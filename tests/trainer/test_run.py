@@ -144,6 +144,31 @@ def test_signal_before_anything_is_loaded(tmp_path, shards, number):
   assert "stopping after this step" in log and "Traceback" not in log
 
 
+def test_ctrl_c_with_decoding_processes(tmp_path, shards):
+  """Ctrl-C reaches every process of the group; the batches are those of a run without decoding processes."""
+  overrides = ("total_steps=600", "log.every_steps=10")
+  args = command(tmp_path / "workers", shards, *overrides, "data.workers=2")
+  with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    log = ""
+    for line in process.stderr:
+      log += line
+      if "step 30/600" in line:
+        os.killpg(process.pid, signal.SIGINT)
+        break
+    log += process.communicate(timeout=120)[1] or ""
+  assert process.returncode == PREEMPTED, log
+  assert "Traceback" not in log
+  subprocess.run(args, check=True, capture_output=True)
+  subprocess.run(command(tmp_path / "threads", shards, *overrides), check=True, capture_output=True)
+  assert fingerprints(tmp_path / "workers", 600) == fingerprints(tmp_path / "threads", 600)
+
+
+def test_profile_window(tmp_path, run_config):
+  run_config.log.profile_step, run_config.log.profile_steps = 3, 2
+  train_lib.train(run_config, str(tmp_path))
+  assert list((tmp_path / "events").rglob("*.xplane.pb"))
+
+
 def test_four_devices_give_the_result_of_one(tmp_path, shards):
   results = []
   for devices in (1, 4):

@@ -1,0 +1,53 @@
+"""The two set-up commands say in one plain sentence what is missing."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = ["launch/smoke.sh", "tests/run.sh", ".ci/run"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+  """The repository without its .venv, in a folder with a space in its name."""
+  target = tmp_path / "a clone"
+  shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data", "__pycache__", "*.egg-info"))
+  return target
+
+
+def run(script, **environment):
+  return subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd="/", stdin=subprocess.DEVNULL,
+                        env=os.environ | environment)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_syntax(script):
+  subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_python(clone, script):
+  result = run(clone / script, PYTHON="/nowhere/python3")
+  assert result.returncode != 0
+  assert "Python 3.11 or newer is needed" in result.stderr.splitlines()[-1]
+  assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:2])
+def test_without_a_network(clone, script):
+  offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+  result = run(clone / script, **offline)
+  assert result.returncode != 0
+  assert "pip could not install" in result.stderr.splitlines()[-1]
+  assert "install.log" in result.stderr.splitlines()[-1]
+  # Nothing is taken for installed that is not.
+  assert not list((clone / ".venv").glob("installed-*"))
+
+
+def test_help_of_the_smoke_run():
+  result = subprocess.run(["bash", ROOT / "launch/smoke.sh", "--help"], capture_output=True, text=True, check=True)
+  assert "--fresh" in result.stdout
