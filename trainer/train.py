@@ -1,5 +1,6 @@
 """The story of a run: open the data, build the program, find the newest checkpoint, compile, train, evaluate, report."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Any, Callable
@@ -137,9 +138,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     nonlocal best
     eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=host,
                                        hosts=hosts)
-    with clock("eval"):
+    with clock("eval"), contextlib.closing(eval_batches):
       result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, stop)
-      eval_batches.close()
     if result:
       telemetry.evaluated(step, result)
       if best is None or result["top1"] > best["top1"]:
@@ -226,8 +226,8 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   state, meta = restored
   host_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
                                      host=jax.process_index(), hosts=jax.process_count())
-  result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches, stop)
-  host_batches.close()
+  with contextlib.closing(host_batches):
+    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches, stop)
   if result is None:
     raise Preempted("Stopped during the evaluation; the same command starts it again.")
   result = {"step": meta["step"]} | result
