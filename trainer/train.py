@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, models, report, step as step_lib
+from trainer import config as config_lib, evaluate, mesh as mesh_lib, report, step as step_lib
 from trainer.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.optimizer import make_optimizer, make_schedule

@@ -295,9 +295,9 @@ def test_help_explains_max_size():
 def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
   root = make_folder(tmp_path / "f", {"train": {"a": 0, "b": 0}})
   large = encoded(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
-  for i in range(160):
+  for i in range(480):
     (root / "train" / "ab"[i % 2] / f"{i}.JPEG").write_bytes(large)
-  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 8, "--workers", 2)
+  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 24, "--workers", 2)
   # A group of its own, as a terminal gives it: Ctrl-C reaches the workers as well.
   process = subprocess.Popen(
     command(*flags),
@@ -320,7 +320,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
   _, alive = psutil.wait_procs(family, timeout=10)
   assert not alive
   finished = {f.name for f in (tmp_path / "out").glob("train-*")}
-  assert 2 <= len(finished) < 8
+  assert 2 <= len(finished) < 24
   if how != signal.SIGKILL:
     assert process.returncode == 130
     assert "the same command goes on" in errors
@@ -329,9 +329,9 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
   assert not (tmp_path / "out" / records.MANIFEST).exists()
   done = subprocess.run(command(*flags), capture_output=True, text=True, check=True)
   assert "finished shards, made" in done.stdout
-  assert len(contents(tmp_path / "out")) == 160
+  assert len(contents(tmp_path / "out")) == 480
   assert not list((tmp_path / "out").glob(".*.tmp"))
-  assert run_prepare("--folder", root, "--out", tmp_path / "one", "--shards", 8) == 0
+  assert run_prepare("--folder", root, "--out", tmp_path / "one", "--shards", 24) == 0
   assert hashes(tmp_path / "one") == hashes(tmp_path / "out")
 
 
