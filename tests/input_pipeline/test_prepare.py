@@ -305,6 +305,8 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
     stderr=subprocess.PIPE,
     text=True,
     start_new_session=True,
+    # Tests that run in the background ignore SIGINT, and their children would inherit that.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
   )
   journal = tmp_path / "out" / shards_lib.JOURNAL
   deadline = time.monotonic() + 60
