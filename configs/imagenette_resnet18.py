@@ -5,7 +5,8 @@
 
 Measured on 6,000 training and 1,500 validation images, 2 shared cores of an AMD EPYC, 44 minutes: 79.9 % top-1 where
 evaluation uses 112 px of images resized to 128; 82.3 % for the same checkpoint, by --mode=eval, at the evaluation size
-below, which is the best of six that were tried on these same validation images, so that figure flatters. At 112 px the last stage is 4x4; on maps smaller than its 3x3 kernels XLA is many times slower.
+below, which is the best of six that were tried on these same validation images, so that figure flatters. At 112 px the
+last stage is 4x4; on maps smaller than its 3x3 kernels XLA is many times slower on a CPU.
 """
 
 from configs import base

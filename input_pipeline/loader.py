@@ -5,6 +5,7 @@ processes, threads nor restarts change it, so there is no iterator state to save
 `first_step=`.
 """
 
+import abc
 import collections
 import math
 from typing import Any, Iterator
@@ -38,7 +39,7 @@ class _BadRows:
     self.fatal: str | None = None
 
 
-class _Rows:
+class _Rows(abc.ABC):
   """Makes this host's rows of one global batch. Called by Grain, in threads or processes."""
 
   def __init__(self, source: Source, size: int, batch_size: int, host: int, hosts: int):
@@ -70,8 +71,9 @@ class _Rows:
       bad.fatal = str(e)
     return batch, bad
 
+  @abc.abstractmethod
   def _fill(self, batch: Batch, first: int, bad: _BadRows) -> None:
-    raise NotImplementedError
+    """Fills the rows of `batch`, the first of which is example number `first`; notes in `bad` what fails."""
 
   def _read(self, index: int, bad: _BadRows) -> tuple[Record | None, np.ndarray | None]:
     """Returns the record and uint8 [height, width, 3]; None for what cannot be had, with a note."""

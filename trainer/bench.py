@@ -9,6 +9,7 @@ left out of both.
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -47,9 +48,11 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
   program = train_lib.build(config, config.data.synthetic_examples)
   train_step = train_lib.compile_train_step(config, program)
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
-  host_batch = next(loader.train_batches(source, config.data, seed=0, global_batch_size=config.global_batch_size))
+  with contextlib.closing(loader.train_batches(source, config.data, seed=config.seed,
+                                               global_batch_size=config.global_batch_size)) as host_batches:
+    host_batch = next(host_batches)
   batch = mesh_lib.to_global(program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH})
-  state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
+  state = program.init_state()
   jax.block_until_ready((state, batch))
   start = time.perf_counter()
   for _ in range(config.total_steps):

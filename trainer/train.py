@@ -38,6 +38,14 @@ class Program:
   init: Callable[[], TrainState]
   abstract_state: TrainState
 
+  def state_shardings(self) -> TrainState:
+    """Returns where each leaf of the state lives."""
+    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+  def init_state(self) -> TrainState:
+    """Returns the state of step 0, made in place on all devices."""
+    return jax.jit(self.init, out_shardings=self.state_shardings())()
+
 
 def build(config: ml_collections.ConfigDict, num_examples: int) -> Program:
   """Builds the program of a validated config for a training split of `num_examples`."""
@@ -54,8 +62,8 @@ def build(config: ml_collections.ConfigDict, num_examples: int) -> Program:
 def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
   """Compiles (state, batch) -> (state, metrics); the state is donated."""
   train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config)
-  state_sharding = jax.tree.map(lambda x: x.sharding, program.abstract_state)
-  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, mesh_lib.replicated(program.mesh)))
+  out_shardings = (program.state_shardings(), mesh_lib.replicated(program.mesh))
+  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
   return jitted.lower(program.abstract_state, _abstract_batch(program.mesh, config.global_batch_size,
                                                               config.data.image_size, TRAIN_BATCH)).compile()
 
@@ -117,7 +125,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
 
   with clock("compile"):
     if state is None:
-      state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
+      state = program.init_state()
     train_step = compile_train_step(config, program)
     eval_step = compile_eval_step(config, program)
     jax.block_until_ready(state)
