@@ -44,7 +44,7 @@ def parameter_count(**fields):
 
 
 def layers(zero_init_residual=False):
-  return resnet._Layers(jnp.float32, 0.9, 1e-5, zero_init_residual, nnx.Rngs(0))
+  return resnet._Layers(jnp.float32, zero_init_residual, nnx.Rngs(0), momentum=0.9, epsilon=1e-5)
 
 
 def jaxpr_of(model, shape):
