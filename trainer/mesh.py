@@ -76,7 +76,8 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
   weights never leave them, gradients are reduced into them, and new parameters gathered from them.
   """
   params = ("fsdp",) if config.sharding.params == "fsdp" else ()
-  update = BATCH_AXES if config.sharding.opt_state == "data" else params
+  # fsdp first: a shard of the update then lies within the shard of its parameter.
+  update = ("fsdp", "data") if config.sharding.opt_state == "data" else params
   return (
       ("params/", params),
       ("(opt_state|ema/params)/", update),
@@ -87,9 +88,10 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
 def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -> Any:
   """Returns the NamedSharding of every leaf of a state, by `sharding_rules`.
 
-  A kernel is cut along the first dimension that the axes divide: the last one lies along the 128 lanes of a TPU, which a
-  thin shard would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and
-  a BN scale in shards would put a collective between two layers.
+  A kernel is cut along the first dimension that the axes divide, but rather along one that all devices of the batch divide,
+  so that parameter and update are cut alike; the last dimension lies along the 128 lanes of a TPU, which a thin shard
+  would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and a BN scale
+  in shards would put a collective between two layers.
 
   Args:
     config: config of the run.
@@ -102,11 +104,11 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = next(axes for start, axes in rules if re.match(start, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    if parts > 1 and leaf.ndim > 1:
-      for dimension, size in enumerate(leaf.shape):
-        if size % parts == 0:
-          return NamedSharding(mesh, P(*[None] * dimension, axes))
-    return replicated(mesh)
+    fit = [dimension for dimension, size in enumerate(leaf.shape) if size % parts == 0]
+    if parts == 1 or leaf.ndim < 2 or not fit:
+      return replicated(mesh)
+    dimension = min(fit, key=lambda dimension: leaf.shape[dimension] % batch_shards(mesh) != 0)
+    return NamedSharding(mesh, P(*[None] * dimension, axes))
 
   return jax.tree.map_with_path(sharding, state)
 
