@@ -25,18 +25,18 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.sharding = ml_collections.ConfigDict()
   config.sharding.params = "replicated"  # replicated | fsdp: each device of the axis fsdp keeps its part of them
-  config.sharding.opt_state = "replicated"  # replicated: as the parameters | data: over data and fsdp (arXiv:2004.13336)
+  config.sharding.opt_state = "replicated"  # replicated: as params | data: over data and fsdp (arXiv:2004.13336)
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "resnet"  # resnet: four stages, 18|34|50|101|152|200; cifar_resnet: three stages, 6n+2
   config.model.depth = 50
   config.model.width = 1.0  # multiplies the number of channels of every stage
   config.model.num_classes = 1000
-  config.model.dtype = "bfloat16"  # bfloat16 | float32 | float64 of activations; all else is float32, or float64 with it
+  config.model.dtype = "bfloat16"  # bfloat16 | float32 | float64, of activations; all else is float32 or wider
   config.model.zero_init_residual = True  # last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)
   config.model.bn_momentum = 0.9  # share of the old running average kept at each step
   config.model.bn_epsilon = 1e-5
-  # Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each device its own; results then
+  # Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each device its own: results
   # depend on the number of devices) | a number of examples, as in "64" (the same numbers on any number of devices).
   config.model.bn_group = "global"
 

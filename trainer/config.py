@@ -170,7 +170,8 @@ def _check_split(config: ml_collections.ConfigDict, num_devices: int) -> None:
   if config.sharding.params == "fsdp" and fsdp == 1:
     raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")
   if config.data.image_size % space:
-    raise ConfigError(f"config.data.image_size is {config.data.image_size}, which config.mesh.space = {space} does not divide.")
+    raise ConfigError(f"config.data.image_size is {config.data.image_size}, which config.mesh.space = "
+                      f"{space} does not divide.")
   shards, steps = data * fsdp, config.accumulation_steps
   for field, size, parts in (("global_batch_size", config.global_batch_size, shards * steps),
                              ("eval.batch_size", config.eval.batch_size, shards)):

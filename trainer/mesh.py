@@ -1,8 +1,8 @@
 """The device mesh, where each array lives on it, and how a host's batch gets there.
 
-Axes: examples are split over `data` and `fsdp` together, parameters may be sharded over `fsdp`, the height of images over
-`space`. What crosses the devices follows from where arrays live: the compiler (GSPMD, arXiv:2105.04663) inserts the
-collectives and the halos of convolutions.
+Axes: examples are split over `data` and `fsdp` together, parameters may be sharded over `fsdp`, and the height of
+images over `space`. What crosses the devices follows from where arrays live: the compiler (GSPMD, arXiv:2105.04663)
+inserts the collectives and the halos of convolutions.
 """
 
 import collections
@@ -42,8 +42,8 @@ def make_mesh(mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
   _, fsdp, space = shape
   for border, size in collections.Counter(_slice(device) for device in devices).items():
     if size % (fsdp * space):
-      raise ConfigError(f"config.mesh.fsdp x config.mesh.space is {fsdp * space}, which does not divide the {size} devices "
-                        f"of slice {border}.")
+      raise ConfigError(f"config.mesh.fsdp x config.mesh.space is {fsdp * space}, which does not divide the "
+                        f"{size} devices of slice {border}.")
   for border, size in collections.Counter(device.process_index for device in devices).items():
     if size % space:
       raise ConfigError(f"config.mesh.space is {space}, which does not divide the {size} devices of process {border}.")
@@ -88,10 +88,10 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
 def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -> Any:
   """Returns the NamedSharding of every leaf of a state, by `sharding_rules`.
 
-  A kernel is cut along the first dimension that the axes divide, but rather along one that all devices of the batch divide,
-  so that parameter and update are cut alike; the last dimension lies along the 128 lanes of a TPU, which a thin shard
-  would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and a BN scale
-  in shards would put a collective between two layers.
+  A kernel is cut along the first dimension that the axes divide, but rather along one that all devices of the batch
+  divide, so that parameter and update are cut alike; the last dimension lies along the 128 lanes of a TPU, which a thin
+  shard would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and a BN
+  scale in shards would put a collective between two layers.
 
   Args:
     config: config of the run.
@@ -114,7 +114,7 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -
 
 
 def describe_shardings(state: Any) -> list[str]:
-  """Returns a line for each part of a state and each way that its leaves are sharded: how many, how large, the largest."""
+  """Returns a line for each part of a state and each way that its leaves are sharded: number, bytes, the largest."""
   groups = collections.defaultdict(list)
   for path, leaf in jax.tree.leaves_with_path(state):
     part, *rest = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

@@ -27,10 +27,10 @@ def make_train_step(
   The batch holds `image` uint8 [N, S, S, 3] and `label` int32 [N]; metrics is float32 (float64 if the model is)
   [len(METRICS)] in that order, over the whole global batch.
 
-  With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the other, and the gradient is
-  their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every device splits its own rows, and which
-  examples share a micro-batch does not depend on the number of devices. BN statistics are of groups within a micro-batch, and
-  the running averages see the micro-batches in order.
+  With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the other, and the gradient
+  is their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every device splits its own rows, and which
+  examples share a micro-batch does not depend on the number of devices. BN statistics are of groups within a
+  micro-batch, and the running averages see the micro-batches in order.
   """
   dtype = jnp.dtype(config.model.dtype)
   accumulation_steps = config.accumulation_steps
@@ -50,6 +50,8 @@ def make_train_step(
 
     def one(batch_stats: Any, batch: Batch) -> tuple[Any, Any]:
       (loss, (top1, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
+      # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler of TPUs; in shards
+      # it is scattered in each round.
       return (loss, top1, jax.lax.with_sharding_constraint(grads, shards)), batch_stats
 
     def accumulate(carry: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], None]:
@@ -69,7 +71,7 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
     # Parameters are whole where they meet activations, and in shards where they are updated (sharding_rules). Said at
-    # both places, the compiler gathers and scatters parameters, and does not think of splitting convolutions by channel.
+    # both places, the compiler gathers and scatters parameters, and never splits a convolution by channel.
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     (loss, top1, grads), batch_stats = gradients(whole, state.batch_stats, batch, shards)
@@ -104,8 +106,8 @@ def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
     logits = model(augment.normalize(batch["image"], config.data, dtype))
     mask, labels = batch["mask"], batch["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # How many classes come before the right one, equal logits in the order of classes. The compiler would bring all logits
-    # to every device for a sort.
+    # How many classes come before the right one, equal logits in the order of classes. For a sort the compiler would
+    # bring all logits to every device.
     own, before = jnp.take_along_axis(logits, labels[:, None], 1), jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & before), -1)
     new = {

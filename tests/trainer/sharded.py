@@ -1,42 +1,46 @@
-"""A process of test_sharding.py: runs the tiny net on 8 virtual devices in every way to shard it, and prints what it saw.
+"""Process of test_sharding.py: runs the tiny net on virtual devices in every way to shard it, and prints JSON.
 
-    JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded bfloat16|float32|float64 [mode ...]
+    JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded float32|float64 family ...
+    JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
 """
 
 import json
 import re
 import sys
+import tempfile
 
+from etils import epath
 import jax
 import numpy as np
 
 from tests.trainer import tiny
 from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
+from trainer.checkpoint import Checkpointer
 from trainer.step import METRICS
 
 STEPS = 10
 FSDP = {"mesh.fsdp": 2, "sharding.params": "fsdp"}
 SPACE = {"mesh.space": 2}
 UPDATE = {"sharding.opt_state": "data"}
+ALL = FSDP | SPACE | UPDATE
 ACCUMULATE = {"accumulation_steps": 4}
 GROUP = {"model.bn_group": "8"}
 
 # Name: (devices, what differs from the default). Those of one family compute the same numbers.
-MODES = {
-    "global": {
-        "1": (1, {}), "8": (8, {}), "fsdp": (8, FSDP), "space": (8, SPACE), "update": (8, UPDATE),
-        "all": (8, FSDP | UPDATE | SPACE),
-    },
-    "group": {
-        "1": (1, GROUP), "2": (2, GROUP), "4": (4, GROUP), "8": (8, GROUP), "space": (8, GROUP | SPACE),
-        "all": (8, GROUP | FSDP | UPDATE | SPACE),
-    },
-    "device": {"device": (8, {"model.bn_group": "device"}), "number": (8, {"model.bn_group": "4"})},
-    "accumulation": {"1": (1, ACCUMULATE), "8": (8, ACCUMULATE), "all": (8, ACCUMULATE | FSDP | UPDATE)},
-    "accumulation, groups": {
-        "1": (1, ACCUMULATE | {"model.bn_group": "2"}), "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
-        "device": (4, ACCUMULATE | {"model.bn_group": "device"}),
-    },
+FAMILIES = {
+    "global": {"1": (1, {}), "8": (8, {}), "fsdp": (8, FSDP), "space": (8, SPACE), "update": (8, UPDATE),
+               "all": (8, ALL)},
+    "group": {"1": (1, GROUP), "2": (2, GROUP), "4": (4, GROUP), "8": (8, GROUP), "all": (8, GROUP | ALL)},
+    "device": {"number": (1, {"model.bn_group": "4"}), "device": (8, {"model.bn_group": "device"}),
+               "half": (8, {"model.bn_group": "2"})},
+    "accumulation": {"1": (1, ACCUMULATE), "8": (8, ACCUMULATE), "all": (8, ACCUMULATE | ALL)},
+    "accumulation of groups": {"1": (1, ACCUMULATE | {"model.bn_group": "2"}),
+                               "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
+                               "device": (4, ACCUMULATE | {"model.bn_group": "device"})},
+    # A batch in one go, and in four, where groups make both the same but for the order of the running averages.
+    "one": {"1": (1, {"model.bn_group": "1"})},
+    "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
+    "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
 }
 
 
@@ -51,10 +55,13 @@ def make_config(dtype, overrides):
 
 
 def batches():
-  """Yields the host batches of the run."""
-  rng = np.random.default_rng(0)
+  """Yields this host's rows of every batch."""
+  rng, rows = np.random.default_rng(0), 32 // jax.process_count()
+  mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
   for _ in range(STEPS):
-    yield {"image": rng.integers(0, 256, (32, 16, 16, 3), np.uint8), "label": rng.integers(0, 6, 32, np.int32)}
+    batch = {"image": rng.integers(0, 256, (32, 16, 16, 3), np.uint8), "label": rng.integers(0, 6, 32, np.int32),
+             "mask": np.arange(32) < 29}
+    yield {name: x[mine] for name, x in batch.items()}
 
 
 def collectives(compiled):
@@ -64,41 +71,89 @@ def collectives(compiled):
   return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
-def local_bytes(tree):
-  """Returns what the first device holds of a tree, and the size of the tree, in bytes."""
-  leaves = jax.tree.leaves(tree)
-  return [sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves), sum(leaf.nbytes for leaf in leaves)]
+def kernel_bytes(tree):
+  """Returns {leaf: [bytes on the first device, bytes in all]} of the leaves with more than one dimension."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): [leaf.addressable_shards[0].data.nbytes, leaf.nbytes]
+          for path, leaf in jax.tree.leaves_with_path(tree) if leaf.ndim > 1}
 
 
-def run(dtype, num_devices, overrides):
+def start(program, host_state=None):
+  """Returns the state of step 0: initialised in place, or placed, for compiling the initialisation takes a while."""
+  shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  if host_state is not None:
+    return jax.device_put(host_state, shardings)
+  return jax.jit(program.init, out_shardings=shardings)()
+
+
+def run(dtype, num_devices, overrides, host_state=None):
+  """Returns what ten steps and an evaluation show, and the state of step 0."""
   config = make_config(dtype, overrides)
   config_lib.validate(config, num_devices=num_devices)
   program = train_lib.build(config, 64, jax.devices()[:num_devices])
   train_step = train_lib.compile_train_step(config, program)
   eval_step = train_lib.compile_eval_step(config, program)
-  state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
-  born = jax.tree.map(lambda x: x.sharding, state)
+  state = start(program, host_state)
+  if host_state is None and jax.process_count() == 1:
+    host_state = jax.device_get(state)
   metrics = []
   for batch in batches():
+    batch = {name: batch[name] for name in train_lib.TRAIN_BATCH}
     state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch))
     metrics.append(np.asarray(step_metrics).tolist())
-  assert jax.tree.map(lambda x: x.sharding, state) == born
-  mask = np.arange(32) < 29
-  result = evaluate.evaluate(eval_step, program.mesh, *state.for_eval(),
-                             iter([batch | {"mask": mask} for batch in batches()]), lambda: False)
+  for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
+    assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
   return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
-      "eval": result,
-      "stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
+      "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: False),
+      "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
+      "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
       "train_collectives": collectives(train_step),
       "eval_collectives": collectives(eval_step),
-      "opt_state_bytes": local_bytes(state.opt_state),
-      "params_bytes": local_bytes(state.params),
-  }
+      "momentum": kernel_bytes(state.opt_state),
+      "params": kernel_bytes(state.params),
+  }, host_state
+
+
+def move_checkpoints(dtype):
+  """Returns whether each layout restores the very bits that another saved, born as they would be on one device."""
+
+  def build(num_devices, overrides):
+    config = make_config(dtype, overrides)
+    return config, train_lib.build(config, 64, jax.devices()[:num_devices])
+
+  def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+  config, program = build(8, ALL)
+  state = start(program)
+  moved = {"born": same(state, start(build(1, {})[1]))}
+  with tempfile.TemporaryDirectory() as folder:
+    checkpointer = Checkpointer(epath.Path(folder), config, 0)
+    checkpointer.save_and_wait(0, state, {"best": None, "wall_seconds": {}})
+    checkpointer.close()
+    for name, (num_devices, overrides) in {"1": (1, {}), "fsdp": (8, FSDP), "update": (8, UPDATE)}.items():
+      config, program = build(num_devices, overrides)
+      checkpointer = Checkpointer(epath.Path(folder), config, 0)
+      restored, _ = checkpointer.restore_newest(program.abstract_state)
+      checkpointer.close()
+      placed = jax.tree.map(lambda x, abstract: x.sharding == abstract.sharding, restored, program.abstract_state)
+      moved[name] = same(restored, state) and all(jax.tree.leaves(placed))
+  return moved
 
 
 def main(dtype, *families):
-  print(json.dumps({family: {name: run(dtype, *mode) for name, mode in MODES[family].items()}
-                    for family in families or MODES}))
+  if families[0] == "hosts":
+    _, port, process = families
+    families = families[:1]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process), heartbeat_timeout_seconds=30)
+  seen = {}
+  for family in families:
+    if family == "checkpoint":
+      seen[family] = move_checkpoints(dtype)
+      continue
+    host_state, seen[family] = None, {}
+    for name, (num_devices, overrides) in FAMILIES[family].items():
+      seen[family][name], host_state = run(dtype, num_devices, overrides, host_state)
+  print(json.dumps(seen))
 
 
 if __name__ == "__main__":
