@@ -15,17 +15,30 @@ def get_config() -> ml_collections.ConfigDict:
   config.global_batch_size = 1024  # examples per step, over all devices of all hosts
   config.total_epochs = 90.0  # length of the run; give exactly one of the two
   config.total_steps = 0
+  config.accumulation_steps = 1  # micro-batches that a step is computed in, for memory; see trainer/step.py
   config.label_smoothing = 0.1  # in [0, 1)
+
+  config.mesh = ml_collections.ConfigDict()  # devices along each axis; their product is the number of devices
+  config.mesh.data = -1  # examples are split over it; -1 is all that the other two leave
+  config.mesh.fsdp = 1  # examples are split over it as well, and so may parameters be
+  config.mesh.space = 1  # the height of images is split over it, inside one host
+
+  config.sharding = ml_collections.ConfigDict()
+  config.sharding.params = "replicated"  # replicated | fsdp: each device of the axis fsdp keeps its part of them
+  config.sharding.opt_state = "replicated"  # replicated: as params | data: over data and fsdp (arXiv:2004.13336)
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "resnet"  # resnet: four stages, 18|34|50|101|152|200; cifar_resnet: three stages, 6n+2
   config.model.depth = 50
   config.model.width = 1.0  # multiplies the number of channels of every stage
   config.model.num_classes = 1000
-  config.model.dtype = "bfloat16"  # of activations; parameters and BN statistics are float32
+  config.model.dtype = "bfloat16"  # bfloat16 | float32 | float64, of activations; all else is float32 or wider
   config.model.zero_init_residual = True  # last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)
   config.model.bn_momentum = 0.9  # share of the old running average kept at each step
   config.model.bn_epsilon = 1e-5
+  # Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each device its own: results
+  # depend on the number of devices) | a number of examples, as in "64" (the same numbers on any number of devices).
+  config.model.bn_group = "global"
 
   config.data = ml_collections.ConfigDict()
   config.data.path = ""  # folder of shards (input_pipeline.prepare or TFDS), or of class folders

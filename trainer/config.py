@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import json
+import re
 from typing import Any, Iterator
 
+import jax
 import ml_collections
 
 from configs import base
@@ -24,12 +26,20 @@ def _one_of(*names: str):
 _RANGES = {
     "seed": (lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
     "global_batch_size": _AT_LEAST_1,
+    "accumulation_steps": _AT_LEAST_1,
     "label_smoothing": _SHARE,
+    "mesh.data": (lambda v: v == -1 or v >= 1, "must be 1 or more, or -1 for all that is left"),
+    "mesh.fsdp": _AT_LEAST_1,
+    "mesh.space": _AT_LEAST_1,
+    "sharding.params": _one_of("replicated", "fsdp"),
+    "sharding.opt_state": _one_of("replicated", "data"),
     "model.width": _POSITIVE,
     "model.num_classes": (lambda v: v >= 2, "must be 2 or more"),
-    "model.dtype": _one_of("bfloat16", "float32"),
+    "model.dtype": _one_of("bfloat16", "float32", "float64"),
     "model.bn_momentum": _SHARE,
     "model.bn_epsilon": _POSITIVE,
+    "model.bn_group": (lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
+                       "must be global, device or a number of examples"),
     "data.kind": _one_of("auto", "array_record", "folder", "synthetic"),
     "data.image_size": _AT_LEAST_1,
     "data.eval_image_size": _AT_LEAST_1,
@@ -66,7 +76,7 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
-_MAY_CHANGE = ("data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
+_MAY_CHANGE = ("mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
                "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "log.")
 
 
@@ -133,14 +143,53 @@ def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       raise ConfigError(f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; set one of them to 0.")
   if not values["total_epochs"] and not values["total_steps"]:
     raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
-  for field in ("global_batch_size", "eval.batch_size"):
-    if values[field] % num_devices:
-      raise ConfigError(f"config.{field} is {values[field]}, which the {num_devices} devices do not divide; "
-                        f"the nearest that fits is {max(1, round(values[field] / num_devices)) * num_devices}.")
+  if values["model.dtype"] == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError("config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1.")
+  _check_split(config, num_devices)
   try:
     models.check(config.model)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def mesh_shape(mesh: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int, int]:
+  """Returns the number of devices along (data, fsdp, space) that `config.mesh` asks for.
+
+  Raises:
+    ConfigError: if they do not make up `num_devices`.
+  """
+  data = num_devices // (mesh.fsdp * mesh.space) if mesh.data == -1 else mesh.data
+  if data * mesh.fsdp * mesh.space != num_devices:
+    raise ConfigError(f"config.mesh.data, config.mesh.fsdp and config.mesh.space are {mesh.data}, {mesh.fsdp} and "
+                      f"{mesh.space}, which do not make up the {num_devices} devices.")
+  return data, mesh.fsdp, mesh.space
+
+
+def _check_split(config: ml_collections.ConfigDict, num_devices: int) -> None:
+  """Refuses batches, images and BN groups that do not split evenly over the devices."""
+  data, fsdp, space = mesh_shape(config.mesh, num_devices)
+  if config.sharding.params == "fsdp" and fsdp == 1:
+    raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")
+  for field in ("image_size", "eval_image_size"):
+    if config.data[field] % space:
+      raise ConfigError(f"config.data.{field} is {config.data[field]}, which config.mesh.space = {space} does not divide.")
+  shards, steps = data * fsdp, config.accumulation_steps
+  for field, size, parts in (("global_batch_size", config.global_batch_size, shards * steps),
+                             ("eval.batch_size", config.eval.batch_size, shards)):
+    if size % parts:
+      what = f"{num_devices} devices" + (f" (config.mesh.space = {space} share an example)" if space > 1 else "")
+      what += f" times config.accumulation_steps = {steps}" if parts != shards else ""
+      raise ConfigError(f"config.{field} is {size}, which {what} do not divide; the nearest that fits is "
+                        f"{max(1, round(size / parts)) * parts}.")
+  if config.model.bn_group.isdigit():
+    examples, group = config.global_batch_size // steps, int(config.model.bn_group)
+    if examples % group:
+      raise ConfigError(f"config.model.bn_group is {group}, which does not divide the {examples} examples of a "
+                        f"{'micro-' if steps > 1 else ''}batch.")
+    groups = examples // group
+    if max(groups, shards) % min(groups, shards):
+      raise ConfigError(f"config.model.bn_group is {group}, which makes {groups} groups that do not lie evenly on the "
+                        f"{shards} parts that the batch is split in over config.mesh.data and config.mesh.fsdp.")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:

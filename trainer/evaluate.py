@@ -14,9 +14,14 @@ BATCH = ("image", "label", "mask")
 _TOTALS = {"loss": np.float32, "top1": np.int32, "top5": np.int32, "examples": np.int32}
 
 
+def abstract_totals(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of what `eval_step` adds to: replicated scalars."""
+  return {name: jax.ShapeDtypeStruct((), dtype, sharding=mesh_lib.replicated(mesh)) for name, dtype in _TOTALS.items()}
+
+
 def zero_totals(mesh: Mesh) -> dict[str, jax.Array]:
-  """Returns what `eval_step` adds to: replicated scalars, all zero."""
-  return jax.device_put({name: dtype(0) for name, dtype in _TOTALS.items()}, mesh_lib.replicated(mesh))
+  """Returns `abstract_totals` with every number zero."""
+  return {name: jax.device_put(np.zeros((), x.dtype), x.sharding) for name, x in abstract_totals(mesh).items()}
 
 
 def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats: Any,

@@ -1,22 +1,67 @@
-"""The device mesh, where each array lives on it, and how a host's batch gets there."""
+"""The device mesh, where each array lives on it, and how a host's batch gets there.
+
+Axes: examples are split over `data` and `fsdp` together, parameters may be sharded over `fsdp`, and the height of
+images over `space`. What crosses the devices follows from where arrays live: the compiler (GSPMD, arXiv:2105.04663)
+inserts the collectives and the halos of convolutions.
+"""
 
 import collections
 import itertools
-from typing import Any, Iterator
+import math
+import re
+from typing import Any, Iterator, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import ml_collections
 import numpy as np
 
+from trainer import config as config_lib
+from trainer.errors import ConfigError
 
-def make_mesh() -> Mesh:
-  """Returns a mesh with the axis `data` over every device of every process."""
-  return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+BATCH_AXES = ("data", "fsdp")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Examples are split over `data`."""
-  return NamedSharding(mesh, P("data"))
+def make_mesh(mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh of `config.mesh`, with the axes `data`, `fsdp` and `space`.
+
+  Devices come by slice, by process, then by number, the last axis first. So host h holds the h-th contiguous rows of
+  every global batch, `space` and then `fsdp` are neighbours, and only `data` crosses the slow network between slices.
+  (`jax.experimental.mesh_utils` folds an axis over the torus instead, and scatters the rows of a host.)
+
+  Args:
+    mesh_config: `config.mesh`.
+    devices: instead of all devices of all processes.
+
+  Raises:
+    ConfigError: if the axes do not make up the devices, or an axis but `data` would cross a border that it must not.
+  """
+  devices = sorted(jax.devices() if devices is None else devices,
+                   key=lambda device: (_slice(device), device.process_index, device.id))
+  shape = config_lib.mesh_shape(mesh_config, len(devices))
+  _, fsdp, space = shape
+  for border, size in collections.Counter(_slice(device) for device in devices).items():
+    if size % (fsdp * space):
+      raise ConfigError(f"config.mesh.fsdp x config.mesh.space is {fsdp * space}, which does not divide the "
+                        f"{size} devices of slice {border}.")
+  for border, size in collections.Counter(device.process_index for device in devices).items():
+    if size % space:
+      raise ConfigError(f"config.mesh.space is {space}, which does not divide the {size} devices of process {border}.")
+  return Mesh(np.array(devices).reshape(shape), (*BATCH_AXES, "space"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _slice(device: jax.Device) -> int:
+  return getattr(device, "slice_index", 0)  # only TPUs have it
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Returns the number of parts that the examples of a batch are split in."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+  """Examples are split over `data` and `fsdp`; of images, [N, H, W, 3], the height over `space`."""
+  return NamedSharding(mesh, P(BATCH_AXES, "space") if ndim == 4 else P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -24,19 +69,79 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
+  """Returns the table (start of a leaf's path, mesh axes to shard it over); the first row that fits counts.
+
+  With `config.sharding.opt_state=data` the update is computed in shards (arXiv:2004.13336): momentum and averaged
+  weights never leave them, gradients are reduced into them, and new parameters gathered from them.
+  """
+  params = ("fsdp",) if config.sharding.params == "fsdp" else ()
+  # fsdp first: a shard of the update then lies within the shard of its parameter.
+  update = ("fsdp", "data") if config.sharding.opt_state == "data" else params
+  return (
+      ("params/", params),
+      ("(opt_state|ema/params)/", update),
+      ("", ()),  # the step, BN statistics and their averages
+  )
+
+
+def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -> Any:
+  """Returns the NamedSharding of every leaf of a state, by `sharding_rules`.
+
+  A kernel is cut along the first dimension that the axes divide, but rather along one that all devices of the batch
+  divide, so that parameter and update are cut alike; the last dimension lies along the 128 lanes of a TPU, which a thin
+  shard would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and a BN
+  scale in shards would put a collective between two layers.
+
+  Args:
+    config: config of the run.
+    mesh: its mesh.
+    state: tree of arrays or of their shapes, whose paths start as those of `trainer.state.TrainState`.
+  """
+  rules = sharding_rules(config)
+
+  def sharding(path: Any, leaf: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = next(axes for start, axes in rules if re.match(start, name))
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    fit = [dimension for dimension, size in enumerate(leaf.shape) if size % parts == 0]
+    if parts == 1 or leaf.ndim < 2 or not fit:
+      return replicated(mesh)
+    dimension = min(fit, key=lambda dimension: leaf.shape[dimension] % batch_shards(mesh) != 0)
+    return NamedSharding(mesh, P(*[None] * dimension, axes))
+
+  return jax.tree.map_with_path(sharding, state)
+
+
+def describe_shardings(state: Any) -> list[str]:
+  """Returns a line for each part of a state and each way that its leaves are sharded: number, bytes, the largest."""
+  groups = collections.defaultdict(list)
+  for path, leaf in jax.tree.leaves_with_path(state):
+    part, *rest = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    groups[part, str(leaf.sharding.spec).replace("PartitionSpec", "P")].append((leaf, "/".join(rest)))
+  lines = []
+  for (part, spec), leaves in groups.items():
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in leaves)
+    local = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, _ in leaves)
+    largest, name = max(leaves, key=lambda item: item[0].size)
+    lines.append(f"{part:11} {spec}: {len(leaves)} leaves, {total / 2**20:.2f} MiB, {local / 2**20:.2f} on each device"
+                 + f"; largest {name} {list(largest.shape)}" * bool(name))
+  return lines
+
+
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Joins this host's rows [b/hosts, ...] with those of the others into global arrays [b, ...] over `data`."""
-  sharding = batch_sharding(mesh)
+  """Joins this host's rows [b/hosts, ...] with those of the others into global arrays [b, ...] over the mesh."""
 
   def join(rows: np.ndarray) -> jax.Array:
     first = jax.process_index() * len(rows)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
       start, stop, _ = index[0].indices(jax.process_count() * len(rows))
-      return rows[start - first:stop - first]
+      return rows[(slice(start - first, stop - first), *index[1:])]
 
     # A third of the time of make_array_from_process_local_data, which first finds out what is known here.
-    return jax.make_array_from_callback((jax.process_count() * len(rows), *rows.shape[1:]), sharding, shard)
+    return jax.make_array_from_callback((jax.process_count() * len(rows), *rows.shape[1:]),
+                                        batch_sharding(mesh, rows.ndim), shard)
 
   return {name: join(rows) for name, rows in batch.items()}
 

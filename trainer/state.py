@@ -17,8 +17,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps taken.
-    params: nested dict of float32 arrays.
-    batch_stats: nested dict of float32 running means and variances.
+    params: nested dict of float32 arrays; float64 if `config.model.dtype` is.
+    batch_stats: nested dict of running means and variances, of the same dtype.
     opt_state: state of the optax chain.
     ema: {'params', 'batch_stats'} averaged over steps, or None.
   """
@@ -34,12 +34,18 @@ class TrainState:
     return (self.params, self.batch_stats) if self.ema is None else (self.ema["params"], self.ema["batch_stats"])
 
 
-def make_init(config: ml_collections.ConfigDict,
-              optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-  """Returns the static part of the model, and a function to be jitted that makes the state of step 0 from the seed."""
+def make_init(config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation,
+              shards: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+  """Returns the static part of the model, and a function to be jitted that makes the state of step 0 from the seed.
+
+  Args:
+    config: config of the run.
+    optimizer: of its parameters.
+    shards: number of parts that the examples of a batch are split in over devices.
+  """
 
   def init() -> TrainState:
-    model = models.create(config.model, rngs=nnx.Rngs(params=jax.random.key(config.seed)))
+    model = models.create(config.model, rngs=nnx.Rngs(params=jax.random.key(config.seed)), shards=shards)
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
     ema = {"params": params, "batch_stats": batch_stats} if config.optimizer.ema_decay else None
@@ -47,7 +53,7 @@ def make_init(config: ml_collections.ConfigDict,
 
   # A graph definition holds no arrays, so one traced without memory serves every later merge.
   graphdefs = []
-  jax.eval_shape(lambda: graphdefs.append(nnx.graphdef(models.create(config.model, rngs=nnx.Rngs(0)))))
+  jax.eval_shape(lambda: graphdefs.append(nnx.graphdef(models.create(config.model, rngs=nnx.Rngs(0), shards=shards))))
   return graphdefs[0], init
 
 

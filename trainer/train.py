@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from absl import logging
 from clu import parameter_overview
@@ -47,21 +47,23 @@ class Program:
     return jax.jit(self.init, out_shardings=self.state_shardings())()
 
 
-def build(config: ml_collections.ConfigDict, num_examples: int) -> Program:
-  """Builds the program of a validated config for a training split of `num_examples`."""
-  mesh = mesh_lib.make_mesh()
+def build(config: ml_collections.ConfigDict, num_examples: int, devices: Sequence[jax.Device] | None = None) -> Program:
+  """Builds the program of a validated config for a training split of `num_examples`, on `devices` instead of all."""
+  mesh = mesh_lib.make_mesh(config.mesh, devices)
   lengths = config_lib.durations(config, num_examples)
   schedule = make_schedule(config, warmup_steps=lengths.warmup, total_steps=lengths.total)
   optimizer = make_optimizer(config, schedule)
-  graphdef, init = make_init(config, optimizer)
+  graphdef, init = make_init(config, optimizer, mesh_lib.batch_shards(mesh))
+  shapes = jax.eval_shape(init)
   abstract_state = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_lib.replicated(mesh)), jax.eval_shape(init))
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
+      mesh_lib.state_shardings(config, mesh, shapes))
   return Program(mesh, lengths, graphdef, schedule, optimizer, init, abstract_state)
 
 
 def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
   """Compiles (state, batch) -> (state, metrics); the state is donated."""
-  train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config)
+  train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config, program.mesh)
   out_shardings = (program.state_shardings(), mesh_lib.replicated(program.mesh))
   jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
   return jitted.lower(program.abstract_state, _abstract_batch(program.mesh, config.global_batch_size,
@@ -70,16 +72,17 @@ def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> C
 
 def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
   """Compiles (params, batch_stats, totals, batch) -> totals."""
-  jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config),
+  jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh),
                    out_shardings=mesh_lib.replicated(program.mesh))
   batch = _abstract_batch(program.mesh, config.eval.batch_size, config.data.eval_image_size, evaluate.BATCH)
-  return jitted.lower(*program.abstract_state.for_eval(), evaluate.zero_totals(program.mesh), batch).compile()
+  return jitted.lower(*program.abstract_state.for_eval(), evaluate.abstract_totals(program.mesh), batch).compile()
 
 
 def _abstract_batch(mesh: Mesh, batch_size: int, size: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
   kinds = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32),
            "mask": ((batch_size,), np.bool_)}
-  return {name: jax.ShapeDtypeStruct(*kinds[name], sharding=mesh_lib.batch_sharding(mesh)) for name in names}
+  return {name: jax.ShapeDtypeStruct(*kinds[name], sharding=mesh_lib.batch_sharding(mesh, len(kinds[name][0])))
+          for name in names}
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -287,5 +290,6 @@ def describe(config: ml_collections.ConfigDict, program: Program, train_examples
       f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
       f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
       f"{jax.process_count()} process(es)",
+      *[f"  {line}" for line in mesh_lib.describe_shardings(program.abstract_state)],
       overview,
   ])

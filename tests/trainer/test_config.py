@@ -32,6 +32,18 @@ def test_run_files_only_override(name):
     ("model.bn_momentum", 1.0, ["config.model.bn_momentum", "[0, 1)"]),
     ("global_batch_size", 0, ["config.global_batch_size", "1 or more"]),
     ("global_batch_size", 1023, ["config.global_batch_size", "1023", "8 devices", "1024"]),
+    ("accumulation_steps", 3, ["config.global_batch_size", "8 devices times config.accumulation_steps = 3", "1032"]),
+    ("accumulation_steps", 0, ["config.accumulation_steps", "1 or more"]),
+    ("mesh.data", 0, ["config.mesh.data", "-1"]),
+    ("mesh.data", 4, ["config.mesh.data", "config.mesh.fsdp", "config.mesh.space", "8 devices"]),
+    ("mesh.fsdp", 16, ["config.mesh.fsdp", "8 devices"]),
+    ("sharding.params", "data", ["config.sharding.params", "replicated, fsdp"]),
+    ("sharding.params", "fsdp", ["config.sharding.params", "config.mesh.fsdp above 1"]),
+    ("sharding.opt_state", "fsdp", ["config.sharding.opt_state", "replicated, data"]),
+    ("model.bn_group", "host", ["config.model.bn_group", "global, device or a number"]),
+    ("model.bn_group", "0", ["config.model.bn_group"]),
+    ("model.bn_group", "48", ["config.model.bn_group is 48", "1024 examples"]),
+    ("model.dtype", "float64", ["config.model.dtype", "JAX_ENABLE_X64"]),
     ("eval.batch_size", 100, ["config.eval.batch_size", "8 devices"]),
     ("label_smoothing", -0.1, ["config.label_smoothing"]),
     ("data.crop_area", (0.5, 0.2), ["config.data.crop_area"]),
@@ -99,6 +111,8 @@ def test_warmup_longer_than_the_run_is_refused():
 @pytest.mark.parametrize("field, value, refused", [
     ("model.depth", 18, True), ("seed", 1, True), ("global_batch_size", 512, True), ("optimizer.momentum", 0.8, True),
     ("total_epochs", 100.0, True), ("data.crop_area", (0.2, 1.0), True), ("label_smoothing", 0.0, True),
+    ("mesh.fsdp", 4, False), ("sharding.opt_state", "data", False), ("accumulation_steps", 4, True),
+    ("model.bn_group", "32", True),
     ("data.workers", 7, False), ("data.path", "elsewhere", False), ("log.every_steps", 3, False),
     ("checkpoint.keep_last", 9, False), ("eval.batch_size", 64, False), ("data.eval_image_size", 288, False), ("data.eval_split", "test", False)])
 def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
@@ -111,3 +125,28 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   with pytest.raises(ConfigError) as error:
     config_lib.check_same_run(saved, config, "runs/a")
   assert f"config.{field}" in str(error.value) and "runs/a" in str(error.value)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    ({"mesh.space": 8, "data.image_size": 100}, ["config.data.image_size is 100", "config.mesh.space = 8"]),
+    ({"mesh.space": 2, "global_batch_size": 1022}, ["config.global_batch_size", "config.mesh.space = 2", "1024"]),
+    ({"model.bn_group": "32", "global_batch_size": 768 // 2}, ["config.model.bn_group is 32", "12 groups", "8 parts"]),
+    ({"accumulation_steps": 2, "model.bn_group": "1024"}, ["config.model.bn_group", "512 examples of a micro-batch"]),
+])
+def test_what_does_not_split_evenly_is_refused_by_name(overrides, words):
+  config = base.get_config()
+  config.update_from_flattened_dict(overrides)
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config, num_devices=8)
+  for word in words:
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", [
+    {"mesh.fsdp": 2, "sharding.params": "fsdp"}, {"mesh.space": 2, "global_batch_size": 1020, "eval.batch_size": 4},
+    {"model.bn_group": "device"}, {"model.bn_group": "64", "accumulation_steps": 2}, {"model.bn_group": "512"},
+])
+def test_what_splits_evenly_is_taken(overrides):
+  config = base.get_config()
+  config.update_from_flattened_dict(overrides)
+  config_lib.validate(config, num_devices=8)

@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from trainer import models
 from trainer.models import resnet
-from trainer.models.norm import BatchNorm
+from trainer.models.norm import BatchNorm, average_groups
 
 
 def model_config(**fields):
@@ -44,7 +44,7 @@ def parameter_count(**fields):
 
 
 def layers(zero_init_residual=False):
-  return resnet._Layers(jnp.float32, 0.9, 1e-5, zero_init_residual, nnx.Rngs(0))
+  return resnet._Layers(jnp.float32, zero_init_residual, nnx.Rngs(0), momentum=0.9, epsilon=1e-5)
 
 
 def jaxpr_of(model, shape):
@@ -310,6 +310,21 @@ def test_running_statistics_take_the_biased_batch_statistics():
   np.testing.assert_allclose(norm.var[...], 0.75 * np.array([1, 4]) + 0.25 * var, rtol=1e-5)
   np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-2, atol=1e-2)
   assert (norm.mean[...].dtype, norm.var[...].dtype, y.dtype) == ("float32", "float32", "bfloat16")
+
+
+@pytest.mark.parametrize("group, shards, groups", [("4", 1, 4), ("4", 2, 4), ("4", 4, 4), ("4", 8, 4), ("4", 16, 4),
+                                                    ("device", 2, 2), ("1", 4, 16), ("16", 4, 1)])
+def test_groups_of_consecutive_examples(group, shards, groups):
+  norm = BatchNorm(2, momentum=0.75, epsilon=1e-5, dtype=jnp.float32, zero_scale=False, group=group, shards=shards)
+  x = np.random.default_rng(5).normal((3.0, -1.0), (0.5, 2.0), (16, 3, 2, 2)).astype(np.float32)
+  y = norm(jnp.asarray(x))
+  parts = x.reshape(groups, -1, 2)
+  mean, var = parts.mean(1), parts.var(1)
+  expected = (parts - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
+  np.testing.assert_allclose(y, expected.reshape(x.shape), rtol=1e-3, atol=1e-4)
+  stats = average_groups(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)))
+  np.testing.assert_allclose(stats["mean"], 0.25 * mean.mean(0), rtol=1e-4)
+  np.testing.assert_allclose(stats["var"], 0.75 + 0.25 * var.mean(0), rtol=1e-4)
 
 
 def test_momentum_and_epsilon_reach_every_norm():

@@ -12,7 +12,8 @@ from trainer.optimizer import decays, make_optimizer, make_schedule
 
 def run_steps(config, batch, steps=1):
   program = train_lib.build(config, num_examples=64)
-  train_step = jax.jit(step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config))
+  train_step = jax.jit(step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config,
+                                                  program.mesh))
   state, metrics = jax.jit(program.init)(), None
   states = [state]
   for _ in range(steps):
@@ -122,7 +123,7 @@ def test_ema_averages_weights_and_is_what_evaluation_sees(config, batch):
 def test_eval_counts_each_real_example_once(config, batch):
   program = train_lib.build(config, num_examples=64)
   state = jax.jit(program.init)()
-  eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config))
+  eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh))
   mask = np.array([True] * 5 + [False] * 3)
   ruined = batch["image"].copy()
   ruined[5:] = 255
@@ -138,7 +139,7 @@ def test_equal_logits_are_no_free_hits(config, batch):
   program = train_lib.build(config, num_examples=64)
   state = jax.jit(program.init)()
   params = jax.tree.map(jnp.zeros_like, state.params)
-  eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config))
+  eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh))
   labels = np.array([0, 1, 2, 3, 4, 5, 0, 1], np.int32)
   totals = jax.device_get(eval_step(params, state.batch_stats, evaluate.zero_totals(program.mesh),
                                     {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)}))

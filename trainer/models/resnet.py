@@ -20,6 +20,7 @@ string keys: these become the names of checkpoint leaves.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 import jax
@@ -42,35 +43,33 @@ class _Layers:
   """Makes the convolutions and batch norms of one model, which differ only in shape.
 
   Args:
-    dtype: of activations; parameters and batch-norm statistics are float32 whatever it is.
-    bn_momentum: share of the old running average kept at each step.
-    bn_epsilon: added to the variance.
+    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
     zero_init_residual: whether the last batch norm of a residual branch starts with scale 0.
     rngs: with a `params` stream.
+    norm_options: further arguments of every BatchNorm.
   """
 
-  def __init__(self, dtype: jax.typing.DTypeLike, bn_momentum: float, bn_epsilon: float,
-               zero_init_residual: bool, rngs: nnx.Rngs):
+  def __init__(self, dtype: jax.typing.DTypeLike, zero_init_residual: bool, rngs: nnx.Rngs,
+               **norm_options: Any):
     self.dtype = jnp.dtype(dtype)
-    self.bn_momentum = bn_momentum
-    self.bn_epsilon = bn_epsilon
+    self.param_dtype = jnp.promote_types(dtype, jnp.float32)
     self.zero_init_residual = zero_init_residual
     self.rngs = rngs
+    self.norm_options = norm_options
 
   def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
     """Returns a square convolution without bias: the batch norm behind it has one."""
     return nnx.Conv(
         inputs, outputs, (kernel, kernel), strides=stride, padding=kernel // 2, use_bias=False,
-        dtype=self.dtype, param_dtype=jnp.float32, rngs=self.rngs,
+        dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs,
         # Fan-out keeps the variance of gradients; that of activations is batch norm's task. The
         # normal is not truncated, as in torchvision.
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
   def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
     """Returns a batch norm, with scale 0 where the residual branch is to start at zero."""
-    return BatchNorm(
-        channels, momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype,
-        zero_scale=last_of_branch and self.zero_init_residual)
+    return BatchNorm(channels, dtype=self.dtype, **self.norm_options,
+                     zero_scale=last_of_branch and self.zero_init_residual)
 
 
 class BasicBlock(nnx.Module):
@@ -165,18 +164,18 @@ class _Trunk(nnx.Module):
         stride = 2 if s > 1 and b == 1 else 1
         setattr(self, f"stage{s}_block{b}", block(inputs, channels, stride, layers))
         inputs = channels * block.expansion
-    # float32 whatever the dtype: it costs nothing here, and the loss wants logits that are not
+    # float32 under bfloat16 too: it costs nothing here, and the loss wants logits that are not
     # rounded to 8 bits. Standard deviation 0.01 as in arXiv:1706.02677, 5.1: the first loss is
     # close to log(num_classes).
     self.head = nnx.Linear(
-        inputs, num_classes, dtype=jnp.float32, param_dtype=jnp.float32,
+        inputs, num_classes, dtype=layers.param_dtype, param_dtype=layers.param_dtype,
         kernel_init=nnx.initializers.normal(0.01), rngs=layers.rngs)
 
   def _classify(self, x: jax.Array) -> jax.Array:
     """Returns float32 logits [N, num_classes] of the stem's output [N, H, W, C]."""
     for name in self.blocks:
       x = getattr(self, name)(x)
-    return self.head(jnp.mean(x, axis=(1, 2), dtype=jnp.float32))
+    return self.head(jnp.mean(x, axis=(1, 2), dtype=self.head.dtype))
 
 
 class ResNet(_Trunk):
@@ -189,11 +188,13 @@ class ResNet(_Trunk):
     depth: key of `STAGES`.
     width: multiplies the channels of the stem and of every stage.
     num_classes: of the head.
-    dtype: of activations; parameters and batch-norm statistics are float32.
+    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
     zero_init_residual: whether the last batch-norm scale of each block starts at 0.
     bn_momentum: share of the old running average kept at each step.
     bn_epsilon: added to the variance.
+    bn_group: whose examples share batch-norm statistics; see BatchNorm.
     rngs: with a `params` stream; nothing random is left in the model.
+    shards: number of parts that the examples of a batch are split in over devices.
 
   Raises:
     ValueError: for another depth.
@@ -201,10 +202,12 @@ class ResNet(_Trunk):
 
   def __init__(self, depth: int, *, width: float = 1.0, num_classes: int = 1000,
                dtype: jax.typing.DTypeLike = jnp.float32, zero_init_residual: bool = True,
-               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, rngs: nnx.Rngs):
+               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, bn_group: str = "global",
+               rngs: nnx.Rngs, shards: int = 1):
     self.check_depth(depth)
     numbers, bottleneck = STAGES[depth]
-    layers = _Layers(dtype, bn_momentum, bn_epsilon, zero_init_residual, rngs)
+    layers = _Layers(dtype, zero_init_residual, rngs, momentum=bn_momentum, epsilon=bn_epsilon,
+                     group=bn_group, shards=shards)
     channels = [scaled(base, width) for base in (64, 128, 256, 512)]
     self.stem_conv = layers.conv(3, channels[0], 7, 2)
     self.stem_bn = layers.norm(channels[0])
@@ -240,11 +243,13 @@ class CifarResNet(_Trunk):
     depth: 6n+2 with n blocks in each stage, at least 8.
     width: multiplies the channels of the stem and of every stage.
     num_classes: of the head.
-    dtype: of activations; parameters and batch-norm statistics are float32.
+    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
     zero_init_residual: whether the last batch-norm scale of each block starts at 0.
     bn_momentum: share of the old running average kept at each step.
     bn_epsilon: added to the variance.
+    bn_group: whose examples share batch-norm statistics; see BatchNorm.
     rngs: with a `params` stream; nothing random is left in the model.
+    shards: number of parts that the examples of a batch are split in over devices.
 
   Raises:
     ValueError: for another depth.
@@ -252,9 +257,11 @@ class CifarResNet(_Trunk):
 
   def __init__(self, depth: int, *, width: float = 1.0, num_classes: int = 10,
                dtype: jax.typing.DTypeLike = jnp.float32, zero_init_residual: bool = True,
-               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, rngs: nnx.Rngs):
+               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, bn_group: str = "global",
+               rngs: nnx.Rngs, shards: int = 1):
     self.check_depth(depth)
-    layers = _Layers(dtype, bn_momentum, bn_epsilon, zero_init_residual, rngs)
+    layers = _Layers(dtype, zero_init_residual, rngs, momentum=bn_momentum, epsilon=bn_epsilon,
+                     group=bn_group, shards=shards)
     channels = [scaled(base, width) for base in (16, 32, 64)]
     self.stem_conv = layers.conv(3, channels[0], 3)
     self.stem_bn = layers.norm(channels[0])

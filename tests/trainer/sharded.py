@@ -1,0 +1,160 @@
+"""Process of test_sharding.py: runs the tiny net on virtual devices in every way to shard it, and prints JSON.
+
+    JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded float32|float64 family ...
+    JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
+"""
+
+import json
+import re
+import sys
+import tempfile
+
+from etils import epath
+import jax
+import numpy as np
+
+from tests.trainer import tiny
+from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
+from trainer.checkpoint import Checkpointer
+from trainer.step import METRICS
+
+STEPS = 10
+FSDP = {"mesh.fsdp": 2, "sharding.params": "fsdp"}
+SPACE = {"mesh.space": 2}
+UPDATE = {"sharding.opt_state": "data"}
+ALL = FSDP | SPACE | UPDATE
+ACCUMULATE = {"accumulation_steps": 4}
+GROUP = {"model.bn_group": "8"}
+
+# Name: (devices, what differs from the default). Those of one family compute the same numbers.
+FAMILIES = {
+    "global": {"1": (1, {}), "8": (8, {}), "fsdp": (8, FSDP), "space": (8, SPACE), "update": (8, UPDATE),
+               "all": (8, ALL)},
+    "group": {"1": (1, GROUP), "2": (2, GROUP), "4": (4, GROUP), "8": (8, GROUP), "all": (8, GROUP | ALL)},
+    "device": {"number": (1, {"model.bn_group": "4"}), "device": (8, {"model.bn_group": "device"}),
+               "half": (8, {"model.bn_group": "2"})},
+    "accumulation": {"1": (1, ACCUMULATE), "8": (8, ACCUMULATE), "all": (8, ACCUMULATE | ALL)},
+    "accumulation of groups": {"1": (1, ACCUMULATE | {"model.bn_group": "2"}),
+                               "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
+                               "device": (4, ACCUMULATE | {"model.bn_group": "device"})},
+    # A batch in one go, and in four, where groups make both the same but for the order of the running averages.
+    "one": {"1": (1, {"model.bn_group": "1"})},
+    "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
+    "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
+}
+
+
+def make_config(dtype, overrides):
+  config = tiny.get_config()
+  config.global_batch_size = config.eval.batch_size = 32
+  config.model.dtype = dtype
+  config.optimizer.lr_per_256 = 0.4
+  config.optimizer.ema_decay = 0.9
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+def batches():
+  """Yields this host's rows of every batch."""
+  rng, rows = np.random.default_rng(0), 32 // jax.process_count()
+  mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
+  for _ in range(STEPS):
+    batch = {"image": rng.integers(0, 256, (32, 16, 16, 3), np.uint8), "label": rng.integers(0, 6, 32, np.int32),
+             "mask": np.arange(32) < 29}
+    yield {name: x[mine] for name, x in batch.items()}
+
+
+def collectives(compiled):
+  """Returns the number of collectives of each kind in a compiled program."""
+  found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+                     compiled.as_text())
+  return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+def kernel_bytes(tree):
+  """Returns {leaf: [bytes on the first device, bytes in all]} of the leaves with more than one dimension."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): [leaf.addressable_shards[0].data.nbytes, leaf.nbytes]
+          for path, leaf in jax.tree.leaves_with_path(tree) if leaf.ndim > 1}
+
+
+def start(program, host_state=None):
+  """Returns the state of step 0: initialised in place, or placed, for compiling the initialisation takes a while."""
+  shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  if host_state is not None:
+    return jax.device_put(host_state, shardings)
+  return jax.jit(program.init, out_shardings=shardings)()
+
+
+def run(dtype, num_devices, overrides, host_state=None):
+  """Returns what ten steps and an evaluation show, and the state of step 0."""
+  config = make_config(dtype, overrides)
+  config_lib.validate(config, num_devices=num_devices)
+  program = train_lib.build(config, 64, jax.devices()[:num_devices])
+  train_step = train_lib.compile_train_step(config, program)
+  eval_step = train_lib.compile_eval_step(config, program)
+  state = start(program, host_state)
+  if host_state is None and jax.process_count() == 1:
+    host_state = jax.device_get(state)
+  metrics = []
+  for batch in batches():
+    batch = {name: batch[name] for name in train_lib.TRAIN_BATCH}
+    state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch))
+    metrics.append(np.asarray(step_metrics).tolist())
+  for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
+    assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
+  return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
+      "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: False),
+      "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
+      "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
+      "train_collectives": collectives(train_step),
+      "eval_collectives": collectives(eval_step),
+      "momentum": kernel_bytes(state.opt_state),
+      "params": kernel_bytes(state.params),
+  }, host_state
+
+
+def move_checkpoints(dtype):
+  """Returns whether each layout restores the very bits that another saved, born as they would be on one device."""
+
+  def build(num_devices, overrides):
+    config = make_config(dtype, overrides)
+    return config, train_lib.build(config, 64, jax.devices()[:num_devices])
+
+  def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+  config, program = build(8, ALL)
+  state = start(program)
+  moved = {"born": same(state, start(build(1, {})[1]))}
+  with tempfile.TemporaryDirectory() as folder:
+    checkpointer = Checkpointer(epath.Path(folder), config, 0)
+    checkpointer.save_and_wait(0, state, {"best": None, "wall_seconds": {}})
+    checkpointer.close()
+    for name, (num_devices, overrides) in {"1": (1, {}), "fsdp": (8, FSDP), "update": (8, UPDATE)}.items():
+      config, program = build(num_devices, overrides)
+      checkpointer = Checkpointer(epath.Path(folder), config, 0)
+      restored, _ = checkpointer.restore_newest(program.abstract_state)
+      checkpointer.close()
+      placed = jax.tree.map(lambda x, abstract: x.sharding == abstract.sharding, restored, program.abstract_state)
+      moved[name] = same(restored, state) and all(jax.tree.leaves(placed))
+  return moved
+
+
+def main(dtype, *families):
+  if families[0] == "hosts":
+    _, port, process = families
+    families = families[:1]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(process), heartbeat_timeout_seconds=30)
+  seen = {}
+  for family in families:
+    if family == "checkpoint":
+      seen[family] = move_checkpoints(dtype)
+      continue
+    host_state, seen[family] = None, {}
+    for name, (num_devices, overrides) in FAMILIES[family].items():
+      seen[family][name], host_state = run(dtype, num_devices, overrides, host_state)
+  print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
