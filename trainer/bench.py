@@ -20,6 +20,7 @@ import ml_collections
 from configs import base
 from input_pipeline import loader, sources
 from trainer import mesh as mesh_lib, train as train_lib
+from trainer.step import NOTHING
 
 
 def make_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
@@ -49,11 +50,12 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   host_batch = next(loader.train_batches(source, config.data, seed=0, global_batch_size=config.global_batch_size))
   batch = mesh_lib.to_global(program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH})
+  requests = mesh_lib.flags(program.mesh, NOTHING)
   state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
   jax.block_until_ready((state, batch))
   start = time.perf_counter()
   for _ in range(config.total_steps):
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, requests)
   jax.block_until_ready((state, metrics))
   return config.total_steps / (time.perf_counter() - start)
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from trainer import config as config_lib
 from trainer.errors import CheckpointError, ConfigError
+from trainer.pod import Pod
 from trainer.state import TrainState, fingerprints
 
 FORMAT = 1
@@ -52,14 +53,16 @@ class _KeepLatestAndBest:
 class Checkpointer:
   """Saves and restores the state of one workdir."""
 
-  def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
+  def __init__(self, pod: Pod, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
     """Opens the checkpoints of a workdir.
 
     Args:
+      pod: this host among the others.
       workdir: folder of the run.
       config: validated config of the run.
       every_steps: steps between periodic checkpoints; 0 is none by steps.
     """
+    self._pod = pod
     self._workdir = workdir
     self._config = config
     self._every_steps = every_steps
@@ -84,13 +87,15 @@ class Checkpointer:
       self._policy.best_step = step
 
   def due(self, step: int) -> bool:
-    """Tells whether a periodic save belongs after this step: by steps, by the clock, or after a save that failed."""
-    now = time.monotonic()
+    """Tells whether a periodic save belongs after this step; the same on all hosts."""
+    return bool(self._every_steps and step % self._every_steps == 0)
+
+  def wanted(self) -> bool:
+    """Tells whether the clock of this host asks for a save: the last was long ago, or one has failed."""
+    now, every = time.monotonic(), 60 * self._config.checkpoint.every_minutes
     if self._retry_time is not None:
       return now >= self._retry_time
-    by_clock = 60 * self._config.checkpoint.every_minutes
-    return bool(self._every_steps and step % self._every_steps == 0) or bool(
-        by_clock and now - self._last_time >= by_clock)
+    return bool(every and now - self._last_time >= every)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts an asynchronous save; returns when the state has been copied and may be donated.
@@ -105,6 +110,7 @@ class Checkpointer:
     self.poll(wait=True)
     if step in self._manager.all_steps():
       return
+    self._pod.at(f"save of step {step}")
     self._clear_torn()
     items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
     meta = meta | {
@@ -156,7 +162,7 @@ class Checkpointer:
 
   def _clear_torn(self) -> None:
     """Removes what failed saves left, for its room; called when none is in flight."""
-    if jax.process_index() == 0:
+    if self._pod.host == 0:
       for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
         torn.rmtree(missing_ok=True)
 
@@ -186,6 +192,8 @@ class Checkpointer:
       CheckpointError: if the storage cannot be read at all.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
+      self._pod.at(f"restore of step {step}")
+      damage = ""
       try:
         state, meta = self._restore(step, abstract_state)
       except ConfigError:
@@ -197,7 +205,11 @@ class Checkpointer:
         if any(word in str(cause) for word in _UNREACHABLE):
           raise CheckpointError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
                                 f"{_first_line(cause)}.") from error
-        self._set_aside(step, _first_line(cause))
+        damage = _first_line(cause)
+      # Good on one host is not good enough: all go on from the same step.
+      damage = next(filter(None, self._pod.gather(f"restore of step {step}", damage).values()), "")
+      if damage:
+        self._set_aside(step, damage)
         continue
       if meta.get("best"):
         self.set_best(meta["best"]["step"])
@@ -224,8 +236,10 @@ class Checkpointer:
 
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = self._directory / str(step), self._workdir / "damaged" / f"{step}-{int(time.time())}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
+    if self._pod.host == 0:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      source.rename(target)
+    self._pod.gather(f"step {step} set aside", "")
     self._manager.reload()
     logging.error("Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.", source, reason,
                   target)

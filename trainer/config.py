@@ -56,6 +56,9 @@ _RANGES = {
     "checkpoint.every_minutes": _AT_LEAST_0,
     "checkpoint.keep_last": _AT_LEAST_1,
     "checkpoint.retry_seconds": _AT_LEAST_0,
+    "pod.start_seconds": _AT_LEAST_1,
+    "pod.timeout_seconds": _AT_LEAST_1,
+    "pod.stuck_seconds": _AT_LEAST_1,
     "log.every_steps": _AT_LEAST_1,
     "log.profile_step": _AT_LEAST_0,
     "log.profile_steps": _AT_LEAST_1,
@@ -66,7 +69,7 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
-               "data.max_bad_fraction", "eval.", "checkpoint.", "log.")
+               "data.max_bad_fraction", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +104,15 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
 
 
-def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
-  """Refuses a config that cannot run.
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuses a config that cannot run anywhere; touches no device.
 
   Args:
     config: the config of the run.
-    num_devices: devices of all hosts, over which batches are split.
 
   Raises:
-    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, out of
-      its range, or not divisible.
+    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, or out of
+      its range.
   """
   values, defaults = flatten(config), flatten(base.get_config())
   for field in sorted(values.keys() - defaults.keys()):
@@ -132,14 +134,26 @@ def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
       raise ConfigError(f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; set one of them to 0.")
   if not values["total_epochs"] and not values["total_steps"]:
     raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
-  for field in ("global_batch_size", "eval.batch_size"):
-    if values[field] % num_devices:
-      raise ConfigError(f"config.{field} is {values[field]}, which the {num_devices} devices do not divide; "
-                        f"the nearest that fits is {max(1, round(values[field] / num_devices)) * num_devices}.")
   try:
     models.check(config.model)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def check_divisible(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
+  """Refuses batches that cannot be split over the devices.
+
+  Args:
+    config: a validated config.
+    num_devices: devices of all hosts.
+
+  Raises:
+    ConfigError: naming the field and the nearest value that fits.
+  """
+  for field, value in (("global_batch_size", config.global_batch_size), ("eval.batch_size", config.eval.batch_size)):
+    if value % num_devices:
+      raise ConfigError(f"config.{field} is {value}, which the {num_devices} devices do not divide; "
+                        f"the nearest that fits is {max(1, round(value / num_devices)) * num_devices}.")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:

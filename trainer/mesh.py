@@ -30,6 +30,12 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def flags(mesh: Mesh, value: int) -> jax.Array:
+  """Returns int32 [number of devices] with `value` on the devices of this host; other hosts may hold another one."""
+  return jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P(mesh.axis_names)),
+                                      lambda index: np.full(1, value, np.int32))
+
+
 def prefetch(mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: tuple[str, ...],
              ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches, with the next `ahead` already on their way to the devices.

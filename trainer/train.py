@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import pathlib
 from typing import Any, Callable
 
 from absl import logging
@@ -19,6 +21,8 @@ from input_pipeline import loader, sources
 from trainer import config as config_lib, evaluate, mesh as mesh_lib, models, report, step as step_lib
 from trainer.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, Preempted
+from trainer.pod import Pod
+from trainer.step import NOTHING, SAVE, STOP
 from trainer.optimizer import make_optimizer, make_schedule
 from trainer.state import TrainState, make_init
 from trainer.telemetry import Telemetry, WallClock
@@ -56,8 +60,8 @@ def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> C
   train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config)
   state_sharding = jax.tree.map(lambda x: x.sharding, program.abstract_state)
   jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, mesh_lib.replicated(program.mesh)))
-  return jitted.lower(program.abstract_state, _abstract_batch(config, program.mesh, config.global_batch_size,
-                                                              TRAIN_BATCH)).compile()
+  batch = _abstract_batch(config, program.mesh, config.global_batch_size, TRAIN_BATCH)
+  return jitted.lower(program.abstract_state, batch, mesh_lib.flags(program.mesh, NOTHING)).compile()
 
 
 def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
@@ -65,7 +69,8 @@ def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Ca
   jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config),
                    out_shardings=mesh_lib.replicated(program.mesh))
   batch = _abstract_batch(config, program.mesh, config.eval.batch_size, evaluate.BATCH)
-  return jitted.lower(*program.abstract_state.for_eval(), evaluate.zero_totals(program.mesh), batch).compile()
+  return jitted.lower(*program.abstract_state.for_eval(), evaluate.zero_totals(program.mesh), batch,
+                      mesh_lib.flags(program.mesh, NOTHING)).compile()
 
 
 def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int,
@@ -92,7 +97,12 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     input_pipeline.errors.DataError: if the data are missing, inconsistent or broken.
   """
   clock = WallClock()
-  config_lib.validate(config, num_devices=jax.device_count())
+  with join_pod(config) as pod:
+    return _train(config, workdir, stop, pod, clock)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod,
+           clock: WallClock) -> dict[str, Any]:
   workdir = open_workdir(workdir)
 
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
@@ -101,7 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   lengths, mesh = program.lengths, program.mesh
   logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
 
-  checkpointer = Checkpointer(workdir, config, lengths.checkpoint_every)
+  checkpointer = Checkpointer(pod, workdir, config, lengths.checkpoint_every)
   restored = checkpointer.restore_newest(program.abstract_state)
   if restored:
     state, meta = restored
@@ -117,6 +127,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     checkpointer.close()
     return json.loads(finished.read_text())
 
+  pod.at("compile")
   with clock("compile"):
     if state is None:
       state = jax.jit(program.init, out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state))()
@@ -125,21 +136,26 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     jax.block_until_ready(state)
   logging.info("Compiled in %.1f s.", clock.read()["compile"])
 
-  host, hosts = jax.process_index(), jax.process_count()
-  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=host,
-                                      hosts=hosts, global_batch_size=config.global_batch_size)
+  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
+                                      hosts=pod.hosts, global_batch_size=config.global_batch_size)
+  flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch)
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
 
+  def requests() -> jax.Array:
+    return flags[STOP if stop() else SAVE if checkpointer.wanted() else NOTHING]
+
   def evaluate_now(step: int) -> dict[str, Any] | None:
+    """Returns the result, or None if a host asks for a stop."""
     nonlocal best
-    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=host,
-                                       hosts=hosts)
+    pod.at(f"evaluation of step {step}")
+    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
+                                       host=pod.host, hosts=pod.hosts)
     with clock("eval"), contextlib.closing(eval_batches):
-      result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, stop)
+      result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, requests)
     if result:
       telemetry.evaluated(step, result)
       if best is None or result["top1"] > best["top1"]:
@@ -158,20 +174,26 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
       result = evaluate_now(step)
     batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
     clock.switch("step")
-    while step < lengths.total and not stop():
+    # What is decided here is the same on all hosts: a function of the step, or of requests that the step has agreed on.
+    while step < lengths.total and telemetry.request != STOP:
+      pod.at(f"step {step + 1}")
       with clock("input_wait"):
         batch = next(batches)
+      request = requests()
       with jax.transfer_guard("disallow"):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, request)
       step += 1
       telemetry.step(step, metrics)
       checkpointer.poll()
-      if is_eval_step(step) or checkpointer.due(step):
+      if is_eval_step(step) or checkpointer.due(step) or telemetry.request == SAVE:
         telemetry.flush()  # raises if a step up to this one was not finite: only good states are saved
         with clock("checkpoint"):
           checkpointer.save(step, state, meta_now())
-      if is_eval_step(step):
+        telemetry.request = NOTHING if telemetry.request == SAVE else telemetry.request
+      if is_eval_step(step) and telemetry.request != STOP:
         result = evaluate_now(step)
+        if result is None:
+          break
 
     telemetry.flush()
     clock.switch("other")
@@ -198,7 +220,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   write_json(finished, final)
   logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
                100 * final["top5"], final["examples"], final["epochs"])
-  if jax.process_index() == 0:
+  if pod.host == 0:
     logging.info("Curves: %s", report.write_report(str(workdir)))
   return final
 
@@ -213,21 +235,29 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   Raises:
     TrainerError: as `train` does, and if there is no checkpoint.
   """
-  config_lib.validate(config, num_devices=jax.device_count())
+  with join_pod(config) as pod:
+    return _evaluate_only(config, workdir, stop, pod)
+
+
+def _evaluate_only(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool],
+                   pod: Pod) -> dict[str, Any]:
   directory = open_workdir(workdir)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
-  checkpointer = Checkpointer(directory, config, every_steps=0)
+  checkpointer = Checkpointer(pod, directory, config, every_steps=0)
   restored = checkpointer.restore_newest(program.abstract_state)
   checkpointer.close()
   if restored is None:
     raise CheckpointError(f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir.")
   state, meta = restored
   host_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
-                                     host=jax.process_index(), hosts=jax.process_count())
+                                     host=pod.host, hosts=pod.hosts)
+  pod.at("evaluation")
+  flags = {request: mesh_lib.flags(program.mesh, request) for request in (NOTHING, STOP)}
   with contextlib.closing(host_batches):
-    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches, stop)
+    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches,
+                               lambda: flags[STOP if stop() else NOTHING])
   if result is None:
     raise Preempted("Stopped during the evaluation; the same command starts it again.")
   result = {"step": meta["step"]} | result
@@ -235,6 +265,38 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   logging.info("Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.", result["step"],
                100 * result["top1"], 100 * result["top5"], result["loss"], result["examples"])
   return result
+
+
+def join_pod(config: ml_collections.ConfigDict) -> Pod:
+  """Checks the config, finds the other hosts, and makes sure that all of them mean the same run.
+
+  Raises:
+    ConfigError: if the config cannot run, or another host has another one.
+    HostLost: if a host does not come up.
+  """
+  config_lib.validate(config)
+  pod = Pod.join(timeout=config.pod.timeout_seconds, start_timeout=config.pod.start_seconds,
+                 stuck=config.pod.stuck_seconds)
+  if pod.host:
+    logging.set_verbosity(logging.WARNING)  # one host tells the story, all tell what goes wrong
+  mine = config_lib.flatten(config) | {"jax": jax.__version__, "trainer": code_hash()}
+  for host, text in pod.gather("config", json.dumps(mine)).items():
+    theirs = json.loads(text)
+    differ = [field for field in sorted(mine.keys() | theirs.keys()) if mine.get(field) != theirs.get(field)]
+    if differ:
+      raise ConfigError(f"Host {host} runs with {differ[0]}={theirs.get(differ[0])!r}, host {pod.host} with "
+                        f"{mine.get(differ[0])!r}; start all hosts with the same code and the same flags.")
+  config_lib.check_divisible(config, num_devices=jax.device_count())
+  return pod
+
+
+def code_hash() -> str:
+  """Returns a hash of the source of `trainer`, `input_pipeline` and `configs`, to tell one version from another."""
+  root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+  for folder in ("trainer", "input_pipeline", "configs"):
+    for path in sorted((root / folder).rglob("*.py")):
+      digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def open_workdir(workdir: str) -> epath.Path:
