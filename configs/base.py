@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | synthetic
   config.data.train_split = "train"
   config.data.eval_split = "val"
-  config.data.image_size = 224  # pixels, height and width of what the model sees
+  config.data.image_size = 224  # pixels, height and width of a training image
+  config.data.eval_image_size = 224  # the same in evaluation; a larger one than in training helps (arXiv:1906.06423)
   config.data.eval_resize = 256  # pixels, shorter side before the centre crop of evaluation
   config.data.crop_area = (0.08, 1.0)  # random-resized crop: share of the image's area
   config.data.crop_aspect = (3 / 4, 4 / 3)  # random-resized crop: width over height, log-uniform
@@ -40,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
   config.data.std = (58.395, 57.12, 57.375)
   config.data.workers = 0  # decoding processes; 0 decodes in threads of the trainer
-  config.data.threads = 2  # decoding threads of each process
+  config.data.threads = 2  # decoding threads of each process; 0 decodes when the batch is asked for
   config.data.prefetch_batches = 4  # decoded batches waiting in each process
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic

@@ -20,7 +20,8 @@ def get_config():
   config.model.dtype = "float32"  # what a CPU computes fastest
 
   config.data.image_size = 112
-  config.data.eval_resize = 128
+  config.data.eval_image_size = 144  # objects are larger in training crops than in whole images
+  config.data.eval_resize = 160
   config.data.crop_area = (0.35, 1.0)  # a short run learns little from the tiny crops of the 90-epoch recipe
 
   config.optimizer.lr_per_256 = 0.3

@@ -9,7 +9,7 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.global_batch_size = 64
-  config.total_epochs = 12.0
+  config.total_epochs = 20.0
   config.label_smoothing = 0.0
 
   config.model.name = "cifar_resnet"
@@ -18,7 +18,7 @@ def get_config():
   config.model.dtype = "float32"  # what a CPU computes fastest
 
   config.data.image_size = 32
-  config.data.eval_resize = 32
+  config.data.eval_image_size = config.data.eval_resize = 32
   config.data.crop_area = (0.6, 1.0)  # a digit must stay whole
   config.data.flip = False  # a mirrored 2 is no 2
 
@@ -27,6 +27,6 @@ def get_config():
   config.optimizer.weight_decay = 5e-4
 
   config.eval.batch_size = 128
-  config.eval.every_epochs = 3.0
+  config.eval.every_epochs = 4.0
   config.log.every_steps = 20
   return config

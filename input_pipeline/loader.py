@@ -41,10 +41,10 @@ class _BadRows:
 class _Rows:
   """Makes this host's rows of one global batch. Called by Grain, in threads or processes."""
 
-  def __init__(self, source: Source, data: Any, batch_size: int, host: int, hosts: int):
+  def __init__(self, source: Source, size: int, batch_size: int, host: int, hosts: int):
     self._source = source
-    # Plain values: attributes of a ConfigDict are slow, and this runs once per image.
-    self._size = int(data.image_size)
+    # Here and below plain values: attributes of a ConfigDict are slow, and this runs once per image.
+    self._size = int(size)
     self._rows = batch_size // hosts
     self._batch_size = batch_size
     self._offset = host * self._rows
@@ -88,7 +88,7 @@ class _TrainRows(_Rows):
   """Rows of an endless run over the examples: each epoch another permutation of all of them."""
 
   def __init__(self, source, data, batch_size, host, hosts, seed: int):
-    super().__init__(source, data, batch_size, host, hosts)
+    super().__init__(source, data.image_size, batch_size, host, hosts)
     self._area = tuple(data.crop_area)
     self._aspect = tuple(data.crop_aspect)
     self._flip = bool(data.flip)
@@ -122,7 +122,7 @@ class _EvalRows(_Rows):
   """Rows of one pass over the examples in order, padded at the end."""
 
   def __init__(self, source, data, batch_size, host, hosts):
-    super().__init__(source, data, batch_size, host, hosts)
+    super().__init__(source, data.eval_image_size, batch_size, host, hosts)
     self._resize = int(data.eval_resize)
 
   def _empty(self):
@@ -277,10 +277,10 @@ def eval_batches(
     DataError: a value does not fit; see BatchIterator for what happens later.
   """
   _check(data, "config.eval.batch_size", batch_size, hosts)
-  if data.eval_resize < data.image_size:
+  if data.eval_resize < data.eval_image_size:
     raise DataError(
-      f"config.data.eval_resize={data.eval_resize} is smaller than config.data.image_size="
-      f"{data.image_size}, which is cut out of it."
+      f"config.data.eval_resize={data.eval_resize} is smaller than "
+      f"config.data.eval_image_size={data.eval_image_size}, which is cut out of it."
     )
   rows = _EvalRows(source, data, batch_size, host, hosts)
   batches = math.ceil(len(source) / batch_size)
@@ -294,9 +294,10 @@ def _check(data: Any, field: str, batch_size: int, hosts: int) -> None:
     raise DataError(
       f"{field}={batch_size} must be a positive multiple of the number of hosts, {hosts}."
     )
-  for name, least in (("image_size", 1), ("workers", 0), ("threads", 0), ("prefetch_batches", 1)):
-    if data[name] < least:
-      raise DataError(f"config.data.{name}={data[name]} must be at least {least}.")
+  least = {"image_size": 1, "eval_image_size": 1, "prefetch_batches": 1, "threads": 0, "workers": 0}
+  for name, minimum in least.items():
+    if data[name] < minimum:
+      raise DataError(f"config.data.{name}={data[name]} must be at least {minimum}.")
 
 
 def _read_ahead(

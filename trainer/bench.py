@@ -31,7 +31,7 @@ def make_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
   config.model.name, config.model.depth, config.model.width = "cifar_resnet", 8, 0.25
   config.model.num_classes, config.model.dtype = 10, "float32"
   config.data.kind, config.data.synthetic_examples = "synthetic", 8 * batch_size
-  config.data.image_size = config.data.eval_resize = 16
+  config.data.image_size = config.data.eval_image_size = config.data.eval_resize = 16
   config.optimizer.warmup_epochs = config.eval.every_epochs = 0.0
   return config
 

@@ -32,13 +32,14 @@ _RANGES = {
     "model.bn_epsilon": _POSITIVE,
     "data.kind": _one_of("auto", "array_record", "folder", "synthetic"),
     "data.image_size": _AT_LEAST_1,
+    "data.eval_image_size": _AT_LEAST_1,
     "data.eval_resize": _AT_LEAST_1,
     "data.crop_area": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "must be (min, max) in (0, 1]"),
     "data.crop_aspect": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "must be (min, max), both positive"),
     "data.mean": (lambda v: len(v) == 3, "must have one number for each of R, G, B"),
     "data.std": (lambda v: len(v) == 3 and min(v) > 0, "must have one positive number for each of R, G, B"),
     "data.workers": _AT_LEAST_0,
-    "data.threads": _AT_LEAST_1,
+    "data.threads": _AT_LEAST_0,
     "data.prefetch_batches": _AT_LEAST_1,
     "data.max_bad_fraction": _SHARE,
     "data.synthetic_examples": _AT_LEAST_1,
@@ -69,7 +70,7 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
-               "data.max_bad_fraction", "eval.", "checkpoint.", "pod.", "log.")
+               "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)

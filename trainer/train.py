@@ -60,7 +60,7 @@ def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> C
   train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config)
   state_sharding = jax.tree.map(lambda x: x.sharding, program.abstract_state)
   jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, mesh_lib.replicated(program.mesh)))
-  batch = _abstract_batch(config, program.mesh, config.global_batch_size, TRAIN_BATCH)
+  batch = _abstract_batch(program.mesh, config.global_batch_size, config.data.image_size, TRAIN_BATCH)
   return jitted.lower(program.abstract_state, batch, mesh_lib.flags(program.mesh, NOTHING)).compile()
 
 
@@ -68,14 +68,12 @@ def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Ca
   """Compiles (params, batch_stats, totals, batch) -> totals."""
   jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config),
                    out_shardings=mesh_lib.replicated(program.mesh))
-  batch = _abstract_batch(config, program.mesh, config.eval.batch_size, evaluate.BATCH)
+  batch = _abstract_batch(program.mesh, config.eval.batch_size, config.data.eval_image_size, evaluate.BATCH)
   return jitted.lower(*program.abstract_state.for_eval(), evaluate.zero_totals(program.mesh), batch,
                       mesh_lib.flags(program.mesh, NOTHING)).compile()
 
 
-def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int,
-                    names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-  size = config.data.image_size
+def _abstract_batch(mesh: Mesh, batch_size: int, size: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
   kinds = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32),
            "mask": ((batch_size,), np.bool_)}
   return {name: jax.ShapeDtypeStruct(*kinds[name], sharding=mesh_lib.batch_sharding(mesh)) for name in names}
@@ -338,7 +336,7 @@ def describe(config: ml_collections.ConfigDict, program: Program, train_examples
       f"  model     {config.model.name} {config.model.depth}, width {config.model.width:g}, "
       f"{count_params(program):,} parameters, {config.model.num_classes} classes, {config.model.dtype}",
       f"  data      {config.data.path or config.data.kind}: {train_examples:,} to train, {eval_examples:,} to evaluate, "
-      f"{config.data.image_size} px",
+      f"at {config.data.image_size} and {config.data.eval_image_size} px",
       f"  length    {lengths.total:,} steps of {config.global_batch_size}, {lengths.total / lengths.per_epoch:.2f} epochs, "
       f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
       f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "

@@ -69,7 +69,7 @@ def run_prepare(*argv) -> int:
 def data_config(path, **fields) -> ml_collections.ConfigDict:
   """Returns config.data for small images."""
   data = base.get_config().data
-  data.update(path=str(path), image_size=16, eval_resize=20, **fields)
+  data.update(path=str(path), image_size=16, eval_image_size=16, eval_resize=20, **fields)
   return data
 
 

@@ -304,7 +304,7 @@ from input_pipeline import loader, sources
 if __name__ == "__main__":
   path, end = sys.argv[1:]
   data = ml_collections.ConfigDict(dict(
-      path=path, kind="auto", image_size=16, crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.33),
+      path=path, kind="auto", image_size=16, eval_image_size=16, crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.33),
       flip=True, workers=2, threads=1, prefetch_batches=1, max_bad_fraction=0.0))
   source = sources.open_source(data, "train", 3)
   iterator = loader.train_batches(source, data, seed=0, global_batch_size=8)
@@ -409,5 +409,5 @@ def test_values_of_evaluation_that_do_not_fit_are_named():
     evaluate(memory(3), data_config(""), batch=10, hosts=4)
   data = data_config("")
   data.eval_resize = 15
-  with pytest.raises(DataError, match="config.data.eval_resize=15 is smaller than .*image_size=16"):
+  with pytest.raises(DataError, match="config.data.eval_resize=15 is smaller than .*eval_image_size=16"):
     evaluate(memory(3), data)

@@ -101,7 +101,7 @@ def test_warmup_longer_than_the_run_is_refused():
     ("model.depth", 18, True), ("seed", 1, True), ("global_batch_size", 512, True), ("optimizer.momentum", 0.8, True),
     ("total_epochs", 100.0, True), ("data.crop_area", (0.2, 1.0), True), ("label_smoothing", 0.0, True),
     ("data.workers", 7, False), ("data.path", "elsewhere", False), ("log.every_steps", 3, False),
-    ("checkpoint.keep_last", 9, False), ("eval.batch_size", 64, False)])
+    ("checkpoint.keep_last", 9, False), ("eval.batch_size", 64, False), ("data.eval_image_size", 288, False), ("data.eval_split", "test", False)])
 def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   config = base.get_config()
   saved = config_lib.flatten(config)
