@@ -270,7 +270,7 @@ def join_pod(config: ml_collections.ConfigDict) -> Pod:
 
   Raises:
     ConfigError: if the config cannot run, or another host has another one.
-    HostLost: if a host does not come up.
+    HostLost: if a host does not tell its config in time.
   """
   config_lib.validate(config)
   pod = Pod.join(timeout=config.pod.timeout_seconds, start_timeout=config.pod.start_seconds,
@@ -283,7 +283,7 @@ def join_pod(config: ml_collections.ConfigDict) -> Pod:
     differ = [field for field in sorted(mine.keys() | theirs.keys()) if mine.get(field) != theirs.get(field)]
     if differ:
       raise ConfigError(f"Host {host} runs with {differ[0]}={theirs.get(differ[0])!r}, host {pod.host} with "
-                        f"{mine.get(differ[0])!r}; start all hosts with the same code and the same flags.")
+                        f"{differ[0]}={mine.get(differ[0])!r}; start all hosts with the same code and the same flags.")
   config_lib.check_divisible(config, num_devices=jax.device_count())
   return pod
 
