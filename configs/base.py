@@ -88,6 +88,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.keep_best = True  # the one with the highest top1 stays as well
   config.checkpoint.retry_seconds = 60.0  # pause before a failed save is tried again
 
+  config.pod = ml_collections.ConfigDict()
+  config.pod.start_seconds = 300.0  # for all hosts to come up
+  config.pod.timeout_seconds = 45.0  # a host that is silent for longer is lost, and the others exit
+  config.pod.stuck_seconds = 1800.0  # a host that stays at one point for longer exits; compiling is one point
+
   config.log = ml_collections.ConfigDict()
   config.log.every_steps = 100  # progress line and event files
   config.log.profile_step = 0  # first step of a profile for TensorBoard; 0 takes none

@@ -73,7 +73,10 @@ def main(argv: list[str]) -> int:
   except Preempted as error:
     logging.info("%s", error)
     return error.exit_code
-  except (TrainerError, DataError) as error:
+  except TrainerError as error:
+    logging.error("%s", error)
+    return error.exit_code
+  except DataError as error:
     logging.error("%s", error)
     return FAILED
   return DONE

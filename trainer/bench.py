@@ -21,6 +21,7 @@ import ml_collections
 from configs import base
 from input_pipeline import loader, sources
 from trainer import mesh as mesh_lib, train as train_lib
+from trainer.step import NOTHING
 
 
 def make_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
@@ -52,11 +53,12 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
                                                global_batch_size=config.global_batch_size)) as host_batches:
     host_batch = next(host_batches)
   batch = mesh_lib.to_global(program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH})
+  requests = mesh_lib.flags(program.mesh, NOTHING)
   state = program.init_state()
   jax.block_until_ready((state, batch))
   start = time.perf_counter()
   for _ in range(config.total_steps):
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, requests)
   jax.block_until_ready((state, metrics))
   return config.total_steps / (time.perf_counter() - start)
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from trainer import config as config_lib
 from trainer.errors import CheckpointError, ConfigError
+from trainer.pod import Pod
 from trainer.state import TrainState, fingerprints
 
 FORMAT = 1
@@ -52,14 +53,16 @@ class _KeepLatestAndBest:
 class Checkpointer:
   """Saves and restores the state of one workdir."""
 
-  def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
+  def __init__(self, pod: Pod, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
     """Opens the checkpoints of a workdir.
 
     Args:
+      pod: this host among the others.
       workdir: folder of the run.
       config: validated config of the run.
       every_steps: steps between periodic checkpoints; 0 is none by steps.
     """
+    self._pod = pod
     self._workdir = workdir
     self._config = config
     self._every_steps = every_steps
@@ -67,6 +70,8 @@ class Checkpointer:
     self._directory = workdir / "checkpoints"
     self._manager = self._open_manager()
     self._in_flight: int | None = None
+    self._attempts = 0
+    self._broken = False  # whether the manager has failed, and with it the last save
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
 
@@ -75,8 +80,8 @@ class Checkpointer:
         preservation_policy=self._policy, cleanup_tmp_directories=True))
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest whole checkpoint, or None."""
-    return self._manager.latest_step()
+    """Returns the step of the newest whole checkpoint on disk, or None; a manager that failed knows less."""
+    return max(ocp.utils.checkpoint_steps(self._directory), default=None)
 
   def set_best(self, step: int) -> None:
     """Tells which step must outlive the newest N."""
@@ -84,13 +89,15 @@ class Checkpointer:
       self._policy.best_step = step
 
   def due(self, step: int) -> bool:
-    """Tells whether a periodic save belongs after this step: by steps, by the clock, or after a save that failed."""
-    now = time.monotonic()
+    """Tells whether a periodic save belongs after this step; the same on all hosts."""
+    return bool(self._every_steps and step % self._every_steps == 0)
+
+  def wanted(self) -> bool:
+    """Tells whether the clock of this host asks for a save: the last was long ago, or one has failed."""
+    now, every = time.monotonic(), 60 * self._config.checkpoint.every_minutes
     if self._retry_time is not None:
       return now >= self._retry_time
-    by_clock = 60 * self._config.checkpoint.every_minutes
-    return bool(self._every_steps and step % self._every_steps == 0) or bool(
-        by_clock and now - self._last_time >= by_clock)
+    return bool(every and now - self._last_time >= every)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts an asynchronous save; returns when the state has been copied and may be donated.
@@ -103,10 +110,9 @@ class Checkpointer:
       meta: JSON-able facts of the run to keep beside it: the clocks and the best result.
     """
     self.poll(wait=True)
-    if step in self._manager.all_steps():
-      return
-    self._clear_torn()
     items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
+    if not self._ready(step, items):
+      return
     meta = meta | {
         "format": FORMAT,
         "step": step,
@@ -116,21 +122,42 @@ class Checkpointer:
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
     }
     meta["digest"] = _digest(meta)
-    self._last_time, self._retry_time, self._in_flight = time.monotonic(), None, step
+    self._in_flight = step
     try:
-      self._check_room(items)
       self._manager.save(step, force=True, args=ocp.args.Composite(
           meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
     except (OSError, ValueError, RuntimeError) as error:
-      self._save_failed(error)
+      self._broke(error)
 
-  def _check_room(self, items: dict[str, Any]) -> None:
-    """Raises OSError if a local disk is too full: Orbax, finding that out midway, leaves threads that fill the log."""
+  def _ready(self, step: int, items: dict[str, Any]) -> bool:
+    """Tells whether to save: not what is saved already, and not where a host cannot.
+
+    One that could not would keep the others waiting in Orbax. And a full disk that Orbax itself finds, midway, leaves
+    threads that fill the log.
+    """
+    problem = None
     if self._directory.as_posix().startswith("/"):
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
       free = shutil.disk_usage(self._directory).free
       if free < needed:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed")
+        problem = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
+    self._attempts += 1
+    hosts = self._pod.gather(f"save {self._attempts}, of step {step}", [self._broken, problem])
+    if any(broken for broken, _ in hosts.values()):
+      # A manager goes on raising what once failed in its background, on close too. All hosts open a new one together.
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      self._manager = self._open_manager()
+      self._broken = False
+    if step in self._manager.all_steps():
+      return False
+    self._clear_torn()
+    self._last_time, self._retry_time = time.monotonic(), None
+    for host, (_, problem) in hosts.items():
+      if problem:
+        self._save_failed(step, f"host {host}: {problem}" if self._pod.hosts > 1 else problem)
+        return False
+    return True
 
   def poll(self, wait: bool = False) -> None:
     """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""
@@ -140,23 +167,21 @@ class Checkpointer:
       self._manager.wait_until_finished()
       self._in_flight = None
     except (OSError, ValueError, RuntimeError) as error:
-      self._save_failed(error)
+      self._broke(error)
 
-  def _save_failed(self, error: Exception) -> None:
-    step, self._in_flight = self._in_flight, None
-    # A manager goes on raising what once failed in its background, on close too.
-    with contextlib.suppress(Exception):
-      self._manager.close()
-    self._manager = self._open_manager()
-    self._clear_torn()
+  def _broke(self, error: Exception) -> None:
+    step, self._in_flight, self._broken = self._in_flight, None, True
+    self._save_failed(step, _first_line(error))
+
+  def _save_failed(self, step: int, reason: str) -> None:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
     logging.error("The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
-                  "the newest whole checkpoint is that of step %s.", step, _first_line(error),
+                  "the newest whole checkpoint is that of step %s.", step, reason,
                   self._config.checkpoint.retry_seconds, self.latest_step())
 
   def _clear_torn(self) -> None:
     """Removes what failed saves left, for its room; called when none is in flight."""
-    if jax.process_index() == 0:
+    if self._pod.host == 0:
       for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
         torn.rmtree(missing_ok=True)
 
@@ -186,6 +211,8 @@ class Checkpointer:
       CheckpointError: if the storage cannot be read at all.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
+      self._pod.at(f"restore of step {step}")
+      damage = ""
       try:
         state, meta = self._restore(step, abstract_state)
       except ConfigError:
@@ -197,7 +224,11 @@ class Checkpointer:
         if any(word in str(cause) for word in _UNREACHABLE):
           raise CheckpointError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
                                 f"{_first_line(cause)}.") from error
-        self._set_aside(step, _first_line(cause))
+        damage = _first_line(cause)
+      # Good on one host is not good enough: all go on from the same step.
+      damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")
+      if damage:
+        self._set_aside(step, damage)
         continue
       if meta.get("best"):
         self.set_best(meta["best"]["step"])
@@ -224,8 +255,10 @@ class Checkpointer:
 
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = self._directory / str(step), self._workdir / "damaged" / f"{step}-{int(time.time())}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
+    if self._pod.host == 0:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      source.rename(target)
+    self._pod.gather(f"step {step} set aside", "")
     self._manager.reload()
     logging.error("Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.", source, reason,
                   target)

@@ -67,6 +67,9 @@ _RANGES = {
     "checkpoint.every_minutes": _AT_LEAST_0,
     "checkpoint.keep_last": _AT_LEAST_1,
     "checkpoint.retry_seconds": _AT_LEAST_0,
+    "pod.start_seconds": _AT_LEAST_1,
+    "pod.timeout_seconds": _AT_LEAST_1,
+    "pod.stuck_seconds": _AT_LEAST_1,
     "log.every_steps": _AT_LEAST_1,
     "log.profile_step": _AT_LEAST_0,
     "log.profile_steps": _AT_LEAST_1,
@@ -77,7 +80,7 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
-               "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "log.")
+               "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +115,12 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
 
 
-def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
-  """Refuses a config that cannot run.
-
-  Args:
-    config: the config of the run.
-    num_devices: devices of all hosts, over which batches are split.
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuses a config that can run nowhere; touches no device.
 
   Raises:
-    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, out of
-      its range, or not divisible.
+    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, or out of
+      its range.
   """
   values, defaults = flatten(config), flatten(base.get_config())
   for field in sorted(values.keys() - defaults.keys()):
@@ -145,7 +144,6 @@ def validate(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
   if values["model.dtype"] == "float64" and not jax.config.jax_enable_x64:
     raise ConfigError("config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1.")
-  _check_split(config, num_devices)
   try:
     models.check(config.model)
   except ValueError as error:
@@ -165,8 +163,16 @@ def mesh_shape(mesh: ml_collections.ConfigDict, num_devices: int) -> tuple[int, 
   return data, mesh.fsdp, mesh.space
 
 
-def _check_split(config: ml_collections.ConfigDict, num_devices: int) -> None:
-  """Refuses batches, images and BN groups that do not split evenly over the devices."""
+def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
+  """Refuses batches, images and BN groups that do not split evenly over the devices.
+
+  Args:
+    config: a validated config.
+    num_devices: devices of all hosts.
+
+  Raises:
+    ConfigError: naming the field, and the nearest value that fits where there is one.
+  """
   data, fsdp, space = mesh_shape(config.mesh, num_devices)
   if config.sharding.params == "fsdp" and fsdp == 1:
     raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")

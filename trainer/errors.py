@@ -3,6 +3,7 @@
 DONE = 0
 FAILED = 2  # a rerun of the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command goes on from there
+HOST_LOST = 76  # another host is missing or silent; the same command on all hosts goes on from the last checkpoint
 
 
 class TrainerError(Exception):
@@ -21,6 +22,12 @@ class CheckpointError(TrainerError):
 
 class NonFiniteError(TrainerError):
   """Loss, gradients or parameters stopped being finite numbers."""
+
+
+class HostLost(TrainerError):
+  """A host did not come up, or was not heard for too long."""
+
+  exit_code = HOST_LOST
 
 
 class Preempted(TrainerError):

@@ -9,9 +9,11 @@ import numpy as np
 
 from trainer import mesh as mesh_lib
 from trainer.errors import NonFiniteError
+from trainer.step import STOP
 
 BATCH = ("image", "label", "mask")
-_TOTALS = {"loss": np.float32, "top1": np.int32, "top5": np.int32, "examples": np.int32}
+_TOTALS = {"loss": np.float32, "top1": np.int32, "top5": np.int32, "examples": np.int32,
+           "request": np.int32}
 
 
 def abstract_totals(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -25,7 +27,7 @@ def zero_totals(mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats: Any,
-             host_batches: Iterator[dict[str, np.ndarray]], stopped: Callable[[], bool]) -> dict[str, Any] | None:
+             host_batches: Iterator[dict[str, np.ndarray]], requests: Callable[[], jax.Array]) -> dict[str, Any] | None:
   """Runs the model over a whole split.
 
   Args:
@@ -34,7 +36,7 @@ def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats
     params: what to evaluate.
     batch_stats: running BN statistics that belong to `params`.
     host_batches: this host's rows of each padded batch of the split.
-    stopped: asked before each batch; True ends the evaluation early.
+    requests: returns what this host asks for, before each batch; a STOP of any host ends the evaluation on all.
 
   Returns:
     {'loss', 'top1', 'top5': float means, 'examples': int count}, or None if it was stopped.
@@ -45,12 +47,11 @@ def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats
   totals = zero_totals(mesh)
   in_flight = collections.deque()
   for batch in mesh_lib.prefetch(mesh, host_batches, BATCH):
-    if stopped():
+    totals = eval_step(params, batch_stats, totals, batch, requests())
+    in_flight.append(totals["request"])
+    # Two batches late: that bounds the batches in flight, and with them the memory that they hold.
+    if len(in_flight) > 2 and jax.device_get(in_flight.popleft()) == STOP:
       return None
-    totals = eval_step(params, batch_stats, totals, batch)
-    in_flight.append(totals["examples"])
-    if len(in_flight) > 2:  # bounds the batches in flight, and with them the memory that they hold
-      in_flight.popleft().block_until_ready()
   totals = jax.device_get(totals)
   examples = int(totals["examples"])
   result = {name: float(totals[name]) / examples for name in ("loss", "top1", "top5")}

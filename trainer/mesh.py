@@ -146,6 +146,17 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: join(rows) for name, rows in batch.items()}
 
 
+def abstract_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """Returns the shape of `flags`."""
+  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
+
+
+def flags(mesh: Mesh, value: int) -> jax.Array:
+  """Returns int32 [number of devices] with `value` on the devices of this host; other hosts may hold another one."""
+  like = abstract_flags(mesh)
+  return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.full(1, value, like.dtype))
+
+
 def prefetch(mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: tuple[str, ...],
              ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches, with the next `ahead` already on their way to the devices.

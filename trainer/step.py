@@ -15,17 +15,21 @@ from trainer.state import TrainState
 
 Batch = dict[str, jax.Array]
 
-# One small vector a step is one transfer to the host instead of five.
-METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate")
+# One small vector a step is one transfer to the host instead of six.
+METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate", "request")
+
+# What a host may ask for at any step. The step returns the highest of all hosts, so that they agree without another word.
+NOTHING, SAVE, STOP = range(3)
 
 
 def make_train_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
-    config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-  """Returns train_step(state, batch) -> (state, metrics).
+    config: ml_collections.ConfigDict,
+    mesh: Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
+  """Returns train_step(state, batch, requests) -> (state, metrics).
 
-  The batch holds `image` uint8 [N, S, S, 3] and `label` int32 [N]; metrics is float32 (float64 if the model is)
-  [len(METRICS)] in that order, over the whole global batch.
+  The batch holds `image` uint8 [N, S, S, 3] and `label` int32 [N]; requests is int32 [devices], what the host of each
+  device asks for; metrics is float32 (float64 if the model is) [len(METRICS)] in that order, over the whole global batch.
 
   With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the other, and the gradient
   is their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every device splits its own rows, and which
@@ -69,7 +73,7 @@ def make_train_step(
     (total, batch_stats), _ = jax.lax.scan(accumulate, start, micro_batches)
     return jax.tree.map(lambda x: x / accumulation_steps, total), batch_stats
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+  def train_step(state: TrainState, batch: Batch, requests: jax.Array) -> tuple[TrainState, jax.Array]:
     # Parameters are whole where they meet activations, and in shards where they are updated (sharding_rules). Said at
     # both places, the compiler gathers and scatters parameters, and never splits a convolution by channel.
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
@@ -84,22 +88,24 @@ def make_train_step(
       # While few steps are averaged the window grows with them, else the random start would linger (Adam's bias).
       decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step)).astype(loss.dtype)
       ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1.0 - decay)
-    metrics = jnp.stack([loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)])
+    metrics = jnp.stack([loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step),
+                         jnp.max(requests)])
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics.astype(loss.dtype)
 
   return train_step
 
 
 def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
-                   mesh: Mesh) -> Callable[[Any, Any, Batch, Batch], Batch]:
-  """Returns eval_step(params, batch_stats, totals, batch) -> totals.
+                   mesh: Mesh) -> Callable[[Any, Any, Batch, Batch, jax.Array], Batch]:
+  """Returns eval_step(params, batch_stats, totals, batch, requests) -> totals.
 
   The batch holds `image` uint8 [N, S, S, 3], `label` int32 [N] and `mask` bool [N], False on padding. Totals are
-  scalars over all real examples so far: `loss` float32 sum (no smoothing), `top1`, `top5`, `examples` int32 counts.
+  scalars over all real examples so far: `loss` float32 sum (no smoothing), `top1`, `top5`, `examples` int32 counts, and
+  `request` int32, the highest request of any host.
   """
   dtype = jnp.dtype(config.model.dtype)
 
-  def eval_step(params: Any, batch_stats: Any, totals: Batch, batch: Batch) -> Batch:
+  def eval_step(params: Any, batch_stats: Any, totals: Batch, batch: Batch, requests: jax.Array) -> Batch:
     params = jax.lax.with_sharding_constraint(params, mesh_lib.replicated(mesh))
     model = nnx.merge(graphdef, params, batch_stats, copy=True)
     model.eval()
@@ -117,6 +123,7 @@ def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
         "examples": jnp.sum(mask),
     }
     # Sums of booleans are int64 where JAX runs in 64 bits.
-    return {name: totals[name] + value.astype(totals[name].dtype) for name, value in new.items()}
+    return {name: totals[name] + value.astype(totals[name].dtype) for name, value in new.items()} | {
+        "request": jnp.maximum(totals["request"], jnp.max(requests))}
 
   return eval_step

@@ -15,7 +15,7 @@ import tqdm
 
 from trainer import events
 from trainer.errors import NonFiniteError
-from trainer.step import METRICS
+from trainer.step import METRICS, NOTHING
 from clu import metric_writers, periodic_actions  # isort: skip  (trainer.events makes them importable)
 
 # Metrics are fetched when two later steps are queued behind them, so that the devices never wait for the host.
@@ -85,6 +85,7 @@ class Telemetry:
     self._profile = periodic_actions.Profile(
         logdir=directory, num_profile_steps=config.log.profile_steps, profile_duration_ms=0,
         first_profile=config.log.profile_step, every_secs=None) if config.log.profile_step and self._chief else None
+    self.request = NOTHING  # the highest that any host has made at the steps looked at
     self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
     self._window: list[np.ndarray] = []
     self._mark = self._seconds()
@@ -118,6 +119,11 @@ class Telemetry:
     while self._pending:
       self._absorb()
 
+  def forget(self, request: int) -> None:
+    """Drops a request that has been met, and only that one."""
+    if self.request == request:
+      self.request = NOTHING
+
   def _absorb(self) -> None:
     step, metrics = self._pending.popleft()
     metrics = jax.device_get(metrics)
@@ -125,12 +131,14 @@ class Telemetry:
       values = ", ".join(f"{name} {value:g}" for name, value in zip(METRICS, metrics))
       raise NonFiniteError(f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
                            "set config.optimizer.clip_norm, then run again: the last checkpoint is from before.")
+    self.request = max(self.request, int(metrics[METRICS.index("request")]))
     self._window.append(metrics)
     if step % self._config.log.every_steps == 0 or step == self._total_steps:
       self._write(step)
 
   def _write(self, step: int) -> None:
     scalars = dict(zip(METRICS, np.mean(self._window, axis=0).tolist()))
+    del scalars["request"]
     scalars["learning_rate"] = float(self._window[-1][METRICS.index("learning_rate")])
     mark = self._seconds()
     training, waiting = (now - before for now, before in zip(mark, self._mark))
@@ -141,7 +149,7 @@ class Telemetry:
     eta = (self._total_steps - step) * training / len(self._window)
     self._window, self._mark = [], mark
     self.write(step, "train", scalars)
-    if self._bar.disable:
+    if self._bar.disable:  # as on all hosts but the first, whose log level hides this line
       logging.info(
           "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %.0f img/s (%.0f per device)  "
           "input wait %.1f%%  ETA %s", step, self._total_steps, step / self._steps_per_epoch, scalars["loss"],

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
-from typing import Any, Callable, Sequence
+import pathlib
+import time
+from typing import Any, Callable, Iterator, Sequence
 
 from absl import logging
 from clu import parameter_overview
@@ -20,7 +23,9 @@ from trainer import config as config_lib, evaluate, mesh as mesh_lib, report, st
 from trainer.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.optimizer import make_optimizer, make_schedule
+from trainer.pod import Pod
 from trainer.state import TrainState, make_init
+from trainer.step import NOTHING, SAVE, STOP
 from trainer.telemetry import Telemetry, WallClock
 
 TRAIN_BATCH = ("image", "label")
@@ -62,20 +67,21 @@ def build(config: ml_collections.ConfigDict, num_examples: int, devices: Sequenc
 
 
 def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
-  """Compiles (state, batch) -> (state, metrics); the state is donated."""
+  """Compiles (state, batch, requests) -> (state, metrics); the state is donated."""
   train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config, program.mesh)
   out_shardings = (program.state_shardings(), mesh_lib.replicated(program.mesh))
   jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-  return jitted.lower(program.abstract_state, _abstract_batch(program.mesh, config.global_batch_size,
-                                                              config.data.image_size, TRAIN_BATCH)).compile()
+  batch = _abstract_batch(program.mesh, config.global_batch_size, config.data.image_size, TRAIN_BATCH)
+  return jitted.lower(program.abstract_state, batch, mesh_lib.abstract_flags(program.mesh)).compile()
 
 
 def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
-  """Compiles (params, batch_stats, totals, batch) -> totals."""
+  """Compiles (params, batch_stats, totals, batch, requests) -> totals."""
   jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh),
                    out_shardings=mesh_lib.replicated(program.mesh))
   batch = _abstract_batch(program.mesh, config.eval.batch_size, config.data.eval_image_size, evaluate.BATCH)
-  return jitted.lower(*program.abstract_state.for_eval(), evaluate.abstract_totals(program.mesh), batch).compile()
+  return jitted.lower(*program.abstract_state.for_eval(), evaluate.abstract_totals(program.mesh), batch,
+                      mesh_lib.abstract_flags(program.mesh)).compile()
 
 
 def _abstract_batch(mesh: Mesh, batch_size: int, size: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -91,7 +97,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   Args:
     config: the run; see `configs/base.py`.
     workdir: folder of everything the run writes; a workdir with checkpoints goes on from the newest valid one.
-    stop: asked at every step; True saves and ends the process.
+    stop: asked at every step; True saves and ends the process, and with it those of all other hosts.
 
   Returns:
     What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, and more.
@@ -101,16 +107,20 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     input_pipeline.errors.DataError: if the data are missing, inconsistent or broken.
   """
   clock = WallClock()
-  config_lib.validate(config, num_devices=jax.device_count())
-  workdir = open_workdir(workdir)
+  with join_pod(config, stop) as pod:
+    return _train(config, workdir, stop, pod, clock)
 
+
+def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod,
+           clock: WallClock) -> dict[str, Any]:
+  workdir = open_workdir(workdir, pod)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
   lengths, mesh = program.lengths, program.mesh
   logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
 
-  checkpointer = Checkpointer(workdir, config, lengths.checkpoint_every)
+  checkpointer = Checkpointer(pod, workdir, config, lengths.checkpoint_every)
   restored = checkpointer.restore_newest(program.abstract_state)
   if restored:
     state, meta = restored
@@ -126,6 +136,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     checkpointer.close()
     return json.loads(finished.read_text())
 
+  if pod.agree("compile", stop()):
+    raise Preempted("Stopped before the first step of this process; nothing is lost.")
   with clock("compile"):
     if state is None:
       state = program.init_state()
@@ -134,21 +146,26 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     jax.block_until_ready(state)
   logging.info("Compiled in %.1f s.", clock.read()["compile"])
 
-  host, hosts = jax.process_index(), jax.process_count()
-  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=host,
-                                      hosts=hosts, global_batch_size=config.global_batch_size)
+  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
+                                      hosts=pod.hosts, global_batch_size=config.global_batch_size)
+  flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch)
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
 
+  def requests() -> jax.Array:
+    return flags[STOP if stop() else SAVE if checkpointer.wanted() else NOTHING]
+
   def evaluate_now(step: int) -> dict[str, Any] | None:
+    """Returns the result, or None if a host asks for a stop."""
     nonlocal best
-    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=host,
-                                       hosts=hosts)
+    pod.at(f"evaluation of step {step}")
+    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=pod.host,
+                                       hosts=pod.hosts)
     with clock("eval"), contextlib.closing(eval_batches):
-      result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, stop)
+      result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, requests)
     if result:
       telemetry.evaluated(step, result)
       if best is None or result["top1"] > best["top1"]:
@@ -159,28 +176,35 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   def meta_now() -> dict[str, Any]:
     return {"best": best, "wall_seconds": clock.read()}
 
-  step, result = first_step, None
+  step, result, stopping = first_step, None, False
   try:
     # A checkpoint is taken before the evaluation of its step, so one that was cut short, or is lost with its process,
     # is done again here.
     if step and is_eval_step(step):
       result = evaluate_now(step)
+      stopping = result is None
     batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
     clock.switch("step")
-    while step < lengths.total and not stop():
+    # What is decided here is the same on all hosts: a function of the step, or of requests that a step has agreed on.
+    while step < lengths.total and not stopping:
+      pod.at(f"step {step + 1}")
       with clock("input_wait"):
         batch = next(batches)
+      request = requests()
       with jax.transfer_guard("disallow"):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, request)
       step += 1
       telemetry.step(step, metrics)
       checkpointer.poll()
-      if is_eval_step(step) or checkpointer.due(step):
+      if is_eval_step(step) or checkpointer.due(step) or telemetry.request == SAVE:
         telemetry.flush()  # raises if a step up to this one was not finite: only good states are saved
         with clock("checkpoint"):
           checkpointer.save(step, state, meta_now())
-      if is_eval_step(step):
+        telemetry.forget(SAVE)
+      stopping = telemetry.request == STOP
+      if is_eval_step(step) and not stopping:
         result = evaluate_now(step)
+        stopping = result is None
 
     telemetry.flush()
     clock.switch("other")
@@ -207,7 +231,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   write_json(finished, final)
   logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
                100 * final["top5"], final["examples"], final["epochs"])
-  if jax.process_index() == 0:
+  if pod.host == 0:
     logging.info("Curves: %s", report.write_report(str(workdir)))
   return final
 
@@ -222,21 +246,29 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   Raises:
     TrainerError: as `train` does, and if there is no checkpoint.
   """
-  config_lib.validate(config, num_devices=jax.device_count())
-  directory = open_workdir(workdir)
+  with join_pod(config, stop) as pod:
+    return _evaluate_only(config, workdir, stop, pod)
+
+
+def _evaluate_only(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool],
+                   pod: Pod) -> dict[str, Any]:
+  directory = open_workdir(workdir, pod)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
-  checkpointer = Checkpointer(directory, config, every_steps=0)
+  checkpointer = Checkpointer(pod, directory, config, every_steps=0)
   restored = checkpointer.restore_newest(program.abstract_state)
   checkpointer.close()
   if restored is None:
     raise CheckpointError(f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir.")
   state, meta = restored
   host_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
-                                     host=jax.process_index(), hosts=jax.process_count())
+                                     host=pod.host, hosts=pod.hosts)
+  flags = {request: mesh_lib.flags(program.mesh, request) for request in (NOTHING, STOP)}
+  pod.at("evaluation")
   with contextlib.closing(host_batches):
-    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches, stop)
+    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches,
+                               lambda: flags[STOP if stop() else NOTHING])
   if result is None:
     raise Preempted("Stopped during the evaluation; the same command starts it again.")
   result = {"step": meta["step"]} | result
@@ -246,20 +278,58 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   return result
 
 
-def open_workdir(workdir: str) -> epath.Path:
-  """Makes the folder and proves that it can be written.
+@contextlib.contextmanager
+def join_pod(config: ml_collections.ConfigDict, stop: Callable[[], bool]) -> Iterator[Pod]:
+  """Checks the config, finds the other hosts, makes sure that all of them mean the same run, and leaves with them.
+
+  Raises:
+    TrainerError: as `Pod.join` does, and if the config can run nowhere, not on these devices, or is not that of all hosts.
+  """
+  config_lib.validate(config)
+  with Pod.join(config.pod, stop) as pod:
+    if pod.host:
+      logging.set_verbosity(logging.WARNING)  # one host tells the story, all tell what goes wrong
+    mine = config_lib.flatten(config) | {"jax version": jax.__version__, "source code": code_hash()}
+    digests = pod.gather("config", hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())
+    if len(set(digests.values())) > 1:
+      for host, theirs in pod.gather("differing config", mine).items():
+        field = next((field for field in sorted(mine.keys() | theirs.keys()) if mine.get(field) != theirs.get(field)), "")
+        if field:
+          raise ConfigError(f"Host {host} has {field} = {theirs.get(field)!r}, host {pod.host} has {mine.get(field)!r}; "
+                            "start all hosts with the same code and the same flags.")
+    config_lib.check_split(config, num_devices=jax.device_count())
+    yield pod
+
+
+def code_hash() -> str:
+  """Returns a hash of the source of `trainer`, `input_pipeline` and `configs`, to tell one version from another."""
+  root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+  for folder in ("trainer", "input_pipeline", "configs"):
+    for path in sorted((root / folder).rglob("*.py")):
+      digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
+
+
+def open_workdir(workdir: str, pod: Pod) -> epath.Path:
+  """Makes the folder, and proves that this host can write it and sees what host 0 writes.
 
   Raises:
     ConfigError: if it cannot.
   """
   path = epath.Path(workdir).expanduser().absolute()
+  probe, first = path / f".probe-{pod.host}", path / ".probe-0"
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / f".probe-{jax.process_index()}"
-    probe.write_text("x")
+    probe.write_text(str(time.time()))
+    written = pod.gather("workdir", probe.read_text())[0]
+    seen = first.read_text() if first.exists() else None
+    pod.gather("workdir is seen", None)
     probe.unlink()
   except OSError as error:
-    raise ConfigError(f"--workdir {path} cannot be written: {error.strerror or error}.") from error
+    raise ConfigError(f"--workdir {path} cannot be written by host {pod.host}: {error.strerror or error}.") from error
+  if seen != written:
+    raise ConfigError(f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or a "
+                      "folder that all hosts mount.")
   return path
 
 

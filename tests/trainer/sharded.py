@@ -16,7 +16,8 @@ import numpy as np
 from tests.trainer import tiny
 from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
 from trainer.checkpoint import Checkpointer
-from trainer.step import METRICS
+from trainer.pod import Pod
+from trainer.step import METRICS, NOTHING
 
 STEPS = 10
 FSDP = {"mesh.fsdp": 2, "sharding.params": "fsdp"}
@@ -88,22 +89,23 @@ def start(program, host_state=None):
 def run(dtype, num_devices, overrides, host_state=None):
   """Returns what ten steps and an evaluation show, and the state of step 0."""
   config = make_config(dtype, overrides)
-  config_lib.validate(config, num_devices=num_devices)
+  config_lib.validate(config)
+  config_lib.check_split(config, num_devices=num_devices)
   program = train_lib.build(config, 64, jax.devices()[:num_devices])
   train_step = train_lib.compile_train_step(config, program)
   eval_step = train_lib.compile_eval_step(config, program)
   state = start(program, host_state)
   if host_state is None and jax.process_count() == 1:
     host_state = jax.device_get(state)
-  metrics = []
+  nothing, metrics = mesh_lib.flags(program.mesh, NOTHING), []
   for batch in batches():
     batch = {name: batch[name] for name in train_lib.TRAIN_BATCH}
-    state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch))
+    state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing)
     metrics.append(np.asarray(step_metrics).tolist())
   for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
     assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
   return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
-      "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: False),
+      "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: nothing),
       "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
       "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
       "train_collectives": collectives(train_step),
@@ -127,12 +129,12 @@ def move_checkpoints(dtype):
   state = start(program)
   moved = {"born": same(state, start(build(1, {})[1]))}
   with tempfile.TemporaryDirectory() as folder:
-    checkpointer = Checkpointer(epath.Path(folder), config, 0)
+    checkpointer = Checkpointer(Pod(config.pod), epath.Path(folder), config, 0)
     checkpointer.save_and_wait(0, state, {"best": None, "wall_seconds": {}})
     checkpointer.close()
     for name, (num_devices, overrides) in {"1": (1, {}), "fsdp": (8, FSDP), "update": (8, UPDATE)}.items():
       config, program = build(num_devices, overrides)
-      checkpointer = Checkpointer(epath.Path(folder), config, 0)
+      checkpointer = Checkpointer(Pod(config.pod), epath.Path(folder), config, 0)
       restored, _ = checkpointer.restore_newest(program.abstract_state)
       checkpointer.close()
       placed = jax.tree.map(lambda x, abstract: x.sharding == abstract.sharding, restored, program.abstract_state)

@@ -12,7 +12,10 @@ from tests.trainer import tiny
 from trainer import train as train_lib
 from trainer.checkpoint import Checkpointer
 from trainer.errors import ConfigError
+from trainer.pod import Pod
 from trainer.state import fingerprints
+
+ALONE = Pod(tiny.get_config().pod)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def save(checkpointer, program, steps, **meta):
 
 
 def open_checkpointer(workdir, program, every_steps=0):
-  return Checkpointer(epath.Path(workdir), program[0], every_steps)
+  return Checkpointer(ALONE, epath.Path(workdir), program[0], every_steps)
 
 
 def kept(workdir):
@@ -86,11 +89,11 @@ def test_saves_are_due_by_steps_and_by_the_clock(tmp_path, program, monkeypatch)
   checkpointer = open_checkpointer(tmp_path, program, every_steps=4)
   assert [step for step in range(1, 13) if checkpointer.due(step)] == [4, 8, 12]
   now[0] += 599
-  assert not checkpointer.due(13)
+  assert not checkpointer.wanted()
   now[0] += 1
-  assert checkpointer.due(13)
+  assert checkpointer.wanted()
   save(checkpointer, program, [13])
-  assert not checkpointer.due(14)
+  assert not checkpointer.wanted()
   checkpointer.close()
 
 
@@ -199,7 +202,7 @@ def test_everything_damaged_leaves_nothing_to_restore(workdir, program):
 def test_another_config_is_refused_and_nothing_is_set_aside(workdir, program):
   config = program[0].copy_and_resolve_references()
   config.optimizer.momentum = 0.5
-  checkpointer = Checkpointer(epath.Path(workdir), config, 0)
+  checkpointer = Checkpointer(ALONE, epath.Path(workdir), config, 0)
   with pytest.raises(ConfigError, match=r"config\.optimizer\.momentum: 0\.9 -> 0\.5"):
     checkpointer.restore_newest(program[1].abstract_state)
   checkpointer.close()

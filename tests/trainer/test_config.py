@@ -15,7 +15,7 @@ RUN_FILES = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_every_run_file_is_valid_on_its_own(name):
   config = importlib.import_module(f"configs.{name}").get_config()
-  config_lib.validate(config, num_devices=1)
+  config_lib.validate(config)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -61,7 +61,8 @@ def test_out_of_range_is_refused_by_name(field, value, words):
   config = base.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ConfigError) as error:
-    config_lib.validate(config, num_devices=8)
+    config_lib.validate(config)
+    config_lib.check_split(config, num_devices=8)
   for word in words:
     assert word in str(error.value)
   assert "\n" not in str(error.value)
@@ -71,14 +72,14 @@ def test_unknown_field_is_refused_with_the_nearest_name():
   config = base.get_config().unlock()
   config.optimizer.momentun = 0.9
   with pytest.raises(ConfigError, match=r"config\.optimizer\.momentun.*did you mean config\.optimizer\.momentum\?"):
-    config_lib.validate(config, num_devices=1)
+    config_lib.validate(config)
 
 
 def test_missing_field_is_refused():
   config = base.get_config().unlock()
   del config.data.flip
   with pytest.raises(ConfigError, match=r"config\.data\.flip is missing"):
-    config_lib.validate(config, num_devices=1)
+    config_lib.validate(config)
 
 
 @pytest.mark.parametrize("section, name, value", [
@@ -89,7 +90,7 @@ def test_wrong_type_is_refused(section, name, value):
   with config[section].ignore_type():
     config[section][name] = value
   with pytest.raises(ConfigError, match=rf"config\.{section}\.{name} must"):
-    config_lib.validate(config, num_devices=1)
+    config_lib.validate(config)
 
 
 def test_durations_in_steps():
@@ -137,7 +138,7 @@ def test_what_does_not_split_evenly_is_refused_by_name(overrides, words):
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
   with pytest.raises(ConfigError) as error:
-    config_lib.validate(config, num_devices=8)
+    config_lib.check_split(config, num_devices=8)
   for word in words:
     assert word in str(error.value)
 
@@ -149,4 +150,4 @@ def test_what_does_not_split_evenly_is_refused_by_name(overrides, words):
 def test_what_splits_evenly_is_taken(overrides):
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
-  config_lib.validate(config, num_devices=8)
+  config_lib.check_split(config, num_devices=8)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ import pytest
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
 from trainer import events, train as train_lib
+from trainer.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, FAILED, NonFiniteError, PREEMPTED, Preempted
+from trainer.pod import Pod
 
 TINY = pathlib.Path(tiny.__file__)
 
@@ -83,8 +86,8 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
   run_config.total_steps, run_config.eval.every_steps, run_config.checkpoint.every_steps = 12, 5, 3
   train_lib.train(run_config, str(tmp_path / "quiet"))
   quiet = fingerprints(tmp_path / "quiet", 12)
-  # 12 steps ask 12 times and three evaluations of four batches another 12 times; 7, 9, 16 and 24 fall into evaluations.
-  for n in (1, 4, 7, 9, 13, 16, 22, 24):
+  # 12 steps ask 12 times and three evaluations of four batches another 12 times; 7, 9, 16 and 21 fall into evaluations.
+  for n in (1, 4, 7, 9, 13, 16, 21):
     workdir = tmp_path / f"stopped-{n}"
     with pytest.raises(Preempted) as stopped:
       train_lib.train(run_config, str(workdir), StopAt(n))
@@ -228,7 +231,7 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
   with pytest.raises(NonFiniteError, match=r"Step \d+ is not finite \(loss .*learning rate"):
     train_lib.train(run_config, str(tmp_path))
   for checkpoint in (tmp_path / "checkpoints").iterdir():
-    state = train_lib.Checkpointer(train_lib.open_workdir(str(tmp_path)), run_config, 0).restore_newest(
+    state = Checkpointer(Pod(run_config.pod), epath.Path(tmp_path), run_config, 0).restore_newest(
         train_lib.build(run_config, 72).abstract_state)[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 

@@ -17,7 +17,7 @@ def run_steps(config, batch, steps=1):
   state, metrics = jax.jit(program.init)(), None
   states = [state]
   for _ in range(steps):
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, np.zeros(1, np.int32))
     states.append(state)
   return states, dict(zip(step_lib.METRICS, np.asarray(metrics)))
 
@@ -128,7 +128,8 @@ def test_eval_counts_each_real_example_once(config, batch):
   ruined = batch["image"].copy()
   ruined[5:] = 255
   totals = [jax.device_get(eval_step(*state.for_eval(), evaluate.zero_totals(program.mesh),
-                                     {"image": image, "label": batch["label"], "mask": mask}))
+                                     {"image": image, "label": batch["label"], "mask": mask},
+                                     np.zeros(1, np.int32)))
             for image in (batch["image"], ruined)]
   assert totals[0]["examples"] == 5
   assert totals[0] == totals[1]
@@ -142,5 +143,6 @@ def test_equal_logits_are_no_free_hits(config, batch):
   eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh))
   labels = np.array([0, 1, 2, 3, 4, 5, 0, 1], np.int32)
   totals = jax.device_get(eval_step(params, state.batch_stats, evaluate.zero_totals(program.mesh),
-                                    {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)}))
+                                    {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)},
+                                    np.zeros(1, np.int32)))
   assert totals["top1"] == 2 and totals["top5"] == 7

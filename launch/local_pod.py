@@ -1,0 +1,117 @@
+"""Runs a command on several hosts that are processes of this machine: the test bed of everything that pods do.
+
+    python -m launch.local_pod --hosts=4 --devices-per-host=2 -- python -m trainer --config=... --workdir=...
+
+Each process is a host of its own to `jax.distributed`, with forced CPU devices and gloo in place of a pod's network.
+Its lines are prefixed with its number. SIGTERM and SIGINT go to all hosts; send a signal to one of them by the process id
+that is printed at start. When a host fails, its last lines are shown, the others get `--grace` seconds to end by
+themselves, and whatever is left is killed. The exit code is that of the host that failed first, else 0.
+"""
+
+import argparse
+import collections
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Sequence
+
+_LAST_LINES = 15
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
+  parser = argparse.ArgumentParser(prog="python -m launch.local_pod", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--hosts", type=int, default=2, help="processes (default 2)")
+  parser.add_argument("--devices-per-host", type=int, default=1, help="CPU devices of each (default 1)")
+  parser.add_argument("--grace", type=float, default=150.0,
+                      help="seconds for the other hosts to end when one has failed (default 150)")
+  parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what each host runs")
+  args = parser.parse_args(argv)
+  command = args.command[1:] if args.command[:1] == ["--"] else args.command
+  if args.hosts < 1 or args.devices_per_host < 1:
+    parser.error("--hosts and --devices-per-host must be 1 or more")
+  if not command:
+    parser.error("give the command behind --")
+  return _LocalPod(args.hosts, args.devices_per_host, args.grace, command).run()
+
+
+class _LocalPod:
+  """The processes of one run."""
+
+  def __init__(self, hosts: int, devices_per_host: int, grace: float, command: Sequence[str]):
+    self._grace = grace
+    self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
+    self._last = [collections.deque(maxlen=_LAST_LINES) for _ in range(hosts)]
+    port = _free_port()
+    self._processes = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,  # a Ctrl-C of the terminal must reach each host once, through us
+            env=os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(hosts),
+                              "JAX_PROCESS_ID": str(host), "JAX_NUM_CPU_DEVICES": str(devices_per_host),
+                              "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"})
+        for host in range(hosts)]
+    for host, process in enumerate(self._processes):
+      print(f"[{host}] started as process {process.pid}", flush=True)
+      threading.Thread(target=self._read, args=(host,), daemon=True).start()
+
+  def _read(self, host: int) -> None:
+    for line in self._processes[host].stdout:
+      self._lines.put((host, line.rstrip("\n")))
+    self._lines.put((host, None))
+
+  def _send(self, number: int) -> None:
+    for process in self._processes:
+      if process.poll() is None:
+        os.killpg(process.pid, number)
+
+  def run(self) -> int:
+    """Returns when no process is left."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, lambda number, _: self._send(number))
+    first, deadline, running = None, float("inf"), len(self._processes)
+    try:
+      while running:
+        try:
+          host, line = self._lines.get(timeout=1.0)
+        except queue.Empty:
+          host, line = None, ""
+        if host is not None and line is not None:
+          self._last[host].append(line)
+          print(f"[{host}] {line}", flush=True)
+        elif host is not None:
+          running -= 1
+          code = self._processes[host].wait()
+          print(f"[{host}] ended with code {code}", flush=True)
+          if code and first is None:
+            first, deadline = (host, code), time.monotonic() + self._grace
+        if time.monotonic() > deadline:
+          left = [host for host, process in enumerate(self._processes) if process.poll() is None]
+          print(f"killing host {', '.join(map(str, left))}, still there {self._grace:g} s after host {first[0]} ended",
+                flush=True)
+          self._send(signal.SIGKILL)
+          deadline = float("inf")
+    finally:
+      self._send(signal.SIGKILL)
+    if first is None:
+      return 0
+    print(f"host {first[0]} was the first to fail, with code {first[1]}; its last lines:", flush=True)
+    for line in self._last[first[0]]:
+      print(f"  {line}", flush=True)
+    return first[1] if first[1] > 0 else 128 - first[1]
+
+
+def _free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+  sys.exit(main())

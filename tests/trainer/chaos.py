@@ -1,0 +1,205 @@
+"""A training that everything happens to, and the proof that nothing came of it.
+
+    python -m tests.trainer.chaos [--events N] [--seed N] [--folder DIR]
+
+Real processes train a tiny net on 1, 2 or 4 hosts while random events hit them: SIGTERM, kill -9 or SIGSTOP of a random
+host, a restart on another number of hosts, damage of the newest checkpoint. After each event every process must be gone
+within a time limit, with the exit code that says so, and the next start must go on from the newest whole checkpoint.
+In the end every stretch on one number of hosts is trained again without events: its checkpoints must be the same in every
+bit. Needs two cores and, for thirty events, about half an hour.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import psutil
+
+from tests.trainer import tiny
+
+EVENTS = ("SIGTERM", "SIGKILL", "SIGSTOP", "resize", "damage")
+HOSTS = (2, 4, 1)
+EVERY = 100  # steps between checkpoints
+STEPS_PER_EVENT = 500
+SILENCE = 8  # seconds after which a host is lost
+LIMIT = 60  # seconds in which every process must be gone after an event; an unloaded machine needs a fifth of it
+
+
+class Pod:
+  """One start of all hosts."""
+
+  def __init__(self, workdir: pathlib.Path, hosts: int, total_steps: int):
+    command = [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--grace={LIMIT}", "--", sys.executable,
+               "-m", "trainer", f"--config={tiny.__file__}", f"--workdir={workdir}", "--config.data.kind=synthetic",
+               f"--config.total_steps={total_steps}", "--config.log.every_steps=20", "--config.checkpoint.keep_last=100000",
+               f"--config.checkpoint.every_steps={EVERY}", f"--config.pod.timeout_seconds={SILENCE}"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                     env=os.environ | {"XLA_FLAGS": flags})
+    self.log, self._lines = "", threading.Condition()
+    threading.Thread(target=self._read, daemon=True).start()
+
+  def _read(self) -> None:
+    for line in self._process.stdout:
+      with self._lines:
+        self.log += line
+        self._lines.notify_all()
+    with self._lines:
+      self.log += "END"
+      self._lines.notify_all()
+
+  def wait_for(self, pattern: str, limit: float) -> None:
+    with self._lines:
+      if not self._lines.wait_for(lambda: re.search(pattern, self.log) or self.log.endswith("END"), timeout=limit):
+        raise AssertionError(f"{pattern!r} did not come within {limit} s:\n{self.log[-3000:]}")
+
+  def pids(self) -> list[int]:
+    return [int(pid) for pid in re.findall(r"started as process (\d+)", self.log)]
+
+  def codes(self) -> dict[int, int]:
+    return {int(host): int(code) for host, code in re.findall(r"\[(\d+)\] ended with code (-?\d+)", self.log)}
+
+  def finish(self, limit: float) -> dict[int, int]:
+    """Returns the exit code of each host when all are gone, and makes sure that they are."""
+    self.wait_for("END$", limit)
+    self._process.wait()
+    left = [pid for pid in self.pids() if psutil.pid_exists(pid)]
+    assert not left, f"processes {left} are left"
+    return self.codes()
+
+  def stop(self) -> None:
+    """Ends it, whatever it is at."""
+    with contextlib.suppress(ProcessLookupError):
+      self._process.terminate()
+    self.finish(2 * LIMIT)
+
+
+def checkpoints(workdir: pathlib.Path) -> list[int]:
+  folder = workdir / "checkpoints"
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
+  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
+
+
+def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
+  """Harms a checkpoint in one of the ways that disks and killed processes do."""
+  folder = workdir / "checkpoints" / str(step)
+  data = max((path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  kind = rng.choice(["lost item", "cut file", "wrong byte"])
+  if kind == "lost item":
+    shutil.rmtree(folder / "opt_state")
+  elif kind == "cut file":
+    os.truncate(data, data.stat().st_size // 2)
+  else:
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    data.write_bytes(content)
+  return kind
+
+
+def chaos(folder: pathlib.Path, events: list[str], seed: int) -> None:
+  """Trains through the events and checks everything.
+
+  Raises:
+    AssertionError: with what went wrong.
+  """
+  rng, workdir, total = random.Random(seed), folder / "run", STEPS_PER_EVENT * (len(events) + 1)
+  hosts, newest, harmed = 2, 0, None
+  stretches = []  # (hosts, first step, {step: fingerprints})
+  for number, event in enumerate([*events, "end"]):
+    began = time.monotonic()
+    before = newest
+    pod = Pod(workdir, hosts, total)
+    try:
+      pod.wait_for(r"step \d+/\d+ ", 240)
+      came = time.monotonic() - began
+      if before:
+        assert f"Going on from checkpoint {before} of" in pod.log, f"not from {before}:\n{pod.log[-3000:]}"
+      assert ("is damaged" in pod.log) == bool(harmed), pod.log[-3000:]
+      if event != "end":
+        time.sleep(rng.uniform(0.0, 3.0))
+      struck, victim = time.monotonic(), rng.randrange(hosts)
+      if event == "SIGKILL" or event == "SIGSTOP":
+        os.kill(pod.pids()[victim], getattr(signal, event))
+        if event == "SIGSTOP":
+          for other in set(range(hosts)) - {victim}:
+            pod.wait_for(rf"\[{other}\] ended with", LIMIT)
+          os.kill(pod.pids()[victim], signal.SIGKILL)
+        codes = pod.finish(LIMIT)
+        assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) <= {76}, f"{codes}\n{pod.log[-3000:]}"
+      elif event != "end":
+        os.kill(pod.pids()[victim], signal.SIGTERM)
+        assert set(pod.finish(LIMIT).values()) == {75}, pod.log[-3000:]
+      else:
+        assert set(pod.finish(LIMIT + 0.5 * total).values()) == {0}, pod.log[-3000:]
+    except BaseException:
+      pod.stop()
+      raise
+    gone = time.monotonic() - struck
+    if not stretches or stretches[-1][0] != hosts:
+      stretches.append((hosts, before, {}))
+    steps = [step for step in checkpoints(workdir) if step > before]
+    stretches[-1][2].update({step: fingerprints(workdir, step) for step in steps})
+    reached = max(map(int, re.findall(r"step (\d+)/", pod.log)))
+    newest = max(checkpoints(workdir))
+    # A killed host may take the save that is in flight with it, and the one that its last steps asked for.
+    assert newest > reached - 2 * EVERY, f"step {reached} was reached, but {newest} is the newest checkpoint"
+    harmed, note = None, f"host {victim} of {hosts}" if event != "end" else f"{hosts} hosts"
+    if event == "damage":
+      note = f"{damage(workdir, newest, rng)} of checkpoint {newest}"
+      harmed, newest = newest, checkpoints(workdir)[-2]
+      stretches[-1][2].pop(harmed, None)
+    elif event == "resize":
+      note = f"{hosts} -> {(hosts := rng.choice([count for count in HOSTS if count != hosts]))} hosts"
+    print(f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, step {reached}, "
+          f"checkpoint {newest}", flush=True)
+
+  final = json.loads((workdir / "final.json").read_text())
+  assert final["step"] == total
+  for number, (hosts, first, seen) in enumerate(stretches):
+    periodic = [step for step in seen if step % EVERY == 0]
+    if not periodic:
+      continue
+    quiet = folder / f"quiet-{number}"
+    if first:
+      shutil.copytree(workdir / "checkpoints" / str(first), quiet / "checkpoints" / str(first))
+    pod = Pod(quiet, hosts, total)
+    while not (quiet / "checkpoints" / str(max(periodic))).exists() and not pod.log.endswith("END"):
+      time.sleep(0.2)
+    pod.stop()
+    for step in periodic:
+      assert fingerprints(quiet, step) == seen[step], f"checkpoint {step} on {hosts} hosts is not that of a quiet run"
+    print(f"{hosts} hosts, steps {first} to {max(periodic)}: {len(periodic)} checkpoints are those of a quiet run, bit for bit",
+          flush=True)
+    shutil.rmtree(quiet)
+  print(f"{len(events)} events, {total} steps, top1 {100 * final['top1']:.1f} %; nothing was lost.")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--events", type=int, default=30)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--folder", type=pathlib.Path, help="kept for a look; a temporary one otherwise")
+  args = parser.parse_args()
+  rng = random.Random(args.seed)
+  events = [rng.choice(EVENTS) for _ in range(args.events)]
+  with contextlib.ExitStack() as stack:
+    folder = args.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    chaos(folder, events, args.seed)
+
+
+if __name__ == "__main__":
+  main()

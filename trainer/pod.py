@@ -1,0 +1,282 @@
+"""The hosts of a run: how they find each other, agree, and notice that one of them is missing.
+
+Every host runs the same program. What the compiler emits waits for all of them, in C++ and for ever, so a thread of each
+host keeps telling host 0 where it is (trainer/lifeline.py) and hears what is wrong elsewhere. A host that dies, is silent
+for `config.pod.timeout_seconds` or fails is named by all others with the point where it was, and they exit too.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, Callable
+
+from absl import logging
+import jax
+from jax._src import clusters  # no public name tells what jax.distributed.initialize() would find
+import ml_collections
+
+from input_pipeline.errors import DataError
+from trainer.errors import ConfigError, FAILED, HOST_LOST, HostLost, Preempted, TrainerError
+from trainer.lifeline import Lifeline, Line
+
+_TICKS = 10  # signs of life within a timeout
+
+
+class Pod:
+  """This host among the others; with one host there is nobody to wait for.
+
+  As a context it leaves together with the others: `leave` at its end, after an error with a word about it to the others.
+
+  Attributes:
+    host: number of this host.
+    hosts: how many there are.
+  """
+
+  def __init__(self, limits: ml_collections.ConfigDict, host: int = 0, hosts: int = 1):
+    """Makes a pod of one host; `join` makes the others."""
+    self.host, self.hosts, self._limits = host, hosts, limits
+    self._point, self._since = "start", time.monotonic()
+    self._note: tuple[int, float] | None = None
+    self._notes: dict[int, float] = {}
+    self._left = threading.Event()
+    self._dying = threading.Lock()
+
+  @classmethod
+  def join(cls, limits: ml_collections.ConfigDict, stop: Callable[[], bool]) -> "Pod":
+    """Finds the other hosts, before anything else of JAX is used.
+
+    JAX_COORDINATOR_ADDRESS=HOST:PORT with JAX_NUM_PROCESSES and JAX_PROCESS_ID tell where host 0 is, how many there are,
+    and which this one is; without them JAX looks for a cluster that it knows (TPU pods, Slurm, MPI). Where there is none
+    this host is the only one.
+
+    Args:
+      limits: `config.pod`.
+      stop: asked while waiting.
+
+    Raises:
+      ConfigError: if the environment says only half of it, or hosts contradict each other.
+      HostLost: naming the hosts that did not come up in time.
+      Preempted: if a host was asked to stop meanwhile.
+    """
+    address, hosts, host = _find_hosts(limits.start_seconds)
+    pod = cls(limits, host, hosts)
+    if hosts > 1:
+      pod._start(address, stop)
+    return pod
+
+  def _start(self, address: str, stop: Callable[[], bool]) -> None:
+    limits, (name, _, port) = self._limits, address.rpartition(":")
+    deadline = time.monotonic() + limits.start_seconds
+    if self.host == 0:
+      try:
+        self._lifeline = Lifeline(int(port), self.hosts, limits.timeout_seconds)
+      except (OSError, ValueError) as error:
+        raise ConfigError(f"Host 0 cannot listen at {address} (JAX_COORDINATOR_ADDRESS): {error}.") from error
+    where = ("localhost" if self.host == 0 else name, int(port))
+    while True:
+      try:
+        self._line = Line(where, self.host, limits.timeout_seconds)
+        break
+      except OSError as error:
+        if stop():
+          raise Preempted("Stopped before the other hosts were found; nothing was begun.") from error
+        if time.monotonic() > deadline:
+          raise HostLost(f"Host {self.host} could not reach host 0 at {address} within {limits.start_seconds:g} s "
+                         f"({error}). Is it up, and may hosts reach each other?") from error
+        time.sleep(0.5)
+    refused = self._line.ask("hello", hosts=self.hosts).get("refused")
+    if refused:
+      raise ConfigError(refused)
+    self._thread = threading.Thread(target=self._watch, args=(Line(where, self.host, limits.timeout_seconds),),
+                                    name="pod", daemon=True)
+    self._thread.start()
+
+    def wanted(missing: list[int]) -> None:
+      if stop():
+        self._fail("was asked to stop while the hosts came up", Preempted)
+      if time.monotonic() > deadline:
+        self._fail(f"waited {limits.start_seconds:g} s for host {', '.join(map(str, missing))} to come up", HostLost)
+
+    # The other hosts hear from host 0 where JAX listens: whatever port is free.
+    free = _free_port() if self.host == 0 else None
+    ports = self.gather("start", free, wanted)
+    self._catch_aborts()
+    # The stop is agreed in the step (see trainer.step); JAX's own service would take SIGTERM away from us.
+    jax.config.update("jax_enable_preemption_service", False)
+    self.at("jax.distributed.initialize")
+    # JAX's own heartbeat comes late: it ends the process without a word about which host is missing.
+    jax.distributed.initialize(f"{name}:{ports[0]}", self.hosts, self.host, cluster_detection_method="deactivate",
+                               initialization_timeout=round(limits.start_seconds),
+                               heartbeat_timeout_seconds=round(10 * limits.timeout_seconds),
+                               shutdown_timeout_seconds=round(limits.timeout_seconds))
+
+  def at(self, point: str) -> None:
+    """Notes where this host is, for itself and the others."""
+    self._point, self._since = point, time.monotonic()
+
+  def gather(self, name: str, value: Any, while_waiting: Callable[[list[int]], None] = lambda missing: None) -> dict[int, Any]:
+    """Returns what every host gave under a name that is new each time.
+
+    Args:
+      name: of this exchange, and of the point where hosts wait for each other.
+      value: JSON-able.
+      while_waiting: called every second with the hosts that are missing; what it raises ends the wait.
+
+    Raises:
+      HostLost: if a host is lost meanwhile, or host 0 cannot be reached.
+    """
+    if self.hosts == 1:
+      return {0: value}
+    self.at(name)
+    while True:
+      try:
+        reply = self._line.ask("gather", name=name, value=value)
+      except OSError as error:
+        raise HostLost(self._farewell(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)) from error
+      if len(reply["given"]) == self.hosts:
+        return {int(host): given for host, given in reply["given"].items()}
+      if reply["verdict"]:
+        self._await_verdict()
+      while_waiting([host for host in range(self.hosts) if str(host) not in reply["given"]])
+
+  def agree(self, name: str, value: bool) -> bool:
+    """Tells whether any host says True."""
+    return any(self.gather(name, value).values())
+
+  def exchange(self, step: int, seconds: float) -> dict[int, float]:
+    """Gives this host's figure of the window that ends with `step`, a time of its clock, without waiting.
+
+    Returns:
+      The figures of all hosts, by the clock of host 0, for the last window that all have given; {} before that.
+    """
+    self._note = step, seconds
+    return self._notes if self.hosts > 1 else {0: seconds}
+
+  def _watch(self, line: Line) -> None:
+    """Tells where this host is and hears what is wrong elsewhere, until `leave`."""
+    best, offset = float("inf"), 0.0  # of the clock of host 0, by the quickest reply
+    while True:
+      note = self._note and (self._note[0], self._note[1] + offset)
+      asked = time.time()
+      try:
+        reply = line.ask("alive", point=self._point, note=note)
+      except OSError as error:
+        if self._left.is_set():
+          return
+        self._give_up(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)
+      answered = time.time()
+      if answered - asked < best:
+        best, offset = answered - asked, reply["now"] - (asked + answered) / 2
+      self._notes = {int(host): seconds for host, seconds in reply["notes"].items()}
+      if self._left.is_set():
+        line.ask("bye")
+        return
+      if reply["verdict"] and reply["verdict"][0] != self.host:
+        self._give_up(*reply["verdict"][1:])
+      stuck = time.monotonic() - self._since
+      if stuck > self._limits.stuck_seconds:
+        self._line_failed(f"host {self.host} has been at '{self._point}' for {stuck:.0f} s", HOST_LOST, line)
+        self._give_up(f"this host has been at '{self._point}' for {stuck:.0f} s", HOST_LOST)
+      self._left.wait(min(5.0, self._limits.timeout_seconds / _TICKS))
+
+  def _farewell(self, reason: str, code: int) -> str:
+    advice = "" if code == FAILED else " Run the same command again on all hosts."
+    return f"Host {self.host} at '{self._point}' gives up: {reason.rstrip('.')}.{advice}"
+
+  def _give_up(self, reason: str, code: int) -> None:
+    """Ends this process with a sentence; the main thread may be held in C++, where no exception reaches it."""
+    self._dying.acquire()  # for good: one sentence is enough
+    logging.error("%s", self._farewell(reason, code))
+    if self.host == 0:
+      self._lifeline.wait_for_others()  # the others hear it from here
+    logging.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+  def _line_failed(self, sentence: str, code: int, line: Line) -> None:
+    try:
+      line.ask("failed", sentence=sentence, code=code)
+    except OSError:
+      logging.warning("Host 0 could not be told.")
+
+  def _fail(self, what: str, kind: type[TrainerError]) -> None:
+    """Tells the others, and raises."""
+    self._line_failed(f"host {self.host} {what}", kind.exit_code, self._line)
+    raise kind(f"Host {self.host} {what}.")
+
+  def _await_verdict(self) -> None:
+    """Waits for the watching thread to end this process, as long as it may take it to find out why."""
+    time.sleep(self._limits.timeout_seconds * (1 + 2 / _TICKS))
+
+  def _catch_aborts(self) -> None:
+    """Lets an abort in C++ wait for the reason: when a host dies, JAX and gloo abort the others before they can tell."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(number: int) -> None:
+      del number
+      self._await_verdict()
+      self._give_up("JAX's runtime aborted this process for the reason above, and all hosts are there", HOST_LOST)
+
+    self._on_abort = on_abort  # or it would be freed
+    ctypes.CDLL(None).signal(signal.SIGABRT, on_abort)
+
+  def __enter__(self) -> "Pod":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    if self.hosts == 1:
+      return
+    if kind is None or kind is Preempted:
+      self.leave()
+      return
+    if not issubclass(kind, (TrainerError, DataError)):
+      # Most often the end of another host, as gloo sees it.
+      logging.error("Host %d at '%s': %s. Looking whether another host is lost ...", self.host, self._point,
+                    str(error).splitlines()[0][:200] if str(error) else kind.__name__)
+      self._await_verdict()
+    sentence = str(error).splitlines()[0] if str(error) else kind.__name__
+    code = FAILED if issubclass(kind, DataError) else getattr(error, "exit_code", 1)
+    self._line_failed(f"host {self.host} failed at '{self._point}': {sentence}", code, self._line)
+    self._left.set()
+    if self.host == 0:
+      self._lifeline.wait_for_others()
+
+  def leave(self) -> None:
+    """Leaves together with the others; nobody listens any more."""
+    if self.hosts > 1:
+      self.gather("end", None)
+      jax.distributed.shutdown()
+      self._left.set()
+      self._thread.join()
+      if self.host == 0:
+        self._lifeline.wait_for_others()
+
+
+def _find_hosts(timeout: float) -> tuple[str, int, int]:
+  """Returns the address of host 0, the number of hosts, and the number of this one."""
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if address:
+    try:
+      hosts, host = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+    except (KeyError, ValueError) as error:
+      raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID "
+                        f"beside it ({error}).") from error
+    if not 0 <= host < hosts or not address.rpartition(":")[2].isdigit():
+      raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, and JAX_PROCESS_ID={host} below "
+                        f"JAX_NUM_PROCESSES={hosts}.")
+    return address, hosts, host
+  if os.environ.get("JAX_PLATFORMS") == "cpu":  # a smoke run on a worker of a pod is a run of its own
+    return "", 1, 0
+  address, hosts, host, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, round(timeout))
+  return (address, hosts, host) if address and hosts else ("", 1, 0)
+
+
+def _free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("", 0))
+    return probe.getsockname()[1]
