@@ -30,8 +30,8 @@ from tests.trainer import tiny
 
 EVENTS = ("SIGTERM", "SIGKILL", "SIGSTOP", "resize", "damage")
 HOSTS = (2, 4, 1)
-EVERY = 100  # steps between checkpoints
-STEPS_PER_EVENT = 500
+EVERY = 20  # steps between checkpoints and between lines of the log
+STEPS_PER_EVENT = 150  # an event comes within the first hundred or so of a start
 SILENCE = 8  # seconds after which a host is lost
 LIMIT = 60  # seconds in which every process must be gone after an event; an unloaded machine needs a fifth of it
 
@@ -42,7 +42,7 @@ class Pod:
   def __init__(self, workdir: pathlib.Path, hosts: int, total_steps: int):
     command = [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--grace={LIMIT}", "--", sys.executable,
                "-m", "trainer", f"--config={tiny.__file__}", f"--workdir={workdir}", "--config.data.kind=synthetic",
-               f"--config.total_steps={total_steps}", "--config.log.every_steps=20", "--config.checkpoint.keep_last=100000",
+               f"--config.total_steps={total_steps}", f"--config.log.every_steps={EVERY}", "--config.checkpoint.keep_last=100000",
                f"--config.checkpoint.every_steps={EVERY}", f"--config.pod.timeout_seconds={SILENCE}"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -130,7 +130,8 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int) -> None:
         assert f"Going on from checkpoint {before} of" in pod.log, f"not from {before}:\n{pod.log[-3000:]}"
       assert ("is damaged" in pod.log) == bool(harmed), pod.log[-3000:]
       if event != "end":
-        time.sleep(rng.uniform(0.0, 3.0))
+        pod.wait_for(f"step {EVERY * (before // EVERY + rng.randint(2, 5))}/", 240)
+        time.sleep(rng.uniform(0.0, 0.5))
       struck, victim = time.monotonic(), rng.randrange(hosts)
       if event == "SIGKILL" or event == "SIGSTOP":
         os.kill(pod.pids()[victim], getattr(signal, event))
