@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from typing import Any, Callable, Sequence
 
 from absl import logging
@@ -16,12 +17,13 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, report, step as step_lib
+from trainer import config as config_lib, evaluate, flops, mesh as mesh_lib, report, step as step_lib
 from trainer.checkpoint import Checkpointer
+from trainer.clock import WallClock
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.optimizer import make_optimizer, make_schedule
 from trainer.state import TrainState, make_init
-from trainer.telemetry import Telemetry, WallClock
+from trainer.telemetry import Telemetry
 
 TRAIN_BATCH = ("image", "label")
 
@@ -94,7 +96,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     stop: asked at every step; True saves and ends the process.
 
   Returns:
-    What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, and more.
+    What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, goodput, and more.
 
   Raises:
     TrainerError: with one sentence for the user; `Preempted` after a stop.
@@ -103,6 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   clock = WallClock()
   config_lib.validate(config, num_devices=jax.device_count())
   workdir = open_workdir(workdir)
+  use_compilation_cache(config, workdir)
 
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
@@ -125,6 +128,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     logging.info("This run is complete: %s", finished.read_text())
     checkpointer.close()
     return json.loads(finished.read_text())
+  if jax.process_index() == 0:
+    starts = workdir / "starts.json"
+    write_json(starts, clock.start(json.loads(starts.read_text()) if starts.exists() else None))
 
   with clock("compile"):
     if state is None:
@@ -138,7 +144,9 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=host,
                                       hosts=hosts, global_batch_size=config.global_batch_size)
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
-                        steps_per_epoch=lengths.per_epoch)
+                        steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
+                            program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
+                            batch_size=config.global_batch_size, devices=mesh.devices.flat))
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
@@ -193,7 +201,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     telemetry.close()
     checkpointer.close()
 
-  seconds = clock.read()
+  seconds = clock.since_first_start()
   final = result | {
       "step": step,
       "epochs": step / lengths.per_epoch,
@@ -203,6 +211,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
       "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
       "bad_records": host_batches.bad_records,
       "wall_seconds": seconds | {"total": sum(seconds.values())},
+      "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
   write_json(finished, final)
   logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
@@ -224,6 +233,7 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
   """
   config_lib.validate(config, num_devices=jax.device_count())
   directory = open_workdir(workdir)
+  use_compilation_cache(config, directory)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
@@ -261,6 +271,13 @@ def open_workdir(workdir: str) -> epath.Path:
   except OSError as error:
     raise ConfigError(f"--workdir {path} cannot be written: {error.strerror or error}.") from error
   return path
+
+
+def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Tells JAX where `config.compilation_cache` keeps compiled programs, unless the environment has told it."""
+  if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = workdir / "compiled" if config.compilation_cache == "workdir" else config.compilation_cache
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
