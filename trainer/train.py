@@ -278,6 +278,8 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path
   if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = workdir / "compiled" if config.compilation_cache == "workdir" else config.compilation_cache
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and seconds together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
