@@ -137,9 +137,9 @@ class StepLoop:
 def bench_save(args: argparse.Namespace) -> None:
   """Prints what a step loop loses to the asynchronous save of a ResNet-50 with SGD momentum.
 
-  Lost is the time for which the loop stands still (hashing the leaves, copying them to the host, starting the save), and
-  with it what the steps beside the save take longer than without one: writing needs the processors of the host, which
-  here may be the device as well.
+  Lost is the time for which the loop stands still (hashing the leaves, copying them to the host, starting the save),
+  and with it what the steps beside the save take longer than without one: writing needs the processors of the host,
+  which may be the device as well.
   """
   config = base.get_config()
   config.global_batch_size, config.checkpoint.keep_last = jax.device_count(), 1
@@ -203,7 +203,7 @@ def bench_startup(args: argparse.Namespace) -> None:
       compiled = re.search(r"Compiled in ([0-9.]+) s", "".join(log))
       if not compiled:
         sys.exit("".join(log))
-      print(f"start {number + 1}: first step after {seconds[-1]:.1f} s, of which {compiled[1]} s to compile", flush=True)
+      print(f"start {number + 1}: first step after {seconds[-1]:.1f} s, {compiled[1]} s of it to compile", flush=True)
   print(f"ratio {seconds[1] / seconds[0]:.3f}")
 
 
@@ -224,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
   add("loop", bench_loop, steps=(1000, "steps of each side in each round"),
       rounds=(6, "rounds, each of both sides in turn"), batch_size=(32, "images per step"))
-  add("save", bench_save, rounds=(5, "saves after the first"), steps=(20, "steps that are timed before each save"),
-      idle_seconds=(0.0, "pause of the host in each step"), folder=(tempfile.gettempdir(), "disk to be written to"))
+  add("save", bench_save, rounds=(5, "saves after the first"), steps=(10, "steps that are timed before each save"),
+      idle_seconds=(0.1, "pause of the host in each step"), folder=(tempfile.gettempdir(), "disk to be written to"))
   add("startup", bench_startup)
   args = parser.parse_args(arguments)
   logging.set_verbosity(logging.WARNING)

@@ -132,13 +132,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     starts = workdir / "starts.json"
     write_json(starts, clock.start(json.loads(starts.read_text()) if starts.exists() else None))
 
+  compiled_before = clock.read()["compile"]
   with clock("compile"):
     if state is None:
       state = program.init_state()
     train_step = compile_train_step(config, program)
     eval_step = compile_eval_step(config, program)
     jax.block_until_ready(state)
-  logging.info("Compiled in %.1f s.", clock.read()["compile"])
+  logging.info("Compiled in %.1f s.", clock.read()["compile"] - compiled_before)
 
   host, hosts = jax.process_index(), jax.process_count()
   host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=host,
@@ -214,8 +215,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
       "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
   write_json(finished, final)
-  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
-               100 * final["top5"], final["examples"], final["epochs"])
+  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.", 100 * final["top1"],
+               100 * final["top5"], final["examples"], final["epochs"], 100 * final["goodput"]["share"])
   if jax.process_index() == 0:
     logging.info("Curves: %s", report.write_report(str(workdir)))
   return final
