@@ -147,7 +147,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
                             program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
-                            batch_size=config.global_batch_size, devices=mesh.devices.flat))
+                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()))
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)

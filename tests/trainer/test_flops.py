@@ -42,7 +42,7 @@ def test_unknown_chips_have_no_peak():
   assert flops.peak([types.SimpleNamespace(device_kind="cpu")]) is None
   program = program_of("cifar_resnet", 8, 32)
   assert flops.seconds_at_peak(program.graphdef, *program.abstract_state.for_eval(), image_size=32, batch_size=8,
-                               devices=program.mesh.devices.flat) is None
+                               devices=program.mesh.devices.flatten()) is None
 
 
 def test_seconds_at_peak_of_a_step():

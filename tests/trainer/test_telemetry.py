@@ -30,7 +30,7 @@ def run(tmp_path, config, monkeypatch, caplog):
   config.log.every_steps = 4
   now = [50.0]
   monkeypatch.setattr(telemetry_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, logger="absl")
 
   def open_telemetry(**options):
     clock = Clock()
