@@ -17,6 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.total_steps = 0
   config.accumulation_steps = 1  # micro-batches that a step is computed in, for memory; see trainer/step.py
   config.label_smoothing = 0.1  # in [0, 1)
+  # Where compiled programs are kept, so that a start after a preemption compiles nothing: workdir (WORKDIR/compiled,
+  # which outlives a host if WORKDIR does) | a folder, local or gs:// | "" for nowhere. The environment variable
+  # JAX_COMPILATION_CACHE_DIR goes before it.
+  config.compilation_cache = "workdir"
 
   config.mesh = ml_collections.ConfigDict()  # devices along each axis; their product is the number of devices
   config.mesh.data = -1  # examples are split over it; -1 is all that the other two leave

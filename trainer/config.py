@@ -79,8 +79,8 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
-_MAY_CHANGE = ("mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads", "data.prefetch_batches",
-               "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
+_MAY_CHANGE = ("compilation_cache", "mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads",
+               "data.prefetch_batches", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,11 @@ _PANELS = (
     ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
     ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
     ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
+    ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
+    ("Time of a step, ms", 1000, (("train/step_seconds_median", "median", _TRAIN),
+                                  ("train/step_seconds_p99", "99th percentile", _EVAL))),
     ("Waiting for input, % of time", 100, (("train/input_wait", "", _TRAIN),)),
+    ("Goodput, % of time since the first start", 100, (("train/goodput", "", _TRAIN),)),
 )
 _CAUSES = {
     "step": ("training steps", "#2563c9"),
@@ -45,6 +49,7 @@ _CAUSES = {
     "compile": ("compilation", "#8a63c7"),
     "checkpoint": ("checkpoints", "#e0a021"),
     "input_wait": ("waiting for input", "#cf3f4f"),
+    "restart": ("restarts", "#1c2430"),
     "other": ("other", "#9aa3af"),
 }
 _STYLE = """
@@ -105,7 +110,7 @@ def write_report(workdir: str) -> str:
   config, final = _read_json(directory / "config.json"), _read_json(directory / "final.json")
   sections = [_headline(directory.name, config, final, scalars), _curves(scalars)]
   if final is not None:
-    sections.append(_time(final["wall_seconds"]))
+    sections.append(_time(final["wall_seconds"], final["goodput"]))
   if config is not None:
     sections.append(_config_changes(config))
   report = directory / "report.html"
@@ -162,6 +167,8 @@ def _headline(name: str, config: Mapping[str, Any] | None, final: Mapping[str, A
       cards.append((f"{scalars['train/loss'][1][-1]:.3f}", "training loss"))
     if "train/images_per_second" in scalars:
       cards.append((f"{scalars['train/images_per_second'][1][-1]:,.0f}", "images per second"))
+    if "train/goodput" in scalars:
+      cards.append((f"{scalars['train/goodput'][1][-1]:.1%}", "goodput"))
   return (f"<h1>{html.escape(_title(config))}</h1>\n"
           f"<div class=\"muted\">{html.escape(name)}</div>\n{note}"
           "<div class=\"cards\">\n" + "\n".join(
@@ -223,8 +230,8 @@ def _causes(wall_seconds: Mapping[str, float]) -> dict[str, float]:
   return dict(sorted(causes.items(), key=lambda item: -item[1]))
 
 
-def _time(wall_seconds: Mapping[str, float]) -> str:
-  """Returns a bar of the wall time by cause."""
+def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
+  """Returns a bar of the wall time by cause, and the share of it that went into steps that count."""
   causes = _causes(wall_seconds)
   total = sum(causes.values())
   bar, legend = [], []
@@ -234,7 +241,8 @@ def _time(wall_seconds: Mapping[str, float]) -> str:
     bar.append(f"<div style=\"flex: {share:.6f} 0 0; background: {colour}\"></div>")
     legend.append(f"<span><i style=\"background: {colour}\"></i>{html.escape(label)} "
                   f"<span class=\"muted\">{_duration(seconds)}, {share:.1%}</span></span>")
-  return ("<h2>Wall time by cause</h2>\n"
+  starts = "one start" if goodput["starts"] == 1 else f"{goodput['starts']} starts"
+  return (f"<h2>Wall time by cause: goodput {goodput['share']:.1%}, {starts}</h2>\n"
           f"<div class=\"box\"><div class=\"bar\">{''.join(bar)}</div>\n"
           f"<div class=\"legend\">{''.join(legend)}</div></div>")
 

@@ -1,10 +1,12 @@
-"""What a run tells: where its time goes, the progress line, and the curves in the event files."""
+"""What a run tells: the progress line, and the curves in the event files."""
 
 import collections
-import contextlib
+import os
+import pathlib
+import statistics
 import sys
 import time
-from typing import Any, Iterator
+from typing import Any, Callable
 
 from absl import logging
 from etils import epath
@@ -14,6 +16,7 @@ import numpy as np
 import tqdm
 
 from trainer import events
+from trainer.clock import WallClock
 from trainer.errors import NonFiniteError
 from trainer.step import METRICS, NOTHING
 from clu import metric_writers, periodic_actions  # isort: skip  (trainer.events makes them importable)
@@ -22,48 +25,28 @@ from clu import metric_writers, periodic_actions  # isort: skip  (trainer.events
 _LAG = 2
 
 
-class WallClock:
-  """Splits wall time into causes; every second belongs to exactly one."""
+# What is known of all hosts: (last step of a window, this host's mean dispatch time in it) -> {host: mean} of the
+# newest window that is complete, which may be the one before.
+Exchange = Callable[[int, float], dict[int, float]]
 
-  CAUSES = ("compile", "input_wait", "step", "eval", "checkpoint", "other")
 
-  def __init__(self):
-    self.seconds = {cause: 0.0 for cause in self.CAUSES}
-    self._cause = "other"
-    self._since = time.monotonic()
+def straggler(means: dict[int, float]) -> tuple[int, float]:
+  """Returns which host came last, and how many seconds after the median one.
 
-  def switch(self, cause: str) -> str:
-    """Counts time towards `cause` from now on, and returns the cause before."""
-    now = time.monotonic()
-    self.seconds[self._cause] += now - self._since
-    before, self._cause, self._since = self._cause, cause, now
-    return before
-
-  @contextlib.contextmanager
-  def __call__(self, cause: str) -> Iterator[None]:
-    """Counts the body towards `cause`."""
-    before = self.switch(cause)
-    try:
-      yield
-    finally:
-      self.switch(before)
-
-  def read(self) -> dict[str, float]:
-    """Returns seconds by cause, up to now."""
-    self.switch(self._cause)
-    return dict(self.seconds)
-
-  def restore(self, seconds: dict[str, float]) -> None:
-    """Adds what earlier processes of this run have counted."""
-    for cause, value in seconds.items():
-      self.seconds[cause] += value
+  Args:
+    means: host -> mean over a window of the times, in seconds since 1970, at which it dispatched each step. Clocks of
+      machines are compared, so differences of a few milliseconds may be theirs.
+  """
+  last = max(sorted(means), key=means.get)
+  return last, means[last] - statistics.median_low(means.values())
 
 
 class Telemetry:
   """Collects the metrics of each step and writes their means every `config.log.every_steps`."""
 
   def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, clock: WallClock, *, first_step: int,
-               total_steps: int, steps_per_epoch: float):
+               total_steps: int, steps_per_epoch: float, seconds_at_peak: float | None = None,
+               exchange: Exchange = lambda step, mean: {jax.process_index(): mean}):
     """Opens the event files on process 0; the other processes write nothing.
 
     Args:
@@ -73,9 +56,12 @@ class Telemetry:
       first_step: steps taken before this process.
       total_steps: length of the run.
       steps_per_epoch: for the epoch of the progress line.
+      seconds_at_peak: time of a step at the peak of all chips, for the MFU (trainer.flops); None where it is unknown.
+      exchange: how hosts learn of each other's dispatch times; called on every host at the end of each window.
     """
     self._config, self._clock = config, clock
     self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+    self._seconds_at_peak, self._exchange = seconds_at_peak, exchange
     directory = str(workdir / "events")
     self._chief = jax.process_index() == 0
     writers = [events.SummaryWriter(directory)] if self._chief else []
@@ -86,15 +72,17 @@ class Telemetry:
         logdir=directory, num_profile_steps=config.log.profile_steps, profile_duration_ms=0,
         first_profile=config.log.profile_step, every_secs=None) if config.log.profile_step and self._chief else None
     self.request = NOTHING  # the highest that any host has made at the steps looked at
-    self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    self._window: list[np.ndarray] = []
-    self._mark = self._seconds()
+    self._pending: collections.deque[tuple[int, jax.Array, float]] = collections.deque()
+    self._last_ready: float | None = None
+    self._open_window()
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
                           disable=not (self._chief and sys.stderr.isatty()))
 
-  def _seconds(self) -> tuple[float, float]:
-    seconds = self._clock.read()
-    return seconds["step"] + seconds["input_wait"], seconds["input_wait"]
+  def _open_window(self) -> None:
+    self._window: list[np.ndarray] = []  # metrics of each step
+    self._dispatched: list[float] = []  # when each step was, in seconds since 1970
+    self._step_seconds: list[float] = []
+    self._mark = self._clock.read()
 
   def step(self, step: int, metrics: jax.Array) -> None:
     """Takes the metrics of a step that was just dispatched, and looks at those of `_LAG` steps before.
@@ -106,7 +94,7 @@ class Telemetry:
     if self._profile:
       self._profile(step)
     self._bar.update()
-    self._pending.append((step, metrics))
+    self._pending.append((step, metrics, time.time()))
     if len(self._pending) > _LAG:
       self._absorb()
 
@@ -118,6 +106,8 @@ class Telemetry:
     """
     while self._pending:
       self._absorb()
+    # What comes next is a save or an evaluation, and no part of the step after it.
+    self._last_ready = None
 
   def forget(self, request: int) -> None:
     """Drops a request that has been met, and only that one."""
@@ -125,40 +115,58 @@ class Telemetry:
       self.request = NOTHING
 
   def _absorb(self) -> None:
-    step, metrics = self._pending.popleft()
+    step, metrics, dispatched = self._pending.popleft()
     metrics = jax.device_get(metrics)
+    ready = time.monotonic()
     if not np.isfinite(metrics).all():
       values = ", ".join(f"{name} {value:g}" for name, value in zip(METRICS, metrics))
       raise NonFiniteError(f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
                            "set config.optimizer.clip_norm, then run again: the last checkpoint is from before.")
     self.request = max(self.request, int(metrics[METRICS.index("request")]))
     self._window.append(metrics)
+    self._dispatched.append(dispatched)
+    if self._last_ready is not None:
+      self._step_seconds.append(ready - self._last_ready)
+    self._last_ready = ready
     if step % self._config.log.every_steps == 0 or step == self._total_steps:
       self._write(step)
 
   def _write(self, step: int) -> None:
+    steps = len(self._window)
     scalars = dict(zip(METRICS, np.mean(self._window, axis=0).tolist()))
     del scalars["request"]
     scalars["learning_rate"] = float(self._window[-1][METRICS.index("learning_rate")])
-    mark = self._seconds()
-    training, waiting = (now - before for now, before in zip(mark, self._mark))
-    examples = len(self._window) * self._config.global_batch_size
-    scalars["images_per_second"] = examples / training
-    scalars["images_per_second_per_device"] = examples / training / jax.device_count()
-    scalars["input_wait"] = waiting / training
-    eta = (self._total_steps - step) * training / len(self._window)
-    self._window, self._mark = [], mark
-    self.write(step, "train", scalars)
-    if self._bar.disable:  # as on all hosts but the first, whose log level hides this line
+    seconds = {cause: value - self._mark[cause] for cause, value in self._clock.read().items()}
+    training = seconds["step"] + seconds["input_wait"]
+    scalars["images_per_second"] = steps * self._config.global_batch_size / training
+    scalars["images_per_second_per_device"] = scalars["images_per_second"] / jax.device_count()
+    scalars["input_wait"] = seconds["input_wait"] / training
+    scalars["checkpoint_stall_seconds"] = seconds["checkpoint"]
+    scalars["goodput"] = self._clock.goodput()
+    speed = f"{scalars['images_per_second']:.0f} img/s ({scalars['images_per_second_per_device']:.0f} per device)"
+    if self._seconds_at_peak:
+      scalars["mfu"] = steps * self._seconds_at_peak / training
+      speed += f"  MFU {100 * scalars['mfu']:.1f}%"
+    if self._step_seconds:
+      median, p99 = np.percentile(self._step_seconds, (50, 99)).tolist()
+      scalars |= {"step_seconds_median": median, "step_seconds_p99": p99}
+      speed += f"  step {1000 * median:.1f} ms (p99 {1000 * p99:.1f})"
+    means = self._exchange(step, statistics.fmean(self._dispatched))
+    if len(means) > 1:
+      scalars["straggler_host"], scalars["straggler_seconds"] = straggler(means)
+    self._open_window()
+    self.write(step, "train", scalars | _memory())
+    epoch, waiting = step / self._steps_per_epoch, 100 * scalars["input_wait"]
+    if self._bar.disable:
       logging.info(
-          "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %.0f img/s (%.0f per device)  "
-          "input wait %.1f%%  ETA %s", step, self._total_steps, step / self._steps_per_epoch, scalars["loss"],
-          100 * scalars["top1"], scalars["learning_rate"], scalars["grad_norm"], scalars["images_per_second"],
-          scalars["images_per_second_per_device"], 100 * scalars["input_wait"], _duration(eta))
+          "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  input wait %.1f%%  ETA %s", step,
+          self._total_steps, epoch, scalars["loss"], 100 * scalars["top1"], scalars["learning_rate"],
+          scalars["grad_norm"], speed, waiting, _duration((self._total_steps - step) * training / steps))
+      if len(means) > 1 and self._chief:
+        logging.info("last host: %d, %.0f ms behind the median over the last %d steps", scalars["straggler_host"],
+                     1000 * scalars["straggler_seconds"], steps)
     else:
-      self._bar.set_postfix_str(f"epoch {step / self._steps_per_epoch:.2f}, loss {scalars['loss']:.4f}, "
-                                f"{scalars['images_per_second']:.0f} img/s, "
-                                f"input wait {100 * scalars['input_wait']:.1f}%")
+      self._bar.set_postfix_str(f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%")
 
   def write(self, step: int, group: str, scalars: dict[str, Any]) -> None:
     """Writes scalars named GROUP/NAME at a step to the event files, in the background."""
@@ -182,3 +190,15 @@ class Telemetry:
 def _duration(seconds: float) -> str:
   hours, minutes = divmod(round(seconds / 60), 60)
   return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def _memory() -> dict[str, int]:
+  """Returns bytes in use by this process (its decoding processes not counted) and by the fullest of its devices."""
+  memory, statm = {}, pathlib.Path("/proc/self/statm")
+  if statm.exists():
+    memory["host_memory_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  devices = [stats for stats in (device.memory_stats() for device in jax.local_devices()) if stats]
+  if devices:
+    memory["device_memory_bytes"] = max(stats["bytes_in_use"] for stats in devices)
+    memory["device_memory_peak_bytes"] = max(stats["peak_bytes_in_use"] for stats in devices)
+  return memory

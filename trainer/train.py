@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 from typing import Any, Callable, Iterator, Sequence
@@ -19,14 +20,15 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, report, step as step_lib
+from trainer import config as config_lib, evaluate, flops, mesh as mesh_lib, report, step as step_lib
 from trainer.checkpoint import Checkpointer
+from trainer.clock import WallClock
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.optimizer import make_optimizer, make_schedule
 from trainer.pod import Pod
 from trainer.state import TrainState, make_init
 from trainer.step import NOTHING, SAVE, STOP
-from trainer.telemetry import Telemetry, WallClock
+from trainer.telemetry import Telemetry
 
 TRAIN_BATCH = ("image", "label")
 
@@ -100,7 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     stop: asked at every step; True saves and ends the process, and with it those of all other hosts.
 
   Returns:
-    What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, and more.
+    What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause, goodput, and more.
 
   Raises:
     TrainerError: with one sentence for the user; `Preempted` after a stop.
@@ -114,6 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
 def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod,
            clock: WallClock) -> dict[str, Any]:
   workdir = open_workdir(workdir, pod)
+  use_compilation_cache(config, workdir)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
@@ -135,22 +138,28 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     logging.info("This run is complete: %s", finished.read_text())
     checkpointer.close()
     return json.loads(finished.read_text())
+  if pod.host == 0:
+    starts = workdir / "starts.json"
+    write_json(starts, clock.start(json.loads(starts.read_text()) if starts.exists() else None))
 
   if pod.agree("compile", stop()):
     raise Preempted("Stopped before the first step of this process; nothing is lost.")
+  compiled_before = clock.read()["compile"]
   with clock("compile"):
     if state is None:
       state = program.init_state()
     train_step = compile_train_step(config, program)
     eval_step = compile_eval_step(config, program)
     jax.block_until_ready(state)
-  logging.info("Compiled in %.1f s.", clock.read()["compile"])
+  logging.info("Compiled in %.1f s.", clock.read()["compile"] - compiled_before)
 
   host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
                                       hosts=pod.hosts, global_batch_size=config.global_batch_size)
   flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
-                        steps_per_epoch=lengths.per_epoch)
+                        steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
+                            program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
+                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange)
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
@@ -217,7 +226,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     telemetry.close()
     checkpointer.close()
 
-  seconds = clock.read()
+  seconds = clock.since_first_start()
   final = result | {
       "step": step,
       "epochs": step / lengths.per_epoch,
@@ -227,10 +236,11 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
       "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
       "bad_records": host_batches.bad_records,
       "wall_seconds": seconds | {"total": sum(seconds.values())},
+      "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
   write_json(finished, final)
-  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs.", 100 * final["top1"],
-               100 * final["top5"], final["examples"], final["epochs"])
+  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.", 100 * final["top1"],
+               100 * final["top5"], final["examples"], final["epochs"], 100 * final["goodput"]["share"])
   if pod.host == 0:
     logging.info("Curves: %s", report.write_report(str(workdir)))
   return final
@@ -253,6 +263,7 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
 def _evaluate_only(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool],
                    pod: Pod) -> dict[str, Any]:
   directory = open_workdir(workdir, pod)
+  use_compilation_cache(config, directory)
   train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
   program = build(config, len(train_source))
@@ -331,6 +342,15 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     raise ConfigError(f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or a "
                       "folder that all hosts mount.")
   return path
+
+
+def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Tells JAX where `config.compilation_cache` keeps compiled programs, unless the environment has told it."""
+  if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = workdir / "compiled" if config.compilation_cache == "workdir" else config.compilation_cache
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and seconds together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:

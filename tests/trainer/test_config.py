@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import base
-from trainer import config as config_lib
+from trainer import config as config_lib, train as train_lib
 from trainer.errors import ConfigError
 
 RUN_FILES = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
@@ -151,3 +151,17 @@ def test_what_splits_evenly_is_taken(overrides):
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
   config_lib.check_split(config, num_devices=8)
+
+
+@pytest.mark.parametrize("field, environment, expected", [
+    ("workdir", None, "WORKDIR/compiled"), ("gs://bucket/compiled", None, "gs://bucket/compiled"),
+    ("", None, None), ("workdir", "elsewhere", None)])
+def test_where_compiled_programs_are_kept(config, monkeypatch, tmp_path, field, environment, expected):
+  settings = {}
+  monkeypatch.setattr(train_lib.jax.config, "update", settings.__setitem__)
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  if environment:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment)
+  config.compilation_cache = field
+  train_lib.use_compilation_cache(config, tmp_path)
+  assert settings.get("jax_compilation_cache_dir") == (expected and expected.replace("WORKDIR", str(tmp_path)))

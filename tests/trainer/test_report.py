@@ -21,7 +21,8 @@ FINAL = {
     "devices": "32 x TPU v4",
     "best": {"step": 9_000, "top1": 0.76599}, "bad_records": 0,
     "wall_seconds": {"compile": 95.0, "input_wait": 40.0, "step": 3700.0, "eval": 120.0,
-                     "checkpoint": 15.0, "other": 30.0, "total": 4000.0},
+                     "checkpoint": 15.0, "other": 20.0, "restart": 10.0, "total": 4000.0},
+    "goodput": {"share": 0.925, "starts": 2},
 }
 
 
@@ -36,6 +37,7 @@ def write_events(workdir):
         "train/learning_rate": 0.4 * min(1, t / 0.06) * 0.5 * (1 + np.cos(np.pi * t)),
         "train/grad_norm": 1 + 0.3 * rng.random(),
         "train/images_per_second": 31_000 + 300 * rng.normal(),
+        "train/mfu": 0.35, "train/step_seconds_median": 0.131, "train/step_seconds_p99": 0.15, "train/goodput": 0.9 * t,
         "train/input_wait": 0.01 * rng.random(), "steps_per_sec": 30.0})
     if step % 1000 == 0:
       writer.write_scalars(step, {
@@ -74,7 +76,7 @@ def test_finished_run(workdir):
     assert expected in text, expected
   assert "not finished" not in text
   images = pictures(page)
-  assert len(images) == len(report._PANELS) == 6
+  assert len(images) == len(report._PANELS) == 9
   assert all(image.format == "PNG" and image.width > 600 for image in images)
   assert sorted(p.name for p in workdir.iterdir()) == [
       "config.json", "events", "final.json", "report.html"]
@@ -89,9 +91,9 @@ def test_page_needs_nothing_from_outside(workdir):
 def test_time_is_split_by_cause_without_the_total(workdir):
   page = open(report.write_report(str(workdir))).read()
   shares = [float(share) for share in re.findall(r"flex: ([0-9.]+) 0 0", page)]
-  assert len(shares) == 6 and sum(shares) == pytest.approx(1, abs=1e-4)
+  assert len(shares) == 7 and sum(shares) == pytest.approx(1, abs=1e-4)
   assert shares[0] == pytest.approx(3700 / 4000)
-  assert "training steps" in page and "92.5%" in page
+  assert "training steps" in page and "goodput 92.5%, 2 starts" in page and "restarts" in page
 
 
 def test_only_changed_fields_of_the_config_are_listed(workdir):
@@ -117,6 +119,7 @@ def test_unfinished_run_says_so(workdir):
   page = open(report.write_report(str(workdir))).read()
   assert "This run is not finished" in page and "last logged step is 10,000" in page
   assert "75.59%" in page  # of the last evaluation
+  assert re.search(r"<b>90.0%</b>.*goodput", page)
   assert "Wall time by cause" not in page
 
 

@@ -59,13 +59,15 @@ def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
   assert list(steps) == list(range(1, 61)) and losses[-1] < losses[0]
   assert list(curves["eval/top1"][0]) == [20, 40, 60]
   assert curves["eval/top1"][1][-1] == pytest.approx(final["top1"])
-  assert {"train/learning_rate", "train/grad_norm", "train/images_per_second", "train/input_wait",
-          "steps_per_sec"} <= curves.keys()
+  assert {"train/learning_rate", "train/grad_norm", "train/images_per_second", "train/input_wait", "train/goodput",
+          "train/step_seconds_median", "train/step_seconds_p99", "train/checkpoint_stall_seconds",
+          "train/host_memory_bytes", "steps_per_sec"} <= curves.keys()
   assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 60
   assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
   again = train_lib.train(run_config, str(tmp_path))
   assert again == final
+  assert final["goodput"]["starts"] == json.loads((tmp_path / "starts.json").read_text())["starts"] == 1
   evaluated = train_lib.evaluate_only(run_config, str(tmp_path))
   assert {name: evaluated[name] for name in ("top1", "top5", "loss", "examples")} == pytest.approx(
       {name: final[name] for name in ("top1", "top5", "loss", "examples")})

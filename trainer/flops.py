@@ -1,0 +1,82 @@
+"""How well the chips are used: the floating-point operations of the model, over what the chips could do meanwhile.
+
+Model FLOPs are those of the mathematics, not of the program: 2 for each multiply-add of the convolutions and the linear
+head, padding included (as papers and torchvision count), and nothing for batch norm, activations, pooling, loss and
+optimizer. A training step counts as three forward passes: on the way back, each convolution meets two of its size, one
+for the gradient of its input and one for that of its kernel. What is computed again to save memory counts once. The
+quotient is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
+"""
+
+import math
+from typing import Any, Sequence
+
+from flax import nnx
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind. Kinds are those of jax/_src/pallas/mosaic/tpu_info.py.
+_PEAK = {
+    "TPU v2": 46e12,  # doi:10.1145/3360307
+    "TPU v3": 123e12,  # docs.cloud.google.com/tpu/docs/v3
+    "TPU v4": 275e12,  # docs.cloud.google.com/tpu/docs/v4
+    "TPU v5 lite": 197e12,  # v5e; docs.cloud.google.com/tpu/docs/v5e
+    "TPU v5": 459e12,  # v5p; docs.cloud.google.com/tpu/docs/v5p
+    "TPU v6 lite": 918e12,  # v6e; docs.cloud.google.com/tpu/docs/v6e
+    "TPU7x": 2307e12,  # docs.cloud.google.com/tpu/docs/tpu7x
+}
+
+
+def peak(devices: Sequence[jax.Device]) -> float | None:
+  """Returns the bfloat16 FLOP/s of the chips that `devices` belong to, or None for chips that are not in the table.
+
+  A device is a chip or one of its two cores: a core on v2, v3 and TPU7x, and on v4 and v5p what they are set up for.
+  Cores of one chip have the same coordinates.
+  """
+  if any(device.device_kind not in _PEAK for device in devices):
+    return None
+  chips = {(getattr(device, "slice_index", 0), tuple(device.coords)): device.device_kind for device in devices}
+  return sum(_PEAK[kind] for kind in chips.values())
+
+
+def forward_flops(graphdef: nnx.GraphDef, params: Any, batch_stats: Any, image_size: int) -> int:
+  """Returns the model FLOPs of one image; nothing is computed, `params` and `batch_stats` may be abstract."""
+
+  def forward(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, params, batch_stats, copy=True)
+    model.eval()
+    return model(image)
+
+  image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  return 2 * _multiply_adds(jax.make_jaxpr(forward)(params, batch_stats, image))
+
+
+def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+  """Returns the multiply-adds of all convolutions and matrix products of a function, those of a scan once per round."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval.shape
+      outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+      total += eqn.outvars[0].aval.size * math.prod(kernel) // outputs
+    elif eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    else:
+      inner = [x for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+      total += eqn.params.get("length", 1) * sum(map(_multiply_adds, inner))
+  return total
+
+
+def _is_jaxpr(x: Any) -> bool:
+  return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+
+
+def seconds_at_peak(graphdef: nnx.GraphDef, params: Any, batch_stats: Any, *, image_size: int, batch_size: int,
+                    devices: Sequence[jax.Device]) -> float | None:
+  """Returns how long a training step would take if the chips did nothing but model FLOPs at their peak.
+
+  This over the real time of a step is the model FLOPs utilisation (MFU). None for chips whose peak is unknown.
+  """
+  chips = peak(devices)
+  return chips and 3 * batch_size * forward_flops(graphdef, params, batch_stats, image_size) / chips
