@@ -12,13 +12,12 @@ import os
 import sys
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from input_pipeline.errors import DataError
+from trainer import command_line
 from trainer.errors import DONE, FAILED, Preempted, TrainerError
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Run file; single fields are set by --config.field=value.")
 flags.DEFINE_string("workdir", None, "Folder of everything that the run writes; a run goes on from what it finds there.")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir.")
 
@@ -39,23 +38,6 @@ class _OnlyOurs(python_logging.Filter):
     return "exception was never retrieved" not in record.getMessage()
 
 
-def parse_flags(argv: list[str]) -> None:
-  """Parses flags and loads the config file.
-
-  Raises:
-    TrainerError: with one sentence where a flag, the file or a field is wrong.
-  """
-  try:
-    FLAGS(argv)
-    if FLAGS.config is None or not FLAGS.workdir:
-      raise flags.Error("--config=configs/X.py and --workdir=DIR are needed")
-    FLAGS.config.to_dict()  # config_flags tells of a file that cannot be loaded when it is first used
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # The last line says what is wrong; config_flags puts a whole trace in front of it.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    raise TrainerError(f"Command line: {lines[-1].strip() if lines else error!r}") from error
-
-
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code of trainer.errors."""
   logging.use_absl_handler()
@@ -65,7 +47,7 @@ def main(argv: list[str]) -> int:
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   try:
-    parse_flags(argv)
+    command_line.parse(argv, "--config=configs/X.py --workdir=DIR")
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
     run = {"train": train.train, "eval": train.evaluate_only}[FLAGS.mode]

@@ -56,7 +56,7 @@ def make_train_step(
       (loss, (top1, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler of TPUs; in shards
       # it is scattered in each round.
-      return (loss, top1, jax.lax.with_sharding_constraint(grads, shards)), batch_stats
+      return (loss, top1, mesh_lib.scatter(grads, shards)), batch_stats
 
     def accumulate(carry: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], None]:
       total, batch_stats = carry

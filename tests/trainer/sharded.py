@@ -4,8 +4,8 @@
     JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
 """
 
+import collections
 import json
-import re
 import sys
 import tempfile
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tests.trainer import tiny
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
+from trainer import collectives, config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
 from trainer.checkpoint import Checkpointer
 from trainer.pod import Pod
 from trainer.step import METRICS, NOTHING
@@ -65,11 +65,9 @@ def batches():
     yield {name: x[mine] for name, x in batch.items()}
 
 
-def collectives(compiled):
+def number_of_each(compiled):
   """Returns the number of collectives of each kind in a compiled program."""
-  found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-                     compiled.as_text())
-  return {kind: found.count(kind) for kind in sorted(set(found))}
+  return collections.Counter(collective.kind for collective in collectives.read(compiled.as_text()))
 
 
 def kernel_bytes(tree):
@@ -108,8 +106,8 @@ def run(dtype, num_devices, overrides, host_state=None):
       "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: nothing),
       "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
       "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
-      "train_collectives": collectives(train_step),
-      "eval_collectives": collectives(eval_step),
+      "train_collectives": number_of_each(train_step),
+      "eval_collectives": number_of_each(eval_step),
       "momentum": kernel_bytes(state.opt_state),
       "params": kernel_bytes(state.params),
   }, host_state

@@ -1,0 +1,116 @@
+"""Compiles the train step of a run for a TPU topology, on a machine without a TPU, and prints what it would be.
+
+    python -m launch.preflight --topology=v5e:4x4 --config=configs/X.py [--config.field=value ...]
+
+It needs libtpu (pip install -e '.[tpu]') and no data, and takes minutes. The step is compiled and not run: what is said
+of memory is the compiler's estimate. This is the one command of launch/ that imports JAX.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import time
+from typing import Any
+
+from absl import flags
+import ml_collections
+
+from trainer import command_line
+from trainer.errors import DONE, FAILED, ConfigError, TrainerError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("topology", None, "Chips of a slice, as the compiler calls them: v5e:4x4, v4:2x2x4, v6e:16x16.")
+flags.DEFINE_integer("slices", 1, "Number of such slices, joined by the data centre's network.", lower_bound=1)
+
+# Only constants in the schedule depend on the number of examples, so that of ImageNet serves for any data.
+EXAMPLES = 1_281_167
+
+
+def topology_devices(topology: str, slices: int) -> list:
+  """Returns stand-ins for the devices of TPU slices, to compile for.
+
+  Args:
+    topology: of one slice, as in "v5e:4x4".
+    slices: how many of them.
+
+  Raises:
+    ConfigError: if libtpu is missing or does not know the topology.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError("The compiler of TPUs is missing; install it with pip install -e '.[tpu]' (480 MB).")
+  # Keeps libtpu from looking for a TPU and its metadata server, of whatever type it says, and from its lock: several
+  # compilers may run at once where there is no TPU to share.
+  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                 "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  from jax.experimental import topologies
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+  except Exception as error:
+    raise ConfigError(f"--topology={topology}: {_first_line(error)}") from error
+
+
+def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> None:
+  """Compiles the train step of a config for a topology and prints what there is to know about it.
+
+  Raises:
+    TrainerError: with one sentence where they do not fit, or the step does not fit the memory.
+  """
+  devices = topology_devices(topology, slices)
+  import jax  # after the environment is set
+
+  from trainer import collectives, config as config_lib, mesh as mesh_lib, train
+  config_lib.validate(config)
+  config_lib.check_split(config, num_devices=len(devices))
+  program = train.build(config, EXAMPLES, devices)
+  hosts = len({device.process_index for device in devices})
+  _section("Mesh", [f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
+                    f"{slices} slice(s)"])
+  _section("State", mesh_lib.describe_shardings(program.abstract_state))
+  start = time.perf_counter()
+  try:
+    step = train.compile_train_step(config, program)
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
+  seconds = time.perf_counter() - start
+  _section("Collectives of a step", collectives.describe(collectives.read(step.as_text())) or ["none"])
+  _section("Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis()))
+  print(f"Compiled in {seconds:.0f} s.")
+
+
+def _describe_memory(memory: Any) -> list[str]:
+  """Returns the lines of a compiled step's `memory_analysis()`."""
+  new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  parts = {
+      "arguments": (memory.argument_size_in_bytes, "the state and a batch"),
+      "outputs": (new, "metrics; the new state takes the place of the old"),
+      "temporary": (memory.temp_size_in_bytes, "activations, gradients"),
+      "program": (memory.generated_code_size_in_bytes, ""),
+  }
+  parts["in all"] = sum(size for size, _ in parts.values()), ""
+  return [f"{name:9} {size / 2**20:9.1f} MiB  {what}".rstrip() for name, (size, what) in parts.items()]
+
+
+def _section(title: str, lines: list[str]) -> None:
+  print("\n".join([f"{title}:", *[f"  {line}" for line in lines]]), flush=True)
+
+
+def _first_line(error: Exception) -> str:
+  """Returns what an error of XLA says, without the code in front and the trace behind."""
+  line = str(error).strip().splitlines()[0]
+  return re.sub(r"^[A-Z_]+: ", "", line).rstrip(".") + "."
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit code of trainer.errors."""
+  try:
+    command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
+    preflight(FLAGS.config, FLAGS.topology, FLAGS.slices)
+  except TrainerError as error:
+    print(f"preflight: {error}", file=sys.stderr)
+    return FAILED
+  return DONE
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,128 @@
+"""What a compiled program sends between devices, read from its text: the same for CPU and TPU."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|recv"
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.* -> .* \{$")
+_COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({_KINDS})(-start)?\(')
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
+_CALLED = re.compile(r"\b(calls|to_apply|body)=%?([\w.-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """An operation between devices.
+
+  Attributes:
+    kind: as XLA calls it: all-reduce, all-gather, reduce-scatter, collective-permute, all-to-all, ...; followed by
+      "between slices" where it goes through the network of the data centre.
+    devices: how many share it.
+    bytes: of what each device has once it is gathered, or before it is scattered; else of the result.
+    in_loop: whether it stands in a loop, and so may run more than once.
+  """
+
+  kind: str
+  devices: int
+  bytes: int
+  in_loop: bool
+
+
+def read(text: str) -> list[Collective]:
+  """Returns the collectives of a compiled program.
+
+  Four habits of the compiler of TPUs hide what they are. A reduce-scatter is a fusion named all-reduce-scatter, with an
+  all-reduce and the cut of its result inside. A collective that runs beside other work stands once in each fusion that
+  moves it on, with the same chain_id in each. One that starts and ends apart names its operands in its result. And
+  between slices it is a send and a recv, with the kind and the numbers of the slices in their attributes.
+
+  Args:
+    text: `as_text()` of what `jax.jit(f).lower(...).compile()` gives.
+  """
+  partitions = int(found[1]) if (found := re.search(r"\bnum_partitions=(\d+)", text)) else 1
+  replicas = int(found[1]) if (found := re.search(r"\breplica_count=(\d+)", text)) else 1
+  computation, lines, callers, bodies = "", [], {}, set()
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      computation = header[1]
+    elif found := _COLLECTIVE.match(line):
+      lines.append((computation, *found.groups(), line))
+    for how, name in _CALLED.findall(line):
+      callers.setdefault(name, set()).add(computation)
+      if how == "body":
+        bodies.add(name)
+
+  def in_loop(name: str) -> bool:
+    return name in bodies or any(in_loop(caller) for caller in callers.get(name, ()))
+
+  seen, collectives = set(), []
+  for computation, shape, kind, start, line in lines:
+    if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', line):
+      if chain.groups() in seen:
+        continue
+      seen.add(chain.groups())
+    between = _BETWEEN_SLICES.search(line)
+    if kind == "recv" and not between:
+      continue
+    devices = _group_size(line) or partitions * replicas
+    size = _size(re.sub(r"(u32|token)\[\]", "", shape))
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"
+    elif kind == "reduce-scatter":
+      size *= devices
+    elif kind == "recv":
+      kind = between[2].lower().replace("_", "-") + " between slices"
+      devices = between[1].count(",") + 1
+    if start and kind == "all-gather":
+      size *= devices / (devices + 1)
+    elif start and kind == "collective-permute":
+      size /= 2
+    collectives.append(Collective(kind, devices, round(size), in_loop(computation)))
+  return collectives
+
+
+def describe(collectives: list[Collective]) -> list[str]:
+  """Returns a line for each kind and number of devices: how many, and the bytes of all together."""
+
+  def key(collective: Collective) -> tuple[str, int]:
+    return collective.kind, collective.devices
+
+  lines = []
+  for (kind, devices), group in itertools.groupby(sorted(collectives, key=key), key):
+    group = list(group)
+    line = f"{kind:25} over {devices} devices: {len(group)}, {sum(each.bytes for each in group) / 2**20:.2f} MiB"
+    looped = sum(each.in_loop for each in group)
+    lines.append(line + f"; {looped} of them in loops, counted once" * (looped > 0))
+  return lines
+
+
+def _size(shape: str) -> float:
+  """Returns the bytes of all arrays in a shape, as in '(f32[8,128]{1,0:T(8,128)}, bf16[])'."""
+  # pred, which has no number of bits in its name, takes a byte.
+  return sum(math.prod(int(length) for length in re.findall(r"\d+", dimensions)) * int(bits or 8) / 8
+             for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shape))
+
+
+def _group_size(line: str) -> int | None:
+  """Returns how many devices share the collective of a line; None where it names none, which means all."""
+  if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
+    return _chain(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
+  if axes := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", line):
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
+    return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes[2]))
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    return int(iota[1])
+  if first := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return first[1].count(",") + 1
+  return None
+
+
+def _chain(pairs: list[tuple[str, str]]) -> int:
+  """Returns the number of devices in the longest chain that (from, to) pairs make."""
+  groups: dict[str, set[str]] = {}
+  for pair in pairs:
+    joined = set.union(*(groups.get(device, {device}) for device in pair))
+    groups |= dict.fromkeys(joined, joined)
+  return max(map(len, groups.values()))
