@@ -6,6 +6,7 @@ the data, config, clocks, best result, and a hash of every leaf. Orbax restores 
 hashes are computed on the devices before the save, and again after each restore.
 """
 
+from concurrent import futures
 import contextlib
 import errno
 import hashlib
@@ -15,7 +16,7 @@ import shutil
 import time
 from typing import Any, Sequence
 
-from absl import logging
+from absl import flags, logging
 from etils import epath
 import flax
 import jax
@@ -66,10 +67,15 @@ class Checkpointer:
     self._workdir = workdir
     self._config = config
     self._every_steps = every_steps
+    if pod.hosts > 1:
+      # Orbax's hosts wait for each other in collectives of the devices, for ever and only in step with the training loop;
+      # with this flag they do so in JAX's coordination service, from any thread and for a limited time.
+      flags.FLAGS.experimental_orbax_use_distributed_barrier = True
     self._policy = _KeepLatestAndBest(config.checkpoint.keep_last)
     self._directory = workdir / "checkpoints"
     self._manager = self._open_manager()
-    self._in_flight: int | None = None
+    self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+    self._in_flight: tuple[int, futures.Future[None]] | None = None
     self._attempts = 0
     self._broken = False  # whether the manager has failed, and with it the last save
     self._last_time = time.monotonic()
@@ -100,7 +106,10 @@ class Checkpointer:
     return bool(every and now - self._last_time >= every)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts an asynchronous save; returns when the state has been copied and may be donated.
+    """Starts an asynchronous save; returns when the state may be donated.
+
+    The loop stands still for the hashes and for a copy of the state on the devices. All else is done by a thread, Orbax's
+    own preparations too, which are most of the time that it keeps a caller.
 
     A save that fails is logged and tried again after `config.checkpoint.retry_seconds`; it never ends the run.
 
@@ -122,12 +131,13 @@ class Checkpointer:
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
     }
     meta["digest"] = _digest(meta)
-    self._in_flight = step
-    try:
-      self._manager.save(step, force=True, args=ocp.args.Composite(
-          meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
-    except (OSError, ValueError, RuntimeError) as error:
-      self._broke(error)
+    self._in_flight = step, self._thread.submit(self._write, step, meta, _copy(items))
+
+  def _write(self, step: int, meta: dict[str, Any], items: dict[str, Any]) -> None:
+    self._manager.save(step, force=True, args=ocp.args.Composite(
+        meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+    del items  # Orbax has its own copy now, on the host
+    self._manager.wait_until_finished()
 
   def _ready(self, step: int, items: dict[str, Any]) -> bool:
     """Tells whether to save: not what is saved already, and not where a host cannot.
@@ -161,17 +171,14 @@ class Checkpointer:
 
   def poll(self, wait: bool = False) -> None:
     """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""
-    if self._in_flight is None or (self._manager.is_saving_in_progress() and not wait):
+    if self._in_flight is None or not (wait or self._in_flight[1].done()):
       return
+    (step, written), self._in_flight = self._in_flight, None
     try:
-      self._manager.wait_until_finished()
-      self._in_flight = None
+      written.result()
     except (OSError, ValueError, RuntimeError) as error:
-      self._broke(error)
-
-  def _broke(self, error: Exception) -> None:
-    step, self._in_flight, self._broken = self._in_flight, None, True
-    self._save_failed(step, _first_line(error))
+      self._broken = True
+      self._save_failed(step, _first_line(error))
 
   def _save_failed(self, step: int, reason: str) -> None:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
@@ -266,7 +273,13 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for the save in flight and frees Orbax's threads."""
     self.poll(wait=True)
+    self._thread.shutdown()
     self._manager.close()
+
+
+@jax.jit
+def _copy(tree: Any) -> Any:
+  return jax.tree.map(jax.numpy.copy, tree)
 
 
 def _digest(meta: dict[str, Any]) -> str:

@@ -23,15 +23,16 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Sequence
 
 import psutil
 
 from tests.trainer import tiny
 
 EVENTS = ("SIGTERM", "SIGKILL", "SIGSTOP", "resize", "damage")
-HOSTS = (2, 4, 1)
+HOSTS = (2, 1, 4)
 EVERY = 20  # steps between checkpoints and between lines of the log
-STEPS_PER_EVENT = 150  # an event comes within the first hundred or so of a start
+STEPS_PER_EVENT = 120  # an event comes within the first hundred of a start
 SILENCE = 8  # seconds after which a host is lost
 LIMIT = 60  # seconds in which every process must be gone after an event; an unloaded machine needs a fifth of it
 
@@ -110,14 +111,20 @@ def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
   return kind
 
 
-def chaos(folder: pathlib.Path, events: list[str], seed: int) -> None:
+def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[int] = HOSTS) -> None:
   """Trains through the events and checks everything.
+
+  Args:
+    folder: for the run and what it is compared with.
+    events: of EVENTS, in their order.
+    seed: of when and where they strike.
+    counts: numbers of hosts; the first one begins.
 
   Raises:
     AssertionError: with what went wrong.
   """
   rng, workdir, total = random.Random(seed), folder / "run", STEPS_PER_EVENT * (len(events) + 1)
-  hosts, newest, harmed = 2, 0, None
+  hosts, newest, harmed = counts[0], 0, None
   stretches = []  # (hosts, first step, {step: fingerprints})
   for number, event in enumerate([*events, "end"]):
     began = time.monotonic()
@@ -130,7 +137,7 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int) -> None:
         assert f"Going on from checkpoint {before} of" in pod.log, f"not from {before}:\n{pod.log[-3000:]}"
       assert ("is damaged" in pod.log) == bool(harmed), pod.log[-3000:]
       if event != "end":
-        pod.wait_for(f"step {EVERY * (before // EVERY + rng.randint(2, 5))}/", 240)
+        pod.wait_for(f"step {EVERY * (before // EVERY + rng.randint(2, 4))}/", 240)
         time.sleep(rng.uniform(0.0, 0.5))
       struck, victim = time.monotonic(), rng.randrange(hosts)
       if event == "SIGKILL" or event == "SIGSTOP":
@@ -164,7 +171,7 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int) -> None:
       harmed, newest = newest, checkpoints(workdir)[-2]
       stretches[-1][2].pop(harmed, None)
     elif event == "resize":
-      note = f"{hosts} -> {(hosts := rng.choice([count for count in HOSTS if count != hosts]))} hosts"
+      note = f"{hosts} -> {(hosts := rng.choice([count for count in counts if count != hosts]))} hosts"
     print(f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, step {reached}, "
           f"checkpoint {newest}", flush=True)
 
