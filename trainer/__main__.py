@@ -25,12 +25,12 @@ flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the ne
 class _OnlyOurs(python_logging.Filter):
   """Leaves the log to what a user can act on.
 
-  Orbax and Grain narrate every save and read at INFO; of a failed save Orbax prints the trace, and asyncio the tasks
-  left behind, where the trainer says what it means; clu's work unit repeats the progress line.
+  Orbax and Grain narrate every save and read at INFO; of a failed save Orbax and gcsfs print the trace, and asyncio the
+  tasks left behind, where the trainer says what it means; clu's work unit repeats the progress line.
   """
 
   def filter(self, record: python_logging.LogRecord) -> bool:
-    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "grain", "clu", "jax"))
+    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec"))
     if library:
       record.exc_info = None
     if library:

@@ -1,9 +1,10 @@
 """What a checkpoint holds, when one is taken, and how a run comes back from it.
 
 A checkpoint is a folder `WORKDIR/checkpoints/STEP` that Orbax writes in the background and renames into place when it
-is whole. Its items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in
-the data, config, clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the
-hashes are computed on the devices before the save, and again after each restore.
+is whole; in a bucket, where folders cannot be renamed at once, it gets a last object `commit_success.txt` instead. Its
+items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in the data, config,
+clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the hashes are computed on
+the devices before the save, and again after each restore.
 """
 
 from concurrent import futures
@@ -23,7 +24,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from trainer import config as config_lib
+from trainer import config as config_lib, storage
 from trainer.errors import CheckpointError, ConfigError
 from trainer.pod import Pod
 from trainer.state import TrainState, fingerprints
@@ -35,6 +36,7 @@ _ITEMS = ("params", "batch_stats", "opt_state", "ema")
 # What reading a damaged checkpoint was seen to raise. Anything else (no memory, no permission, no network) says nothing
 # about the checkpoint, which then must not be set aside.
 _DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError)
+_LOST = (FileNotFoundError, NotADirectoryError)
 _UNREACHABLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
 
@@ -73,7 +75,14 @@ class Checkpointer:
       flags.FLAGS.experimental_orbax_use_distributed_barrier = True
     self._policy = _KeepLatestAndBest(config.checkpoint.keep_last)
     self._directory = workdir / "checkpoints"
-    self._manager = self._open_manager()
+    try:
+      self._manager = self._open_manager()
+    except Exception as error:
+      if not storage.is_failure(error):
+        raise
+      raise CheckpointError(f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
+                            "again.") from error
+    self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[None]] | None = None
     self._attempts = 0
@@ -84,10 +93,6 @@ class Checkpointer:
   def _open_manager(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy, cleanup_tmp_directories=True))
-
-  def latest_step(self) -> int | None:
-    """Returns the step of the newest whole checkpoint on disk, or None; a manager that failed knows less."""
-    return max(ocp.utils.checkpoint_steps(self._directory), default=None)
 
   def set_best(self, step: int) -> None:
     """Tells which step must outlive the newest N."""
@@ -146,28 +151,37 @@ class Checkpointer:
     threads that fill the log.
     """
     problem = None
-    if self._directory.as_posix().startswith("/"):
+    if storage.in_bucket(self._directory):
+      if self._broken:
+        problem = storage.problem(self._directory)
+    else:
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
       free = shutil.disk_usage(self._directory).free
       if free < needed:
         problem = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
     self._attempts += 1
     hosts = self._pod.gather(f"save {self._attempts}, of step {step}", [self._broken, problem])
-    if any(broken for broken, _ in hosts.values()):
+    problem = _first_problem({host: theirs for host, (_, theirs) in hosts.items()})
+    if any(broken for broken, _ in hosts.values()) and not problem:
       # A manager goes on raising what once failed in its background, on close too. All hosts open a new one together.
       with contextlib.suppress(Exception):
         self._manager.close()
-      self._manager = self._open_manager()
-      self._broken = False
+      mine = None
+      try:
+        self._manager = self._open_manager()
+        self._newest = self._manager.latest_step()
+      except Exception as error:
+        mine = storage.first_line(error)
+      problem = _first_problem(self._pod.gather(f"checkpoints opened for save {self._attempts}", mine))
+      self._broken = bool(problem)
     if step in self._manager.all_steps():
       return False
-    self._clear_torn()
     self._last_time, self._retry_time = time.monotonic(), None
-    for host, (_, problem) in hosts.items():
-      if problem:
-        self._save_failed(step, f"host {host}: {problem}" if self._pod.hosts > 1 else problem)
-        return False
-    return True
+    if not storage.in_bucket(self._directory):
+      self._clear_torn()
+    if problem:
+      self._save_failed(step, problem)
+    return not problem
 
   def poll(self, wait: bool = False) -> None:
     """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""
@@ -176,18 +190,19 @@ class Checkpointer:
     (step, written), self._in_flight = self._in_flight, None
     try:
       written.result()
-    except (OSError, ValueError, RuntimeError) as error:
+      self._newest = step
+    except Exception as error:  # those of a bucket are of many kinds
       self._broken = True
-      self._save_failed(step, _first_line(error))
+      self._save_failed(step, storage.first_line(error))
 
   def _save_failed(self, step: int, reason: str) -> None:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
     logging.error("The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
                   "the newest whole checkpoint is that of step %s.", step, reason,
-                  self._config.checkpoint.retry_seconds, self.latest_step())
+                  self._config.checkpoint.retry_seconds, self._newest)
 
   def _clear_torn(self) -> None:
-    """Removes what failed saves left, for its room; called when none is in flight."""
+    """Removes what failed saves left on a disk, for its room; called when none is in flight."""
     if self._pod.host == 0:
       for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
         torn.rmtree(missing_ok=True)
@@ -198,11 +213,12 @@ class Checkpointer:
     Raises:
       CheckpointError: if it could not be written.
     """
-    self.save(step, state, meta)
-    self.poll(wait=True)
-    if self.latest_step() != step:
+    for _ in range(2):  # one that has just failed is worth another try, as nothing comes after it
+      self.save(step, state, meta)
+      self.poll(wait=True)
+    if self._newest != step:
       raise CheckpointError(f"The checkpoint of step {step} could not be written to {self._directory}; the newest whole "
-                            f"one is that of step {self.latest_step()}. Make room or mend the folder, then run again.")
+                            f"one is that of step {self._newest}. Make room or mend the folder, then run again.")
 
   def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """Restores the newest checkpoint that is whole and true, setting aside those that are not.
@@ -226,12 +242,13 @@ class Checkpointer:
         raise
       except Exception as error:
         cause = error.__cause__ or error  # Orbax wraps what TensorStore says in a bare Exception
-        if not isinstance(cause, _DAMAGE):
+        unreachable = storage.is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
+        if not isinstance(cause, _DAMAGE) and not unreachable:
           raise
-        if any(word in str(cause) for word in _UNREACHABLE):
+        if unreachable and not isinstance(cause, _LOST):
           raise CheckpointError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
-                                f"{_first_line(cause)}.") from error
-        damage = _first_line(cause)
+                                f"{storage.first_line(cause)}.") from error
+        damage = storage.first_line(cause)
       # Good on one host is not good enough: all go on from the same step.
       damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")
       if damage:
@@ -263,10 +280,10 @@ class Checkpointer:
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = self._directory / str(step), self._workdir / "damaged" / f"{step}-{int(time.time())}"
     if self._pod.host == 0:
-      target.parent.mkdir(parents=True, exist_ok=True)
-      source.rename(target)
+      storage.move_folder(source, target)
     self._pod.gather(f"step {step} set aside", "")
     self._manager.reload()
+    self._newest = self._manager.latest_step()
     logging.error("Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.", source, reason,
                   target)
 
@@ -287,5 +304,6 @@ def _digest(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def _first_problem(by_host: dict[int, str | None]) -> str | None:
+  host, problem = next(((host, problem) for host, problem in by_host.items() if problem), (0, None))
+  return f"host {host}: {problem}" if problem and len(by_host) > 1 else problem

@@ -129,7 +129,11 @@ class _BucketFile:
     self._data += data
 
   def flush(self):
-    self._path.write_bytes(bytes(self._data))
+    try:
+      self._path.write_bytes(bytes(self._data))
+    except Exception as error:  # of gcsfs, aiohttp, google-auth ...; a run does not end for want of curves
+      logging.warning("%s could not be written (%s); the next flush writes all of it.", self._path,
+                      f"{type(error).__name__}: {error}".splitlines()[0])
 
   def close(self):
     self.flush()

@@ -23,6 +23,8 @@ import numpy as np
 from configs import base
 from trainer import config as config_lib
 from trainer import events
+from trainer import storage
+from trainer.errors import ConfigError
 
 # Steps, values and wall times by name, as events.read_scalars returns them.
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -100,8 +102,12 @@ def write_report(workdir: str) -> str:
 
   Raises:
     ValueError: if the run has logged nothing yet, or the folder is no workdir.
+    ConfigError: if it is a bucket that cannot be used.
   """
-  directory = epath.Path(workdir)
+  directory = storage.path_of(workdir)
+  trouble = storage.problem(directory)
+  if trouble:
+    raise ConfigError(f"{directory} cannot be read: {trouble}.")
   folder = directory / "events"
   scalars = events.read_scalars(folder) if folder.exists() else {}
   if not scalars:
@@ -114,14 +120,13 @@ def write_report(workdir: str) -> str:
   if config is not None:
     sections.append(_config_changes(config))
   report = directory / "report.html"
-  partial = directory / "report.html.tmp"
-  partial.write_text(
+  storage.write_whole(
+      report,
       "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
       "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
       f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
       f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections)
       + "\n</main>\n</body>\n</html>\n")
-  partial.replace(report)
   return str(report)
 
 
@@ -287,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("workdir", help="folder of the run")
   try:
     print(write_report(parser.parse_args(arguments).workdir))
-  except ValueError as error:
+  except (ValueError, ConfigError) as error:
     print(error, file=sys.stderr)
     return 2
   return 0

@@ -20,10 +20,10 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, flops, mesh as mesh_lib, report, step as step_lib
+from trainer import config as config_lib, evaluate, flops, mesh as mesh_lib, report, step as step_lib, storage
 from trainer.checkpoint import Checkpointer
 from trainer.clock import WallClock
-from trainer.errors import CheckpointError, ConfigError, Preempted
+from trainer.errors import CheckpointError, ConfigError, Preempted, TrainerError
 from trainer.optimizer import make_optimizer, make_schedule
 from trainer.pod import Pod
 from trainer.state import TrainState, make_init
@@ -247,7 +247,10 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.", 100 * final["top1"],
                100 * final["top5"], final["examples"], final["epochs"], 100 * final["goodput"]["share"])
   if pod.host == 0:
-    logging.info("Curves: %s", report.write_report(str(workdir)))
+    try:
+      logging.info("Curves: %s", report.write_report(str(workdir)))
+    except Exception as error:  # whatever it is, the run is complete
+      logging.warning("No report was written (%s); try: python -m trainer.report %s", storage.first_line(error), workdir)
   return final
 
 
@@ -332,8 +335,11 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
   Raises:
     ConfigError: if it cannot.
   """
-  path = epath.Path(workdir).expanduser().absolute()
+  path = storage.path_of(workdir)
   probe, first = path / f".probe-{pod.host}", path / ".probe-0"
+  trouble = storage.problem(path)
+  if trouble:
+    raise ConfigError(f"--workdir {path} cannot be used by host {pod.host}: {trouble}.")
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text(str(time.time()))
@@ -341,8 +347,11 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     seen = first.read_text() if first.exists() else None
     pod.gather("workdir is seen", None)
     probe.unlink()
-  except OSError as error:
-    raise ConfigError(f"--workdir {path} cannot be written by host {pod.host}: {error.strerror or error}.") from error
+  except Exception as error:
+    if not storage.is_failure(error):
+      raise
+    reason = getattr(error, "strerror", None) or storage.first_line(error)
+    raise ConfigError(f"--workdir {path} cannot be written by host {pod.host}: {reason}.") from error
   if seen != written:
     raise ConfigError(f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or a "
                       "folder that all hosts mount.")
@@ -359,11 +368,19 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
-  """Writes a file that is whole or absent, on process 0."""
+  """Writes a file that is whole or absent, on process 0.
+
+  Raises:
+    TrainerError: if it cannot be written.
+  """
   if jax.process_index() == 0:
-    partial = path.parent / f"{path.name}.tmp"
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    text = json.dumps(value, indent=2) + "\n"
+    try:
+      storage.write_whole(path, text)
+    except Exception as error:
+      if not storage.is_failure(error):
+        raise
+      raise TrainerError(f"{path} could not be written ({storage.first_line(error)}); run the same command again.") from error
 
 
 def count_params(program: Program) -> int:

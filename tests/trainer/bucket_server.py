@@ -1,0 +1,90 @@
+"""A server of Google Cloud Storage on loopback that fails on demand: python bucket_server.py PORT FAULTS REFUSED
+
+It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs want besides. FAULTS is a file with JSON, read at each request: while it has a
+`status`, each request whose method and path match `match` is answered with it, and noted as a line of the file REFUSED.
+"""
+
+import contextlib
+from http import HTTPStatus
+import json
+import pathlib
+import re
+import sys
+
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+
+def _generation(storage, request):
+  with contextlib.suppress(NotFound):
+    return storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])["generation"]
+  return "0"
+
+
+def _download(request, response, storage):
+  """With the generation, which TensorStore needs of what it reads and the emulator does not tell."""
+  objects.download(request, response, storage)
+  response["X-Goog-Generation"] = _generation(storage, request)
+
+
+def _insert(request, response, storage):
+  """With the condition on which TensorStore replaces an object, which the emulator does not know."""
+  request.params["object_id"] = request.query.get("name", [""])[0]
+  wanted = request.query.get("ifGenerationMatch")
+  if wanted and wanted[0] != _generation(storage, request):
+    response.status = HTTPStatus.PRECONDITION_FAILED
+    return
+  objects.insert(request, response, storage)
+
+
+def _move(request, response, storage):
+  """moveTo, by which gcsfs renames and which the emulator lacks."""
+  request.params["dest_bucket_name"] = request.params["bucket_name"]
+  objects.copy(request, response, storage)
+  if response.status == HTTPStatus.OK:
+    objects.delete(request, response, storage)
+
+
+_BUCKET, _OBJECT = r"/b/(?P<bucket_name>[-.\w]+)/o", r"/(?P<object_id>.*[^/]+)"
+server.HANDLERS = (
+    (rf"^/storage/v1{_BUCKET}{_OBJECT}/moveTo/o/(?P<dest_object_id>.*[^/]+)$", {"POST": _move}),
+    (rf"^/upload/storage/v1{_BUCKET}$", {"POST": _insert, "PUT": objects.upload_partial}),
+    (rf"^/download/storage/v1{_BUCKET}{_OBJECT}$", {"GET": _download}),
+    (rf"^/storage/v1{_BUCKET}{_OBJECT}$", {"GET": lambda request, response, storage: (
+        _download if request.query.get("alt") == ["media"] else objects.get)(request, response, storage),
+        "DELETE": objects.delete, "PATCH": objects.patch}),
+    *server.HANDLERS)
+
+
+class _Handler(server.RequestHandler):
+  faults: pathlib.Path
+  refused: pathlib.Path
+
+  def parse_request(self):
+    if not super().parse_request():
+      return False
+    faults = json.loads(self.faults.read_text())
+    line = f"{self.command} {self.path}"
+    if not faults or not re.search(faults["match"], line):
+      return True
+    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    with self.refused.open("a") as file:
+      file.write(line + "\n")
+    body = json.dumps({"error": {"code": faults["status"], "message": "refused by the test"}}).encode()
+    self.send_response(faults["status"])
+    self.send_header("Content-Type", "application/json")
+    self.send_header("Content-Length", str(len(body)))
+    self.end_headers()
+    self.wfile.write(body)
+    return False
+
+  def handle(self):
+    with contextlib.suppress(ConnectionError):  # of clients that were killed
+      super().handle()
+
+
+if __name__ == "__main__":
+  _Handler.faults, _Handler.refused = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+  server.RequestHandler = _Handler
+  server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()

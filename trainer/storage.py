@@ -1,0 +1,112 @@
+"""Where a workdir lies: a folder, or a bucket of Google Cloud Storage through etils, gcsfs and TensorStore.
+
+Nothing here waits for ever: what cannot be reached is tried again for a minute or two, and then the caller hears of it.
+"""
+
+import importlib.util
+import os
+import re
+
+from etils import epath
+
+from trainer.errors import ConfigError
+
+_PREFIX = "gs://"
+_REQUEST_SECONDS = 60.0  # for one request of gcsfs, which tries six times with pauses of half a minute in all
+_PROBE_SECONDS = 10.0  # for one of `problem`, which tries once
+# TensorStore's own are 32 retries, a quarter of an hour for each write, in which no newer checkpoint can be begun.
+_RETRIES = {"max_retries": 7, "initial_delay": "1s", "max_delay": "32s"}
+
+
+def path_of(workdir: str) -> epath.Path:
+  """Returns the path of a workdir, and makes its kind of storage ready to be used in this process.
+
+  Raises:
+    ConfigError: if it names a storage that is not known, no bucket, or one for which nothing is installed.
+  """
+  if "://" not in workdir:
+    return epath.Path(workdir).expanduser().absolute()
+  if not re.match(rf"{_PREFIX}[a-z0-9][-_.a-z0-9]+[a-z0-9](/|$)", workdir):
+    raise ConfigError(f"--workdir {workdir} is neither a folder nor gs://BUCKET/FOLDER.")
+  if importlib.util.find_spec("gcsfs") is None:
+    raise ConfigError(f"--workdir {workdir} is a bucket, for which gcsfs is missing; run: pip install -e '.[gcs]'")
+  _configure()
+  return epath.Path(workdir)
+
+
+def _configure() -> None:
+  # Otherwise gcsfs asks each bucket for its kind by gRPC, and where it may not, that blocks for a minute.
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  # TensorStore waits for ever for a server that has stopped to answer.
+  os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "20")
+  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+  import aiohttp
+  import fsspec
+  from orbax.checkpoint._src.serialization import tensorstore_utils  # Orbax has no option for it
+
+  # gcsfs remembers listings, and sees neither what TensorStore writes nor what other hosts do; nor has it a time limit.
+  fsspec.config.conf["gcs"] = {"use_listings_cache": False,
+                               "requests_timeout": aiohttp.ClientTimeout(total=_REQUEST_SECONDS)}
+  for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    context["gcs_request_retries"] = _RETRIES
+
+
+def in_bucket(path: epath.Path) -> bool:
+  """Tells whether a path is one of a bucket."""
+  return str(path).startswith(_PREFIX)
+
+
+def problem(path: epath.Path) -> str | None:
+  """Asks once, and shortly, for the bucket of a path; returns what is wrong with it, or None, as for a folder."""
+  if not in_bucket(path):
+    return None
+  # Imported here: they come with [gcs]. This is also what Orbax uses to ask for the kind of a bucket.
+  from google.api_core import exceptions
+  from google.auth import exceptions as auth_exceptions
+  from google.cloud import storage
+
+  name = str(path).removeprefix(_PREFIX).split("/")[0]
+  try:
+    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS, retry=None)
+    return None
+  except exceptions.NotFound:
+    return f"there is no bucket {name}"
+  except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+    return (f"bucket {name} is closed to these credentials, which need storage.buckets.get on it besides "
+            f"roles/storage.objectUser ({first_line(error)})")
+  except auth_exceptions.DefaultCredentialsError:
+    return "no Google credentials were found; run: gcloud auth application-default login"
+  except (exceptions.GoogleAPIError, auth_exceptions.GoogleAuthError, OSError) as error:
+    return f"bucket {name} cannot be reached ({first_line(error)})"
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file of which nobody sees a part: an object appears whole, a file is renamed into place."""
+  if in_bucket(path):
+    path.write_text(text)
+  else:
+    partial = path.parent / f"{path.name}.tmp"
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+  """Moves a folder to where nothing is yet. In a bucket the objects go one by one, and none through this host."""
+  if in_bucket(source):
+    import fsspec
+    fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)  # epath's wants the folder above, as on a disk
+  else:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+
+
+def is_failure(error: Exception) -> bool:
+  """Tells whether an error is the storage's: those of gcsfs, aiohttp and Google's libraries have no base in common."""
+  return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google")
+
+
+def first_line(error: Exception) -> str:
+  """Returns an error as one line for a message."""
+  lines = str(error).splitlines() or [""]
+  return f"{type(error).__name__}: {lines[0]}"[:300]
