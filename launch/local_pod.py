@@ -1,6 +1,6 @@
 """Runs a command on several hosts that are processes of this machine: the test bed of everything that pods do.
 
-    python -m launch.local_pod --hosts=4 --devices-per-host=2 -- python -m trainer --config=... --workdir=...
+    python -m launch.local_pod --hosts=4 --devices-per-host=2 [--cpus=N] -- python -m trainer --config=... --workdir=...
 
 Each process is a host of its own to `jax.distributed`, with forced CPU devices and gloo in place of a pod's network.
 Its lines are prefixed with its number. SIGTERM and SIGINT go to all hosts; send a signal to one of them by the process id
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--hosts", type=int, default=2, help="processes (default 2)")
   parser.add_argument("--devices-per-host", type=int, default=1, help="CPU devices of each (default 1)")
+  parser.add_argument("--cpus", type=int, default=0, help="cores of this machine for each host (default 0: all for all)")
   parser.add_argument("--grace", type=float, default=150.0,
                       help="seconds for the other hosts to end when one has failed (default 150)")
   parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what each host runs")
@@ -36,16 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
   command = args.command[1:] if args.command[:1] == ["--"] else args.command
   if args.hosts < 1 or args.devices_per_host < 1:
     parser.error("--hosts and --devices-per-host must be 1 or more")
+  cores = sorted(os.sched_getaffinity(0))
+  if not 0 <= args.cpus * args.hosts <= len(cores):
+    parser.error(f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this machine")
   if not command:
     parser.error("give the command behind --")
-  return _LocalPod(args.hosts, args.devices_per_host, args.grace, command).run()
+  shares = [cores[args.cpus * host:args.cpus * (host + 1)] or cores for host in range(args.hosts)]
+  return _LocalPod(shares, args.devices_per_host, args.grace, command).run()
 
 
 class _LocalPod:
   """The processes of one run."""
 
-  def __init__(self, hosts: int, devices_per_host: int, grace: float, command: Sequence[str]):
-    self._grace = grace
+  def __init__(self, cores: Sequence[Sequence[int]], devices_per_host: int, grace: float, command: Sequence[str]):
+    """Starts a host for each entry of `cores`, on these cores."""
+    hosts, self._grace = len(cores), grace
     self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
     self._last = [collections.deque(maxlen=_LAST_LINES) for _ in range(hosts)]
     port = _free_port()
@@ -58,6 +64,7 @@ class _LocalPod:
                               "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"})
         for host in range(hosts)]
     for host, process in enumerate(self._processes):
+      os.sched_setaffinity(process.pid, cores[host])
       print(f"[{host}] started as process {process.pid}", flush=True)
       threading.Thread(target=self._read, args=(host,), daemon=True).start()
 
