@@ -35,7 +35,10 @@ from tensorboardX import summary as summaries
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
+from trainer import storage
+
 _FLUSH_SECONDS = 30.0  # at most so long do written events stay in memory while others follow
+_RETRY_SECONDS = 60.0  # pause of the flushes after one to a bucket has failed
 _BUCKETS = 30  # of a histogram, as TensorFlow's
 
 
@@ -119,24 +122,36 @@ class SummaryWriter:
 
 
 class _BucketFile:
-  """A file in a bucket for tensorboardX: objects cannot grow, so each flush uploads it anew."""
+  """A file in a bucket for tensorboardX: objects cannot grow, so each flush uploads it anew.
+
+  A run does not end for want of curves: what could not be uploaded is told, and goes with a later flush.
+  """
 
   def __init__(self, path: str):
     self._path = epath.Path(path)
     self._data = bytearray()
+    self._uploaded = 0
+    self._retry_time = 0.0  # gcsfs has tried for half a minute, and every flush would
 
   def write(self, data: bytes):
     self._data += data
 
   def flush(self):
-    try:
-      self._path.write_bytes(bytes(self._data))
-    except Exception as error:  # of gcsfs, aiohttp, google-auth ...; a run does not end for want of curves
-      logging.warning("%s could not be written (%s); the next flush writes all of it.", self._path,
-                      f"{type(error).__name__}: {error}".splitlines()[0])
+    if time.monotonic() >= self._retry_time:
+      self._upload()
 
   def close(self):
-    self.flush()
+    self._upload()
+
+  def _upload(self):
+    if self._uploaded == len(self._data):
+      return
+    try:
+      self._path.write_bytes(bytes(self._data))
+      self._uploaded = len(self._data)
+    except Exception as error:  # those of gcsfs, aiohttp and Google's libraries have no base in common
+      self._retry_time = time.monotonic() + _RETRY_SECONDS
+      logging.warning("%s could not be written (%s).", self._path, storage.first_line(error))
 
 
 class _BucketFiles:

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 
 _PREFIX = "gs://"
 _REQUEST_SECONDS = 60.0  # for one request of gcsfs, which tries six times with pauses of half a minute in all
-_PROBE_SECONDS = 10.0  # for one of `problem`, which tries once
+_PROBE_SECONDS = 10.0  # for one request of `problem`, and for the pauses between its tries
 # TensorStore's own are 32 retries, a quarter of an hour for each write, in which no newer checkpoint can be begun.
 _RETRIES = {"max_retries": 7, "initial_delay": "1s", "max_delay": "32s"}
 
@@ -39,7 +39,7 @@ def _configure() -> None:
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   # TensorStore waits for ever for a server that has stopped to answer.
   os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "20")
-  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
   os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
   import aiohttp
   import fsspec
@@ -58,17 +58,18 @@ def in_bucket(path: epath.Path) -> bool:
 
 
 def problem(path: epath.Path) -> str | None:
-  """Asks once, and shortly, for the bucket of a path; returns what is wrong with it, or None, as for a folder."""
+  """Asks for the bucket of a path; returns what is wrong with it, within half a minute, or None, as for a folder."""
   if not in_bucket(path):
     return None
   # Imported here: they come with [gcs]. This is also what Orbax uses to ask for the kind of a bucket.
   from google.api_core import exceptions
   from google.auth import exceptions as auth_exceptions
   from google.cloud import storage
+  from google.cloud.storage import retry
 
   name = str(path).removeprefix(_PREFIX).split("/")[0]
   try:
-    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS, retry=None)
+    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS, retry=retry.DEFAULT_RETRY.with_timeout(_PROBE_SECONDS))
     return None
   except exceptions.NotFound:
     return f"there is no bucket {name}"
@@ -78,7 +79,7 @@ def problem(path: epath.Path) -> str | None:
   except auth_exceptions.DefaultCredentialsError:
     return "no Google credentials were found; run: gcloud auth application-default login"
   except (exceptions.GoogleAPIError, auth_exceptions.GoogleAuthError, OSError) as error:
-    return f"bucket {name} cannot be reached ({first_line(error)})"
+    return f"bucket {name} cannot be reached ({first_line(getattr(error, 'cause', None) or error)})"
 
 
 def write_whole(path: epath.Path, text: str) -> None:

@@ -58,6 +58,7 @@ server.HANDLERS = (
 
 
 class _Handler(server.RequestHandler):
+  wbufsize = -1  # headers and body in one packet, for the second would wait for the client's word on the first
   faults: pathlib.Path
   refused: pathlib.Path
 

@@ -1,0 +1,360 @@
+"""A workdir in a bucket, against a server on loopback: what a run writes there, and what happens when it refuses."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from etils import epath
+import jax
+import numpy as np
+from orbax import checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
+import pytest
+import requests
+
+from tests.trainer import bucket_server, tiny
+from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
+from tests.trainer.test_run import StopAt
+from trainer import events, report, storage, train as train_lib
+from trainer.checkpoint import Checkpointer
+from trainer.errors import CheckpointError, ConfigError, FAILED, PREEMPTED, Preempted, TrainerError
+from trainer.pod import Pod
+
+ALONE = Pod(tiny.get_config().pod)
+ANY_WRITE = "^(POST|PUT)"
+OF_ARRAYS = "^POST .*(ocdbt|manifest)"  # written by TensorStore
+
+
+class Server:
+  """The process of a bucket `bucket`."""
+
+  def __init__(self, folder):
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      port = probe.getsockname()[1]
+    self._faults, self._refused = folder / "faults.json", folder / "refused"
+    self.answer()
+    self.process = subprocess.Popen([sys.executable, bucket_server.__file__, str(port), self._faults, self._refused],
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    self.environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
+    while True:
+      with contextlib.suppress(requests.ConnectionError):
+        requests.get(url, timeout=10)
+        return
+      assert self.process.poll() is None
+      time.sleep(0.05)
+
+  def refuse(self, match, status):
+    """Refuses what matches from now on."""
+    self._refused.write_text("")
+    self._set({"match": match, "status": status})
+
+  def answer(self):
+    self._set({})
+
+  def _set(self, faults):
+    partial = self._faults.with_suffix(".tmp")
+    partial.write_text(json.dumps(faults))
+    partial.replace(self._faults)
+
+  def refused(self):
+    return self._refused.read_text().splitlines()
+
+
+@contextlib.contextmanager
+def serving(folder):
+  server = Server(folder)
+  try:
+    yield server
+  finally:
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  with serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
+    for name, value in server.environment.items():  # of this process too, and for TensorStore before it is first used
+      patch.setenv(name, value)
+      patch.setitem(ENVIRONMENT, name, value)
+    yield server
+
+
+@pytest.fixture
+def workdir(server, request):
+  server.answer()
+  yield storage.path_of(f"gs://bucket/{request.node.name.replace('[', '-').replace(']', '')}")
+  server.answer()
+
+
+@pytest.fixture(scope="module")
+def program():
+  config = tiny.get_config()
+  config.data.kind = "synthetic"
+  return config, train_lib.build(config, num_examples=64)
+
+
+def objects(folder):
+  return {f"{root}/{name}".removeprefix(f"{folder}".removeprefix("gs://")).removeprefix("/")
+          for root, _, names in folder.walk() for name in names}
+
+
+def open_checkpointer(workdir, program):
+  return Checkpointer(ALONE, workdir, program[0], every_steps=0)
+
+
+def make_state(program, step):
+  state = jax.jit(program[1].init)()
+  return jax.tree.map(lambda x: x if x.dtype == np.int32 else x + np.float32(step), state)
+
+
+META = {"best": None, "wall_seconds": {}}
+
+
+def save(checkpointer, program, *steps):
+  for step in steps:
+    checkpointer.save_and_wait(step, make_state(program, step), META)
+
+
+def whole(workdir):
+  return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
+
+
+def fingerprints(workdir, step):
+  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
+
+
+def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(workdir, tmp_path, config, capsys):
+  config.total_steps, config.checkpoint.every_steps, config.checkpoint.keep_last = 12, 4, 2
+  with pytest.raises(Preempted):
+    train_lib.train(config, str(workdir), StopAt(7))
+  final = train_lib.train(config, str(workdir))
+  train_lib.train(config, str(tmp_path))
+  assert fingerprints(workdir, 12) == fingerprints(epath.Path(tmp_path), 12)
+  assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints", "config.json", "events", "final.json", "report.html"]
+  assert len(whole(workdir)) == 2 and whole(workdir)[-1] == 12
+  assert json.loads((workdir / "final.json").read_text()) == final
+  assert json.loads((workdir / "config.json").read_text())["total_steps"] == 12
+  assert list(events.read_scalars(str(workdir / "events"))["train/loss"][0]) == list(range(1, 13))
+  assert train_lib.train(config, str(workdir)) == final
+  assert train_lib.evaluate_only(config, str(workdir))["top1"] == pytest.approx(final["top1"])
+  assert report.main([str(workdir)]) == 0
+  assert capsys.readouterr().out.strip() == f"{workdir}/report.html"
+  assert "data:image/png;base64" in (workdir / "report.html").read_text()
+
+
+def test_newest_and_best_stay(workdir, program):
+  checkpointer = open_checkpointer(workdir, program)
+  checkpointer.set_best(2)
+  save(checkpointer, program, 1, 2, 3, 4, 5, 6)
+  checkpointer.close()
+  assert whole(workdir) == [2, 4, 5, 6]
+  assert {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"2", "4", "5", "6"}
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(workdir, program):
+  checkpointer = open_checkpointer(workdir, program)
+  save(checkpointer, program, 1, 2)
+  checkpointer.close()
+  (workdir / "checkpoints" / "2" / "commit_success.txt").unlink()  # the last object of a save
+  assert whole(workdir) == [1]
+  checkpointer = open_checkpointer(workdir, program)
+  assert checkpointer.restore_newest(program[1].abstract_state)[1]["step"] == 1
+  assert not (workdir / "checkpoints" / "2").exists() and not (workdir / "damaged").exists()
+  save(checkpointer, program, 2)
+  assert checkpointer.restore_newest(program[1].abstract_state)[1]["step"] == 2
+  checkpointer.close()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "lost"])
+def test_a_damaged_checkpoint_is_set_aside(workdir, program, damage):
+  checkpointer = open_checkpointer(workdir, program)
+  save(checkpointer, program, 1, 2)
+  checkpointer.close()
+  folder = workdir / "checkpoints" / "2"
+  victim = max((folder / name for name in objects(folder) if "/d/" in name), key=lambda path: path.stat().length)
+  if damage == "flipped":
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+  else:
+    victim.unlink()
+  before = objects(folder)
+  checkpointer = open_checkpointer(workdir, program)
+  state, meta = checkpointer.restore_newest(program[1].abstract_state)
+  assert meta["step"] == 1
+  jax.tree.map(np.testing.assert_array_equal, state.params, make_state(program, 1).params)
+  aside, = (workdir / "damaged").iterdir()
+  assert aside.name.startswith("2-") and objects(aside) == before
+  assert not folder.exists() and whole(workdir) == [1]
+  save(checkpointer, program, 2)
+  assert whole(workdir) == [1, 2]
+  checkpointer.close()
+
+
+def test_a_server_that_is_busy_for_a_while_delays_a_save(server, workdir, program, caplog):
+  checkpointer = open_checkpointer(workdir, program)
+  save(checkpointer, program, 1)
+  server.refuse(OF_ARRAYS, 503)
+  checkpointer.save(2, make_state(program, 2), META)
+  while len(server.refused()) < 5:
+    time.sleep(0.1)
+  checkpointer.poll()
+  assert whole(workdir) == [1]
+  server.answer()
+  checkpointer.poll(wait=True)
+  assert whole(workdir) == [1, 2] and "could not be saved" not in caplog.text
+  assert checkpointer.restore_newest(program[1].abstract_state)[1]["step"] == 2
+  checkpointer.close()
+
+
+def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(server, workdir, program, monkeypatch, caplog):
+  for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    assert context["gcs_request_retries"] == storage._RETRIES
+    monkeypatch.setitem(context, "gcs_request_retries", {"max_retries": 1})
+  program[0].checkpoint.retry_seconds = 0.1
+  checkpointer = open_checkpointer(workdir, program)
+  save(checkpointer, program, 1)
+  server.refuse(OF_ARRAYS, 503)
+  checkpointer.save(2, make_state(program, 2), META)
+  checkpointer.poll(wait=True)
+  assert "step 2 could not be saved" in caplog.text and "newest whole checkpoint is that of step 1" in caplog.text
+  time.sleep(0.2)
+  assert checkpointer.wanted() and (workdir / "checkpoints" / "2").exists() and whole(workdir) == [1]
+  server.refuse("/b/bucket[?]", 503)
+  monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
+  checkpointer.save(3, make_state(program, 3), META)
+  assert "step 3 could not be saved (bucket bucket cannot be reached" in caplog.text
+  with pytest.raises(CheckpointError, match="checkpoint of step 4 could not be written .* is that of step 1"):
+    save(checkpointer, program, 4)
+  server.answer()
+  save(checkpointer, program, 4)
+  assert whole(workdir) == [1, 4] and {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"1", "4"}
+  checkpointer.close()
+
+
+def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, program):
+  checkpointer = open_checkpointer(workdir, program)
+  save(checkpointer, program, 1, 2)
+  checkpointer.close()
+  checkpointer = open_checkpointer(workdir, program)
+  server.refuse("^GET .*checkpoints.*(ocdbt|manifest)", 403)
+  with pytest.raises(CheckpointError, match="checkpoints/2 cannot be read now"):
+    checkpointer.restore_newest(program[1].abstract_state)
+  server.refuse("^GET .*checkpoints", 403)
+  with pytest.raises(CheckpointError, match="cannot be read now"):
+    open_checkpointer(workdir, program)
+  server.answer()
+  assert whole(workdir) == [1, 2] and not (workdir / "damaged").exists()
+  checkpointer.close()
+
+
+@pytest.mark.parametrize("name, match, status, words", [
+    ("gs://no-such-bucket/run", "^$", 200, "there is no bucket no-such-bucket"),
+    ("gs://bucket/run", "/b/bucket[?]", 403, "bucket bucket is closed to these credentials, which need storage.buckets.get"),
+    ("gs://bucket/run", ANY_WRITE, 403, "cannot be written by host 0: OSError: Forbidden"),
+    ("gs://bucket/run", "/b/bucket[?]", 503, "bucket bucket cannot be reached"),
+    ("gs://B/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
+    ("s3://bucket/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
+])
+def test_a_bucket_that_cannot_be_used_is_one_sentence(server, config, monkeypatch, name, match, status, words):
+  monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
+  server.refuse(match, status)
+  with pytest.raises(ConfigError) as refusal:
+    train_lib.train(config, name)
+  server.answer()
+  assert words in str(refusal.value) and name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_silent_server_is_not_waited_for(server, config, monkeypatch):
+  monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with pytest.raises(ConfigError, match="bucket bucket cannot be reached"):
+      train_lib.train(config, "gs://bucket/run")
+
+
+def test_a_missing_extra_is_named(config, monkeypatch):
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
+  with pytest.raises(ConfigError, match=r"gcsfs is missing; run: pip install -e '\.\[gcs\]'"):
+    train_lib.train(config, "gs://bucket/run")
+
+
+def test_a_result_that_cannot_be_written_is_one_sentence(server, workdir):
+  server.refuse(ANY_WRITE, 403)
+  with pytest.raises(TrainerError, match="final.json could not be written .*Forbidden"):
+    train_lib.write_json(workdir / "final.json", {})
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):
+  monkeypatch.setattr(events, "_RETRY_SECONDS", 0.0)
+  writer = events.SummaryWriter(str(workdir))
+  server.refuse(ANY_WRITE, 403)
+  writer.write_scalars(1, {"x": 1.0})
+  writer.flush()
+  assert "could not be written" in caplog.text and server.refused()
+  server.answer()
+  writer.write_scalars(2, {"x": 2.0})
+  writer.close()
+  assert list(events.read_scalars(str(workdir))["x"][0]) == [1, 2]
+
+
+IMPATIENT = """
+import types
+
+from tests.trainer import tiny
+from trainer import events, storage
+
+storage._PROBE_SECONDS, storage._RETRIES = 0.5, {"max_retries": 1}
+storage.path_of("gs://bucket/run")
+import gcsfs.retry
+
+gcsfs.retry.random = types.SimpleNamespace(random=lambda: -100.0)  # no pauses
+
+get_config = tiny.get_config
+"""
+
+
+def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_path):
+  (tmp_path / "config.py").write_text(IMPATIENT)
+  command = trainer("gs://bucket/run", "total_steps=600", "log.every_steps=100", "checkpoint.every_steps=200",
+                    "checkpoint.retry_seconds=2", config=tmp_path / "config.py")
+  with serving(tmp_path) as server, subprocess.Popen(
+      command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | server.environment) as process:
+    log = ""
+    for line in process.stderr:
+      log += line
+      if "step 300/" in line:
+        server.process.kill()
+        break
+    log += process.communicate(timeout=120)[1]
+  assert process.returncode == FAILED, log
+  assert "could not be saved" in log and "Training goes on" in log and "step 600/600" in log
+  assert "Traceback" not in log
+  assert "The checkpoint of step 600 could not be written to gs://bucket/run/checkpoints" in log.splitlines()[-1]
+
+
+def test_a_wrong_bucket_on_the_command_line(server):
+  result = subprocess.run(trainer("gs://no-such-bucket/run"), capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+  assert result.returncode == FAILED and "Traceback" not in result.stderr
+  assert "there is no bucket no-such-bucket" in result.stderr.splitlines()[-1]
+
+
+def test_two_hosts_are_stopped_and_one_goes_on(workdir):
+  command = trainer(workdir, "total_steps=400", "log.every_steps=20", "checkpoint.every_steps=40")
+  with running(2, 1, command) as pod:
+    pod.wait_for("step 40/")
+    os.kill(pod.pid(1), signal.SIGTERM)
+    assert pod.finish() == PREEMPTED, pod.log
+  saved = int(pod.log.split("Stopped and saved at step ")[1].split()[0])
+  assert whole(workdir)[-1] == saved
+  assert f"Going on from checkpoint {saved} of 400" in run(1, 1, command)
+  assert json.loads((workdir / "final.json").read_text())["step"] == 400
