@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import logging as python_logging
 import os
 import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -39,6 +40,12 @@ class _OnlyOurs(python_logging.Filter):
     return "exception was never retrieved" not in record.getMessage()
 
 
+def _only_ours(unraisable: Any) -> None:
+  """The same for what TensorStore would say to the event loop of a save that has failed, which Orbax has closed."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def parse_flags(argv: list[str]) -> None:
   """Parses flags and loads the config file.
 
@@ -58,6 +65,7 @@ def parse_flags(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code of trainer.errors."""
+  sys.unraisablehook = _only_ours
   logging.use_absl_handler()
   handler = logging.get_absl_handler()
   handler.addFilter(_OnlyOurs())
