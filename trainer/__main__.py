@@ -32,7 +32,8 @@ class _OnlyOurs(python_logging.Filter):
   """
 
   def filter(self, record: python_logging.LogRecord) -> bool:
-    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec"))
+    libraries = ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec")
+    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in libraries)
     if library:
       record.exc_info = None
     if library:
