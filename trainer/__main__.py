@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import logging as python_logging
 import os
 import sys
+from typing import Any
 
 from absl import flags, logging
 
@@ -30,7 +31,8 @@ class _OnlyOurs(python_logging.Filter):
   """
 
   def filter(self, record: python_logging.LogRecord) -> bool:
-    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec"))
+    libraries = ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec")
+    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in libraries)
     if library:
       record.exc_info = None
     if library:
@@ -38,8 +40,15 @@ class _OnlyOurs(python_logging.Filter):
     return "exception was never retrieved" not in record.getMessage()
 
 
+def _only_ours(unraisable: Any) -> None:
+  """The same for what TensorStore would say to the event loop of a save that has failed, which Orbax has closed."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def main(argv: list[str]) -> int:
   """Runs one mode and returns the exit code of trainer.errors."""
+  sys.unraisablehook = _only_ours
   logging.use_absl_handler()
   handler = logging.get_absl_handler()
   handler.addFilter(_OnlyOurs())

@@ -1,10 +1,10 @@
 """What a checkpoint holds, when one is taken, and how a run comes back from it.
 
 A checkpoint is a folder `WORKDIR/checkpoints/STEP` that Orbax writes in the background and renames into place when it
-is whole; in a bucket, where folders cannot be renamed at once, it gets a last object `commit_success.txt` instead. Its
-items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in the data, config,
-clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the hashes are computed on
-the devices before the save, and again after each restore.
+is whole; in a bucket, where no folder can be renamed at once, it gets a last object `commit_success.txt` instead.
+Its items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in the data,
+config, clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the hashes are
+computed on the devices before the save, and again after each restore.
 """
 
 from concurrent import futures

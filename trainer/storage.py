@@ -69,7 +69,8 @@ def problem(path: epath.Path) -> str | None:
 
   name = str(path).removeprefix(_PREFIX).split("/")[0]
   try:
-    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS, retry=retry.DEFAULT_RETRY.with_timeout(_PROBE_SECONDS))
+    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS,
+                                retry=retry.DEFAULT_RETRY.with_timeout(_PROBE_SECONDS))
     return None
   except exceptions.NotFound:
     return f"there is no bucket {name}"
@@ -96,7 +97,8 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
   """Moves a folder to where nothing is yet. In a bucket the objects go one by one, and none through this host."""
   if in_bucket(source):
     import fsspec
-    fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)  # epath's wants the folder above, as on a disk
+    # Not by epath, which wants the folder above to be there, as on a disk.
+    fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)
   else:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)

@@ -250,7 +250,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     try:
       logging.info("Curves: %s", report.write_report(str(workdir)))
     except Exception as error:  # whatever it is, the run is complete
-      logging.warning("No report was written (%s); try: python -m trainer.report %s", storage.first_line(error), workdir)
+      logging.warning("No report was written (%s); try: python -m trainer.report %s", storage.first_line(error),
+                      workdir)
   return final
 
 
@@ -380,7 +381,8 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise TrainerError(f"{path} could not be written ({storage.first_line(error)}); run the same command again.") from error
+      raise TrainerError(f"{path} could not be written ({storage.first_line(error)}); run the same command "
+                         "again.") from error
 
 
 def count_params(program: Program) -> int:

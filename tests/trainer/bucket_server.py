@@ -1,7 +1,8 @@
 """A server of Google Cloud Storage on loopback that fails on demand: python bucket_server.py PORT FAULTS REFUSED
 
-It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs want besides. FAULTS is a file with JSON, read at each request: while it has a
-`status`, each request whose method and path match `match` is answered with it, and noted as a line of the file REFUSED.
+It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs want besides. FAULTS is a file with
+JSON, read at each request: while it has a `status`, each request whose method and path match `match` is answered with it,
+and noted as a line of the file REFUSED.
 """
 
 import contextlib
