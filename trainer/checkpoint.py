@@ -291,7 +291,11 @@ class Checkpointer:
     """Waits for the save in flight and frees Orbax's threads."""
     self.poll(wait=True)
     self._thread.shutdown()
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception:
+      if not self._broken:  # else it repeats what has been said
+        raise
 
 
 @jax.jit
