@@ -85,7 +85,6 @@ class Checkpointer:
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[None]] | None = None
-    self._attempts = 0
     self._broken = False  # whether the manager has failed, and with it the last save
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
@@ -159,20 +158,17 @@ class Checkpointer:
       free = shutil.disk_usage(self._directory).free
       if free < needed:
         problem = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
-    self._attempts += 1
-    hosts = self._pod.gather(f"save {self._attempts}, of step {step}", [self._broken, problem])
+    hosts = self._pod.gather(f"save of step {step}", [self._broken, problem])
     problem = _first_problem({host: theirs for host, (_, theirs) in hosts.items()})
     if any(broken for broken, _ in hosts.values()) and not problem:
-      # A manager goes on raising what once failed in its background, on close too. All hosts open a new one together.
-      with contextlib.suppress(Exception):
-        self._manager.close()
-      mine = None
+      self._broken, mine = True, None  # of one, of all: they open new managers together
+      self._close_manager()
       try:
         self._manager = self._open_manager()
         self._newest = self._manager.latest_step()
       except Exception as error:
         mine = storage.first_line(error)
-      problem = _first_problem(self._pod.gather(f"checkpoints opened for save {self._attempts}", mine))
+      problem = _first_problem(self._pod.gather(f"checkpoints opened again for step {step}", mine))
       self._broken = bool(problem)
     if step in self._manager.all_steps():
       return False
@@ -291,11 +287,12 @@ class Checkpointer:
     """Waits for the save in flight and frees Orbax's threads."""
     self.poll(wait=True)
     self._thread.shutdown()
-    try:
+    self._close_manager()
+
+  def _close_manager(self) -> None:
+    # What once failed in its background a manager raises again on close; `_save_failed` has told it.
+    with contextlib.suppress(Exception) if self._broken else contextlib.nullcontext():
       self._manager.close()
-    except Exception:
-      if not self._broken:  # else it repeats what has been said
-        raise
 
 
 @jax.jit

@@ -35,7 +35,7 @@ class Lifeline:
     self._heard: dict[int, tuple[float, str]] = {}
     self._ended: set[int] = set()
     self._verdict: tuple[int, str, int] | None = None
-    self._given: dict[str, dict[int, Any]] = {}
+    self._given: dict[tuple[int, str], dict[int, Any]] = {}
     self._notes: dict[int, dict[int, float]] = {}
     both = socket.has_dualstack_ipv6()
     self._socket = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET,
@@ -101,10 +101,12 @@ class Lifeline:
       whole = [notes for _, notes in sorted(self._notes.items()) if len(notes) == self._hosts]
       return {"verdict": self._verdict, "now": time.time(), "notes": whole[-1] if whole else {}}
 
-  def _gather(self, host: int, name: str, value: Any) -> dict[str, Any]:
+  def _gather(self, host: int, number: int, name: str, value: Any) -> dict[str, Any]:
     with self._changed:
-      given = self._given.setdefault(name, {})
+      given = self._given.setdefault((number, name), {})
       given[host] = value
+      if len(given) == self._hosts:  # so all of them have what was given before
+        self._given = {key: others for key, others in self._given.items() if key[0] >= number}
       self._changed.notify_all()
       self._changed.wait_for(lambda: len(given) == self._hosts or self._verdict, timeout=_HOLD)
       return {"given": given, "verdict": self._verdict}
@@ -137,8 +139,7 @@ class Line:
       OSError: if nobody answers at the address.
     """
     self._host = host
-    self._socket = socket.create_connection(address, timeout=timeout)
-    self._lines = self._socket.makefile("rw", encoding="utf-8")
+    self._lines = socket.create_connection(address, timeout=timeout).makefile("rw", encoding="utf-8")
 
   def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
     """Returns the reply of host 0.
@@ -152,7 +153,3 @@ class Line:
     if not line:
       raise ConnectionError("its connection closed")
     return json.loads(line)
-
-  def close(self) -> None:
-    """Closes the connection; without a `bye` before, host 0 takes it for the end of this host."""
-    self._socket.close()

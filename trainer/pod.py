@@ -42,6 +42,7 @@ class Pod:
     self._point, self._since = "start", time.monotonic()
     self._note: tuple[int, float] | None = None
     self._notes: dict[int, float] = {}
+    self._gathers = 0
     self._left = threading.Event()
     self._dying = threading.Lock()
 
@@ -118,8 +119,9 @@ class Pod:
     """Notes where this host is, for itself and the others."""
     self._point, self._since = point, time.monotonic()
 
-  def gather(self, name: str, value: Any, while_waiting: Callable[[list[int]], None] = lambda missing: None) -> dict[int, Any]:
-    """Returns what every host gave under a name that is new each time.
+  def gather(self, name: str, value: Any,
+             while_waiting: Callable[[list[int]], None] = lambda missing: None) -> dict[int, Any]:
+    """Returns what every host gave; all hosts call it in the same order.
 
     Args:
       name: of this exchange, and of the point where hosts wait for each other.
@@ -132,9 +134,10 @@ class Pod:
     if self.hosts == 1:
       return {0: value}
     self.at(name)
+    self._gathers += 1
     while True:
       try:
-        reply = self._line.ask("gather", name=name, value=value)
+        reply = self._line.ask("gather", number=self._gathers, name=name, value=value)
       except OSError as error:
         raise HostLost(self._farewell(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)) from error
       if len(reply["given"]) == self.hosts:
