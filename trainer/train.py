@@ -120,11 +120,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
 
 def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod,
            clock: WallClock) -> dict[str, Any]:
-  workdir = open_workdir(workdir, pod)
-  use_compilation_cache(config, workdir)
-  train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
-  eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
-  program = build(config, len(train_source))
+  workdir, train_source, eval_source, program = _open(config, workdir, pod)
   lengths, mesh = program.lengths, program.mesh
   logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
 
@@ -255,6 +251,16 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   return final
 
 
+def _open(config: ml_collections.ConfigDict, workdir: str,
+          pod: Pod) -> tuple[epath.Path, sources.Source, sources.Source, Program]:
+  """Returns the folder of the run, its training and evaluation examples, and its program."""
+  path = open_workdir(workdir, pod)
+  use_compilation_cache(config, path)
+  train_source, eval_source = (sources.open_source(config.data, split, config.model.num_classes)
+                               for split in (config.data.train_split, config.data.eval_split))
+  return path, train_source, eval_source, build(config, len(train_source))
+
+
 def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
                   stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a workdir on `config.data.eval_split`, and writes `eval.json`.
@@ -271,11 +277,7 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
 
 def _evaluate_only(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool],
                    pod: Pod) -> dict[str, Any]:
-  directory = open_workdir(workdir, pod)
-  use_compilation_cache(config, directory)
-  train_source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
-  eval_source = sources.open_source(config.data, config.data.eval_split, config.model.num_classes)
-  program = build(config, len(train_source))
+  directory, _, eval_source, program = _open(config, workdir, pod)
   checkpointer = Checkpointer(pod, directory, config, every_steps=0)
   restored = checkpointer.restore_newest(program.abstract_state)
   checkpointer.close()
