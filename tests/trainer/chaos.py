@@ -28,6 +28,7 @@ from typing import Sequence
 import psutil
 
 from tests.trainer import tiny
+from tests.trainer.shared import fingerprints
 
 EVENTS = ("SIGTERM", "SIGKILL", "SIGSTOP", "resize", "damage")
 HOSTS = (2, 1, 4)
@@ -43,8 +44,9 @@ class Pod:
   def __init__(self, workdir: pathlib.Path, hosts: int, total_steps: int):
     command = [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--grace={LIMIT}", "--", sys.executable,
                "-m", "trainer", f"--config={tiny.__file__}", f"--workdir={workdir}", "--config.data.kind=synthetic",
-               f"--config.total_steps={total_steps}", f"--config.log.every_steps={EVERY}", "--config.checkpoint.keep_last=100000",
-               f"--config.checkpoint.every_steps={EVERY}", f"--config.pod.timeout_seconds={SILENCE}"]
+               f"--config.total_steps={total_steps}", f"--config.log.every_steps={EVERY}",
+               "--config.checkpoint.keep_last=100000", f"--config.checkpoint.every_steps={EVERY}",
+               f"--config.pod.timeout_seconds={SILENCE}"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                      env=os.environ | {"XLA_FLAGS": flags})
@@ -89,10 +91,6 @@ class Pod:
 def checkpoints(workdir: pathlib.Path) -> list[int]:
   folder = workdir / "checkpoints"
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
-
-
-def fingerprints(workdir: pathlib.Path, step: int) -> dict[str, int]:
-  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
 
 
 def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:

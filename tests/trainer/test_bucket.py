@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from tests.trainer import bucket_server, tiny
+from tests.trainer.shared import fingerprints, free_port
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
 from trainer import events, report, storage, train as train_lib
@@ -35,9 +36,7 @@ class Server:
   """The process of a bucket `bucket`."""
 
   def __init__(self, folder):
-    with socket.socket() as probe:
-      probe.bind(("127.0.0.1", 0))
-      port = probe.getsockname()[1]
+    port = free_port()
     self._faults, self._refused = folder / "faults.json", folder / "refused"
     self.answer()
     self.process = subprocess.Popen(
@@ -127,10 +126,6 @@ def save(checkpointer, program, *steps):
 
 def whole(workdir):
   return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
-
-
-def fingerprints(workdir, step):
-  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
 
 
 def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(workdir, tmp_path, config, capsys):

@@ -1,12 +1,10 @@
 """Several hosts as real processes: they stop together, and nobody waits for ever."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -15,6 +13,7 @@ import psutil
 import pytest
 
 from tests.trainer import tiny
+from tests.trainer.shared import fingerprints, free_port
 from trainer import events
 from trainer.errors import FAILED, HOST_LOST, PREEMPTED
 
@@ -76,10 +75,6 @@ def running(hosts, devices, command, grace=60):
     assert not [host for host in range(hosts) if psutil.pid_exists(pod.pid(host))]
 
 
-def fingerprints(workdir, step):
-  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
-
-
 def eval_losses(workdir):
   return events.read_scalars(str(workdir / "events"))["eval/loss"][1]
 
@@ -139,9 +134,7 @@ def alone(host, hosts, command, port):
 
 @pytest.fixture
 def port():
-  with socket.socket() as probe:
-    probe.bind(("", 0))
-    return probe.getsockname()[1]
+  return free_port()
 
 
 def test_a_host_that_never_comes_is_named(tmp_path, port):

@@ -18,6 +18,7 @@ import pytest
 
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
+from tests.trainer.shared import fingerprints
 from trainer import events, train as train_lib
 from trainer.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, FAILED, NonFiniteError, PREEMPTED, Preempted
@@ -36,11 +37,6 @@ def run_config(shards):
 def command(workdir, shards, *overrides):
   return [sys.executable, "-m", "trainer", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={shards}",
           *[f"--config.{override}" for override in overrides]]
-
-
-def fingerprints(workdir, step):
-  """Returns the hash of every leaf at a step, as the checkpoint holds them."""
-  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
 
 
 def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):

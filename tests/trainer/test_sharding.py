@@ -7,7 +7,6 @@ optimisation: that takes half the time, and changes no collective.
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import types
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from tests.trainer.shared import free_port
 from trainer import mesh as mesh_lib, train as train_lib
 from trainer.errors import ConfigError
 from trainer.state import make_init
@@ -128,10 +128,8 @@ def test_memory_is_that_of_a_shard(seen):
 
 def test_two_hosts_compute_the_same(seen):
   """Host h holds the h-th half of every batch, and BN groups and shards cross the border between the hosts."""
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  hosts = [launch("float32", "hosts", str(port), str(process), devices=4) for process in range(2)]
+  port = str(free_port())
+  hosts = [launch("float32", "hosts", port, str(process), devices=4) for process in range(2)]
   for host in [results(process) for process in hosts]:
     for name, mode in host["hosts"].items():
       assert_same(mode, seen["float32"]["hosts"][name], 1e-5)
