@@ -7,8 +7,9 @@ processes, threads nor restarts change it, so there is no iterator state to save
 
 import abc
 import collections
+import functools
 import math
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from absl import flags
 from absl import logging
@@ -75,15 +76,18 @@ class _Rows(abc.ABC):
   def _fill(self, batch: Batch, first: int, bad: _BadRows) -> None:
     """Fills the rows of `batch`, the first of which is example number `first`; notes in `bad` what fails."""
 
-  def _read(self, index: int, bad: _BadRows) -> tuple[Record | None, np.ndarray | None]:
-    """Returns the record and uint8 [height, width, 3]; None for what cannot be had, with a note."""
+  def _read(
+    self, index: int, bad: _BadRows, view: Callable[[bytes], None]
+  ) -> tuple[Record | None, bool]:
+    """Returns the record, None if it cannot be read, and whether `view` could use it; notes why not."""
     record = None
     try:
       record = self._source[index]
-      return record, image.decode(record.image)
+      view(record.image)
+      return record, True
     except BadRecordError as e:
       bad.reasons.append(f"{record.name}: {e}" if record else str(e))
-      return record, None
+      return record, False
 
 
 class _TrainRows(_Rows):
@@ -103,9 +107,10 @@ class _TrainRows(_Rows):
     for row in range(self._rows):
       number = first + row  # counts examples over all epochs
       index = self._order[number]
+      view = functools.partial(self._view, number, batch["image"][row])
       for offset in range(_NEIGHBOURS + 1):
-        record, rgb = self._read((index + offset) % len(self._source), bad)
-        if rgb is not None:
+        record, good = self._read((index + offset) % len(self._source), bad, view)
+        if good:
           break
       else:
         raise DataError(
@@ -113,11 +118,12 @@ class _TrainRows(_Rows):
           f"{bad.reasons[-1]}; check the data."
         )
       batch["bad"][row] = offset > 0
-      rng = np.random.Generator(np.random.Philox(key=[self._crop_seed, number]))
-      batch["image"][row] = image.train_view(
-        rgb, rng, self._size, self._area, self._aspect, self._flip
-      )
       batch["label"][row] = record.label
+
+  def _view(self, number: int, out: np.ndarray, data: bytes) -> None:
+    """Writes the augmented image of example `number` to uint8 [size, size, 3]."""
+    rng = np.random.Generator(np.random.Philox(key=[self._crop_seed, number]))
+    image.train_view(data, rng, self._size, self._area, self._aspect, self._flip, out)
 
 
 class _EvalRows(_Rows):
@@ -133,14 +139,16 @@ class _EvalRows(_Rows):
   def _fill(self, batch, first, bad):
     for row in range(max(0, min(self._rows, len(self._source) - first))):
       batch["mask"][row] = True
-      record, rgb = self._read(first + row, bad)
-      if rgb is None:
+      record, good = self._read(first + row, bad, functools.partial(self._view, batch["image"][row]))
+      if not good:
         batch["bad"][row] = True
         batch["image"][row] = _GREY
-      else:
-        batch["image"][row] = image.eval_crop(rgb, self._resize, self._size)
       if record is not None:
         batch["label"][row] = record.label
+
+  def _view(self, out: np.ndarray, data: bytes) -> None:
+    """Writes the central crop of an image to uint8 [size, size, 3]."""
+    out[...] = image.eval_view(data, self._resize, self._size)
 
 
 class BatchIterator:
