@@ -58,9 +58,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.flip = True  # mirror half of the training images
   config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
   config.data.std = (58.395, 57.12, 57.375)
-  config.data.workers = 0  # decoding processes; 0 decodes in threads of the trainer
-  config.data.threads = 2  # decoding threads of each process; 0 decodes when the batch is asked for
-  config.data.prefetch_batches = 4  # decoded batches waiting in each process
+  # Decoding processes; 0 decodes in threads of the trainer. -1 chooses: on 4 cores and more all but two of them, at
+  # most 32; on fewer none. What a chip needs of them: `python -m input_pipeline.bench`.
+  config.data.workers = -1
+  # Decoding threads of each process; 0 decodes when the batch is asked for. -1 chooses: 0 in processes, which ask at
+  # once, and up to 2 in the trainer.
+  config.data.threads = -1
+  config.data.prefetch_batches = 4  # batches that threads decode ahead in each process; without threads it is two
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 

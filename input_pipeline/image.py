@@ -1,9 +1,7 @@
 """From the bytes of an image file to the uint8 RGB square that the model sees."""
 
-import contextlib
 import io
 import math
-from typing import Iterator
 
 import cv2
 import numpy as np
@@ -27,15 +25,6 @@ _REDUCTIONS = (8, 4, 2)
 _EVAL_MARGIN = 2
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-  """Returns (height, width) in pixels, by the header alone; raises BadRecordError if it has none."""
-  try:
-    return simplejpeg.decode_jpeg_header(data)[:2]
-  except ValueError:
-    with _open_with_pillow(data) as opened:
-      return opened.height, opened.width
-
-
 def decode(data: bytes, reduction: int = 1) -> np.ndarray:
   """Decodes JPEG, PNG or whatever else Pillow knows; EXIF rotation is ignored, as is usual.
 
@@ -53,8 +42,7 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
   if rgb is None:
     rgb = decode_with_pillow(data)
     if reduction > 1:
-      height, width = (-(-side // reduction) for side in rgb.shape[:2])
-      rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
+      rgb = np.asarray(Image.fromarray(rgb).reduce(reduction))
   return rgb
 
 
@@ -80,24 +68,17 @@ def decode_plain_jpeg(data: bytes, reduction: int = 1) -> np.ndarray | None:
 
 def decode_with_pillow(data: bytes) -> np.ndarray:
   """Returns uint8 [height, width, 3] of what Pillow decodes; raises BadRecordError for the rest."""
-  with _open_with_pillow(data) as opened:
-    if opened.width * opened.height > MAX_PIXELS:
-      raise BadRecordError(f"{opened.width}x{opened.height} pixels are more than {MAX_PIXELS}")
-    if opened.mode.startswith("I"):
-      # 16 bits a pixel, which Pillow would clip to 255 instead of scaling them.
-      grey = (np.asarray(opened) >> 8).astype(np.uint8)
-      return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(opened.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _open_with_pillow(data: bytes) -> Iterator[Image.Image]:
-  """Opens an image; what goes wrong with it in the block becomes a BadRecordError as well."""
   if not data:
     raise BadRecordError("zero bytes")
   try:
     with Image.open(io.BytesIO(data)) as opened:
-      yield opened
+      if opened.width * opened.height > MAX_PIXELS:
+        raise BadRecordError(f"{opened.width}x{opened.height} pixels are more than {MAX_PIXELS}")
+      if opened.mode.startswith("I"):
+        # 16 bits a pixel, which Pillow would clip to 255 instead of scaling them.
+        grey = (np.asarray(opened) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+      return np.asarray(opened.convert("RGB"))
   except BadRecordError:
     raise
   except Exception as e:  # Pillow's plugins raise whatever a malformed file makes them trip over
@@ -168,13 +149,16 @@ def train_view(
   Raises:
     BadRecordError: as `decode`.
   """
-  top, left, height, width = draw_box(*image_size(data), rng, area, aspect)
-  reduction = _reduction(min(height, width), size)
-  rgb = decode(data, reduction)
+  height, width, rgb = _measure(data)
+  top, left, height, width = draw_box(height, width, rng, area, aspect)
+  reduction = 1
+  if rgb is None:
+    reduction = _reduction(min(height, width), size)
+    rgb = decode(data, reduction)
   bottom, right = top + height, left + width
   top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
   box = rgb[top:bottom, left:right]
-  # After the largest reduction so much may be left that bilinear interpolation would skip pixels.
+  # Only where that cannot be done; bilinear interpolation would skip pixels.
   method = cv2.INTER_AREA if min(box.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
   if flip and rng.random() < 0.5:
     return cv2.flip(cv2.resize(box, (size, size), interpolation=method), 1, out)
@@ -198,9 +182,11 @@ def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
   Raises:
     BadRecordError: as `decode`.
   """
-  height, width = image_size(data)
-  reduction = _reduction(min(height, width), _EVAL_MARGIN * resize)
-  rgb = decode(data, reduction)
+  height, width, rgb = _measure(data)
+  reduction = 1
+  if rgb is None:
+    reduction = _reduction(min(height, width), _EVAL_MARGIN * resize)
+    rgb = decode(data, reduction)
   if width <= height:
     new_width, new_height = resize, int(resize * height / width)
   else:
@@ -211,6 +197,15 @@ def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
   right, bottom = min((left + size) * x, rgb.shape[1]), min((top + size) * y, rgb.shape[0])
   box = (left * x, top * y, right, bottom)
   return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _measure(data: bytes) -> tuple[int, int, np.ndarray | None]:
+  """Returns height and width, and the pixels where one has to decode them to know."""
+  try:
+    return *simplejpeg.decode_jpeg_header(data)[:2], None
+  except ValueError:
+    rgb = decode_with_pillow(data)
+    return *rgb.shape[:2], rgb
 
 
 def _reduction(side: int, least: int) -> int:

@@ -9,6 +9,7 @@ import abc
 import collections
 import functools
 import math
+import sys
 from typing import Any, Callable, Iterator
 
 from absl import flags
@@ -18,6 +19,7 @@ import numpy as np
 
 from input_pipeline import image
 from input_pipeline import processes
+from input_pipeline import slots
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
@@ -29,6 +31,7 @@ Batch = dict[str, np.ndarray]
 _ENDLESS = 2**62  # steps
 _NEIGHBOURS = 16  # tried in place of a record that cannot be decoded
 _GREY = 128  # of an evaluated image that cannot be decoded
+_SLOTS_IN_FLIGHT = 6  # batches of a process being written, waiting to be fetched, and in use
 _POOL = 4  # synthetic batches made; more would only cost memory
 
 
@@ -50,26 +53,40 @@ class _Rows(abc.ABC):
     self._rows = batch_size // hosts
     self._batch_size = batch_size
     self._offset = host * self._rows
+    self.shape = (self._rows, self._size, self._size, 3)  # of the images of a batch
+    self.slots: slots.Slots | None = None  # where decoding processes write them
 
   def _first(self, step: int) -> int:
     """Returns the global number of this host's first example in batch `step`."""
     return step * self._batch_size + self._offset
 
   def _empty(self) -> Batch:
-    n = self._rows
     return {
-      "image": np.zeros((n, self._size, self._size, 3), np.uint8),
-      "label": np.zeros(n, np.int32),
-      "bad": np.zeros(n, bool),
+      "image": np.empty(self.shape, np.uint8),
+      "label": np.zeros(self._rows, np.int32),
+      "bad": np.zeros(self._rows, bool),
     }
 
   def __call__(self, step: int) -> tuple[Batch, _BadRows]:
     batch, bad = self._empty(), _BadRows()
+    # Without a free slot Grain copies the array to shared memory of its own: slower, not wrong.
+    claimed = self.slots and self.slots.claim()
+    if claimed:
+      batch["image"] = claimed.array
     try:
       self._fill(batch, self._first(int(step)), bad)
     except DataError as e:
       # Carried, not raised, so that it arrives the same from a thread and from a process.
       bad.fatal = str(e)
+    if claimed:
+      batch["image"] = claimed.slot
+    return batch, bad
+
+  def open(self, element: tuple[Batch, _BadRows]) -> tuple[Batch, _BadRows]:
+    """Returns what a decoding process made, with the images in place of the number of their slot."""
+    batch, bad = element
+    if isinstance(batch["image"], slots.Slot):
+      batch["image"] = self.slots.open(batch["image"])
     return batch, bad
 
   @abc.abstractmethod
@@ -137,7 +154,9 @@ class _EvalRows(_Rows):
     return super()._empty() | {"mask": np.zeros(self._rows, bool)}
 
   def _fill(self, batch, first, bad):
-    for row in range(max(0, min(self._rows, len(self._source) - first))):
+    count = max(0, min(self._rows, len(self._source) - first))
+    batch["image"][count:] = 0
+    for row in range(count):
       batch["mask"][row] = True
       record, good = self._read(first + row, bad, functools.partial(self._view, batch["image"][row]))
       if not good:
@@ -304,7 +323,7 @@ def _check(data: Any, field: str, batch_size: int, hosts: int) -> None:
     raise DataError(
       f"{field}={batch_size} must be a positive multiple of the number of hosts, {hosts}."
     )
-  least = {"image_size": 1, "eval_image_size": 1, "prefetch_batches": 1, "threads": 0, "workers": 0}
+  least = {"image_size": 1, "eval_image_size": 1, "prefetch_batches": 1, "threads": -1, "workers": -1}
   for name, minimum in least.items():
     if data[name] < minimum:
       raise DataError(f"config.data.{name}={data[name]} must be at least {minimum}.")
@@ -316,22 +335,28 @@ def _read_ahead(
   """Makes the batches first_step, ..., end_step - 1 in order, in threads or in processes."""
   # A whole batch is one task: nothing is passed between threads or copied to put rows together.
   steps = grain.MapDataset.range(first_step, end_step).map(rows)
-  ahead = grain.ReadOptions(
-    num_threads=data.threads, prefetch_buffer_size=max(data.prefetch_batches, data.threads)
+  workers, threads = processes.choose(data.workers, data.threads)
+  logging.info(
+    "Decoding in %s.",
+    f"{workers} processes, {threads} threads each" if workers else f"{threads} threads",
   )
-  batches = steps.to_iter_dataset(ahead)
-  if data.workers:
+  ahead = max(data.prefetch_batches, threads) if threads else 0
+  batches = steps.to_iter_dataset(grain.ReadOptions(threads, ahead))
+  if workers:
+    if sys.platform == "linux":  # elsewhere Grain's way has to do
+      rows.slots = slots.Slots(rows.shape, workers, ahead + _SLOTS_IN_FLIGHT)
     # Grain reads absl flags of its own when it starts processes, and trips outside of absl.app.run.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
-    batches = batches.mp_prefetch(workers, worker_init_fn=_start_worker)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    batches = batches.mp_prefetch(options, worker_init_fn=_start_worker).map(rows.open)
   return iter(batches)
 
 
 def _start_worker(index: int, count: int) -> None:
   """Runs in a new decoding process, number `index` of `count`."""
-  del index, count
+  del count
+  slots.set_worker(index)
   processes.follow_parent()
 
 

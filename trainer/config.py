@@ -14,6 +14,7 @@ from trainer import models
 from trainer.errors import ConfigError
 
 _AT_LEAST_0 = (lambda v: v >= 0, "must be 0 or more")
+_COUNT_OR_AUTO = (lambda v: v >= -1, "must be 0 or more, or -1 to choose by the machine")
 _AT_LEAST_1 = (lambda v: v >= 1, "must be 1 or more")
 _POSITIVE = (lambda v: v > 0, "must be positive")
 _SHARE = (lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -48,8 +49,8 @@ _RANGES = {
     "data.crop_aspect": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "must be (min, max), both positive"),
     "data.mean": (lambda v: len(v) == 3, "must have one number for each of R, G, B"),
     "data.std": (lambda v: len(v) == 3 and min(v) > 0, "must have one positive number for each of R, G, B"),
-    "data.workers": _AT_LEAST_0,
-    "data.threads": _AT_LEAST_0,
+    "data.workers": _COUNT_OR_AUTO,
+    "data.threads": _COUNT_OR_AUTO,
     "data.prefetch_batches": _AT_LEAST_1,
     "data.max_bad_fraction": _SHARE,
     "data.synthetic_examples": _AT_LEAST_1,

@@ -69,7 +69,8 @@ def run_prepare(*argv) -> int:
 def data_config(path, **fields) -> ml_collections.ConfigDict:
   """Returns config.data for small images."""
   data = base.get_config().data
-  data.update(path=str(path), image_size=16, eval_image_size=16, eval_resize=20, **fields)
+  sizes = {"image_size": 16, "eval_image_size": 16, "eval_resize": 20}
+  data.update({"path": str(path), "workers": 0, "threads": 2, **sizes, **fields})
   return data
 
 

@@ -388,7 +388,7 @@ def test_synthetic_batches_cost_nothing():
   [
     (10, 4, {}, "config.global_batch_size=10 must be a positive multiple of .* hosts, 4"),
     (0, 1, {}, "config.global_batch_size=0 must be"),
-    (8, 1, {"workers": -1}, "config.data.workers=-1 must be at least 0"),
+    (8, 1, {"workers": -2}, "config.data.workers=-2 must be at least -1"),
     (8, 1, {"crop_area": (0.5, 1.1)}, r"config.data.crop_area=\(0.5, 1.1\) must be 0 < low"),
     (8, 1, {"crop_aspect": (2.0, 1.0)}, r"config.data.crop_aspect=\(2.0, 1.0\) must be"),
     (8, 1, {"prefetch_batches": 0}, "config.data.prefetch_batches=0 must be at least 1"),
