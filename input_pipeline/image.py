@@ -16,8 +16,8 @@ cv2.setNumThreads(0)
 # A larger one is no photograph but an accident or an attack: its pixels would take half a gigabyte.
 MAX_PIXELS = 178_956_970  # where Pillow stops as well
 
-# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, by leaving out the higher frequencies of each
-# 8x8 block: faster than all of its pixels, and smooth, where skipping pixels would alias.
+# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, by leaving out the higher frequencies of
+# each 8x8 block: faster than all of its pixels, and smooth, where skipping pixels would alias.
 _REDUCTIONS = (8, 4, 2)
 
 # An evaluated image stays at least so many times larger than what it is resized to. The antialiased

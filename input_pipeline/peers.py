@@ -1,7 +1,7 @@
 """What `input_pipeline.bench` measures itself against. Nothing else imports this.
 
-Each pipeline gets the bytes of images and returns batches without end, all in one thread. TensorFlow
-and DALI are imported where they are used, in a process of their own.
+Each pipeline gets the bytes of images and returns batches without end, all in one thread.
+TensorFlow and DALI are imported where they are used, in a process of their own.
 """
 
 import collections
@@ -72,7 +72,7 @@ def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) ->
   """TFRecord to batches; what Flax's example does to an image, with the boxes of our config."""
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
   os.environ["CUDA_VISIBLE_DEVICES"] = ""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it greets at every start; errors come as exceptions
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it greets; errors come as exceptions
   import tensorflow as tf
 
   path = os.path.join(tempfile.mkdtemp(), "images.tfrecord")

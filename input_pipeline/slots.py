@@ -30,11 +30,12 @@ class Slot:
   """What travels from process to process in place of an array."""
 
   number: int
+  count: int  # rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A slot and its array: uint8, with old values in it."""
+  """A slot and its array: uint8 [count, ...], with old values in it."""
 
   slot: Slot
   array: np.ndarray
@@ -53,16 +54,16 @@ class Slots:
   """Arrays of one shape in memory that all processes of a loader share.
 
   The memory has no name: it is gone with the last process that has it, however that ends, and no
-  limit of /dev/shm applies. Each decoding process has slots of its own, so that nobody has to agree on
-  who takes which. A byte per slot says whether it is in use: set by the decoding process, cleared by
-  the one that reads.
+  limit of /dev/shm applies. Each decoding process has slots of its own, so that nobody has to agree
+  on who takes which. A byte per slot says whether it is in use: set by the decoding process,
+  cleared by the one that reads.
   """
 
   def __init__(self, shape: tuple[int, ...], workers: int, slots_per_worker: int):
     """Reserves the memory; pages that are never written take none.
 
     Args:
-      shape: of each array, which is uint8.
+      shape: of each array, which is uint8; its first side is the most rows.
       workers: number of decoding processes.
       slots_per_worker: arrays of each that can be alive at a time.
     """
@@ -91,24 +92,26 @@ class Slots:
     self.__dict__.update(state)
     self._map()
 
-  def claim(self) -> Claim | None:
-    """Takes a free slot of this decoding process; None if all are in use."""
+  def claim(self, count: int) -> Claim | None:
+    """Takes a free slot of this decoding process for `count` rows; None if all are in use."""
     first = _worker * self._slots_per_worker
     with self._lock:  # against other threads of this process
       for number in range(first, first + self._slots_per_worker):
         if not self._memory[number]:
           self._memory[number] = 1
-          return Claim(Slot(number), self._array(number))
+          slot = Slot(number, count)
+          return Claim(slot, self._array(slot))
     return None
 
   def open(self, slot: Slot) -> np.ndarray:
-    """Returns the array of a slot, which is free again when neither it nor a view of it is alive."""
-    array = self._array(slot.number)
+    """Returns the array of a slot, which is free again when no array or view of it is alive."""
+    array = self._array(slot)
     weakref.finalize(array.base, self._memory.__setitem__, slot.number, 0).atexit = False
     return array
 
-  def _array(self, number: int) -> np.ndarray:
-    return np.asarray(_Lease(self._memory, self._first + number * self._stride, self._shape))
+  def _array(self, slot: Slot) -> np.ndarray:
+    shape = (slot.count, *self._shape[1:])
+    return np.asarray(_Lease(self._memory, self._first + slot.number * self._stride, shape))
 
 
 def _whole_pages(size: int) -> int:

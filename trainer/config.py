@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from configs import base
+from input_pipeline import sources
 from trainer import models
 from trainer.errors import ConfigError
 
@@ -41,7 +42,7 @@ _RANGES = {
     "model.bn_epsilon": _POSITIVE,
     "model.bn_group": (lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
                        "must be global, device or a number of examples"),
-    "data.kind": _one_of("auto", "array_record", "folder", "synthetic"),
+    "data.kind": _one_of(*sources.KINDS),
     "data.image_size": _AT_LEAST_1,
     "data.eval_image_size": _AT_LEAST_1,
     "data.eval_resize": _AT_LEAST_1,
@@ -52,6 +53,14 @@ _RANGES = {
     "data.workers": _COUNT_OR_AUTO,
     "data.threads": _COUNT_OR_AUTO,
     "data.prefetch_batches": _AT_LEAST_1,
+    "data.stream_lanes": _AT_LEAST_1,
+    "data.stream_block": _AT_LEAST_1,
+    "data.stream_window": _AT_LEAST_1,
+    "data.stream_ahead_steps": _AT_LEAST_1,
+    "data.stream_requests": _AT_LEAST_1,
+    "data.stream_timeout_seconds": _POSITIVE,
+    "data.stream_hedge_seconds": _POSITIVE,
+    "data.stream_give_up_seconds": _POSITIVE,
     "data.max_bad_fraction": _SHARE,
     "data.synthetic_examples": _AT_LEAST_1,
     "optimizer.name": _one_of("sgd", "adamw"),
@@ -81,7 +90,8 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("compilation_cache", "mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads",
-               "data.prefetch_batches", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
+               "data.prefetch_batches", "data.stream_ahead_steps", "data.stream_requests", "data.stream_timeout_seconds",
+               "data.stream_hedge_seconds", "data.stream_give_up_seconds", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +257,11 @@ def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, wor
   values = flatten(config)
   differ = [field for field in sorted(saved.keys() | values.keys())
             if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)]
+  streamed = [sources.is_streamed(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
+  if streamed[0] != streamed[1]:
+    raise ConfigError(f"{workdir} holds checkpoints of a run over {'streamed' if streamed[0] else 'local'} data, which "
+                      f"come in another order; give --config.data.kind={'stream' if streamed[0] else 'array_record'} "
+                      "with a fitting --config.data.path, or another --workdir.")
   if differ:
     changes = ", ".join(f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ)
     raise ConfigError(f"{workdir} holds checkpoints of another config ({changes}); "

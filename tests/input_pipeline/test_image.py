@@ -179,7 +179,7 @@ def test_half_of_the_views_are_mirrored():
 
 
 def _eval_reference(rgb):
-  """Returns int [224, 224, 3]: the shorter side resized to 256, the centre cut out, all by Pillow."""
+  """Returns int [224, 224, 3]: shorter side resized to 256, centre cut out, all by Pillow."""
   height, width = rgb.shape[:2]
   size = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
   whole = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from input_pipeline import catalog
 from input_pipeline import image
 from input_pipeline import loader
 from input_pipeline import records
@@ -272,7 +273,7 @@ def test_a_bad_record_of_evaluation_is_grey_and_counted():
 def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
   source, data = opened(shards, workers=workers)
   source = pickle.loads(pickle.dumps(source))
-  source._folder = str(tmp_path)  # as if the disk had gone
+  source._folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
   with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
     take(source, data, 1)
 
@@ -299,13 +300,13 @@ def test_signals_for_the_whole_job_leave_the_processes_working(shards, how):
 
 
 _RUN = """
-import ml_collections, pathlib, sys, time
+import sys, time
+from configs import base
 from input_pipeline import loader, sources
 if __name__ == "__main__":
   path, end = sys.argv[1:]
-  data = ml_collections.ConfigDict(dict(
-      path=path, kind="auto", image_size=16, eval_image_size=16, crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.33),
-      flip=True, workers=2, threads=1, prefetch_batches=1, max_bad_fraction=0.0))
+  data = base.get_config().data
+  data.update(path=path, image_size=16, workers=2, threads=1, prefetch_batches=1)
   source = sources.open_source(data, "train", 3)
   iterator = loader.train_batches(source, data, seed=0, global_batch_size=8)
   next(iterator)
