@@ -71,6 +71,7 @@ class Bucket:
 
   def _connect(self) -> None:
     self._lock = threading.Lock()
+    self._interrupts = 0
     self._generations: dict[str, bytes] = {}
     limit_waits(self._patience.timeout_seconds)
     url = self.url if has_scheme(self.url) else f"file://{os.path.abspath(self.url)}"
@@ -114,6 +115,11 @@ class Bucket:
     keys = self._patiently("its listing", self._store.list)
     return {key.decode(): None for key in keys if b"/" not in key}
 
+  def interrupt(self) -> None:
+    """Makes reads that are under way fail rather than be tried again."""
+    with self._lock:
+      self._interrupts += 1
+
   def drain_counters(self) -> collections.Counter[str]:
     """Returns `counters` and begins anew."""
     with self._lock:
@@ -139,7 +145,7 @@ class Bucket:
   def _patiently(self, what: str, send: Callable[[], ts.Future]) -> Any:
     """Returns the result of a request, which is sent again while that may help."""
     give_up = time.monotonic() + self._patience.give_up_seconds
-    pause = _FIRST_PAUSE
+    pause, interrupts = _FIRST_PAUSE, self._interrupts
     while True:
       try:
         return self._once(send)
@@ -149,7 +155,7 @@ class Bucket:
           if reason.startswith("OUT_OF_RANGE"):
             raise Changed(f"{self.path_of(what)} is shorter than it was; check the data.") from e
           raise DataError(f"{self.path_of(what)} cannot be read ({reason}).") from e
-        if time.monotonic() + pause > give_up:
+        if time.monotonic() + pause > give_up or interrupts != self._interrupts:
           raise DataError(
             f"{self.path_of(what)} could not be read within "
             f"config.data.stream_give_up_seconds={self._patience.give_up_seconds:g}; the last "
@@ -159,7 +165,7 @@ class Bucket:
         self.counters["retries"] += 1
         often = self.counters["retries"]
       if often & (often - 1) == 0:  # 1, 2, 4, 8, ...: a bad hour would fill the log
-        logging.warning("Read again for the %dth time, now %s: %s", often, self.path_of(what), reason)
+        logging.warning("Retry %d, of %s: %s", often, self.path_of(what), reason)
       time.sleep(random.uniform(pause / 2, pause))
       pause = min(2 * pause, _LONGEST_PAUSE)
 

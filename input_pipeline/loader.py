@@ -127,6 +127,7 @@ class _Rows(abc.ABC):
     """Stops reading ahead in this process."""
     for reader in self._readers.values():
       reader.close()
+      self._source.bucket.interrupt()
 
   def _span(self, part: int, step: int) -> tuple[int, int]:
     """Returns the global number of the first example of a task, and how many it has."""
