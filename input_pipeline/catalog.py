@@ -8,6 +8,7 @@ from input_pipeline import records
 from input_pipeline.errors import DataError
 
 TFDS_INFO = "dataset_info.json"
+_TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of names that it does not tell
 
 _PREPARE = "rerun `python -m input_pipeline.prepare` as before, it keeps the good shards"
 _TFDS_PREPARE = "prepare the data with TFDS again"
@@ -138,17 +139,17 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
 
 def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
   try:
-    if info.get("fileFormat") != "array_record":
+    # `tfds convert_format` puts array_record beside what was there first.
+    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
+    if "array_record" not in formats:
       raise DataError(
-        f"{folder.path_of('')} was written by TFDS as {info.get('fileFormat', 'tfrecord')}; "
-        "prepare it with file_format=array_record."
+        f"{folder.path_of('')} was written by TFDS as {' and '.join(formats)}; prepare it with "
+        "file_format=array_record, or add that with `tfds convert_format`."
       )
     splits = {s["name"]: s for s in info["splits"]}
     split = find_split(split, list(splits), folder.path_of(""))
     counts = [int(n) for n in splits[split]["shardLengths"]]
-    template = splits[split].get(
-      "filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    )
+    template = splits[split].get("filepathTemplate") or _TFDS_TEMPLATE
     shards = [
       Shard(
         template.format(
@@ -156,6 +157,8 @@ def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
           SPLIT=split,
           FILEFORMAT="array_record",
           SHARD_X_OF_Y=f"{i:05d}-of-{len(counts):05d}",
+          SHARD_INDEX=f"{i:05d}",
+          NUM_SHARDS=f"{len(counts):05d}",
         ),
         count,
         None,

@@ -88,9 +88,8 @@ class _ShardedSource:
     except BadRecordError as e:
       raise BadRecordError(f"{name}: {e}") from e
     if not 0 <= record.label < self.num_classes:
-      raise DataError(
-        f"{self._folder.path_of(name)} ({record.name}) has label {record.label}, but there are "
-        f"{self.num_classes} classes; {self._mend}."
+      raise BadRecordError(
+        f"{name}: has label {record.label}, but there are {self.num_classes} classes"
       )
     return record
 
