@@ -26,6 +26,7 @@ from input_pipeline.order import GlobalShuffle
 from input_pipeline.order import InOrder
 from input_pipeline.order import LaneShuffle
 from input_pipeline.order import WindowedOrder
+from input_pipeline.errors import one_line
 from input_pipeline.records import Record
 from input_pipeline.sources import Source
 from input_pipeline.sources import StreamSource
@@ -160,7 +161,7 @@ class _Rows(abc.ABC):
       record = get()
       return record, image.decode(record.image)
     except BadRecordError as e:
-      notes.reasons.append(f"{record.name}: {e}" if record else str(e))
+      notes.reasons.append(one_line(f"{record.name}: {e}" if record else str(e)))
       return record, None
 
 
