@@ -1,4 +1,4 @@
-"""Thousands of damaged records: no crash, no hang, no growing memory, and each bad one is counted."""
+"""Thousands of damaged records: no crash, no hang, no growing memory, each bad one counted."""
 
 import json
 import subprocess
@@ -18,12 +18,12 @@ def fuzz(*args) -> dict[str, int]:
 
 def check(found: dict[str, int], count: int) -> None:
   """Asserts that all were read, that all kinds of ends were met, and that memory stayed."""
-  ends = [found[end] for end in ("example", "image", "pixels")]
+  ends = [found[end] for end in ("no record", "no image", "image")]
   assert sum(ends) == count
   assert min(ends) > count / 6
-  assert found["replaced"] > count / 6
+  assert found["replaced"] > count / 2
   assert found["growth"] < 32  # MiB
-  assert found["peak"] < 700
+  assert found["peak"] < 1200
 
 
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
