@@ -22,11 +22,11 @@ from input_pipeline import image
 from input_pipeline import processes
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
+from input_pipeline.errors import one_line
 from input_pipeline.order import GlobalShuffle
 from input_pipeline.order import InOrder
 from input_pipeline.order import LaneShuffle
 from input_pipeline.order import WindowedOrder
-from input_pipeline.errors import one_line
 from input_pipeline.records import Record
 from input_pipeline.sources import Source
 from input_pipeline.sources import StreamSource

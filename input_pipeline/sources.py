@@ -231,13 +231,13 @@ class SyntheticSource:
     return Record(simplejpeg.encode_jpeg(noise), index % self.num_classes, f"synthetic {index}")
 
 
-def open_source(data: Any, split: str, num_classes: int) -> Source:
+def open_source(data: Any, split: str, num_classes: int | None) -> Source:
   """Opens one split of the data of a config.
 
   Args:
     data: `config.data`; reads `path`, `kind` and, for synthetic data, `synthetic_examples`.
     split: name of the split; `val` and `validation` are taken for the same.
-    num_classes: `config.model.num_classes`.
+    num_classes: `config.model.num_classes`; None takes what there is, unless data are synthetic.
 
   Raises:
     DataError: the path, the split or the number of classes do not fit what is there.
@@ -261,7 +261,7 @@ def open_source(data: Any, split: str, num_classes: int) -> Source:
     else:
       folder = catalog.LocalFolder(path)
       source = ArrayRecordSource(folder, catalog.read(folder, split))
-  if source.num_classes != num_classes:
+  if num_classes is not None and source.num_classes != num_classes:
     raise DataError(
       f"{path} has {source.num_classes} classes, but config.model.num_classes is {num_classes}; "
       f"give --config.model.num_classes={source.num_classes}."

@@ -67,7 +67,8 @@ def test_json_that_is_torn_is_named(tmp_path):
 
 
 def test_no_module_imports_tensorflow_torch_or_the_trainer():
-  modules = "errors records sources image loader processes inputs shards pool prepare"
+  modules = "errors records sources image loader processes progress inputs shards pool prepare"
+  modules += " checksums contact_sheet inspect"
   program = (
     "import importlib, sys\n"
     f"for name in {modules.split()}: importlib.import_module('input_pipeline.' + name)\n"
