@@ -44,12 +44,21 @@ class _Part:
 
 
 def training_section(source: Source, config: Any, count: int) -> Section:
-  """Returns the first `count` examples of a run of this config, cropped and mirrored as in it."""
+  """Returns the first `count` examples of a run of this config, cropped and mirrored as in it.
+
+  A few less where `count` does not divide the batch.
+  """
+  batch_size = config.global_batch_size
+  # What the first of so many hosts gets: the order of streamed data depends on the whole batch.
+  hosts = next(n for n in range(-(-batch_size // count), batch_size + 1) if batch_size % n == 0)
   with contextlib.closing(
-    loader.train_batches(source, _alone(config.data), seed=config.seed, global_batch_size=count)
+    loader.train_batches(
+      source, _alone(config.data), seed=config.seed, global_batch_size=batch_size, hosts=hosts
+    )
   ) as batches:
     batch = next(batches)
-  return _section(f"training, the first {count} of seed {config.seed}", source, batch)
+  title = f"training, the first {len(batch['label'])} of a run with seed {config.seed}"
+  return _section(title, source, batch)
 
 
 def evaluation_section(source: Source, config: Any, count: int) -> Section:
@@ -66,6 +75,7 @@ def _alone(data: Any) -> Any:
   """Returns `config.data` for one batch, bad records and all; what it holds does not depend on it."""
   data = data.copy_and_resolve_references()
   data.update(workers=0, threads=0, prefetch_batches=1, max_bad_fraction=1.0)
+  data.stream_ahead_steps = 1
   return data
 
 

@@ -15,10 +15,11 @@ command line is wrong.
 import collections
 from concurrent import futures
 import dataclasses
+import functools
 import os
 import re
 import sys
-from typing import Any, Callable, Container, Iterable, Sequence
+from typing import Callable, Container, Iterator, Sequence
 
 from absl import flags
 from absl import logging
@@ -28,13 +29,17 @@ import numpy as np
 from configs import base
 from input_pipeline import checksums
 from input_pipeline import contact_sheet
-from input_pipeline import shards
+from input_pipeline import shards as shards_lib
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.errors import one_line
+from input_pipeline.order import InOrder
 from input_pipeline.progress import Progress
+from input_pipeline.records import Record
+from input_pipeline.sources import ShardedSource
 from input_pipeline.sources import Source
+from input_pipeline.sources import StreamSource
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
 _SHOWN = 10  # bad records and classes that are named
@@ -126,10 +131,9 @@ def inspect(options: flags.FlagValues) -> list[str]:
     num_classes = None
   splits = [options.split] if options.split else [data.train_split, data.eval_split]
   opened = {split: sources.open_source(data, split, num_classes) for split in splits}
-  manifest = checksums.read_manifest(data.path) if data.kind != "synthetic" else None
   wrong = _write_sheet(options, opened) if options.sheet else []
   for split, source in opened.items():
-    wrong += _inspect_split(options, split, source, manifest)
+    wrong += _inspect_split(options, split, source)
   # A shard that cannot be opened is met more than once.
   return list(dict.fromkeys(wrong))
 
@@ -153,22 +157,20 @@ def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[s
   return wrong
 
 
-def _inspect_split(
-  options: flags.FlagValues, split: str, source: Source, manifest: dict[str, Any] | None
-) -> list[str]:
+def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> list[str]:
   """Prints what is in a split; returns what is wrong with it."""
-  path, wrong, known = options.config.data.path, [], None
-  if manifest:
-    known = manifest["splits"][sources.find_split(split, list(manifest["splits"]), path)]
+  wrong = []
+  shards = source.shards if isinstance(source, ShardedSource) else []
+  hashed = bool(shards) and all(shard.sha256 for shard in shards)
   everything = range(len(source))
   sample = everything
   if 0 < options.sample < len(source):
     chosen = np.random.default_rng(0).choice(len(source), options.sample, replace=False)
     sample = frozenset(chosen.tolist())
-  read = everything if options.check and not known else sorted(sample)
+  read = everything if options.check and not hashed else sorted(sample)
   with Progress(len(read), f"records of {split}") as progress:
     found = _look(source, read, sample, progress.add)
-  for line in _report(split, source, found, len(sample), known):
+  for line in _report(split, source, found, len(sample)):
     print(line, flush=True)
   if found.bad:
     wrong.append(
@@ -176,11 +178,11 @@ def _inspect_split(
       f"replaced: {'; '.join(found.bad[:_SHOWN])}{' ...' if found.bad[_SHOWN:] else ''}."
     )
   wrong += sorted(found.broken)
-  if options.check and known:
-    with Progress(sum(s["bytes"] for s in known["shards"]), f"bytes of {split}") as progress:
-      differ = checksums.verify(path, known["shards"], progress.add)
-    good = len(known["shards"]) - len(differ)
-    print(f"  checksums  {good:,} of {len(known['shards']):,} shards are right (SHA-256)", flush=True)
+  if options.check and hashed:
+    with Progress(sum(shard.size for shard in shards), f"bytes of {split}") as progress:
+      differ = checksums.verify(source.folder, shards, progress.add)
+    good = len(shards) - len(differ)
+    print(f"  checksums  {good:,} of {len(shards):,} shards are right (SHA-256)", flush=True)
     wrong += differ
   elif options.check:
     print(f"  checksums  none; {_count(len(found.sizes), len(read))} records could be read")
@@ -235,11 +237,32 @@ def _look(
   return found
 
 
-def _look_at(source: Source, indices: Iterable[int], decoded: Container[int]) -> _Found:
-  found = _Found()
-  for index in indices:
+def _read(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Callable[[], Record]]]:
+  """Yields each index with a function that returns its record; neighbours in a bucket by one request."""
+  if not isinstance(source, StreamSource) or indices[-1] - indices[0] >= len(indices):
+    for index in indices:
+      yield index, functools.partial(source.__getitem__, index)
+    return
+  order = InOrder([shard.count for shard in source.shards])
+  for run in order.runs((indices[0], len(indices))):
     try:
-      record = source[index]
+      answers = source.read_run(run)
+    except DataError as e:  # of a whole shard
+      yield run.first, functools.partial(_raise, e)
+      continue
+    for index, answer in enumerate(answers, run.first):
+      yield index, functools.partial(source.decode, index, answer)
+
+
+def _raise(error: Exception) -> Record:
+  raise error
+
+
+def _look_at(source: Source, indices: Sequence[int], decoded: Container[int]) -> _Found:
+  found = _Found()
+  for index, get in _read(source, indices):
+    try:
+      record = get()
     except BadRecordError as e:
       found.bad.append(one_line(str(e)))
       continue
@@ -249,7 +272,7 @@ def _look_at(source: Source, indices: Iterable[int], decoded: Container[int]) ->
     found.labels[record.label] += 1
     found.sizes.append(len(record.image))
     if index in decoded:
-      rgb, kinds, reason = shards.inspect(record.image, record.name)
+      rgb, kinds, reason = shards_lib.inspect(record.image, record.name)
       if rgb is None:
         found.bad.append(one_line(f"{record.name}: {reason}"))
         continue
@@ -260,9 +283,7 @@ def _look_at(source: Source, indices: Iterable[int], decoded: Container[int]) ->
   return found
 
 
-def _report(
-  split: str, source: Source, found: _Found, sample: int, known: dict[str, Any] | None
-) -> list[str]:
+def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]:
   """Returns lines for a person.
 
   Args:
@@ -270,18 +291,18 @@ def _report(
     source: all of it.
     found: what was read of it.
     sample: how many of these were to be decoded.
-    known: what the manifest says of it, if there is one.
   """
   read = len(found.sizes) + len(found.bad)
   total = f"{len(source):,} records of {source.num_classes:,} classes"
-  if known:
-    size = sum(shard["bytes"] for shard in known["shards"])
-    total += f", {size / 2**20:,.1f} MiB in {len(known['shards']):,} shards"
-    labels, origin = collections.Counter(dict(enumerate(known["class_counts"]))), ""
+  labels, origin = found.labels, f" of the {read:,} read" if read < len(source) else ""
+  if isinstance(source, ShardedSource) and source.class_counts:
+    labels, origin = dict(enumerate(source.class_counts)), ""
+  if isinstance(source, ShardedSource) and all(shard.size for shard in source.shards):
+    size = sum(shard.size for shard in source.shards)
+    total += f", {size / 2**20:,.1f} MiB in {len(source.shards):,} shards"
   else:
     total += f", {sum(found.sizes) / 2**20:,.1f} MiB of images"
     total += f" in the {read:,} that were read" if read < len(source) else ""
-    labels, origin = found.labels, f" of the {read:,} read" if read < len(source) else ""
   lines = [f"{split}: {total}"]
   counts = [labels[label] for label in range(source.num_classes)]
   lines.append(
@@ -300,7 +321,7 @@ def _report(
   lines.append(f"  formats    {', '.join(formats) or 'none'}{of}")
   for kind, n in found.kinds.most_common():
     share = _count(n, len(found.heights))
-    lines.append(f"             {kind.replace('_', ' ')} {share}: {shards.KINDS[kind]}")
+    lines.append(f"             {kind.replace('_', ' ')} {share}: {shards_lib.KINDS[kind]}")
   return lines
 
 
