@@ -8,6 +8,7 @@ from input_pipeline import records
 from input_pipeline.errors import DataError
 
 TFDS_INFO = "dataset_info.json"
+_TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of names that it does not tell
 
 _PREPARE = "rerun `python -m input_pipeline.prepare` as before, it keeps the good shards"
 _TFDS_PREPARE = "prepare the data with TFDS again"
@@ -53,19 +54,24 @@ class LocalFolder:
 
 
 class Shard(NamedTuple):
-  """A file of records: its name, how many there are, its bytes if they are written down."""
+  """A file of records: name, number of records, and bytes and hash if they are written down."""
 
   name: str
   count: int
   size: int | None
+  sha256: str | None = None
 
 
 class Split(NamedTuple):
-  """Shards in order, none of them empty; names of the classes; what to do about a damaged shard."""
+  """Shards in order, none of them empty; names of the classes; what to do about a damaged shard.
+
+  And the number of records of each class, if that is written down.
+  """
 
   shards: list[Shard]
   class_names: list[str]
   mend: str
+  class_counts: list[int] | None = None
 
 
 def read(folder: Folder, split: str) -> Split:
@@ -87,7 +93,7 @@ def read(folder: Folder, split: str) -> Split:
     split, found = _from_tfds(folder, info, split)
   sizes = folder.sizes()
   listed_in = TFDS_INFO if manifest is None else records.MANIFEST
-  for name, _, size in found.shards if sizes is not None else ():
+  for name, _, size, _ in found.shards if sizes is not None else ():
     if name not in sizes:
       raise DataError(
         f"{folder.path_of(name)} is missing, but {listed_in} lists it; {found.mend}."
@@ -130,25 +136,29 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
   try:
     splits = manifest["splits"]
     split = find_split(split, list(splits), folder.path_of(""))
-    shards = [Shard(s["file"], s["examples"], s["bytes"]) for s in splits[split]["shards"]]
-    return split, Split(shards, list(manifest["classes"]), _PREPARE)
+    found = splits[split]
+    shards = [
+      Shard(s["file"], s["examples"], s["bytes"], s.get("sha256")) for s in found["shards"]
+    ]
+    classes = list(manifest["classes"])
+    return split, Split(shards, classes, _PREPARE, found.get("class_counts"))
   except (KeyError, TypeError) as e:
     raise DataError(f"{file} is not complete ({type(e).__name__}: {e}); {_PREPARE}.") from e
 
 
 def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
   try:
-    if info.get("fileFormat") != "array_record":
+    # `tfds convert_format` puts array_record beside what was there first.
+    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
+    if "array_record" not in formats:
       raise DataError(
-        f"{folder.path_of('')} was written by TFDS as {info.get('fileFormat', 'tfrecord')}; "
-        "prepare it with file_format=array_record."
+        f"{folder.path_of('')} was written by TFDS as {' and '.join(formats)}; prepare it with "
+        "file_format=array_record, or add that with `tfds convert_format`."
       )
     splits = {s["name"]: s for s in info["splits"]}
     split = find_split(split, list(splits), folder.path_of(""))
     counts = [int(n) for n in splits[split]["shardLengths"]]
-    template = splits[split].get(
-      "filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    )
+    template = splits[split].get("filepathTemplate") or _TFDS_TEMPLATE
     shards = [
       Shard(
         template.format(
@@ -156,6 +166,8 @@ def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
           SPLIT=split,
           FILEFORMAT="array_record",
           SHARD_X_OF_Y=f"{i:05d}-of-{len(counts):05d}",
+          SHARD_INDEX=f"{i:05d}",
+          NUM_SHARDS=f"{len(counts):05d}",
         ),
         count,
         None,

@@ -2,10 +2,12 @@
 
 import io
 import math
+import warnings
 
 import cv2
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 import simplejpeg
 
 from input_pipeline.errors import BadRecordError
@@ -13,8 +15,21 @@ from input_pipeline.errors import BadRecordError
 # Images are decoded in parallel already; threads of OpenCV would only compete for the same cores.
 cv2.setNumThreads(0)
 
-# A larger one is no photograph but an accident or an attack: its pixels would take half a gigabyte.
-MAX_PIXELS = 178_956_970  # where Pillow stops as well
+# Pillow warns of metadata that nobody uses here, and would do so again in each process.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# A larger one is no photograph but an accident or an attack: decoding would take a gigabyte.
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn
+# What tf.io.decode_image reads. Of Pillow's other plugins one starts a program, and WebP takes the
+# memory for the size in the header, up to 2 GB, before that can be looked at.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+
+# A block of 8x8 pixels takes a bit of a JPEG at least; what claims more has lost its pixels.
+_MAX_PIXELS_PER_BYTE = 8 * 64
+# Each scan of a progressive JPEG passes over all pixels. Files have about ten; thousands of a few
+# bytes each would take minutes. They are counted only where pixels times bytes allow for that.
+_MAX_SCANS = 100
+_COUNT_SCANS_FROM = 1 << 37
 
 # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, by leaving out the higher frequencies of
 # each 8x8 block: faster than all of its pixels, and smooth, where skipping pixels would alias.
@@ -26,7 +41,10 @@ _EVAL_MARGIN = 2
 
 
 def decode(data: bytes, reduction: int = 1) -> np.ndarray:
-  """Decodes JPEG, PNG or whatever else Pillow knows; EXIF rotation is ignored, as is usual.
+  """Decodes a file of one of FORMATS; EXIF rotation is ignored, as is usual.
+
+  What damage a decoder makes up for passes, as in other trainers: a JPEG of which the middle was
+  lost comes out grey or torn from there on.
 
   Args:
     data: the whole file.
@@ -36,7 +54,7 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
     uint8 [ceil(height / reduction), ceil(width / reduction), 3], RGB.
 
   Raises:
-    BadRecordError: the bytes are empty, truncated, no image, or more than MAX_PIXELS.
+    BadRecordError: the bytes are empty, truncated, of no such format, or more than MAX_PIXELS.
   """
   rgb = decode_plain_jpeg(data, reduction)
   if rgb is None:
@@ -51,7 +69,7 @@ def decode_plain_jpeg(data: bytes, reduction: int = 1) -> np.ndarray | None:
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     # libjpeg has no colour profile for CMYK, and Adobe's is stored inverted; Pillow knows both.
-    if colorspace in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
+    if colorspace in ("CMYK", "YCCK") or _too_much(data, height, width, jpeg=True):
       return None
     if reduction == 1:
       return simplejpeg.decode_jpeg(data, "RGB")
@@ -66,21 +84,37 @@ def decode_plain_jpeg(data: bytes, reduction: int = 1) -> np.ndarray | None:
     return None
 
 
+def _too_much(data: bytes, height: int, width: int, jpeg: bool) -> str:
+  """Returns why an image of this size in its header must not be decoded, or an empty string."""
+  pixels = height * width
+  if pixels > MAX_PIXELS:
+    return f"{width}x{height} pixels are more than {MAX_PIXELS}"
+  if jpeg and pixels > _MAX_PIXELS_PER_BYTE * len(data):
+    return f"{width}x{height} pixels are more than a JPEG of {len(data)} bytes can hold"
+  if jpeg and pixels * len(data) > _COUNT_SCANS_FROM and data.count(b"\xff\xda") > _MAX_SCANS:
+    return f"has more than {_MAX_SCANS} scans"
+  return ""
+
+
 def decode_with_pillow(data: bytes) -> np.ndarray:
   """Returns uint8 [height, width, 3] of what Pillow decodes; raises BadRecordError for the rest."""
   if not data:
     raise BadRecordError("zero bytes")
   try:
-    with Image.open(io.BytesIO(data)) as opened:
-      if opened.width * opened.height > MAX_PIXELS:
-        raise BadRecordError(f"{opened.width}x{opened.height} pixels are more than {MAX_PIXELS}")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+      jpeg = opened.format in ("JPEG", "MPO")  # the latter has a second picture behind the first
+      reason = _too_much(data, opened.height, opened.width, jpeg)
+      if reason:
+        raise BadRecordError(reason)
       if opened.mode.startswith("I"):
         # 16 bits a pixel, which Pillow would clip to 255 instead of scaling them.
         grey = (np.asarray(opened) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-      return np.asarray(opened.convert("RGB"))
+      return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
   except BadRecordError:
     raise
+  except UnidentifiedImageError as e:  # whose text holds an address and so is never the same
+    raise BadRecordError(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from e
   except Exception as e:  # Pillow's plugins raise whatever a malformed file makes them trip over
     raise BadRecordError(f"{type(e).__name__}: {e}") from e
 

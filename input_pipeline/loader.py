@@ -24,6 +24,7 @@ from input_pipeline import processes
 from input_pipeline import slots
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
+from input_pipeline.errors import one_line
 from input_pipeline.order import GlobalShuffle
 from input_pipeline.order import InOrder
 from input_pipeline.order import LaneShuffle
@@ -185,7 +186,7 @@ class _Rows(abc.ABC):
       view(record.image)
       return record, True
     except BadRecordError as e:
-      notes.reasons.append(f"{record.name}: {e}" if record else str(e))
+      notes.reasons.append(one_line(f"{record.name}: {e}" if record else str(e)))
       return record, False
 
 

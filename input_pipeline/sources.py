@@ -54,8 +54,14 @@ class Source(Protocol):
     """Returns example `index`; raises BadRecordError if it alone is bad, DataError if more is."""
 
 
-class _ShardedSource:
-  """Records of tf.train.Example in ArrayRecord shards, ours or those of TFDS."""
+class ShardedSource:
+  """Records of tf.train.Example in ArrayRecord shards, ours or those of TFDS.
+
+  Attributes:
+    folder: where the shards are.
+    shards: which, in order; none is empty.
+    class_counts: number of records of each class, where it is known without reading them.
+  """
 
   def __init__(self, folder: catalog.Folder, split: catalog.Split):
     """Opens no shard yet.
@@ -66,8 +72,9 @@ class _ShardedSource:
     """
     self.class_names = tuple(split.class_names)
     self.num_classes = len(self.class_names)
+    self.class_counts = split.class_counts
     self.shards = split.shards
-    self._folder = folder
+    self.folder = folder
     self._mend = split.mend
     self._ends = list(itertools.accumulate(shard.count for shard in split.shards))
 
@@ -88,14 +95,13 @@ class _ShardedSource:
     except BadRecordError as e:
       raise BadRecordError(f"{name}: {e}") from e
     if not 0 <= record.label < self.num_classes:
-      raise DataError(
-        f"{self._folder.path_of(name)} ({record.name}) has label {record.label}, but there are "
-        f"{self.num_classes} classes; {self._mend}."
+      raise BadRecordError(
+        f"{name}: has label {record.label}, but there are {self.num_classes} classes"
       )
     return record
 
 
-class ArrayRecordSource(_ShardedSource):
+class ArrayRecordSource(ShardedSource):
   """Shards on a disk, any example at any time. Thread-safe; each shard is opened when it is needed."""
 
   def __init__(self, folder: catalog.LocalFolder, split: catalog.Split):
@@ -134,7 +140,7 @@ class ArrayRecordSource(_ShardedSource):
     return self._readers[shard]
 
   def _open(self, shard: int) -> Any:
-    path = self._folder.path_of(self.shards[shard].name)
+    path = self.folder.path_of(self.shards[shard].name)
     try:
       with open(path, "rb"):  # the library takes any failure to open a file for an empty one
         pass
@@ -151,7 +157,7 @@ class ArrayRecordSource(_ShardedSource):
     return reader
 
 
-class StreamSource(_ShardedSource):
+class StreamSource(ShardedSource):
   """Shards anywhere, read by ranges: for runs of neighbours, which `stream.ReadAhead` asks for."""
 
   def __init__(self, bucket: Bucket, split: catalog.Split):
@@ -160,7 +166,10 @@ class StreamSource(_ShardedSource):
     self._open_shards()
 
   def _open_shards(self) -> None:
-    self._remote = [RemoteShard(self.bucket, *shard, self._mend) for shard in self.shards]
+    self._remote = [
+      RemoteShard(self.bucket, shard.name, shard.count, shard.size, self._mend)
+      for shard in self.shards
+    ]
 
   def __getstate__(self) -> dict[str, Any]:
     state = self.__dict__.copy()
@@ -238,7 +247,7 @@ def open_source(data: Any, split: str, num_classes: int | None) -> Source:
   Args:
     data: `config.data`; reads `path`, `kind` and, for synthetic data, `synthetic_examples`.
     split: name of the split; `val` and `validation` are taken for the same.
-    num_classes: `config.model.num_classes`, or None to take what is there.
+    num_classes: `config.model.num_classes`; None takes what there is, unless data are synthetic.
 
   Raises:
     DataError: the path, the split or the number of classes do not fit what is there.

@@ -2,6 +2,9 @@
 
 import io
 import pathlib
+import struct
+import subprocess
+import sys
 
 from PIL import Image
 from input_pipeline import image
@@ -56,7 +59,9 @@ def test_16_bits_are_scaled_and_not_clipped():
   ("data", "says"),
   [
     pytest.param(b"", "zero bytes", id="empty"),
-    pytest.param(b"not an image", "cannot identify", id="text"),
+    pytest.param(b"not an image", "is no JPEG, PNG, GIF or BMP", id="text"),
+    pytest.param(encoded(picture(0), "TIFF"), "is no JPEG", id="a format that is not read"),
+    pytest.param(encoded(picture(0), "EPS"), "is no JPEG", id="a format that starts a program"),
     pytest.param(encoded(picture(0))[:-200], "truncated", id="the end is missing"),
     pytest.param(encoded(picture(0))[:100], "OSError|Error", id="only a header"),
     pytest.param(encoded(picture(0), "PNG")[:-200], "truncated", id="png without its end"),
@@ -74,8 +79,58 @@ def test_an_enormous_image_is_refused_before_it_fills_the_memory(monkeypatch):
       image.decode(encoded(picture(0), kind))
 
 
+def _claiming(data: bytes, height: int, width: int) -> bytes:
+  """Returns a baseline JPEG with another size in its header."""
+  at = data.index(b"\xff\xc0") + 5
+  return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_claims_more_pixels_than_it_can_hold_is_refused(mode):
+  data = encoded(picture(0), mode=mode)
+  with pytest.raises(BadRecordError, match="9000x8000 pixels are more than a JPEG of .* can hold"):
+    image.decode(_claiming(data, 8000, 9000))
+  with pytest.raises(BadRecordError, match="65535x65535 pixels|4294836225 pixels"):
+    image.decode(_claiming(data, 65535, 65535))
+
+
+def test_the_smallest_jpeg_of_many_pixels_is_read():
+  black = np.zeros((2000, 3000, 3), np.uint8)
+  for options in ({"mode": "L"}, {"mode": "L", "progressive": True}, {"optimize": True}):
+    assert image.decode(encoded(black, **options)).shape == (2000, 3000, 3)
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused():
+  data = encoded(np.zeros((2500, 2500, 3), np.uint8), progressive=True)
+  last = data[data.rindex(b"\xff\xda") : -2]
+  assert image.decode(data).shape == (2500, 2500, 3)
+  with pytest.raises(BadRecordError, match="has more than 100 scans"):
+    image.decode(data[:-2] + last * 2000 + data[-2:])  # would take about 15 s
+
+
+def test_what_is_said_of_a_bad_image_is_always_the_same():
+  def said():
+    with pytest.raises(BadRecordError) as e:
+      image.decode(b"not an image")
+    return str(e.value)
+
+  assert said() == said()
+
+
+def test_odd_metadata_make_no_noise():
+  exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # five entries, and the end of the first is missing
+  odd = encoded(picture(0), mode="CMYK", exif=exif)
+  with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+    _with_pillow(odd)
+  program = "import sys; from input_pipeline import image; image.decode(sys.stdin.buffer.read())"
+  done = subprocess.run([sys.executable, "-c", program], input=odd, capture_output=True, check=True)
+  assert done.stderr == b""
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (3, 2), (500, 375), (224, 224)])
+@pytest.mark.parametrize(
+  "shape", [(1, 1), (1, 300), (300, 1), (3, 2), (500, 375), (224, 224), (1, 65500)]
+)
 def test_any_shape_gives_a_square(shape, kind):
   data = encoded(picture(0, *shape), kind)
   assert image.decode(data).shape == (*shape, 3)

@@ -215,6 +215,19 @@ def test_a_bad_record_is_replaced_by_its_neighbour(caplog):
   assert sorted(lines) == [f"Bad record: image {i}: zero bytes" for i in (19, 5, 6)]
 
 
+def test_what_a_damaged_record_says_stays_on_one_line(caplog):
+  class Named(Memory):
+    def __getitem__(self, index):
+      return records.Record(self.images[index], index, "a\nb\x1b[31m\udce9ü" + 1000 * "x")
+
+  source, data = Named([b"", encoded(picture(0))]), data_config("", max_bad_fraction=1.0)
+  with caplog.at_level(logging.WARNING):
+    take(source, data, 1)
+  (line,) = [r.getMessage() for r in caplog.records if "Bad record" in r.getMessage()]
+  assert line.startswith(r"Bad record: a\nb\x1b[31m\udce9üxxx")
+  assert len(line) < 400
+
+
 def test_hosts_and_processes_agree_about_bad_records(tmp_path):
   root = make_folder(tmp_path / "f", {"train": {"a": 6, "b": 5, "c": 4}})
   (root / "train" / "b" / "b_002.JPEG").write_bytes(b"")
@@ -273,7 +286,7 @@ def test_a_bad_record_of_evaluation_is_grey_and_counted():
 def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
   source, data = opened(shards, workers=workers)
   source = pickle.loads(pickle.dumps(source))
-  source._folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
+  source.folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
   with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
     take(source, data, 1)
 
