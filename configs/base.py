@@ -46,8 +46,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.bn_group = "global"
 
   config.data = ml_collections.ConfigDict()
-  config.data.path = ""  # folder of shards (input_pipeline.prepare or TFDS), or of class folders
-  config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | synthetic
+  # Folder of shards (input_pipeline.prepare or TFDS), or of class folders. Or parquet, streamed: hf:NAME[:CONFIG][@REVISION]
+  # of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
+  config.data.path = ""
+  config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | hf | synthetic
   config.data.train_split = "train"
   config.data.eval_split = "val"
   config.data.image_size = 224  # pixels, height and width of a training image
@@ -62,6 +64,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.threads = 2  # decoding threads of each process; 0 decodes when the batch is asked for
   config.data.prefetch_batches = 4  # decoded batches waiting in each process
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
+  config.data.hf_streams = 8  # kind hf: row groups of parquet that each host reads at once
+  config.data.hf_window = 4096  # kind hf: examples shuffled together; two windows are in a host's memory, 110 kB an image
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 
   config.optimizer = ml_collections.ConfigDict()

@@ -2,19 +2,22 @@
 
 The batch of a training step is a pure function of (source, config.data, seed, step): neither hosts,
 processes, threads nor restarts change it, so there is no iterator state to save. Resume is
-`first_step=`.
+`first_step=`. Of streams from Hugging Face alone it is not: they have a position, which a
+checkpoint keeps (see hf_stream.py).
 """
 
 import abc
 import collections
 import math
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 from absl import flags
 from absl import logging
 import grain
 import numpy as np
 
+from input_pipeline import hf
+from input_pipeline import hf_stream
 from input_pipeline import image
 from input_pipeline import processes
 from input_pipeline.errors import BadRecordError
@@ -63,23 +66,33 @@ class _Rows(abc.ABC):
     }
 
   def __call__(self, step: int) -> tuple[Batch, _BadRows]:
+    return self.make(int(step), self._picks(self._first(int(step))))
+
+  def make(
+    self, step: int, picks: Sequence[tuple[Sequence[Record], int]]
+  ) -> tuple[Batch, _BadRows]:
+    """Makes the rows of batch `step` of the examples source[index] for (source, index) of `picks`."""
     batch, bad = self._empty(), _BadRows()
     try:
-      self._fill(batch, self._first(int(step)), bad)
+      self._fill(batch, self._first(step), picks, bad)
     except DataError as e:
       # Carried, not raised, so that it arrives the same from a thread and from a process.
       bad.fatal = str(e)
     return batch, bad
 
   @abc.abstractmethod
-  def _fill(self, batch: Batch, first: int, bad: _BadRows) -> None:
-    """Fills the rows of `batch`, the first of which is example number `first`; notes in `bad` what fails."""
+  def _picks(self, first: int) -> list[tuple[Source, int]]:
+    """Returns which examples the rows are, the first of which is example number `first` of the run."""
 
-  def _read(self, index: int, bad: _BadRows) -> tuple[Record | None, np.ndarray | None]:
+  @abc.abstractmethod
+  def _fill(self, batch: Batch, first: int, picks: Any, bad: _BadRows) -> None:
+    """Fills the rows of `batch` with `picks`; notes in `bad` what fails."""
+
+  def _read(self, source: Any, index: int, bad: _BadRows) -> tuple[Record | None, np.ndarray | None]:
     """Returns the record and uint8 [height, width, 3]; None for what cannot be had, with a note."""
     record = None
     try:
-      record = self._source[index]
+      record = source[index]
       return record, image.decode(record.image)
     except BadRecordError as e:
       bad.reasons.append(f"{record.name}: {e}" if record else str(e))
@@ -99,12 +112,14 @@ class _TrainRows(_Rows):
     self._order = grain.MapDataset.range(len(source)).shuffle(seed=int(order_seed))
     self._crop_seed = int(crop_seed)
 
-  def _fill(self, batch, first, bad):
-    for row in range(self._rows):
+  def _picks(self, first):
+    return [(self._source, self._order[first + row]) for row in range(self._rows)]
+
+  def _fill(self, batch, first, picks, bad):
+    for row, (source, index) in enumerate(picks):
       number = first + row  # counts examples over all epochs
-      index = self._order[number]
       for offset in range(_NEIGHBOURS + 1):
-        record, rgb = self._read((index + offset) % len(self._source), bad)
+        record, rgb = self._read(source, (index + offset) % len(source), bad)
         if rgb is not None:
           break
       else:
@@ -130,10 +145,13 @@ class _EvalRows(_Rows):
   def _empty(self):
     return super()._empty() | {"mask": np.zeros(self._rows, bool)}
 
-  def _fill(self, batch, first, bad):
-    for row in range(max(0, min(self._rows, len(self._source) - first))):
+  def _picks(self, first):
+    return [(self._source, i) for i in range(first, min(first + self._rows, len(self._source)))]
+
+  def _fill(self, batch, first, picks, bad):
+    for row, (source, index) in enumerate(picks):
       batch["mask"][row] = True
-      record, rgb = self._read(first + row, bad)
+      record, rgb = self._read(source, index, bad)
       if rgb is None:
         batch["bad"][row] = True
         batch["image"][row] = _GREY
@@ -206,6 +224,13 @@ class BatchIterator:
       )
     return batch
 
+  def position(self, step: int) -> hf_stream.Position | None:
+    """Returns what `train_batches(positions=)` needs to go on with batch `step`, one of the last few.
+
+    None where the number of the step says it all.
+    """
+    return self._batches.position(step) if isinstance(self._batches, hf_stream.ReadAhead) else None
+
   def close(self) -> None:
     """Stops threads and processes; the iterator cannot be used afterwards. May be called twice."""
     self._batches.close()
@@ -220,6 +245,7 @@ def train_batches(
   first_step: int = 0,
   host: int = 0,
   hosts: int = 1,
+  positions: Sequence[hf_stream.Position] | None = None,
 ) -> BatchIterator:
   """Iterates over this host's rows of the global batches first_step, first_step + 1, ... endlessly.
 
@@ -236,6 +262,7 @@ def train_batches(
     first_step: where to start; any step starts as fast as the first.
     host: number of this host.
     hosts: number of hosts.
+    positions: of all hosts before `first_step`, for a stream; see BatchIterator.position.
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b], "bad": bool [b]}, to be closed.
@@ -251,8 +278,15 @@ def train_batches(
     if not 0 < low <= high <= most:
       raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
   rows = _TrainRows(source, data, global_batch_size, host, hosts, seed)
-  make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
-  return BatchIterator(make(rows, first_step, _ENDLESS, data), len(source), data.max_bad_fraction)
+  if isinstance(source, hf.HfSource):
+    batches = hf_stream.train(
+      source, data, rows.make, seed=seed, global_batch_size=global_batch_size,
+      first_step=first_step, host=host, hosts=hosts, positions=positions,
+    )
+  else:
+    make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
+    batches = make(rows, first_step, _ENDLESS, data)
+  return BatchIterator(batches, len(source), data.max_bad_fraction)
 
 
 def eval_batches(
@@ -260,8 +294,8 @@ def eval_batches(
 ) -> BatchIterator:
   """Iterates once over all examples: every one exactly once over all hosts.
 
-  All hosts get ceil(len(source) / batch_size) batches. Rows that pad the last one are zero with
-  mask False. A record that cannot be decoded stays in the count, as a grey image with its label (0
+  All hosts get the same number of batches: ceil(len(source) / batch_size), or a few more of a
+  stream. Rows that pad the last ones are zero with mask False. A record that cannot be decoded stays in the count, as a grey image with its label (0
   if that cannot be read either).
 
   Args:
@@ -285,9 +319,14 @@ def eval_batches(
       f"config.data.eval_image_size={data.eval_image_size}, which is cut out of it."
     )
   rows = _EvalRows(source, data, batch_size, host, hosts)
-  batches = math.ceil(len(source) / batch_size)
-  make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
-  return BatchIterator(make(rows, 0, batches, data), len(source), data.max_bad_fraction)
+  if isinstance(source, hf.HfSource):
+    batches = hf_stream.evaluate(
+      source, data, rows.make, batch_size=batch_size, host=host, hosts=hosts
+    )
+  else:
+    make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
+    batches = make(rows, 0, math.ceil(len(source) / batch_size), data)
+  return BatchIterator(batches, len(source), data.max_bad_fraction)
 
 
 def _check(data: Any, field: str, batch_size: int, hosts: int) -> None:

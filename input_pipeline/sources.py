@@ -21,7 +21,7 @@ from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 
-KINDS = ("auto", "array_record", "folder", "synthetic")
+KINDS = ("auto", "array_record", "folder", "hf", "synthetic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 _TFDS_INFO = "dataset_info.json"
@@ -207,6 +207,10 @@ def open_source(data: Any, split: str, num_classes: int) -> Source:
     if data.synthetic_examples < 1:
       raise DataError("config.data.synthetic_examples must be at least 1.")
     return SyntheticSource(data.synthetic_examples, num_classes)
+  if data.kind == "hf" or (data.kind == "auto" and data.path.startswith("hf:")):
+    from input_pipeline import hf  # which imports this module
+
+    return _with_classes(hf.open_source(data.path, split, num_classes), data.path, num_classes)
   path = _local_folder(data.path)
   kind = _guess_kind(path) if data.kind == "auto" else data.kind
   if kind == "folder":
@@ -215,6 +219,11 @@ def open_source(data: Any, split: str, num_classes: int) -> Source:
     source = _open_manifest(path, split)
   else:
     source = _open_tfds(path, split)
+  return _with_classes(source, path, num_classes)
+
+
+def _with_classes(source: Source, path: str, num_classes: int) -> Source:
+  """Returns a source that has as many classes as the model; raises DataError for another."""
   if source.num_classes != num_classes:
     raise DataError(
       f"{path} has {source.num_classes} classes, but config.model.num_classes is {num_classes}; "
