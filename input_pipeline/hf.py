@@ -6,6 +6,7 @@ neighbouring images as a rule, in one or two requests.
 """
 
 from concurrent import futures
+import copy
 import hashlib
 import logging
 import os
@@ -73,9 +74,13 @@ class HfSource:
   def __len__(self) -> int:
     return sum(group.rows for group in self.row_groups)
 
-  def __getstate__(self) -> dict[str, Any]:
-    # `datasets` hashes what its generators refer to, and the footers of a thousand files are many megabytes.
-    return {"fingerprint": self.fingerprint}
+  def only(self, groups: Sequence[RowGroup]) -> "HfSource":
+    """Returns a source of these row groups alone, which is quickly sent to another process."""
+    part = copy.copy(self)
+    files = sorted({group.file for group in groups})
+    part._files, part._footers = [self._files[i] for i in files], [self._footers[i] for i in files]
+    part.row_groups = tuple(group._replace(file=files.index(group.file)) for group in groups)
+    return part
 
   def _row_groups(self) -> Iterator[RowGroup]:
     for number, (_, footer) in enumerate(self._footers):

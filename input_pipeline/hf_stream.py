@@ -151,7 +151,7 @@ class Stream:
         yield {"record": record}
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"source": self._source}  # as there
+    return {"data": self._source.fingerprint}  # `datasets` hashes what its generators refer to
 
 
 def streams_of_a_host(source: HfSource, hosts: int, wanted: int) -> int:

@@ -13,7 +13,7 @@ from input_pipeline.errors import DataError
 T = TypeVar("T")
 
 _REQUEST_SECONDS = 60.0  # for one request
-_TRIES = 6
+_TRIES = {"http": 6, "https": 6}  # of which fsspec makes one; of the others, which try several times themselves, 2
 _FIRST_PAUSE = 0.5  # seconds; twice as long before each further try
 # fsspec's file systems raise what their HTTP libraries do, which have no base in common.
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
@@ -52,7 +52,9 @@ def _limit_requests() -> None:
   import aiohttp  # comes with gcsfs and with datasets
 
   limit = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
-  fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", limit)
+  gcs = fsspec.config.conf.setdefault("gcs", {})
+  gcs.setdefault("requests_timeout", limit)
+  gcs.setdefault("use_listings_cache", False)  # it would hide what others write
   for scheme in ("http", "https"):
     fsspec.config.conf.setdefault(scheme, {}).setdefault("client_kwargs", {"timeout": limit})
 
@@ -69,7 +71,8 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
     DataError: it failed for good, or too often.
     Stopped: `stop` is set.
   """
-  for attempt in range(_TRIES):
+  tries = _TRIES.get(what.split("://")[0], 2) if is_remote(what) else 1
+  for attempt in range(tries):
     if stop is not None and stop.is_set():
       raise Stopped
     try:
@@ -77,9 +80,8 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
     except Exception as e:
       if not is_failure(e):
         raise
-      if not _may_pass(e) or attempt == _TRIES - 1 or not is_remote(what):
-        tries = f" after {attempt + 1} tries" if attempt else ""
-        raise DataError(f"{what} cannot be used{tries}: {said(e)}.") from e
+      if not _may_pass(e) or attempt == tries - 1:
+        raise DataError(f"{what} cannot be used: {said(e)}.") from e
       (stop or threading.Event()).wait(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))
   raise AssertionError
 
