@@ -21,6 +21,13 @@ from input_pipeline.records import Record
 
 PREFIX = "hf:"
 _FOOTER_THREADS = 32
+_DEPTH = 4  # of folders below the one that is given
+_SPLITS = {
+  "train": ("train", "training"),
+  "validation": ("validation", "valid", "dev", "val"),
+  "test": ("test", "testing", "eval", "evaluation"),
+}
+_OTHER = "other"
 _NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -158,7 +165,7 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
   local = os.path.expanduser(where)
   try:
     if remote.is_remote(where) or os.path.isdir(local):
-      splits, features = _in_folder(datasets, where.rstrip("/") if remote.is_remote(where) else local), None
+      splits, features = _in_folder(path, where.rstrip("/") if remote.is_remote(where) else local), None
     else:
       name = _NAME.fullmatch(where)
       if where.startswith(("/", ".", "~")) or not name:
@@ -180,20 +187,33 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
   return splits, features
 
 
-def _in_folder(datasets: Any, folder: str) -> dict[str, list[str]]:
-  remote.filesystem(folder)  # says what is missing, and sets time limits
-  try:
-    patterns = datasets.data_files.get_data_patterns(folder)
-    return datasets.data_files.DataFilesDict.from_patterns(
-      patterns, base_path=folder, allowed_extensions=[".parquet"])
-  except (FileNotFoundError, datasets.data_files.EmptyDatasetError) as e:
-    raise DataError(f"{PREFIX}{folder} holds no parquet files that can be listed.") from e
+def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
+  """Returns the parquet files below a folder by split, which their names tell in the way of `datasets`."""
+  fs, root = remote.filesystem(folder)
+  # With all sizes and names in one walk: `datasets` looks for dozens of patterns, each time anew.
+  found = remote.retried(folder, lambda: sorted(fs.find(root, maxdepth=_DEPTH)))
+  files = [name for name in found if name.endswith(".parquet")]
+  if not files:
+    raise DataError(f"{path} holds no parquet files" + " that the server lists" * remote.is_remote(folder) + ".")
+  splits: dict[str, list[str]] = {}
+  for file in files:
+    splits.setdefault(_split_of(file.removeprefix(root)), []).append(fs.unstrip_protocol(file) if remote.is_remote(folder) else file)
+  if list(splits) == [_OTHER]:
+    splits = {"train": splits[_OTHER]}
+  return splits
+
+
+def _split_of(name: str) -> str:
+  """Returns the split that the path of a file below its data set tells: data/SPLIT-00000-of-00009.parquet or .../train/..."""
+  if numbered := re.fullmatch(r"(?:.*/)?([\w.]+)-\d{5}-of-\d{5}\.parquet", name):
+    return numbered[1]
+  words = re.split(r"[-._ /0-9]+", name)
+  return next((split for split, synonyms in _SPLITS.items() if set(synonyms) & set(words)), _OTHER)
 
 
 def _import_datasets() -> Any:
   try:
     import datasets
-    import datasets.data_files
   except ImportError as e:
     raise DataError(f"{PREFIX} needs the library datasets ({e}): pip install -e '.[hf]'.") from e
   datasets.disable_progress_bars()

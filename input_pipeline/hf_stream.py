@@ -258,10 +258,11 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
   size = sum(group.bytes for group in source.row_groups)
   mean = size / len(source)
   streams = streams_of_a_host(source, hosts, streams)
-  held = 2 * min(window, len(source) / hosts) * mean + streams * max(group.bytes for group in source.row_groups)
+  # Two windows, and of each row group the bytes of the file and what they become.
+  held = 2 * min(window, len(source) / hosts) * mean + 2 * streams * max(group.bytes for group in source.row_groups)
   logging.info(
     "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and shuffles windows of "
-    "%d examples, up to %.0f MiB in memory.", f"{len(source):,}", size / 2**30, groups, files, streams, window, held / 2**20)
+    "%d examples, about %.0f MiB in memory.", f"{len(source):,}", size / 2**30, groups, files, streams, window, held / 2**20)
   if groups % (hosts * streams) and groups < 10 * hosts * streams:
     logging.warning(
       "%d row groups do not divide evenly over %d hosts with %d streams each: in an epoch some streams give a row group "

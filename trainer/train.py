@@ -262,6 +262,11 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   use_compilation_cache(config, path)
   train_source, eval_source = (sources.open_source(config.data, split, config.model.num_classes)
                                for split in (config.data.train_split, config.data.eval_split))
+  seen = pod.gather("data", [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)])
+  for host, theirs in seen.items():
+    if theirs != seen[0]:
+      raise ConfigError(f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all hosts "
+                        "the same files, and a data set of the hub with its @REVISION.")
   return path, train_source, eval_source, build(config, len(train_source))
 
 

@@ -241,3 +241,13 @@ def test_columns(tmp_path):
 def test_fewer_row_groups_than_hosts(parquet):
   with pytest.raises(DataError, match="13 row groups, fewer than the 24 hosts"):
     train(parquet, 1, hosts=24, batch=24)
+
+
+def test_the_split_is_in_the_name():
+  split = hf._split_of
+  assert split("/data/train-00000-of-00294.parquet") == "train"
+  assert split("/data/test_val-00001-of-00002.parquet") == "test_val"
+  assert split("/default/train/0000.parquet") == split("/my_train_3.parquet") == "train"
+  assert split("/dev.parquet") == split("/a/val/1.parquet") == "validation"
+  assert split("/eval.parquet") == "test"
+  assert split("/restrained.parquet") == "other"
