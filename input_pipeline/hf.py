@@ -68,7 +68,9 @@ class HfSource:
       self._footers = list(pool.map(_read_footer, self._files))
     self._image, self._label, names = _columns(path, features, self._footers[0][1])
     if names is None and num_classes is None:
-      raise DataError(f"{path}: the column {self._label!r} does not say how many classes there are.")
+      raise DataError(
+        f"{path}: the column {self._label!r} does not say how many classes there are."
+      )
     self.class_names = tuple(names or map(str, range(num_classes)))
     self.num_classes = len(self.class_names)
     self.row_groups = tuple(self._row_groups())
@@ -91,8 +93,11 @@ class HfSource:
 
   def _row_groups(self) -> Iterator[RowGroup]:
     for number, (_, footer) in enumerate(self._footers):
-      columns = [i for i in range(footer.num_columns)
-                 if footer.schema.column(i).path.split(".")[0] in (self._image, self._label)]
+      columns = [
+        i
+        for i in range(footer.num_columns)
+        if footer.schema.column(i).path.split(".")[0] in (self._image, self._label)
+      ]
       for index in range(footer.num_row_groups):
         group = footer.row_group(index)
         if group.num_rows:
@@ -165,12 +170,19 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
   local = os.path.expanduser(where)
   try:
     if remote.is_remote(where) or os.path.isdir(local):
-      splits, features = _in_folder(path, where.rstrip("/") if remote.is_remote(where) else local), None
+      splits, features = (
+        _in_folder(path, where.rstrip("/") if remote.is_remote(where) else local),
+        None,
+      )
     else:
       name = _NAME.fullmatch(where)
       if where.startswith(("/", ".", "~")) or not name:
-        raise DataError(f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] of a data set on the hub.")
-      builder = datasets.load_dataset_builder(name["name"], name["config"], revision=name["revision"])
+        raise DataError(
+          f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] of a data set on the hub."
+        )
+      builder = datasets.load_dataset_builder(
+        name["name"], name["config"], revision=name["revision"]
+      )
       splits, features = dict(builder.config.data_files or {}), builder.info.features
   except DataError:
     raise
@@ -194,10 +206,14 @@ def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
   found = remote.retried(folder, lambda: sorted(fs.find(root, maxdepth=_DEPTH)))
   files = [name for name in found if name.endswith(".parquet")]
   if not files:
-    raise DataError(f"{path} holds no parquet files" + " that the server lists" * remote.is_remote(folder) + ".")
+    raise DataError(
+      f"{path} holds no parquet files" + " that the server lists" * remote.is_remote(folder) + "."
+    )
   splits: dict[str, list[str]] = {}
   for file in files:
-    splits.setdefault(_split_of(file.removeprefix(root)), []).append(fs.unstrip_protocol(file) if remote.is_remote(folder) else file)
+    splits.setdefault(_split_of(file.removeprefix(root)), []).append(
+      fs.unstrip_protocol(file) if remote.is_remote(folder) else file
+    )
   if list(splits) == [_OTHER]:
     splits = {"train": splits[_OTHER]}
   return splits
@@ -225,7 +241,9 @@ def _import_datasets() -> Any:
 def _advice(error: Exception) -> str:
   text = f"{type(error).__name__} {error}"
   if any(word in text for word in ("gated", "Gated", "401", "403", "NotFound", "doesn't exist")):
-    return "check the name, accept its terms on the hub, and give a token in the environment as HF_TOKEN"
+    return (
+      "check the name, accept its terms on the hub, and give a token in the environment as HF_TOKEN"
+    )
   return "check the name and the network"
 
 
@@ -252,9 +270,11 @@ def _columns(path: str, features: Any, footer: Any) -> tuple[str, str, Sequence[
   features = features or datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
   binary = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
   images = [n for n, f in features.items() if isinstance(f, datasets.Image)] or [
-    n for n, f in features.items() if f in (binary, datasets.Value("binary"))]
+    n for n, f in features.items() if f in (binary, datasets.Value("binary"))
+  ]
   labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)] or [
-    n for n, f in features.items() if isinstance(f, datasets.Value) and "int" in f.dtype]
+    n for n, f in features.items() if isinstance(f, datasets.Value) and "int" in f.dtype
+  ]
   if "label" in labels:
     labels = ["label"]
   if len(images) != 1 or len(labels) != 1:

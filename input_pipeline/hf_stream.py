@@ -21,7 +21,9 @@ from input_pipeline.hf import HfSource, RowGroup
 from input_pipeline.records import Record
 
 Position = dict[str, Any]  # JSON-able
-Pick = tuple[Sequence[Record], int]  # an example, and the window around it, from which a bad one is replaced
+Pick = tuple[
+  Sequence[Record], int
+]  # an example, and the window around it, from which a bad one is replaced
 
 _ENDLESS = 2**62  # steps
 _KEPT = 64  # positions after this many of the last batches can be asked for
@@ -30,8 +32,18 @@ _KEPT = 64  # positions after this many of the last batches can be asked for
 class Stream:
   """The examples of one host, in order."""
 
-  def __init__(self, source: HfSource, *, host: int, hosts: int, streams: int, window: int, seed: int | None,
-               position: Position | None = None, epoch: int = 0):
+  def __init__(
+    self,
+    source: HfSource,
+    *,
+    host: int,
+    hosts: int,
+    streams: int,
+    window: int,
+    seed: int | None,
+    position: Position | None = None,
+    epoch: int = 0,
+  ):
     """Starts to read.
 
     Args:
@@ -94,7 +106,9 @@ class Stream:
     self._used = 0
     return True
 
-  def _read(self, epoch: int, first: int, states: list[Any] | None) -> Iterator[tuple[Position, list[Record]]]:
+  def _read(
+    self, epoch: int, first: int, states: list[Any] | None
+  ) -> Iterator[tuple[Position, list[Record]]]:
     """Yields windows, from number `first` of `epoch` on, each with the position of its start."""
     while True:
       streams = self._open(epoch)
@@ -104,15 +118,19 @@ class Stream:
       examples = [(iter(stream), length) for stream, length in streams]
       count = max(1, round(sum(length for _, length in streams) / self._window))
       for number in range(first, count):
-        start = {"epoch": epoch, "window": number,
-                 "streams": states or [stream.state_dict() for stream, _ in streams]}
+        start = {
+          "epoch": epoch,
+          "window": number,
+          "streams": states or [stream.state_dict() for stream, _ in streams],
+        }
         states = None
         # Each stream gives the same share of itself to each window, so that the last one is no smaller.
-        parts = self._readers.map(
-            lambda each: self._part(*each, number, count), examples)
+        parts = self._readers.map(lambda each: self._part(*each, number, count), examples)
         records = list(itertools.chain.from_iterable(parts))
         if self._seed is not None:
-          order = np.random.default_rng([self._seed, epoch, number, self._host]).permutation(len(records))
+          order = np.random.default_rng([self._seed, epoch, number, self._host]).permutation(
+            len(records)
+          )
           records = [records[i] for i in order]
         if records:
           yield start, records
@@ -134,15 +152,24 @@ class Stream:
 
     groups = list(self._source.row_groups)
     if self._seed is not None:
-      groups = [groups[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(groups))]
+      groups = [
+        groups[i] for i in np.random.default_rng([self._seed, epoch]).permutation(len(groups))
+      ]
     whole = datasets.IterableDataset.from_generator(self._examples, gen_kwargs={"groups": groups})
     count, opened = self._streams * self._hosts, []
     for stream in range(self._streams):
-      number = stream * self._hosts + self._host  # those with a row group more than others are of different hosts
+      number = (
+        stream * self._hosts + self._host
+      )  # those with a row group more than others are of different hosts
       length = sum(group.rows for group in groups[number::count])
       if length:
         nodes = min(count, len(groups))  # the others have nothing
-        opened.append((datasets.distributed.split_dataset_by_node(whole, number, nodes, strategy="shards"), length))
+        opened.append(
+          (
+            datasets.distributed.split_dataset_by_node(whole, number, nodes, strategy="shards"),
+            length,
+          )
+        )
     return opened
 
   def _examples(self, groups: list[RowGroup]) -> Iterator[dict[str, Record]]:
@@ -163,14 +190,26 @@ def examples_of_hosts(source: HfSource, hosts: int, streams: int) -> list[int]:
   """Returns how many examples each host sees in a pass in the order of the files."""
   streams = streams_of_a_host(source, hosts, streams)
   rows = [group.rows for group in source.row_groups]
-  return [sum(sum(rows[stream * hosts + host::streams * hosts]) for stream in range(streams)) for host in range(hosts)]
+  return [
+    sum(sum(rows[stream * hosts + host :: streams * hosts]) for stream in range(streams))
+    for host in range(hosts)
+  ]
 
 
 class ReadAhead:
   """Iterates over batches that are decoded in threads, and knows the position after each of them."""
 
-  def __init__(self, stream: Stream, make: Callable[[int, list[Pick]], Any], *, rows: int, first_step: int, end_step: int,
-               threads: int, ahead: int):
+  def __init__(
+    self,
+    stream: Stream,
+    make: Callable[[int, list[Pick]], Any],
+    *,
+    rows: int,
+    first_step: int,
+    end_step: int,
+    threads: int,
+    ahead: int,
+  ):
     """Makes nothing before the first batch is asked for.
 
     Args:
@@ -211,44 +250,109 @@ class ReadAhead:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def train(source: HfSource, data: Any, make: Callable[[int, list[Pick]], Any], *, seed: int, global_batch_size: int,
-          first_step: int, host: int, hosts: int, positions: Sequence[Position] | None) -> ReadAhead:
+def train(
+  source: HfSource,
+  data: Any,
+  make: Callable[[int, list[Pick]], Any],
+  *,
+  seed: int,
+  global_batch_size: int,
+  first_step: int,
+  host: int,
+  hosts: int,
+  positions: Sequence[Position] | None,
+) -> ReadAhead:
   """Returns the endless batches of a host; see `loader.train_batches`."""
   if len(source.row_groups) < hosts:
     raise DataError(
       f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; make shards with "
-      "`python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row groups.")
+      "`python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row groups."
+    )
   if host == 0:
     _describe(source, hosts, data.hf_streams, data.hf_window)
   epoch = first_step * global_batch_size // len(source)
-  stream = Stream(source, host=host, hosts=hosts, streams=data.hf_streams, window=max(1, data.hf_window), seed=seed,
-                  position=_resumed(source, positions, host, hosts, epoch, first_step), epoch=epoch)
-  return ReadAhead(stream, make, rows=global_batch_size // hosts, first_step=first_step, end_step=_ENDLESS,
-                   threads=max(1, data.threads), ahead=data.prefetch_batches)
+  stream = Stream(
+    source,
+    host=host,
+    hosts=hosts,
+    streams=data.hf_streams,
+    window=max(1, data.hf_window),
+    seed=seed,
+    position=_resumed(source, positions, host, hosts, epoch, first_step),
+    epoch=epoch,
+  )
+  return ReadAhead(
+    stream,
+    make,
+    rows=global_batch_size // hosts,
+    first_step=first_step,
+    end_step=_ENDLESS,
+    threads=max(1, data.threads),
+    ahead=data.prefetch_batches,
+  )
 
 
-def evaluate(source: HfSource, data: Any, make: Callable[[int, list[Pick]], Any], *, batch_size: int, host: int,
-             hosts: int) -> ReadAhead:
+def evaluate(
+  source: HfSource,
+  data: Any,
+  make: Callable[[int, list[Pick]], Any],
+  *,
+  batch_size: int,
+  host: int,
+  hosts: int,
+) -> ReadAhead:
   """Returns the batches of a host in one pass over all examples; as many as the host with the most needs."""
   rows = batch_size // hosts
-  stream = Stream(source, host=host, hosts=hosts, streams=data.hf_streams, window=min(data.hf_window, 4 * rows), seed=None)
+  stream = Stream(
+    source,
+    host=host,
+    hosts=hosts,
+    streams=data.hf_streams,
+    window=min(data.hf_window, 4 * rows),
+    seed=None,
+  )
   most = max(examples_of_hosts(source, hosts, data.hf_streams))
-  return ReadAhead(stream, make, rows=rows, first_step=0, end_step=-(-most // rows), threads=max(1, data.threads),
-                   ahead=data.prefetch_batches)
+  return ReadAhead(
+    stream,
+    make,
+    rows=rows,
+    first_step=0,
+    end_step=-(-most // rows),
+    threads=max(1, data.threads),
+    ahead=data.prefetch_batches,
+  )
 
 
-def _resumed(source: HfSource, positions: Sequence[Position] | None, host: int, hosts: int, epoch: int,
-            first_step: int) -> Position | None:
+def _resumed(
+  source: HfSource,
+  positions: Sequence[Position] | None,
+  host: int,
+  hosts: int,
+  epoch: int,
+  first_step: int,
+) -> Position | None:
   """Returns this host's position of those that a checkpoint holds, or None, with a warning, if they do not fit."""
-  if positions and len(positions) == hosts and all(p["data"] == source.fingerprint for p in positions):
+  if (
+    positions
+    and len(positions) == hosts
+    and all(p["data"] == source.fingerprint for p in positions)
+  ):
     return positions[host]
   if first_step:
     why = "holds no position in this kind of data"
     if positions:
-      why = "is that of other files" if len(positions) == hosts else f"is that of {len(positions)} hosts, not {hosts}"
+      why = (
+        "is that of other files"
+        if len(positions) == hosts
+        else f"is that of {len(positions)} hosts, not {hosts}"
+      )
     logging.warning(
       "The position in the data that the checkpoint of step %d has %s, so the order changes: epoch %d begins anew, "
-      "in a new order, and some of its examples are seen twice.", first_step, why, epoch)
+      "in a new order, and some of its examples are seen twice.",
+      first_step,
+      why,
+      epoch,
+    )
   return None
 
 
@@ -259,12 +363,26 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
   mean = size / len(source)
   streams = streams_of_a_host(source, hosts, streams)
   # Two windows, and of each row group the bytes of the file and what they become.
-  held = 2 * min(window, len(source) / hosts) * mean + 2 * streams * max(group.bytes for group in source.row_groups)
+  held = 2 * min(window, len(source) / hosts) * mean + 2 * streams * max(
+    group.bytes for group in source.row_groups
+  )
   logging.info(
     "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and shuffles windows of "
-    "%d examples, about %.0f MiB in memory.", f"{len(source):,}", size / 2**30, groups, files, streams, window, held / 2**20)
+    "%d examples, about %.0f MiB in memory.",
+    f"{len(source):,}",
+    size / 2**30,
+    groups,
+    files,
+    streams,
+    window,
+    held / 2**20,
+  )
   if groups % (hosts * streams) and groups < 10 * hosts * streams:
     logging.warning(
       "%d row groups do not divide evenly over %d hosts with %d streams each: in an epoch some streams give a row group "
       "more than others, which begin the next epoch earlier; `python -m input_pipeline.prepare --from hf:...` makes "
-      "shards that any number of hosts shares exactly.", groups, hosts, streams)
+      "shards that any number of hosts shares exactly.",
+      groups,
+      hosts,
+      streams,
+    )

@@ -88,7 +88,9 @@ class _Rows(abc.ABC):
   def _fill(self, batch: Batch, first: int, picks: Any, bad: _BadRows) -> None:
     """Fills the rows of `batch` with `picks`; notes in `bad` what fails."""
 
-  def _read(self, source: Any, index: int, bad: _BadRows) -> tuple[Record | None, np.ndarray | None]:
+  def _read(
+    self, source: Any, index: int, bad: _BadRows
+  ) -> tuple[Record | None, np.ndarray | None]:
     """Returns the record and uint8 [height, width, 3]; None for what cannot be had, with a note."""
     record = None
     try:
@@ -280,8 +282,15 @@ def train_batches(
   rows = _TrainRows(source, data, global_batch_size, host, hosts, seed)
   if isinstance(source, hf.HfSource):
     batches = hf_stream.train(
-      source, data, rows.make, seed=seed, global_batch_size=global_batch_size,
-      first_step=first_step, host=host, hosts=hosts, positions=positions,
+      source,
+      data,
+      rows.make,
+      seed=seed,
+      global_batch_size=global_batch_size,
+      first_step=first_step,
+      host=host,
+      hosts=hosts,
+      positions=positions,
     )
   else:
     make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead

@@ -140,7 +140,9 @@ class Bucket(Output):
       return remote.retried(f"{self._url}/{name}".rstrip("/"), call)
     except DataError as e:
       if isinstance(e.__cause__, FileNotFoundError):  # of a write
-        raise DataError(f"there is no bucket {self._path.split('/')[0]}, for --out {self._url}.") from e
+        raise DataError(
+          f"there is no bucket {self._path.split('/')[0]}, for --out {self._url}."
+        ) from e
       raise
 
   def names(self) -> list[str]:
@@ -181,7 +183,9 @@ class Bucket(Output):
       entry["md5"] = hashlib.file_digest(f, "md5").hexdigest()
     self._do(name, lambda: self._fs.put_file(path, self._at(name)))
     if not self.holds(name, entry):
-      raise DataError(f"{self._url}/{name} did not arrive as it was sent; run the same command again.")
+      raise DataError(
+        f"{self._url}/{name} did not arrive as it was sent; run the same command again."
+      )
     os.remove(path)
 
   def holds(self, name: str, entry: dict[str, Any]) -> bool:

@@ -13,7 +13,10 @@ from input_pipeline.errors import DataError
 T = TypeVar("T")
 
 _REQUEST_SECONDS = 60.0  # for one request
-_TRIES = {"http": 6, "https": 6}  # of which fsspec makes one; of the others, which try several times themselves, 2
+_TRIES = {
+  "http": 6,
+  "https": 6,
+}  # of which fsspec makes one; of the others, which try several times themselves, 2
 _FIRST_PAUSE = 0.5  # seconds; twice as long before each further try
 # fsspec's file systems raise what their HTTP libraries do, which have no base in common.
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")

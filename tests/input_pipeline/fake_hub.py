@@ -50,13 +50,23 @@ class Handler(server.BaseHTTPRequestHandler):
     if path.startswith("/signed/"):
       return self._file(self.root / path.removeprefix("/signed/"))
     if self.headers.get("Authorization") != f"Bearer {self.token}":
-      return self._send(401, b"Access to this data set is restricted.", {"X-Error-Code": "GatedRepo"})
+      return self._send(
+        401, b"Access to this data set is restricted.", {"X-Error-Code": "GatedRepo"}
+      )
     if found := re.fullmatch(r"/datasets/(\w+/\w+)/resolve/[^/]+/(.*)", path):
       if (self.root / found[1] / found[2]).is_file():
         size = (self.root / found[1] / found[2]).stat().st_size
-        return self._send(302, b"", {
-          "Location": f"/signed/{found[1]}/{found[2]}?Signature=sesame", "X-Repo-Commit": _REVISION, "X-Linked-Size": str(size),
-          "X-Linked-Etag": '"e"', "ETag": '"e"'})
+        return self._send(
+          302,
+          b"",
+          {
+            "Location": f"/signed/{found[1]}/{found[2]}?Signature=sesame",
+            "X-Repo-Commit": _REVISION,
+            "X-Linked-Size": str(size),
+            "X-Linked-Etag": '"e"',
+            "ETag": '"e"',
+          },
+        )
       return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
     if found := re.fullmatch(r"/api/datasets/(\w+/\w+)(?:/(.*))?", path):
       name, rest = found.groups()
@@ -64,11 +74,26 @@ class Handler(server.BaseHTTPRequestHandler):
       if not folder.is_dir():
         return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
       if rest is None or rest.startswith("revision/"):
-        return self._json({"id": name, "sha": _REVISION, "private": False, "gated": "auto", "siblings": [
-          {"rfilename": str(f.relative_to(folder))} for f in sorted(folder.rglob("*")) if f.is_file()]})
+        return self._json(
+          {
+            "id": name,
+            "sha": _REVISION,
+            "private": False,
+            "gated": "auto",
+            "siblings": [
+              {"rfilename": str(f.relative_to(folder))}
+              for f in sorted(folder.rglob("*"))
+              if f.is_file()
+            ],
+          }
+        )
       if rest.startswith("tree/"):
         under = folder / rest.split("/", 2)[2] if rest.count("/") > 1 else folder
-        every = under.rglob("*") if "recursive=True" in url.query or "recursive=true" in url.query else under.glob("*")
+        every = (
+          under.rglob("*")
+          if "recursive=True" in url.query or "recursive=true" in url.query
+          else under.glob("*")
+        )
         return self._json([_entry(f, folder) for f in sorted(every)])
       if rest.startswith("paths-info/"):
         wanted = self._body["paths"]
@@ -86,7 +111,9 @@ class Handler(server.BaseHTTPRequestHandler):
       if self._fails():
         return self._send(503, b"busy")
       size = len(data)
-      start, end = (int(found[1]), int(found[2] or size - 1)) if found[1] else (size - int(found[2]), size - 1)
+      start, end = (
+        (int(found[1]), int(found[2] or size - 1)) if found[1] else (size - int(found[2]), size - 1)
+      )
       headers["Content-Range"] = f"bytes {start}-{min(end, size - 1)}/{size}"
       data, status = data[start : end + 1], 206
     return self._send(status, data, headers)
@@ -114,10 +141,18 @@ class Handler(server.BaseHTTPRequestHandler):
 def _entry(path, folder):
   name = str(path.relative_to(folder))
   kind = "directory" if path.is_dir() else "file"
-  return {"type": kind, "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(),
-          "size": 0 if path.is_dir() else path.stat().st_size}
+  return {
+    "type": kind,
+    "path": name,
+    "oid": hashlib.sha1(name.encode()).hexdigest(),
+    "size": 0 if path.is_dir() else path.stat().st_size,
+  }
 
 
 if __name__ == "__main__":
-  Handler.root, Handler.token, Handler.log = pathlib.Path(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4])
+  Handler.root, Handler.token, Handler.log = (
+    pathlib.Path(sys.argv[2]),
+    sys.argv[3],
+    pathlib.Path(sys.argv[4]),
+  )
   server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

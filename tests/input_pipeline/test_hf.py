@@ -19,21 +19,34 @@ from tests.input_pipeline.conftest import picture
 
 datasets = pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 
-EXAMPLES = {"train": 61, "validation": 26}  # each example has a class of its own, by which it is known
+EXAMPLES = {
+  "train": 61,
+  "validation": 26,
+}  # each example has a class of its own, by which it is known
 
 
 def write_parquet(folder, files=4, rows=5, damage=lambda split, i, data: data, names=range(61)):
   """Makes FOLDER/data/SPLIT-I-of-N.parquet with row groups of `rows` examples."""
   features = datasets.Features(
-    {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[f"class {i}" for i in names])}
+    {
+      "image": datasets.Image(decode=False),
+      "label": datasets.ClassLabel(names=[f"class {i}" for i in names]),
+    }
   )
   (folder / "data").mkdir(parents=True)
   for split, count in EXAMPLES.items():
     parts = np.array_split(np.arange(count), files)
     for number, part in enumerate(parts):
-      images = [{"bytes": damage(split, i, encoded(picture(i))), "path": f"{split}_{i:03d}.JPEG"} for i in part.tolist()]
-      table = datasets.Dataset.from_dict({"image": images, "label": part.tolist()}, features=features)
-      table.to_parquet(str(folder / "data" / f"{split}-{number:05d}-of-{files:05d}.parquet"), batch_size=rows)
+      images = [
+        {"bytes": damage(split, i, encoded(picture(i))), "path": f"{split}_{i:03d}.JPEG"}
+        for i in part.tolist()
+      ]
+      table = datasets.Dataset.from_dict(
+        {"image": images, "label": part.tolist()}, features=features
+      )
+      table.to_parquet(
+        str(folder / "data" / f"{split}-{number:05d}-of-{files:05d}.parquet"), batch_size=rows
+      )
   return folder
 
 
@@ -43,19 +56,31 @@ def parquet(tmp_path_factory):
 
 
 def config(path, **fields):
-  return data_config(f"hf:{path}", **{"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2, **fields})
+  return data_config(
+    f"hf:{path}", **{"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2, **fields}
+  )
 
 
 def train(path, steps, first_step=0, host=0, hosts=1, positions=None, batch=8, seed=3, **fields):
   """Returns batches and, by step, the position before and after each as a checkpoint gives it back."""
   data = config(path, **fields)
-  batches = loader.train_batches(sources.open_source(data, "train", 61), data, seed=seed, first_step=first_step, host=host,
-                                 hosts=hosts, global_batch_size=batch, positions=positions)
+  batches = loader.train_batches(
+    sources.open_source(data, "train", 61),
+    data,
+    seed=seed,
+    first_step=first_step,
+    host=host,
+    hosts=hosts,
+    global_batch_size=batch,
+    positions=positions,
+  )
   try:
     read, at = [next(batches)], {first_step: batches.position(first_step)}
     for step in range(first_step + 1, first_step + steps):
       read.append(next(batches))
-      at[step] = json.loads(json.dumps(batches.position(step)))  # one batch late, as a trainer that sends batches ahead
+      at[step] = json.loads(
+        json.dumps(batches.position(step))
+      )  # one batch late, as a trainer that sends batches ahead
     return read, at
   finally:
     batches.close()
@@ -120,7 +145,9 @@ def test_resume_of_two_hosts(parquet):
   hosts = [train(parquet, 12, host=host, hosts=2) for host in range(2)]
   positions = [at[9] for _, at in hosts]
   for host, (batches, _) in enumerate(hosts):
-    assert_same(train(parquet, 3, first_step=9, host=host, hosts=2, positions=positions)[0], batches[9:])
+    assert_same(
+      train(parquet, 3, first_step=9, host=host, hosts=2, positions=positions)[0], batches[9:]
+    )
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 5])
@@ -129,7 +156,9 @@ def test_the_parts_of_the_hosts_make_up_an_epoch(parquet, hosts):
   for host in range(hosts):
     batches, at = train(parquet, 80 // hosts + 20, host=host, hosts=hosts, batch=hosts)
     # The position behind the last example of an epoch is still one of this epoch.
-    seen += [int(b["label"][0]) for step, b in enumerate(batches[:-1]) if at[step + 1]["epoch"] == 0]
+    seen += [
+      int(b["label"][0]) for step, b in enumerate(batches[:-1]) if at[step + 1]["epoch"] == 0
+    ]
   assert sorted(seen) == list(range(61))
 
 
@@ -146,7 +175,11 @@ def test_another_number_of_hosts_is_said_and_goes_on(parquet, warnings):
   batches, at = train(parquet, 8, first_step=9, positions=positions)
   changed = [w for w in warnings if "order changes" in w]
   assert len(changed) == 1
-  assert "step 9" in changed[0] and "2 hosts, not 1" in changed[0] and "epoch 1 begins anew" in changed[0]
+  assert (
+    "step 9" in changed[0]
+    and "2 hosts, not 1" in changed[0]
+    and "epoch 1 begins anew" in changed[0]
+  )
   assert at[9]["epoch"] == 1
   assert sorted(labels(batches)[:61]) == list(range(61))
   other, _ = train(parquet, 3, first_step=9, positions=[positions[0] | {"data": "0"}])
@@ -183,21 +216,33 @@ def test_every_example_is_evaluated_once(parquet, hosts, batch):
 
 
 def test_bad_records_are_replaced_and_counted(tmp_path):
-  path = write_parquet(tmp_path / "set", damage=lambda split, i, data: b"no image" if i in (3, 8) else data)
+  path = write_parquet(
+    tmp_path / "set", damage=lambda split, i, data: b"no image" if i in (3, 8) else data
+  )
   data = config(path, max_bad_fraction=0.1)
-  batches = loader.train_batches(sources.open_source(data, "train", 61), data, seed=0, global_batch_size=61)
+  batches = loader.train_batches(
+    sources.open_source(data, "train", 61), data, seed=0, global_batch_size=61
+  )
   epoch = next(batches)
   assert batches.bad_records == epoch["bad"].sum() == 2
   assert set(epoch["label"]) == set(range(61)) - {3, 8}
   batches.close()
-  evaluation = loader.eval_batches(sources.open_source(data, "val", 61), config(path, max_bad_fraction=0.1), batch_size=26)
+  evaluation = loader.eval_batches(
+    sources.open_source(data, "val", 61), config(path, max_bad_fraction=0.1), batch_size=26
+  )
   assert sorted(next(evaluation)["label"]) == list(range(26))
   assert evaluation.bad_records == 2
   evaluation.close()
   strict = config(path, max_bad_fraction=0.001)
   with pytest.raises(DataError, match=r"records cannot be decoded.*train_00[38].JPEG"):
-    list(itertools.islice(loader.train_batches(
-      sources.open_source(strict, "train", 61), strict, seed=0, global_batch_size=61), 2))
+    list(
+      itertools.islice(
+        loader.train_batches(
+          sources.open_source(strict, "train", 61), strict, seed=0, global_batch_size=61
+        ),
+        2,
+      )
+    )
 
 
 def test_what_does_not_fit_is_one_sentence(parquet, tmp_path):
@@ -224,7 +269,9 @@ def test_columns(tmp_path):
   def opened(features, columns, classes=5):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     folder.mkdir()
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(str(folder / "train.parquet"))
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(
+      str(folder / "train.parquet")
+    )
     return sources.open_source(data_config(f"hf:{folder}"), "train", classes)
 
   jpeg, integer = encoded(picture(0)), datasets.Value("int64")
@@ -232,10 +279,15 @@ def test_columns(tmp_path):
   assert next(source.read(source.row_groups[0])) == (jpeg, 4, "train.parquet[0][0]")
   assert source.class_names == ("0", "1", "2", "3", "4")
   with pytest.raises(DataError, match="label is 4, but there are 3 classes"):
-    source = opened({"jpg": datasets.Value("binary"), "label": integer}, {"jpg": [jpeg], "label": [4]}, 3)
+    source = opened(
+      {"jpg": datasets.Value("binary"), "label": integer}, {"jpg": [jpeg], "label": [4]}, 3
+    )
     list(source.read(source.row_groups[0]))
   with pytest.raises(DataError, match="one column of images.*it has a, b, label"):
-    opened({"a": datasets.Image(), "b": datasets.Image(), "label": integer}, {"a": [None], "b": [None], "label": [0]})
+    opened(
+      {"a": datasets.Image(), "b": datasets.Image(), "label": integer},
+      {"a": [None], "b": [None], "label": [0]},
+    )
 
 
 def test_fewer_row_groups_than_hosts(parquet):

@@ -51,7 +51,9 @@ def hub(parquet, tmp_path_factory):  # noqa: F811
   root = tmp_path_factory.mktemp("hub")
   write_parquet(root / "owner" / "pictures")
   url = f"http://127.0.0.1:{free_port()}"
-  process = subprocess.Popen([sys.executable, fake_hub.__file__, url.split(":")[2], root, TOKEN, root / "log"])
+  process = subprocess.Popen(
+    [sys.executable, fake_hub.__file__, url.split(":")[2], root, TOKEN, root / "log"]
+  )
   while True:
     try:
       requests.get(f"{url}/files/", timeout=10)
@@ -65,15 +67,26 @@ def hub(parquet, tmp_path_factory):  # noqa: F811
 
 
 def read_in_process(path, tmp_path, **environment):
-  result = subprocess.run([sys.executable, "-c", READ, path], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"} | environment)
+  result = subprocess.run(
+    [sys.executable, "-c", READ, path],
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=os.environ
+    | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    | environment,
+  )
   assert result.returncode == 0, result.stdout
   assert TOKEN not in result.stdout and "sesame" not in result.stdout, result.stdout
   return result.stdout
 
 
 def ranges(root):
-  return [line for line in (root / "log").read_text().splitlines() if "/signed/" in line and "bytes=" in line]
+  return [
+    line
+    for line in (root / "log").read_text().splitlines()
+    if "/signed/" in line and "bytes=" in line
+  ]
 
 
 def test_the_hub(hub, tmp_path):
@@ -106,7 +119,9 @@ def test_a_web_server_gives_the_batches_of_the_disk(hub, parquet):  # noqa: F811
 
 def test_what_a_message_may_hold(monkeypatch):
   monkeypatch.setenv("HF_TOKEN", "notastandardtoken")
-  error = OSError("GET https://cdn/x.parquet?Signature=abc&Key=d with notastandardtoken or hf_abcdef failed.\nmore")
+  error = OSError(
+    "GET https://cdn/x.parquet?Signature=abc&Key=d with notastandardtoken or hf_abcdef failed.\nmore"
+  )
   assert remote.said(error) == "OSError: GET https://cdn/x.parquet with *** or *** failed"
 
 
@@ -125,9 +140,13 @@ def test_shards_of_a_stream(parquet, tmp_path, capsys):  # noqa: F811
   assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
   assert run_prepare("--out", tmp_path / "two", *flags) == 0
   assert "kept 4 finished shards" in capsys.readouterr().out
-  assert "13 row groups of train" in failure(capsys, "--out", tmp_path / "x", "--from", f"hf:{parquet}", "--shards", 14)
+  assert "13 row groups of train" in failure(
+    capsys, "--out", tmp_path / "x", "--from", f"hf:{parquet}", "--shards", 14
+  )
   assert "must begin with hf:" in failure(capsys, "--out", tmp_path / "x", "--from", parquet)
-  assert "no split 'test'" in failure(capsys, "--out", tmp_path / "x", *flags, "--val-split", "test")
+  assert "no split 'test'" in failure(
+    capsys, "--out", tmp_path / "x", *flags, "--val-split", "test"
+  )
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +158,35 @@ def bucket(tmp_path_factory):
 def objects(server, prefix):
   """Returns the content of the objects of the bucket by name."""
   url = server.environment["STORAGE_EMULATOR_HOST"]
-  items = requests.get(f"{url}/storage/v1/b/bucket/o", {"prefix": prefix}, timeout=10).json().get("items", [])
-  return {item["name"].removeprefix(prefix): requests.get(
-    f"{url}/download/storage/v1/b/bucket/o/{parse.quote(item['name'], '')}?alt=media", timeout=10).content for item in items}
+  items = (
+    requests.get(f"{url}/storage/v1/b/bucket/o", {"prefix": prefix}, timeout=10)
+    .json()
+    .get("items", [])
+  )
+  return {
+    item["name"].removeprefix(prefix): requests.get(
+      f"{url}/download/storage/v1/b/bucket/o/{parse.quote(item['name'], '')}?alt=media", timeout=10
+    ).content
+    for item in items
+  }
 
 
 def into_bucket(server, scratch, out, *flags, bucket="bucket"):
   scratch.mkdir(exist_ok=True)
-  return subprocess.Popen([sys.executable, "-m", "input_pipeline.prepare", "--out", f"gs://{bucket}/{out}", *map(str, flags)],
-                          env=os.environ | server.environment | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    [
+      sys.executable,
+      "-m",
+      "input_pipeline.prepare",
+      "--out",
+      f"gs://{bucket}/{out}",
+      *map(str, flags),
+    ],
+    env=os.environ | server.environment | {"TMPDIR": str(scratch)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def test_into_a_bucket_killed_and_gone_on_with(parquet, bucket, tmp_path):  # noqa: F811
@@ -174,15 +212,21 @@ def test_into_a_bucket_killed_and_gone_on_with(parquet, bucket, tmp_path):  # no
   assert f"kept {len(finished)} finished shards" in log
   assert not [f for f in (tmp_path / "scratch").rglob("*") if f.is_file()]
   found = objects(bucket, "out/")
-  assert {name: data for name, data in found.items() if not name.startswith(".")}.keys() == hashes(tmp_path / "local").keys()
+  assert {name: data for name, data in found.items() if not name.startswith(".")}.keys() == hashes(
+    tmp_path / "local"
+  ).keys()
   for file in (tmp_path / "local").glob("[!.]*"):
     assert found[file.name] == file.read_bytes(), file.name
 
   # What is not what was sent is made again, and another plan is refused.
   url = bucket.environment["STORAGE_EMULATOR_HOST"]
   victim = records.shard_name("train", 3, 12)
-  requests.post(f"{url}/upload/storage/v1/b/bucket/o", params={"uploadType": "media", "name": f"out/{victim}"},
-                data=b"x" * len(found[victim]), timeout=10)
+  requests.post(
+    f"{url}/upload/storage/v1/b/bucket/o",
+    params={"uploadType": "media", "name": f"out/{victim}"},
+    data=b"x" * len(found[victim]),
+    timeout=10,
+  )
   assert objects(bucket, "out/")[victim] != found[victim]
   with into_bucket(bucket, tmp_path / "scratch", "out", *flags) as process:
     log = process.communicate(timeout=100)[0]
@@ -194,11 +238,15 @@ def test_into_a_bucket_killed_and_gone_on_with(parquet, bucket, tmp_path):  # no
 
 
 def test_a_folder_into_a_bucket_and_a_bucket_that_is_not_there(folder, bucket, shards, tmp_path):
-  with into_bucket(bucket, tmp_path / "scratch", "images", "--folder", folder, "--shards", 3, "--workers", 1) as process:
+  with into_bucket(
+    bucket, tmp_path / "scratch", "images", "--folder", folder, "--shards", 3, "--workers", 1
+  ) as process:
     log = process.communicate(timeout=100)[0]
   assert process.returncode == 0, log
   assert json.loads(objects(bucket, "images/")[records.MANIFEST]) == manifest_of(shards)
-  with into_bucket(bucket, tmp_path / "scratch", "images", "--folder", folder, "--workers", 1, bucket="nowhere") as process:
+  with into_bucket(
+    bucket, tmp_path / "scratch", "images", "--folder", folder, "--workers", 1, bucket="nowhere"
+  ) as process:
     log = process.communicate(timeout=100)[0]
   assert process.returncode == 1 and "Traceback" not in log, log
   assert "prepare: there is no bucket nowhere" in log
@@ -207,7 +255,11 @@ def test_a_folder_into_a_bucket_and_a_bucket_that_is_not_there(folder, bucket, s
 def test_parquet_in_a_bucket(parquet, bucket, tmp_path):  # noqa: F811
   url = bucket.environment["STORAGE_EMULATOR_HOST"]
   for file in parquet.rglob("*.parquet"):
-    requests.post(f"{url}/upload/storage/v1/b/bucket/o", params={
-      "uploadType": "media", "name": f"pictures/{file.relative_to(parquet)}"}, data=file.read_bytes(), timeout=10)
+    requests.post(
+      f"{url}/upload/storage/v1/b/bucket/o",
+      params={"uploadType": "media", "name": f"pictures/{file.relative_to(parquet)}"},
+      data=file.read_bytes(),
+      timeout=10,
+    )
   log = read_in_process("gs://bucket/pictures", tmp_path, **bucket.environment)
   assert f"labels {sorted(2 * list(range(61)))}" in log, log
