@@ -46,10 +46,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.bn_group = "global"
 
   config.data = ml_collections.ConfigDict()
-  # Folder of shards (input_pipeline.prepare or TFDS), or of class folders. Or parquet, streamed: hf:NAME[:CONFIG][@REVISION]
-  # of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
+  # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
+  # Or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
   config.data.path = ""
-  config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | hf | synthetic
+  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic | auto:
+  # hf for hf:..., stream for a URL, else by what the folder holds.
+  config.data.kind = "auto"
   config.data.train_split = "train"
   config.data.eval_split = "val"
   config.data.image_size = 224  # pixels, height and width of a training image
@@ -63,9 +65,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.workers = 0  # decoding processes; 0 decodes in threads of the trainer
   config.data.threads = 2  # decoding threads of each process; 0 decodes when the batch is asked for
   config.data.prefetch_batches = 4  # decoded batches waiting in each process
+  # Streamed data, see input_pipeline/order.py. A batch mixes lanes x window blocks; all hosts together hold that many
+  # blocks in memory, and somewhat more.
+  config.data.stream_lanes = 64  # must divide the batch; a multiple of the number of hosts, or blocks are read twice
+  config.data.stream_block = 40  # neighbouring records read by one request, at least
+  config.data.stream_window = 8  # blocks that a lane shuffles together
+  config.data.stream_ahead_steps = 8  # steps whose blocks are asked for before they are needed
+  config.data.stream_requests = 32  # blocks on their way at the same time, in each process
+  config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
+  config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
+  config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
+  # Parquet, see input_pipeline/hf_stream.py.
+  config.data.hf_streams = 8  # row groups that each host reads at once
+  config.data.hf_window = 4096  # examples shuffled together; a host holds two windows in memory, 110 kB an image
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
-  config.data.hf_streams = 8  # kind hf: row groups of parquet that each host reads at once
-  config.data.hf_window = 4096  # kind hf: examples shuffled together; two windows are in a host's memory, 110 kB an image
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 
   config.optimizer = ml_collections.ConfigDict()

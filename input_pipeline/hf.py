@@ -14,8 +14,8 @@ import re
 import threading
 from typing import Any, Iterator, NamedTuple, Sequence
 
+from input_pipeline import catalog
 from input_pipeline import remote
-from input_pipeline import sources
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 
@@ -152,7 +152,7 @@ def open_source(path: str, split: str, num_classes: int) -> HfSource:
     DataError: in one sentence, what does not fit.
   """
   splits, features = find_splits(path)
-  name = sources.find_split(split, list(splits), path)
+  name = catalog.find_split(split, list(splits), path)
   return HfSource(path, splits[name], features, num_classes)
 
 

@@ -6,8 +6,8 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+from input_pipeline import catalog
 from input_pipeline import hf
-from input_pipeline import sources
 from input_pipeline.errors import DataError
 from input_pipeline.inputs import Images
 
@@ -84,9 +84,9 @@ def from_hf(path: str, val_split: str) -> HfInputs:
     DataError: as `hf.open_source`, and if the splits have other classes.
   """
   files, features = hf.find_splits(path)
-  wanted = {"train": sources.find_split("train", list(files), path)}
+  wanted = {"train": catalog.find_split("train", list(files), path)}
   if val_split or "validation" in files or "val" in files:
-    wanted["val"] = sources.find_split(val_split or "val", list(files), path)
+    wanted["val"] = catalog.find_split(val_split or "val", list(files), path)
   left = sorted(set(files) - set(wanted.values()))
   if left:
     print(f"left out the splits {', '.join(left)}; see --val-split", flush=True)

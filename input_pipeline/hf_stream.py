@@ -8,6 +8,7 @@ part of the next: parts differ by a row group at most for each stream.
 
 import collections
 from concurrent import futures
+import functools
 import itertools
 import threading
 from typing import Any, Callable, Iterator, Sequence
@@ -21,9 +22,7 @@ from input_pipeline.hf import HfSource, RowGroup
 from input_pipeline.records import Record
 
 Position = dict[str, Any]  # JSON-able
-Pick = tuple[
-  Sequence[Record], int
-]  # an example, and the window around it, from which a bad one is replaced
+Pick = Callable[[int], Record]  # gives an example for 0, those after it in its window for more
 
 _ENDLESS = 2**62  # steps
 _KEPT = 64  # positions after this many of the last batches can be asked for
@@ -82,7 +81,7 @@ class Stream:
       if self._used == len(self._records) and not self._turn():
         break
       end = min(len(self._records), self._used + count - len(picks))
-      picks += [(self._records, i) for i in range(self._used, end)]
+      picks += [functools.partial(_pick, self._records, i) for i in range(self._used, end)]
       self._used = end
     return picks
 
@@ -179,6 +178,10 @@ class Stream:
 
   def __getstate__(self) -> dict[str, Any]:
     return {"data": self._source.fingerprint}  # `datasets` hashes what its generators refer to
+
+
+def _pick(window: Sequence[Record], index: int, offset: int) -> Record:
+  return window[(index + offset) % len(window)]
 
 
 def streams_of_a_host(source: HfSource, hosts: int, wanted: int) -> int:

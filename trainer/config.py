@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from configs import base
+from input_pipeline import sources
 from trainer import models
 from trainer.errors import ConfigError
 
@@ -40,7 +41,7 @@ _RANGES = {
     "model.bn_epsilon": _POSITIVE,
     "model.bn_group": (lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
                        "must be global, device or a number of examples"),
-    "data.kind": _one_of("auto", "array_record", "folder", "hf", "synthetic"),
+    "data.kind": _one_of(*sources.KINDS),
     "data.image_size": _AT_LEAST_1,
     "data.eval_image_size": _AT_LEAST_1,
     "data.eval_resize": _AT_LEAST_1,
@@ -51,9 +52,17 @@ _RANGES = {
     "data.workers": _AT_LEAST_0,
     "data.threads": _AT_LEAST_0,
     "data.prefetch_batches": _AT_LEAST_1,
-    "data.max_bad_fraction": _SHARE,
     "data.hf_streams": _AT_LEAST_1,
     "data.hf_window": _AT_LEAST_1,
+    "data.stream_lanes": _AT_LEAST_1,
+    "data.stream_block": _AT_LEAST_1,
+    "data.stream_window": _AT_LEAST_1,
+    "data.stream_ahead_steps": _AT_LEAST_1,
+    "data.stream_requests": _AT_LEAST_1,
+    "data.stream_timeout_seconds": _POSITIVE,
+    "data.stream_hedge_seconds": _POSITIVE,
+    "data.stream_give_up_seconds": _POSITIVE,
+    "data.max_bad_fraction": _SHARE,
     "data.synthetic_examples": _AT_LEAST_1,
     "optimizer.name": _one_of("sgd", "adamw"),
     "optimizer.lr_per_256": _POSITIVE,
@@ -82,7 +91,8 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("compilation_cache", "mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads",
-               "data.prefetch_batches", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
+               "data.prefetch_batches", "data.stream_ahead_steps", "data.stream_requests", "data.stream_timeout_seconds",
+               "data.stream_hedge_seconds", "data.stream_give_up_seconds", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +258,13 @@ def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, wor
   values = flatten(config)
   differ = [field for field in sorted(saved.keys() | values.keys())
             if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)]
+  orders = [sources.order_of(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
+  if orders[0] != orders[1]:
+    kinds, names = ({"global": "array_record", "lanes": "stream", "parquet": "hf"},
+                    {"global": "local", "lanes": "streamed", "parquet": "parquet"})
+    raise ConfigError(f"{workdir} holds checkpoints of a run over {names[orders[0]]} data, which come in another order; "
+                      f"give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or another "
+                      "--workdir.")
   if differ:
     changes = ", ".join(f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ)
     raise ConfigError(f"{workdir} holds checkpoints of another config ({changes}); "

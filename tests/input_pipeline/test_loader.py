@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from input_pipeline import catalog
 from input_pipeline import image
 from input_pipeline import loader
 from input_pipeline import records
@@ -272,7 +273,7 @@ def test_a_bad_record_of_evaluation_is_grey_and_counted():
 def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
   source, data = opened(shards, workers=workers)
   source = pickle.loads(pickle.dumps(source))
-  source._folder = str(tmp_path)  # as if the disk had gone
+  source._folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
   with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
     take(source, data, 1)
 

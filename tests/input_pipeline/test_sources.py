@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 
+from input_pipeline import catalog
 from input_pipeline import records
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError
@@ -135,7 +136,9 @@ def test_more_shards_than_files_that_may_be_open(shards):
   before = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
   try:
-    sources.ArrayRecordSource(str(shards), [("never opened", 1)] * 500, ["a"])
+    sources.ArrayRecordSource(
+      catalog.LocalFolder(str(shards)), catalog.Split([catalog.Shard("never opened", 1, 1)] * 500, ["a"], "mend it")
+    )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1000, before[1])
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -146,9 +149,8 @@ def test_more_shards_than_files_that_may_be_open(shards):
   [
     ({"path": ""}, "config.data.path is empty"),
     ({"path": "/no/such"}, "/no/such, which does not exist"),
-    ({"path": "gs://bucket/imagenet"}, "gs:// is not supported; copy the shards to a local disk"),
-    ({"path": "s3://bucket/imagenet"}, "s3:// is not supported"),
-    ({"path": "https://host/imagenet"}, "https:// is not supported"),
+    ({"path": "ftp://host/imagenet"}, "ftp:// is not supported; it may be gs://"),
+    ({"path": "gs://bucket/imagenet", "kind": "folder"}, "give --config.data.kind=stream"),
     ({"path": __file__}, "which is a file; make shards"),
     ({"path": "", "kind": "tfrecord"}, "config.data.kind is 'tfrecord'; it must be one of auto"),
     ({"path": "", "kind": "synthetic", "synthetic_examples": 0}, "synthetic_examples must be"),
