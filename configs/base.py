@@ -47,9 +47,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
+  # Or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
   config.data.path = ""
-  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | synthetic | auto:
-  # stream for a URL, else by what the folder holds.
+  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic | auto:
+  # hf for hf:..., stream for a URL, else by what the folder holds.
   config.data.kind = "auto"
   config.data.train_split = "train"
   config.data.eval_split = "val"
@@ -78,6 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
   config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
   config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
+  # Parquet, see input_pipeline/hf_stream.py.
+  config.data.hf_streams = 8  # row groups that each host reads at once
+  config.data.hf_window = 4096  # examples shuffled together; a host holds two windows in memory, 110 kB an image
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 

@@ -132,7 +132,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     clock.restore(meta["wall_seconds"])
     logging.info("Going on from checkpoint %d of %d.", first_step, lengths.total)
   else:
-    state, first_step, best = None, 0, None
+    state, meta, first_step, best = None, {}, 0, None
   write_json(workdir / "config.json", config.to_dict())
   finished = workdir / "final.json"
   if first_step >= lengths.total and finished.exists():
@@ -155,7 +155,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   logging.info("Compiled in %.1f s.", clock.read()["compile"] - compiled_before)
 
   host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
-                                      hosts=pod.hosts, global_batch_size=config.global_batch_size)
+                                      hosts=pod.hosts, global_batch_size=config.global_batch_size,
+                                      positions=meta.get("positions"))
   flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
@@ -184,7 +185,10 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     return result
 
   def meta_now() -> dict[str, Any]:
-    return {"best": best, "wall_seconds": clock.read()}
+    position = host_batches.position(step)
+    # With None the step says where the data go on, on all hosts or on none.
+    positions = position and [at for _, at in sorted(pod.gather(f"positions of step {step}", position).items())]
+    return {"best": best, "wall_seconds": clock.read(), "positions": positions}
 
   step, result, stopping = first_step, None, False
   try:
@@ -258,6 +262,11 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   use_compilation_cache(config, path)
   train_source, eval_source = (sources.open_source(config.data, split, config.model.num_classes)
                                for split in (config.data.train_split, config.data.eval_split))
+  seen = pod.gather("data", [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)])
+  for host, theirs in seen.items():
+    if theirs != seen[0]:
+      raise ConfigError(f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all hosts "
+                        "the same files, and a data set of the hub with its @REVISION.")
   return path, train_source, eval_source, build(config, len(train_source))
 
 
