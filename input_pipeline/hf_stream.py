@@ -1,9 +1,10 @@
-"""The order in which a host sees an `HfSource`, and its position in it, which can be saved and taken up again.
+"""The order in which a host sees an `HfSource`, and its position in it, which can be saved.
 
-In each epoch the row groups are put in random order and dealt to the streams of all hosts. A host reads its streams
-side by side; what they give next, `window` examples of all of them together, is shuffled as a whole and then used up
-while the next window is read. Within an epoch every example is seen once. A host whose part of an epoch is done begins its
-part of the next: parts differ by a row group at most for each stream.
+In each epoch the row groups are put in random order and dealt to the streams of all hosts. A host
+reads its streams side by side. What they give next, `window` examples in all, is shuffled as a
+whole, and used up while the next window is read. Every example is seen once in an epoch; a host
+that is done with its part of an epoch begins its part of the next. The parts of two hosts differ by
+a row group.
 """
 
 import collections
@@ -123,7 +124,7 @@ class Stream:
           "streams": states or [stream.state_dict() for stream, _ in streams],
         }
         states = None
-        # Each stream gives the same share of itself to each window, so that the last one is no smaller.
+        # A stream gives the same share of itself to each window: the last one is no smaller.
         parts = self._readers.map(lambda each: self._part(*each, number, count), examples)
         records = list(itertools.chain.from_iterable(parts))
         if self._seed is not None:
@@ -145,7 +146,7 @@ class Stream:
     return found
 
   def _open(self, epoch: int) -> list[tuple[Any, int]]:
-    """Returns the streams of this host as data sets of an epoch, with the number of examples in each."""
+    """Returns the streams of this host in an epoch, each with its number of examples."""
     import datasets
     import datasets.distributed
 
@@ -185,7 +186,7 @@ def _pick(window: Sequence[Record], index: int, offset: int) -> Record:
 
 
 def streams_of_a_host(source: HfSource, hosts: int, wanted: int) -> int:
-  """Returns how many row groups a host reads at once: as many as wanted, or as there are for each host."""
+  """Returns how many row groups a host reads at once: at most as many as it has."""
   return max(1, min(wanted, len(source.row_groups) // hosts))
 
 
@@ -200,7 +201,7 @@ def examples_of_hosts(source: HfSource, hosts: int, streams: int) -> list[int]:
 
 
 class ReadAhead:
-  """Iterates over batches that are decoded in threads, and knows the position after each of them."""
+  """Iterates over batches that are decoded in threads; knows the position after each of them."""
 
   def __init__(
     self,
@@ -268,8 +269,9 @@ def train(
   """Returns the endless batches of a host; see `loader.train_batches`."""
   if len(source.row_groups) < hosts:
     raise DataError(
-      f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; make shards with "
-      "`python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row groups."
+      f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; "
+      "make shards with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with "
+      "smaller row groups."
     )
   if host == 0:
     _describe(source, hosts, data.hf_streams, data.hf_window)
@@ -304,7 +306,7 @@ def evaluate(
   host: int,
   hosts: int,
 ) -> ReadAhead:
-  """Returns the batches of a host in one pass over all examples; as many as the host with the most needs."""
+  """Returns the batches of a host in one pass: as many as the host with the most examples needs."""
   rows = batch_size // hosts
   stream = Stream(
     source,
@@ -334,7 +336,7 @@ def _resumed(
   epoch: int,
   first_step: int,
 ) -> Position | None:
-  """Returns this host's position of those that a checkpoint holds, or None, with a warning, if they do not fit."""
+  """Returns this host's position of those in a checkpoint; None, with a warning, if they do not fit."""
   if (
     positions
     and len(positions) == hosts
@@ -350,7 +352,8 @@ def _resumed(
         else f"is that of {len(positions)} hosts, not {hosts}"
       )
     logging.warning(
-      "The position in the data that the checkpoint of step %d has %s, so the order changes: epoch %d begins anew, "
+      "The position in the data that the checkpoint of step %d has %s, so the order changes: "
+      "epoch %d begins anew, "
       "in a new order, and some of its examples are seen twice.",
       first_step,
       why,
@@ -370,7 +373,8 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
     group.bytes for group in source.row_groups
   )
   logging.info(
-    "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and shuffles windows of "
+    "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and "
+    "shuffles windows of "
     "%d examples, about %.0f MiB in memory.",
     f"{len(source):,}",
     size / 2**30,
@@ -382,8 +386,9 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
   )
   if groups % (hosts * streams) and groups < 10 * hosts * streams:
     logging.warning(
-      "%d row groups do not divide evenly over %d hosts with %d streams each: in an epoch some streams give a row group "
-      "more than others, which begin the next epoch earlier; `python -m input_pipeline.prepare --from hf:...` makes "
+      "%d row groups do not divide evenly over %d hosts with %d streams each: some hosts have up to "
+      "a row group more than others, which begin the next epoch earlier; "
+      "`python -m input_pipeline.prepare --from hf:...` makes "
       "shards that any number of hosts shares exactly.",
       groups,
       hosts,

@@ -56,9 +56,8 @@ def parquet(tmp_path_factory):
 
 
 def config(path, **fields):
-  return data_config(
-    f"hf:{path}", **{"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2, **fields}
-  )
+  small = {"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2}
+  return data_config(path if isinstance(path, str) else f"hf:{path}", **{**small, **fields})
 
 
 def train(path, steps, first_step=0, host=0, hosts=1, positions=None, batch=8, seed=3, **fields):
