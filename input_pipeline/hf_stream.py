@@ -9,8 +9,10 @@ a row group.
 
 import collections
 from concurrent import futures
+import contextlib
 import functools
 import itertools
+import queue
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
@@ -27,6 +29,47 @@ Pick = Callable[[int], Record]  # gives an example for 0, those after it in its 
 
 _ENDLESS = 2**62  # steps
 _KEPT = 64  # positions after this many of the last batches can be asked for
+
+
+class _Threads:
+  """Threads that do tasks; unlike those of an executor they keep no process from ending."""
+
+  def __init__(self, count: int, name: str):
+    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    self._count = count
+    self._closed, self._lock = False, threading.Lock()
+    for _ in range(count):
+      threading.Thread(target=self._work, name=name, daemon=True).start()
+
+  def _work(self) -> None:
+    while task := self._tasks.get():
+      future, call = task
+      if future.set_running_or_notify_cancel():
+        try:
+          future.set_result(call())
+        except BaseException as e:  # raised where the result is wanted
+          future.set_exception(e)
+      del task, future, call  # and with them the examples of a window
+
+  def submit(self, call: Callable[[], Any]) -> futures.Future[Any]:
+    future: futures.Future[Any] = futures.Future()
+    with self._lock:
+      if self._closed:
+        raise remote.Stopped
+      self._tasks.put((future, call))
+    return future
+
+  def close(self) -> None:
+    """Gives up what has not begun, and ends the threads when they are done with the rest."""
+    with self._lock:
+      if self._closed:
+        return
+      self._closed = True
+      with contextlib.suppress(queue.Empty):
+        while True:
+          self._tasks.get_nowait()[0].cancel()
+      for _ in range(self._count):
+        self._tasks.put(None)
 
 
 class Stream:
@@ -60,11 +103,11 @@ class Stream:
     self._streams = streams_of_a_host(source, hosts, streams)
     self._window = window
     self._stop = threading.Event()
-    self._readers = futures.ThreadPoolExecutor(self._streams, thread_name_prefix="hf-read")
-    self._ahead = futures.ThreadPoolExecutor(1, thread_name_prefix="hf-window")
+    self._readers = _Threads(self._streams, "hf-read")
+    self._ahead = _Threads(1, "hf-window")
     position = position or {"epoch": epoch, "window": 0, "used": 0, "streams": None}
     self._windows = self._read(position["epoch"], position["window"], position["streams"])
-    self._next = self._ahead.submit(next, self._windows, None)
+    self._next = self._ahead.submit(self._next_window)
     self._start, self._records = position, []
     self._used = 0
     if position["used"]:
@@ -93,15 +136,18 @@ class Stream:
   def close(self) -> None:
     """Stops to read; what is being read is given up."""
     self._stop.set()
-    for pool in (self._ahead, self._readers):
-      pool.shutdown(wait=False, cancel_futures=True)
+    self._ahead.close()
+    self._readers.close()
+
+  def _next_window(self) -> tuple[Position, list[Record]] | None:
+    return next(self._windows, None)
 
   def _turn(self) -> bool:
     """Goes to the next window, which is read already if all is well; tells whether there is one."""
     window = self._next.result()
     if window is None:
       return False
-    self._next = self._ahead.submit(next, self._windows, None)
+    self._next = self._ahead.submit(self._next_window)
     self._start, self._records = window
     self._used = 0
     return True
@@ -125,8 +171,12 @@ class Stream:
         }
         states = None
         # A stream gives the same share of itself to each window: the last one is no smaller.
-        parts = self._readers.map(lambda each: self._part(*each, number, count), examples)
-        records = list(itertools.chain.from_iterable(parts))
+        parts = [
+          self._readers.submit(functools.partial(self._part, *each, number, count))
+          for each in examples
+        ]
+        records = list(itertools.chain.from_iterable(part.result() for part in parts))
+        del parts
         if self._seed is not None:
           order = np.random.default_rng([self._seed, epoch, number, self._host]).permutation(
             len(records)
@@ -227,7 +277,7 @@ class ReadAhead:
     """
     self._stream, self._make, self._rows = stream, make, rows
     self._step, self._end, self._ahead = first_step, end_step, max(ahead, threads)
-    self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="hf-decode")
+    self._pool = _Threads(threads, "hf-decode")
     self._waiting: collections.deque[futures.Future[Any]] = collections.deque()
     self._positions = {first_step: stream.position()}
 
@@ -236,7 +286,8 @@ class ReadAhead:
 
   def __next__(self) -> Any:
     while self._step < self._end and len(self._waiting) <= self._ahead:
-      self._waiting.append(self._pool.submit(self._make, self._step, self._stream.take(self._rows)))
+      batch = functools.partial(self._make, self._step, self._stream.take(self._rows))
+      self._waiting.append(self._pool.submit(batch))
       self._step += 1
       self._positions[self._step] = self._stream.position()
       self._positions.pop(self._step - self._ahead - _KEPT, None)
@@ -251,7 +302,7 @@ class ReadAhead:
   def close(self) -> None:
     """Stops all threads."""
     self._stream.close()
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    self._pool.close()
 
 
 def train(
