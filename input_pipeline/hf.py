@@ -1,8 +1,8 @@
-"""Images in parquet files: a data set of the Hugging Face hub, or a folder of them, local or remote.
+"""Images in parquet files: of a data set of the Hugging Face hub, or of a folder, local or remote.
 
-The splits, the files of each and the features are found by `datasets`, as its users expect; the hub is asked with the
-token of the environment (HF_TOKEN). Files are read by row group, which is what a shard is here: some hundred
-neighbouring images as a rule, in one or two requests.
+The files and the features of a data set on the hub are found by `datasets`, which takes the token
+of the environment (HF_TOKEN). They are read by row group, which is what a shard is here: a hundred
+neighbouring images or some hundreds, in one request as a rule.
 """
 
 from concurrent import futures
@@ -41,7 +41,7 @@ class RowGroup(NamedTuple):
 
 
 class HfSource:
-  """One split: its row groups, and how to read them. No access by index, for these files have none that is quick.
+  """One split: its row groups, and how to read them. There is no quick access to one example.
 
   Attributes:
     num_classes: labels are in 0..num_classes-1.
@@ -160,7 +160,8 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
   """Returns the parquet files of each split, and the features where the data set declares them.
 
   Args:
-    path: [hf:]NAME[:CONFIG][@REVISION] on the hub, or a folder: local, gs://, https:// where the server lists it.
+    path: [hf:]NAME[:CONFIG][@REVISION] on the hub, or a folder: local, gs://, https:// (where the
+      server lists it).
 
   Raises:
     DataError: there is no such thing, it is closed to this token, or it is not parquet.
@@ -178,7 +179,7 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
       name = _NAME.fullmatch(where)
       if where.startswith(("/", ".", "~")) or not name:
         raise DataError(
-          f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] of a data set on the hub."
+          f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] on the hub."
         )
       builder = datasets.load_dataset_builder(
         name["name"], name["config"], revision=name["revision"]
@@ -193,14 +194,14 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
     for file in files:
       if not file.endswith(".parquet"):
         raise DataError(
-          f"{path} holds {os.path.basename(file)}, but only parquet is read; many data sets of the hub have a copy "
-          f"in parquet: give {PREFIX}NAME@refs/convert/parquet."
+          f"{path} holds {os.path.basename(file)}, but only parquet is read; many data sets of the "
+          f"hub have a copy in parquet: give {PREFIX}NAME@refs/convert/parquet."
         )
   return splits, features
 
 
 def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
-  """Returns the parquet files below a folder by split, which their names tell in the way of `datasets`."""
+  """Returns the parquet files below a folder by split, told by their names as `datasets` does."""
   fs, root = remote.filesystem(folder)
   # With all sizes and names in one walk: `datasets` looks for dozens of patterns, each time anew.
   found = remote.retried(folder, lambda: sorted(fs.find(root, maxdepth=_DEPTH)))
@@ -220,7 +221,7 @@ def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
 
 
 def _split_of(name: str) -> str:
-  """Returns the split that the path of a file below its data set tells: data/SPLIT-00000-of-00009.parquet or .../train/..."""
+  """Returns the split in the path of a file: SPLIT-00000-of-00009.parquet, or .../train/..."""
   if numbered := re.fullmatch(r"(?:.*/)?([\w.]+)-\d{5}-of-\d{5}\.parquet", name):
     return numbered[1]
   words = re.split(r"[-._ /0-9]+", name)
@@ -264,7 +265,7 @@ def _read_footer(url: str) -> tuple[int, Any]:
 
 
 def _columns(path: str, features: Any, footer: Any) -> tuple[str, str, Sequence[str] | None]:
-  """Returns the column of images, that of labels, and the names of the classes where they are known."""
+  """Returns the columns of images and of labels, and the names of the classes if there are any."""
   import datasets
 
   features = features or datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
@@ -279,7 +280,7 @@ def _columns(path: str, features: Any, footer: Any) -> tuple[str, str, Sequence[
     labels = ["label"]
   if len(images) != 1 or len(labels) != 1:
     raise DataError(
-      f"{path} must have one column of images and one of integer labels (`label`, if there are several); "
+      f"{path} must have one column of images, and one of integer labels or one named `label`; "
       f"it has {', '.join(features)}."
     )
   label = features[labels[0]]

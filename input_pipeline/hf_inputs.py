@@ -1,4 +1,4 @@
-"""What `prepare --from hf:...` reads: row groups of parquet, each shard some of them, nothing listed image by image."""
+"""What `prepare --from hf:...` reads: row groups of parquet, some of them for each shard."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ PREFIX = hf.PREFIX
 
 @dataclasses.dataclass(frozen=True)
 class RowGroups:
-  """The images of some row groups, in an order drawn from `seed`; all of them are in memory while they are read."""
+  """The images of some row groups, in an order drawn from `seed`; held in memory all at once."""
 
   source: hf.HfSource
   seed: tuple[int, ...]
@@ -58,7 +58,7 @@ class HfInputs(NamedTuple):
     return len(self.splits[split].row_groups), "row groups"
 
   def deal(self, split: str, shards: int, seed: int) -> list[Images]:
-    """Puts the row groups of a split in an order drawn from the seed; returns the images of each shard."""
+    """Puts the row groups in an order drawn from the seed; returns the images of each shard."""
     source = self.splits[split]
     groups = list(source.row_groups)
     order = np.random.default_rng([seed, split == "train"]).permutation(len(groups))

@@ -1,15 +1,18 @@
-"""The order in which a host sees an `HfSource`, and its position in it, which can be saved and taken up again.
+"""The order in which a host sees an `HfSource`, and its position in it, which can be saved.
 
-In each epoch the row groups are put in random order and dealt to the streams of all hosts. A host reads its streams
-side by side; what they give next, `window` examples of all of them together, is shuffled as a whole and then used up
-while the next window is read. Within an epoch every example is seen once. A host whose part of an epoch is done begins its
-part of the next: parts differ by a row group at most for each stream.
+In each epoch the row groups are put in random order and dealt to the streams of all hosts. A host
+reads its streams side by side. What they give next, `window` examples in all, is shuffled as a
+whole, and used up while the next window is read. Every example is seen once in an epoch; a host
+that is done with its part of an epoch begins its part of the next. The parts of two hosts differ by
+a row group.
 """
 
 import collections
 from concurrent import futures
+import contextlib
 import functools
 import itertools
+import queue
 import threading
 from typing import Any, Callable, Iterator, Sequence
 
@@ -26,6 +29,47 @@ Pick = Callable[[int], Record]  # gives an example for 0, those after it in its 
 
 _ENDLESS = 2**62  # steps
 _KEPT = 64  # positions after this many of the last batches can be asked for
+
+
+class _Threads:
+  """Threads that do tasks; unlike those of an executor they keep no process from ending."""
+
+  def __init__(self, count: int, name: str):
+    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    self._count = count
+    self._closed, self._lock = False, threading.Lock()
+    for _ in range(count):
+      threading.Thread(target=self._work, name=name, daemon=True).start()
+
+  def _work(self) -> None:
+    while task := self._tasks.get():
+      future, call = task
+      if future.set_running_or_notify_cancel():
+        try:
+          future.set_result(call())
+        except BaseException as e:  # raised where the result is wanted
+          future.set_exception(e)
+      del task, future, call  # and with them the examples of a window
+
+  def submit(self, call: Callable[[], Any]) -> futures.Future[Any]:
+    future: futures.Future[Any] = futures.Future()
+    with self._lock:
+      if self._closed:
+        raise remote.Stopped
+      self._tasks.put((future, call))
+    return future
+
+  def close(self) -> None:
+    """Gives up what has not begun, and ends the threads when they are done with the rest."""
+    with self._lock:
+      if self._closed:
+        return
+      self._closed = True
+      with contextlib.suppress(queue.Empty):
+        while True:
+          self._tasks.get_nowait()[0].cancel()
+      for _ in range(self._count):
+        self._tasks.put(None)
 
 
 class Stream:
@@ -59,11 +103,11 @@ class Stream:
     self._streams = streams_of_a_host(source, hosts, streams)
     self._window = window
     self._stop = threading.Event()
-    self._readers = futures.ThreadPoolExecutor(self._streams, thread_name_prefix="hf-read")
-    self._ahead = futures.ThreadPoolExecutor(1, thread_name_prefix="hf-window")
+    self._readers = _Threads(self._streams, "hf-read")
+    self._ahead = _Threads(1, "hf-window")
     position = position or {"epoch": epoch, "window": 0, "used": 0, "streams": None}
     self._windows = self._read(position["epoch"], position["window"], position["streams"])
-    self._next = self._ahead.submit(next, self._windows, None)
+    self._next = self._ahead.submit(self._next_window)
     self._start, self._records = position, []
     self._used = 0
     if position["used"]:
@@ -92,15 +136,18 @@ class Stream:
   def close(self) -> None:
     """Stops to read; what is being read is given up."""
     self._stop.set()
-    for pool in (self._ahead, self._readers):
-      pool.shutdown(wait=False, cancel_futures=True)
+    self._ahead.close()
+    self._readers.close()
+
+  def _next_window(self) -> tuple[Position, list[Record]] | None:
+    return next(self._windows, None)
 
   def _turn(self) -> bool:
     """Goes to the next window, which is read already if all is well; tells whether there is one."""
     window = self._next.result()
     if window is None:
       return False
-    self._next = self._ahead.submit(next, self._windows, None)
+    self._next = self._ahead.submit(self._next_window)
     self._start, self._records = window
     self._used = 0
     return True
@@ -123,9 +170,13 @@ class Stream:
           "streams": states or [stream.state_dict() for stream, _ in streams],
         }
         states = None
-        # Each stream gives the same share of itself to each window, so that the last one is no smaller.
-        parts = self._readers.map(lambda each: self._part(*each, number, count), examples)
-        records = list(itertools.chain.from_iterable(parts))
+        # A stream gives the same share of itself to each window: the last one is no smaller.
+        parts = [
+          self._readers.submit(functools.partial(self._part, *each, number, count))
+          for each in examples
+        ]
+        records = list(itertools.chain.from_iterable(part.result() for part in parts))
+        del parts
         if self._seed is not None:
           order = np.random.default_rng([self._seed, epoch, number, self._host]).permutation(
             len(records)
@@ -145,7 +196,7 @@ class Stream:
     return found
 
   def _open(self, epoch: int) -> list[tuple[Any, int]]:
-    """Returns the streams of this host as data sets of an epoch, with the number of examples in each."""
+    """Returns the streams of this host in an epoch, each with its number of examples."""
     import datasets
     import datasets.distributed
 
@@ -185,7 +236,7 @@ def _pick(window: Sequence[Record], index: int, offset: int) -> Record:
 
 
 def streams_of_a_host(source: HfSource, hosts: int, wanted: int) -> int:
-  """Returns how many row groups a host reads at once: as many as wanted, or as there are for each host."""
+  """Returns how many row groups a host reads at once: at most as many as it has."""
   return max(1, min(wanted, len(source.row_groups) // hosts))
 
 
@@ -200,7 +251,7 @@ def examples_of_hosts(source: HfSource, hosts: int, streams: int) -> list[int]:
 
 
 class ReadAhead:
-  """Iterates over batches that are decoded in threads, and knows the position after each of them."""
+  """Iterates over batches that are decoded in threads; knows the position after each of them."""
 
   def __init__(
     self,
@@ -226,7 +277,7 @@ class ReadAhead:
     """
     self._stream, self._make, self._rows = stream, make, rows
     self._step, self._end, self._ahead = first_step, end_step, max(ahead, threads)
-    self._pool = futures.ThreadPoolExecutor(threads, thread_name_prefix="hf-decode")
+    self._pool = _Threads(threads, "hf-decode")
     self._waiting: collections.deque[futures.Future[Any]] = collections.deque()
     self._positions = {first_step: stream.position()}
 
@@ -235,7 +286,8 @@ class ReadAhead:
 
   def __next__(self) -> Any:
     while self._step < self._end and len(self._waiting) <= self._ahead:
-      self._waiting.append(self._pool.submit(self._make, self._step, self._stream.take(self._rows)))
+      batch = functools.partial(self._make, self._step, self._stream.take(self._rows))
+      self._waiting.append(self._pool.submit(batch))
       self._step += 1
       self._positions[self._step] = self._stream.position()
       self._positions.pop(self._step - self._ahead - _KEPT, None)
@@ -250,7 +302,7 @@ class ReadAhead:
   def close(self) -> None:
     """Stops all threads."""
     self._stream.close()
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    self._pool.close()
 
 
 def train(
@@ -268,8 +320,9 @@ def train(
   """Returns the endless batches of a host; see `loader.train_batches`."""
   if len(source.row_groups) < hosts:
     raise DataError(
-      f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; make shards with "
-      "`python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row groups."
+      f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; "
+      "make shards with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with "
+      "smaller row groups."
     )
   if host == 0:
     _describe(source, hosts, data.hf_streams, data.hf_window)
@@ -304,7 +357,7 @@ def evaluate(
   host: int,
   hosts: int,
 ) -> ReadAhead:
-  """Returns the batches of a host in one pass over all examples; as many as the host with the most needs."""
+  """Returns the batches of a host in one pass: as many as the host with the most examples needs."""
   rows = batch_size // hosts
   stream = Stream(
     source,
@@ -334,7 +387,7 @@ def _resumed(
   epoch: int,
   first_step: int,
 ) -> Position | None:
-  """Returns this host's position of those that a checkpoint holds, or None, with a warning, if they do not fit."""
+  """Returns this host's position of those in a checkpoint; None, with a warning, if they do not fit."""
   if (
     positions
     and len(positions) == hosts
@@ -350,7 +403,8 @@ def _resumed(
         else f"is that of {len(positions)} hosts, not {hosts}"
       )
     logging.warning(
-      "The position in the data that the checkpoint of step %d has %s, so the order changes: epoch %d begins anew, "
+      "The position in the data that the checkpoint of step %d has %s, so the order changes: "
+      "epoch %d begins anew, "
       "in a new order, and some of its examples are seen twice.",
       first_step,
       why,
@@ -370,7 +424,8 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
     group.bytes for group in source.row_groups
   )
   logging.info(
-    "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and shuffles windows of "
+    "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and "
+    "shuffles windows of "
     "%d examples, about %.0f MiB in memory.",
     f"{len(source):,}",
     size / 2**30,
@@ -382,8 +437,9 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
   )
   if groups % (hosts * streams) and groups < 10 * hosts * streams:
     logging.warning(
-      "%d row groups do not divide evenly over %d hosts with %d streams each: in an epoch some streams give a row group "
-      "more than others, which begin the next epoch earlier; `python -m input_pipeline.prepare --from hf:...` makes "
+      "%d row groups do not divide evenly over %d hosts with %d streams each: some hosts have up to "
+      "a row group more than others, which begin the next epoch earlier; "
+      "`python -m input_pipeline.prepare --from hf:...` makes "
       "shards that any number of hosts shares exactly.",
       groups,
       hosts,

@@ -186,8 +186,8 @@ def eval_batches(
   """Iterates once over all examples: every one exactly once over all hosts.
 
   All hosts get the same number of batches: ceil(len(source) / batch_size), or a few more of an
-  HfSource. Rows that pad the last ones are zero with mask False. A record that cannot be decoded stays in the count, as a grey image with its label (0
-  if that cannot be read either).
+  HfSource. Rows that pad the last ones are zero with mask False. A record that cannot be decoded
+  stays in the count, as a grey image with its label (0 if that cannot be read either).
 
   Args:
     source: the examples.

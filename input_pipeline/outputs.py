@@ -1,4 +1,4 @@
-"""Where `prepare` writes: a local folder, or one in a bucket, to which finished files are sent from a scratch folder."""
+"""Where `prepare` writes: a folder, or one in a bucket, to which whole files are sent."""
 
 import abc
 import base64

@@ -1,4 +1,4 @@
-"""Files that are not on this machine, through fsspec: with time limits, tries, and messages that hold no secret."""
+"""Files elsewhere, through fsspec: with time limits and tries, and no secret in a message."""
 
 import os
 import random
@@ -111,7 +111,7 @@ def _status(error: Exception) -> int | None:
 
 
 def said(error: BaseException) -> str:
-  """Returns an error as one line without what must not be in a log: tokens, and signatures in URLs."""
+  """Returns an error as one line, without tokens and without signatures in URLs."""
   line = (str(error).strip().splitlines() or [""])[0]
   line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", line)
   line = re.sub(r"\b(hf_[A-Za-z0-9]{4,}|ya29\.[\w.-]+)", "***", line)

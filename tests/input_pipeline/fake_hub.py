@@ -1,8 +1,9 @@
-"""A server on loopback that stands for the Hugging Face hub, or for any server with files: python fake_hub.py PORT FOLDER TOKEN LOG
+"""Stands for the Hugging Face hub, or for any web server: python fake_hub.py PORT FOLDER TOKEN LOG
 
-FOLDER/OWNER/NAME is the data set OWNER/NAME, shown to those who come with TOKEN alone. Ranges of its files are served as
-the hub does, after a redirect to a signed URL. FOLDER itself is listed under /files/ for everybody. A file FOLDER/fail
-with a number makes that many requests for ranges fail. Each request is a line of LOG.
+FOLDER/OWNER/NAME is the data set OWNER/NAME, shown to those who come with TOKEN alone. Its files are
+served as the hub does, after a redirect to a signed URL. FOLDER itself is listed under /files/ for
+everybody. A file FOLDER/fail with a number makes that many requests for ranges fail. Each request
+is a line of LOG.
 """
 
 import contextlib

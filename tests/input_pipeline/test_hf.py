@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import random
+import threading
 
 from absl import logging
 import numpy as np
@@ -56,9 +57,8 @@ def parquet(tmp_path_factory):
 
 
 def config(path, **fields):
-  return data_config(
-    f"hf:{path}", **{"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2, **fields}
-  )
+  small = {"hf_streams": 2, "hf_window": 16, "prefetch_batches": 2}
+  return data_config(path if isinstance(path, str) else f"hf:{path}", **{**small, **fields})
 
 
 def train(path, steps, first_step=0, host=0, hosts=1, positions=None, batch=8, seed=3, **fields):
@@ -303,3 +303,20 @@ def test_the_split_is_in_the_name():
   assert split("/dev.parquet") == split("/a/val/1.parquet") == "validation"
   assert split("/eval.parquet") == "test"
   assert split("/restrained.parquet") == "other"
+
+
+def test_closing_ends_all_threads_at_once(parquet):
+  before = set(threading.enumerate())
+  data = config(parquet)
+  source = sources.open_source(data, "train", 61)
+  for read in (0, 5):
+    batches = loader.train_batches(source, data, seed=0, global_batch_size=8)
+    for _ in range(read):
+      next(batches)
+    mine = set(threading.enumerate()) - before
+    assert mine and all(thread.daemon for thread in mine)
+    batches.close()
+    batches.close()
+    for thread in mine:
+      thread.join(timeout=20)
+    assert not set(threading.enumerate()) - before

@@ -1,4 +1,4 @@
-"""Parquet on the hub, on a web server and in a bucket, and shards made of it there: real servers on loopback."""
+"""Parquet on the hub, on a web server and in a bucket, and shards made of it: servers on loopback."""
 
 import json
 import os
@@ -30,19 +30,25 @@ pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 
 TOKEN = "hf_opensesameopensesame"
 ROW_GROUPS = 13
-# Prints how often each label came in two epochs of the data set in argv, or the reason why not.
+# For each data set and token in argv prints the labels of two epochs, or why there are none.
 READ = """
-import sys
+import os, sys
 from absl import logging
 from input_pipeline import errors, loader, sources
 from tests.input_pipeline import test_hf
 logging.set_verbosity(logging.INFO)
-try:
-  batches, _ = test_hf.train(sys.argv[1], 2, batch=61)
-  print("labels", sorted(test_hf.labels(batches)))
-except errors.DataError as e:
-  print("refused", e)
+for path, token in zip(sys.argv[1::2], sys.argv[2::2]):
+  os.environ["HF_TOKEN"] = token
+  try:
+    data = test_hf.config(path, stream_lanes=1)
+    source = sources.open_source(data, "train", 61)
+    batches = loader.train_batches(source, data, seed=0, global_batch_size=61)
+    print("labels", sorted(test_hf.labels([next(batches), next(batches)])))
+    batches.close()
+  except errors.DataError as e:
+    print("refused", e)
 """
+LABELS = f"labels {sorted(2 * list(range(61)))}"
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +72,9 @@ def hub(parquet, tmp_path_factory):  # noqa: F811
   process.wait()
 
 
-def read_in_process(path, tmp_path, **environment):
+def read_in_process(tmp_path, environment, *paths_and_tokens):
   result = subprocess.run(
-    [sys.executable, "-c", READ, path],
+    [sys.executable, "-c", READ, *paths_and_tokens],
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -93,27 +99,29 @@ def test_the_hub(hub, tmp_path):
   root, url = hub
   (root / "log").write_text("")
   (root / "fail").write_text("1")
-  log = read_in_process("owner/pictures", tmp_path, HF_ENDPOINT=url, HF_TOKEN=TOKEN)
-  assert f"labels {sorted(2 * list(range(61)))}" in log
+  log = read_in_process(
+    tmp_path,
+    {"HF_ENDPOINT": url},
+    *("hf:owner/pictures", "hf_wrongwrongwrong"),
+    *("hf:owner/nothing", TOKEN),
+    *("hf:owner/pictures", TOKEN),
+  )
+  assert LABELS in log
+  assert "HTTP Request" not in log and "wrongwrong" not in log
+  refused = [line for line in log.splitlines() if line.startswith("refused")]
+  assert len(refused) == 2
+  for name, line in zip(("pictures", "nothing"), refused):
+    assert f"hf:owner/{name} cannot be opened" in line and "HF_TOKEN" in line
   assert (root / "fail").read_text() == "0"
   asked = ranges(root)
   assert len(set(asked)) == 4 + ROW_GROUPS  # the footers, and a request for each row group
   assert len(asked) <= 1 + 4 + 6 * ROW_GROUPS  # one failed; up to four epochs are read ahead
-  assert "HTTP Request" not in log
-
-
-def test_the_hub_refuses(hub, tmp_path):
-  _, url = hub
-  for path, token in (("owner/pictures", "hf_wrongwrongwrong"), ("owner/nothing", TOKEN)):
-    log = read_in_process(path, tmp_path, HF_ENDPOINT=url, HF_TOKEN=token)
-    line = next(line for line in log.splitlines() if line.startswith("refused"))
-    assert f"hf:{path} cannot be opened" in line and "HF_TOKEN" in line and "wrongwrong" not in log
 
 
 def test_a_web_server_gives_the_batches_of_the_disk(hub, parquet):  # noqa: F811
   root, url = hub
   (root / "fail").write_text("3")
-  assert_same(train(f"{url}/files/owner/pictures", 12)[0], train(parquet, 12)[0])
+  assert_same(train(f"hf:{url}/files/owner/pictures", 12)[0], train(parquet, 12)[0])
   assert (root / "fail").read_text() == "0"
 
 
@@ -232,9 +240,9 @@ def test_into_a_bucket_killed_and_gone_on_with(parquet, bucket, tmp_path):  # no
     log = process.communicate(timeout=100)[0]
   assert process.returncode == 0 and "kept 12 finished shards, made 1" in log, log
   assert objects(bucket, "out/")[victim] == found[victim]
-  with into_bucket(bucket, tmp_path / "scratch", "out", *flags, "--seed", 7) as process:
-    log = process.communicate(timeout=100)[0]
-  assert process.returncode == 1 and "seed=0 instead of 7" in log and "Traceback" not in log, log
+  # What was sent is streamed from there.
+  log = read_in_process(tmp_path, bucket.environment, "gs://bucket/out", "")
+  assert LABELS in log, log
 
 
 def test_a_folder_into_a_bucket_and_a_bucket_that_is_not_there(folder, bucket, shards, tmp_path):
@@ -261,5 +269,5 @@ def test_parquet_in_a_bucket(parquet, bucket, tmp_path):  # noqa: F811
       data=file.read_bytes(),
       timeout=10,
     )
-  log = read_in_process("gs://bucket/pictures", tmp_path, **bucket.environment)
-  assert f"labels {sorted(2 * list(range(61)))}" in log, log
+  log = read_in_process(tmp_path, bucket.environment, "hf:gs://bucket/pictures", "")
+  assert LABELS in log, log
