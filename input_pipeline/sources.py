@@ -192,7 +192,9 @@ class StreamSource(ShardedSource):
   def decode(self, index: int, data: bytes | BadRecordError) -> Record:
     """Returns the example that one of the answers of `read_run` holds, as __getitem__ does."""
     if isinstance(data, BadRecordError):
-      raise data
+      # Another one: raised, `data` would hold this frame and with it the whole batch until the
+      # garbage collector comes.
+      raise BadRecordError(str(data))
     return self._decode(data, *self._find(index))
 
 
