@@ -49,8 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
   # Or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
   config.data.path = ""
-  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic | auto:
-  # hf for hf:..., stream for a URL, else by what the folder holds.
+  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic |
+  # auto: hf for hf:..., stream for a URL, else by what the folder holds.
   config.data.kind = "auto"
   config.data.train_split = "train"
   config.data.eval_split = "val"
@@ -66,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
   # most 32; on fewer none. What a chip needs of them: `python -m input_pipeline.bench`.
   config.data.workers = -1
   # Decoding threads of each process; 0 decodes when the batch is asked for. -1 chooses: 0 in processes, which ask at
-  # once, and up to 2 in the trainer.
+  # once, and up to 2 in the trainer. Kind hf decodes in threads of the trainer alone: -1 is one a core, at most 16.
   config.data.threads = -1
   config.data.prefetch_batches = 4  # batches that threads decode ahead in each process; without threads it is two
   # Streamed data, see input_pipeline/order.py. A batch mixes lanes x window blocks; all hosts together hold that many

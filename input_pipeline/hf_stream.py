@@ -343,7 +343,7 @@ def train(
     rows=global_batch_size // hosts,
     first_step=first_step,
     end_step=_ENDLESS,
-    threads=max(1, processes.choose(0, data.threads)[1]),
+    threads=processes.choose_threads(data.threads),
     ahead=data.prefetch_batches,
   )
 
@@ -374,7 +374,7 @@ def evaluate(
     rows=rows,
     first_step=0,
     end_step=-(-most // rows),
-    threads=max(1, processes.choose(0, data.threads)[1]),
+    threads=processes.choose_threads(data.threads),
     ahead=data.prefetch_batches,
   )
 

@@ -40,7 +40,8 @@ def parquet(shards, tmp_path_factory):
 def test_killed_and_gone_on_with_in_the_same_bits(tmp_path, parquet):
   overrides = (*FIELDS, "total_steps=200", "checkpoint.every_steps=20", "eval.every_steps=70")
   environment = os.environ | {"HF_TOKEN": SECRET}
-  quiet = subprocess.run(command(tmp_path / "quiet", f"hf:{parquet}", *overrides), check=True, stderr=subprocess.PIPE, text=True,
+  quiet = subprocess.run(command(tmp_path / "quiet", f"hf:{parquet}", *overrides), check=True,
+                         stderr=subprocess.PIPE, text=True,
                          env=environment).stderr
   assert "Streaming 72 examples" in quiet and "each host reads 2 at once and shuffles windows of 24" in quiet
   assert SECRET not in quiet
@@ -53,7 +54,8 @@ def test_killed_and_gone_on_with_in_the_same_bits(tmp_path, parquet):
         process.kill()
     log += process.communicate(timeout=60)[0] or ""
   assert process.returncode == -signal.SIGKILL, log
-  again = subprocess.run(command(tmp_path / "killed", f"hf:{parquet}", *overrides), check=True, stderr=subprocess.PIPE, text=True,
+  again = subprocess.run(command(tmp_path / "killed", f"hf:{parquet}", *overrides), check=True,
+                         stderr=subprocess.PIPE, text=True,
                          env=environment).stderr
   assert "Going on from checkpoint" in again and "order changes" not in again
   assert fingerprints(tmp_path / "killed", 200) == fingerprints(tmp_path / "quiet", 200)
