@@ -20,6 +20,7 @@ from absl import logging
 import numpy as np
 
 from input_pipeline import processes
+from input_pipeline import remote
 from input_pipeline.errors import DataError
 from input_pipeline.hf import HfSource, RowGroup
 from input_pipeline.records import Record

@@ -162,6 +162,10 @@ def train_batches(
       f"config.data.stream_lanes={data.stream_lanes}."
     )
   rows = TrainRows(source, data, global_batch_size, host, hosts, seed)
+  logging.info(
+    "Decoding in %s.",
+    f"{rows.workers} processes, {rows.threads} threads each" if rows.workers else f"{rows.threads} threads",
+  )
   if isinstance(source, hf.HfSource):
     batches = hf_stream.train(
       source,
@@ -178,6 +182,24 @@ def train_batches(
     make = _synthetic if isinstance(source, SyntheticSource) else _read_ahead
     batches = make(rows, first_step, _ENDLESS, data)
   return BatchIterator(batches, len(source), data.max_bad_fraction)
+
+
+def describe_order(source: Source, data: Any, *, global_batch_size: int, hosts: int) -> str:
+  """Returns in which order training examples come, and what that costs in memory, for a person."""
+  if isinstance(source, hf.HfSource):
+    return f"parquet, {data.hf_streams} row groups at once, shuffled in windows of {data.hf_window:,}"
+  if not isinstance(source, StreamSource):
+    return "a shuffle of all in each epoch"
+  block = data.stream_window * data.stream_block
+  ahead = data.stream_ahead_steps * global_batch_size
+  # The windows in use, and those that the steps ahead need.
+  held = min(len(source), -(-(data.stream_lanes * block + max(ahead, block)) // hosts))
+  size = sum(shard.size or 0 for shard in source.shards) / len(source)
+  memory = f", about {held * size / 2**20:,.0f} MiB" if size else ""
+  return (
+    f"streamed, {data.stream_lanes} lanes, each shuffled in windows of {data.stream_window} blocks of "
+    f"{data.stream_block}; a host holds up to {held:,} records{memory}"
+  )
 
 
 def eval_batches(
@@ -264,12 +286,6 @@ def _read_ahead(rows: Rows, first_step: int, end_step: int, data: Any) -> _Joine
   rows.steps = range(first_step, end_step)
   # A whole batch is one task, or one for each process: nothing is copied to put single rows together.
   tasks = grain.MapDataset.range(first_step * rows.parts, end_step * rows.parts).map(rows)
-  logging.info(
-    "Decoding in %s.",
-    f"{rows.workers} processes, {rows.threads} threads each"
-    if rows.workers
-    else f"{rows.threads} threads",
-  )
   ahead = max(data.prefetch_batches, rows.threads) if rows.threads else 0
   batches = tasks.to_iter_dataset(grain.ReadOptions(rows.threads, ahead))
   if rows.workers:

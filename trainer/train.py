@@ -122,7 +122,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
            clock: WallClock) -> dict[str, Any]:
   workdir, train_source, eval_source, program = _open(config, workdir, pod)
   lengths, mesh = program.lengths, program.mesh
-  logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
+  logging.info("%s", describe(config, program, train_source, eval_source))
 
   checkpointer = Checkpointer(pod, workdir, config, lengths.checkpoint_every)
   restored = checkpointer.restore_newest(program.abstract_state)
@@ -161,7 +161,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
                             program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
-                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange)
+                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange,
+                        reads=lambda: host_batches.reads)
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
@@ -240,6 +241,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
       "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
       "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
       "bad_records": host_batches.bad_records,
+      "reads": dict(host_batches.reads),
       "wall_seconds": seconds | {"total": sum(seconds.values())},
       "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
@@ -401,7 +403,8 @@ def count_params(program: Program) -> int:
   return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
 
 
-def describe(config: ml_collections.ConfigDict, program: Program, train_examples: int, eval_examples: int) -> str:
+def describe(config: ml_collections.ConfigDict, program: Program, train_source: sources.Source,
+             eval_source: sources.Source) -> str:
   """Returns what is about to run, for the log."""
   lengths, devices = program.lengths, jax.devices()
   overview = parameter_overview.get_parameter_overview(program.abstract_state.params, include_stats=False)
@@ -409,8 +412,10 @@ def describe(config: ml_collections.ConfigDict, program: Program, train_examples
       "This run:",
       f"  model     {config.model.name} {config.model.depth}, width {config.model.width:g}, "
       f"{count_params(program):,} parameters, {config.model.num_classes} classes, {config.model.dtype}",
-      f"  data      {config.data.path or config.data.kind}: {train_examples:,} to train, {eval_examples:,} to evaluate, "
+      f"  data      {config.data.path or config.data.kind}: {len(train_source):,} to train, {len(eval_source):,} to evaluate, "
       f"at {config.data.image_size} and {config.data.eval_image_size} px",
+      "  order     " + loader.describe_order(train_source, config.data, global_batch_size=config.global_batch_size,
+                                            hosts=jax.process_count()),
       f"  length    {lengths.total:,} steps of {config.global_batch_size}, {lengths.total / lengths.per_epoch:.2f} epochs, "
       f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
       f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
