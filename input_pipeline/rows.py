@@ -6,6 +6,7 @@ import functools
 import threading
 from typing import Any, Callable, Iterable, Iterator
 
+from absl import logging
 import numpy as np
 
 from input_pipeline import image
@@ -115,6 +116,9 @@ class Rows(abc.ABC):
     """Reserves shared memory for so many tasks of each process."""
     rows = -(-self._rows // self.parts)
     self.slots = slots.Slots((rows, self._size, self._size, 3), self.workers, count)
+    logging.log_first_n(
+      logging.INFO, "Up to %.1f GiB of shared memory for decoded batches.", 1, self.slots.nbytes / 2**30
+    )
 
   def close(self) -> None:
     """Stops reading ahead in this process."""

@@ -159,6 +159,15 @@ def test_crops_and_flips_are_new_in_each_epoch():
   assert len({view.tobytes() for view in images}) == 32
 
 
+def test_the_random_numbers_of_an_example_are_its_own():
+  draws = loader._Draws(2**32 - 1)
+  for number in (5, 2**40, 5, 0):
+    found = draws.of(number)
+    fresh = np.random.Generator(np.random.Philox(key=[2**32 - 1, number]))
+    np.testing.assert_array_equal(found.random((10, 4)), fresh.random((10, 4)))
+    assert found.random() == fresh.random()
+
+
 def test_a_batch_larger_than_the_data_holds_several_epochs():
   (batch,) = take(memory(3), data_config(""), 1, batch=12)
   assert sorted(batch["label"]) == sorted([0, 1, 2] * 4)
