@@ -191,6 +191,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     positions = position and [at for _, at in sorted(pod.gather(f"positions of step {step}", position).items())]
     return {"best": best, "wall_seconds": clock.read(), "positions": positions}
 
+  batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
   step, result, stopping = first_step, None, False
   try:
     # A checkpoint is taken before the evaluation of its step, so one that was cut short, or is lost with its process,
@@ -198,7 +199,6 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     if step and is_eval_step(step):
       result = evaluate_now(step)
       stopping = result is None
-    batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
     clock.switch("step")
     # What is decided here is the same on all hosts: a function of the step, or of requests that a step has agreed on.
     while step < lengths.total and not stopping:
@@ -228,6 +228,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     if step < lengths.total or result is None:
       raise Preempted(f"Stopped and saved at step {step} of {lengths.total}; the same command goes on from there.")
   finally:
+    batches.close()
     host_batches.close()
     telemetry.close()
     checkpointer.close()
