@@ -14,6 +14,7 @@ import functools
 import itertools
 import queue
 import threading
+import time
 from typing import Any, Callable, Iterator, Sequence
 
 from absl import logging
@@ -29,6 +30,7 @@ Position = dict[str, Any]  # JSON-able
 Pick = Callable[[int], Record]  # gives an example for 0, those after it in its window for more
 
 _ENDLESS = 2**62  # steps
+_CLOSE_SECONDS = 5.0  # for threads that wait for a server
 _KEPT = 64  # positions after this many of the last batches can be asked for
 
 
@@ -37,10 +39,12 @@ class _Threads:
 
   def __init__(self, count: int, name: str):
     self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    self._count = count
     self._closed, self._lock = False, threading.Lock()
-    for _ in range(count):
-      threading.Thread(target=self._work, name=name, daemon=True).start()
+    self._threads = [
+      threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)
+    ]
+    for thread in self._threads:
+      thread.start()
 
   def _work(self) -> None:
     while task := self._tasks.get():
@@ -69,8 +73,13 @@ class _Threads:
       with contextlib.suppress(queue.Empty):
         while True:
           self._tasks.get_nowait()[0].cancel()
-      for _ in range(self._count):
+      for _ in self._threads:
         self._tasks.put(None)
+
+  def join(self, deadline: float) -> None:
+    """Waits for the threads to end after `close`, until `deadline` of the monotonic clock."""
+    for thread in self._threads:
+      thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Stream:
@@ -135,10 +144,14 @@ class Stream:
     return self._start | {"used": self._used, "data": self._source.fingerprint}
 
   def close(self) -> None:
-    """Stops to read; what is being read is given up."""
+    """Stops to read; waits for what is being read, but not for long."""
     self._stop.set()
     self._ahead.close()
     self._readers.close()
+    # A thread that comes back from C++ while the interpreter ends would abort the process.
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    self._readers.join(deadline)
+    self._ahead.join(deadline)
 
   def _next_window(self) -> tuple[Position, list[Record]] | None:
     return next(self._windows, None)
@@ -302,8 +315,9 @@ class ReadAhead:
 
   def close(self) -> None:
     """Stops all threads."""
-    self._stream.close()
     self._pool.close()
+    self._stream.close()
+    self._pool.join(time.monotonic() + _CLOSE_SECONDS)
 
 
 def train(
