@@ -1,13 +1,11 @@
 """A workdir in a bucket, against a server on loopback: what a run writes there, and what happens when it refuses."""
 
-import contextlib
 import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 from etils import epath
@@ -16,10 +14,9 @@ import numpy as np
 from orbax import checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
-import requests
 
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import fingerprints, free_port
+from tests.trainer.shared import fingerprints
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
 from trainer import events, report, storage, train as train_lib
@@ -32,56 +29,9 @@ ANY_WRITE = "^(POST|PUT)"
 OF_ARRAYS = "^POST .*(ocdbt|manifest)"  # written by TensorStore
 
 
-class Server:
-  """The process of a bucket `bucket`."""
-
-  def __init__(self, folder):
-    port = free_port()
-    self._faults, self._refused = folder / "faults.json", folder / "refused"
-    self.answer()
-    self.process = subprocess.Popen(
-        [sys.executable, bucket_server.__file__, str(port), self._faults, self._refused],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    self.environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
-                        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
-    while True:
-      with contextlib.suppress(requests.ConnectionError):
-        requests.get(url, timeout=10)
-        return
-      assert self.process.poll() is None
-      time.sleep(0.05)
-
-  def refuse(self, match, status):
-    """Refuses what matches from now on."""
-    self._refused.write_text("")
-    self._set({"match": match, "status": status})
-
-  def answer(self):
-    self._set({})
-
-  def _set(self, faults):
-    partial = self._faults.with_suffix(".tmp")
-    partial.write_text(json.dumps(faults))
-    partial.replace(self._faults)
-
-  def refused(self):
-    return self._refused.read_text().splitlines()
-
-
-@contextlib.contextmanager
-def serving(folder):
-  server = Server(folder)
-  try:
-    yield server
-  finally:
-    server.process.kill()
-    server.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-  with serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
+  with bucket_server.serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
     for name, value in server.environment.items():  # of this process too, and for TensorStore before it is first used
       patch.setenv(name, value)
       patch.setitem(ENVIRONMENT, name, value)
@@ -323,7 +273,7 @@ def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_pat
   (tmp_path / "config.py").write_text(IMPATIENT)
   command = trainer("gs://bucket/run", "total_steps=600", "log.every_steps=100", "checkpoint.every_steps=200",
                     "checkpoint.retry_seconds=2", config=tmp_path / "config.py")
-  with serving(tmp_path) as server, subprocess.Popen(
+  with bucket_server.serving(tmp_path) as server, subprocess.Popen(
       command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | server.environment) as process:
     log = ""
     for line in process.stderr:
