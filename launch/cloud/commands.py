@@ -77,7 +77,7 @@ def agent(place: Place, sha: str, *words: str) -> str:
   name, folder = f"agent-{sha}.py", shlex.quote(f"tpu/{place.run}")
   fetch = shlex.join(["gcloud", "storage", "cp", f"{place.url}/launch/{name}", name, "--quiet"])
   verb = shlex.join(["python3", name, place.url, *words])
-  return (f"mkdir -p {folder} && cd {folder} && {{ test -f {name} || {fetch} 1>&2; }} && {verb} || "
+  return (f"mkdir -p {folder} && cd {folder} && (test -f {name} || {fetch} 1>&2) && {verb} || "
           'echo "tpu-agent-failed $(hostname)"')
 
 
@@ -85,7 +85,7 @@ def ssh(settings: Settings, command: str, slice_number: int | None = None, worke
   """Runs a command line on hosts, 64 at a time; it may be run again after a lost connection."""
   return [*_TPUS, "queued-resources", "ssh", settings.run, *_hosts(slice_number, worker), "--batch-size=64",
           "--ssh-flag=-oBatchMode=yes", "--ssh-flag=-oConnectTimeout=15", "--ssh-flag=-oServerAliveInterval=15",
-          *(["--tunnel-through-iap"] if settings.iap else []), f"--command={command}", *_where(settings.place)]
+          f"--command={command}", *(["--tunnel-through-iap"] if settings.iap else []), *_where(settings.place)]
 
 
 def copy_environment(settings: Settings) -> Line:
@@ -137,7 +137,7 @@ def default_project() -> Line:
 
 def services(place: Place) -> Line:
   """Lists the enabled APIs of a project."""
-  return ["gcloud", "services", "list", "--enabled", "--format=json(config.name)", f"--project={place.project}", "--quiet"]
+  return ["gcloud", "services", "list", "--format=json(config.name)", "--enabled", f"--project={place.project}", "--quiet"]
 
 
 def bucket(place: Place) -> Line:

@@ -44,6 +44,7 @@ class Driver:
       GcloudError, UsageError: if there is no sense in going on.
     """
     self._store.write(self.run)
+    self.ship_code()  # before anything is paid for
     while True:
       try:
         world = self._looker.world(self.run.memory)
@@ -138,7 +139,7 @@ class Driver:
 
   def ship(self) -> None:
     """Puts into the bucket what an attempt needs, and onto the hosts what must not lie there."""
-    self.ship_agent()
+    self.ship_code()
     place, memory = self.settings.place, self.run.memory
     deadline = None
     if self.settings.max_seconds is not None:
@@ -154,7 +155,7 @@ class Driver:
     if self.settings.env_file:
       self._gcloud.run(commands.copy_environment(self.settings))
 
-  def ship_agent(self) -> None:
+  def ship_code(self) -> None:
     """Puts code and agent into the bucket, unless they are there."""
     tree = bundle.look()
     if tree.tree != self.run.code:
