@@ -140,7 +140,6 @@ class Cloud:
     install(self._root)
     home = self._root / "home"
     (home / "token").write_text("token")
-    # A gcloud that wants anything else finds nobody.
     self._google = {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"{self.url}/",
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{self.url}/compute/v1/",
@@ -148,9 +147,10 @@ class Cloud:
         "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(home / "token"),
         "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
         "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
-        "HTTPS_PROXY": OFFLINE, "HTTP_PROXY": OFFLINE, "NO_PROXY": "127.0.0.1,localhost",
     }
+    # A gcloud that wants anything else finds nobody.
     self.environment = self._google | {
+        "HTTPS_PROXY": OFFLINE, "HTTP_PROXY": OFFLINE, "NO_PROXY": "127.0.0.1,localhost",
         "HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "CLOUDSDK_CORE_PROJECT": "project",
         "PATH": f"{self._root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
@@ -166,6 +166,10 @@ class Cloud:
 
   def __exit__(self, *exception) -> None:
     self.close()
+
+  def count(self, pattern: str) -> int:
+    """Returns how many requests there were of a kind, by a regular expression for "METHOD /path"."""
+    return sum(bool(re.search(pattern, line)) for line in self.calls)
 
   # What the service does by itself, and what a test makes it do.
 

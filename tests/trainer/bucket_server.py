@@ -112,12 +112,12 @@ class Server:
         [sys.executable, "-m", "tests.trainer.bucket_server", str(port), self._faults, self._refused],
         cwd=pathlib.Path(__file__).parents[2],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    self.environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
+    self.url = f"http://127.0.0.1:{port}"
+    self.environment = {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url,
                         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
     while True:
       with contextlib.suppress(requests.ConnectionError):
-        requests.get(url, timeout=10)
+        requests.get(self.url, timeout=10)
         return
       assert self.process.poll() is None
       time.sleep(0.05)
