@@ -128,7 +128,10 @@ def main():
       fail(entry[2])
   words = [word for word in sys.argv[1:] if not word.startswith("--")]
   flags = dict(word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in sys.argv[1:] if word.startswith("--"))
-  if words[0] == "storage":
+  if "scp" in words:
+    for home in (CLOUD / "hosts").glob("?-?"):
+      shutil.copyfile(words[-2], home / words[-1].split(":")[1])
+  elif words[0] == "storage":
     storage(words[1:], flags)
   elif words[:2] == ["compute", "tpus"] and words[3] == "ssh":
     ssh(flags)
