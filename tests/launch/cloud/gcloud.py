@@ -48,12 +48,14 @@ def storage(words, flags):
     if not source.exists():
       fail("The following URLs matched no objects or files")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
     print(f"Created: {words[2]}#{target.stat().st_mtime_ns}", file=sys.stderr)
     return
   url = words[-1]
   root = CLOUD / "objects"
-  found = sorted(path for path in root.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path), str(path_of(url))))
+  found = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".partial" and fnmatch.fnmatch(str(path), str(path_of(url))))
   if not found:
     fail("The following URLs matched no objects or files")
   for path in found:

@@ -24,7 +24,7 @@ class Cloud:
     self.folder.mkdir()
     binary = folder / "bin" / "gcloud"
     binary.parent.mkdir()
-    binary.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(HERE / "gcloud.py"))} "$@"\n')
+    binary.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -ES {shlex.quote(str(HERE / "gcloud.py"))} "$@"\n')
     binary.chmod(0o755)
     self.environment = os.environ | {
         "FAKE_CLOUD": str(self.folder), "PATH": f"{binary.parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
@@ -104,7 +104,7 @@ def test_from_nothing_to_complete_and_removed(cloud):
   assert cloud.read("queued.json") == {} and cloud.read("nodes.json") == {}
   for host in ("0-0", "0-1"):
     log = cloud.log(1, host)
-    assert "step 20/20" in log and "--workdir=gs://my-bucket/a/r1/workdir" in log
+    assert "step 12/12" in log and "--workdir=gs://my-bucket/a/r1/workdir" in log
     assert repr("--config.data.path=a b'c\"$(touch /tmp/x)") in log
   assert cloud.run_json()["result"]["complete"]
   # Typed again, it says so and asks for nothing.
@@ -149,9 +149,9 @@ def test_a_crash_is_started_again_and_the_second_at_the_same_step_ends_it(cloud)
                             "2": {"0-1": [9, 1], "0-0": [9, 76]}, "3": {"0-1": [9, 1], "0-0": [9, 76]}})
   code, output = cloud.run(*cloud.up())
   assert code == 4, output
-  assert "host 0-1 was the first to crash, with code -9, at step 5" in output or "with code 76" in output
+  assert "host 0-1 was the first to crash, with code -9, at step 5" in output
   assert "the last lines of host 0-1" in output and "about to end" in output
-  assert "for the second time at step" in output and cloud.read("queued.json") == {}
+  assert "with code 1, for the second time at step 9" in output and cloud.read("queued.json") == {}
 
 
 def test_a_failure_that_a_rerun_does_not_mend(cloud):
@@ -173,9 +173,9 @@ def test_a_stall_shows_where_every_host_is(cloud):
 
 def test_a_launcher_that_is_killed_loses_nothing(cloud):
   cloud.write("plan.json", {"seconds": 0.3})
-  for count in (1, 2, 3):
+  for seconds in (0.5, 1, 2):  # before, while and after the trainer is started
     launcher = cloud.start(*cloud.up())
-    cloud.wait_for(lambda: cloud.step() >= 2 * count)
+    time.sleep(seconds)
     launcher.kill()
     launcher.communicate()
   cloud.write("plan.json", {"seconds": 0.02})

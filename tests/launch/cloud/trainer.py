@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Stands in for the Python of a host, and for the trainer that it would run: makes 12 steps and a checkpoint every 4, as CLOUD/plan.json says.
+"""Stands in for the Python of a host and the trainer that it would run: makes 12 steps and a checkpoint every 4.
 
-Started as `python -m trainer ...` by the agent. The plan: {"seconds": of a step, "ATTEMPT": {"HOST": [step, what]}}, where
+Started as `python -m trainer ...` by the agent. CLOUD/plan.json says: {"seconds": of a step, "ATTEMPT": {"HOST": [step, what]}}, where
 what is an exit code, "hang" or "crash".
 """
 
