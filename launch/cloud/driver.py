@@ -54,7 +54,7 @@ class Driver:
         self._say(f"the cloud does not answer: {error}")
         self._sleep(self.settings.poll)
         continue
-      states.remember(world, self.run.memory)
+      states.remember(world, self.run.memory, self.settings)
       action = states.decide(world, self.run.memory, self.settings)
       self._show(world, action)
       try:

@@ -19,7 +19,7 @@ from typing import Any, Callable
 
 from launch.cloud import commands
 from launch.cloud.gcloud import Gcloud, GcloudError
-from launch.cloud.settings import Place, Settings
+from launch.cloud.settings import Place, Settings, UsageError
 from launch.cloud.states import Memory
 
 _BEAT = 120.0  # seconds between two signs of life of the launcher
@@ -113,7 +113,11 @@ class Store:
           return None
         continue
       self._generation, self._written = generation, None
-      return Run.from_json(json.loads(text))
+      try:
+        return Run.from_json(json.loads(text))
+      except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
+                         "or move it away.") from error
     raise GcloudError("unavailable", [], f"{self.url} changes all the time")
 
   def _is_there(self) -> bool:

@@ -160,7 +160,7 @@ class Action:
   blame: str | None = None
 
 
-def remember(world: World, memory: Memory) -> None:
+def remember(world: World, memory: Memory, settings: Settings) -> None:
   """Takes in what is seen."""
   now, state = world.now, world.queued.state if world.queued else "ABSENT"
   if state != memory.state:
@@ -182,7 +182,7 @@ def remember(world: World, memory: Memory) -> None:
     memory.slices.append([now, now])
   memory.slices[-1][1] = now
   memory.waiting_since, memory.refusals = None, 0
-  ready = bool(world.nodes) and all(node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
+  ready = len(world.nodes) >= settings.slices and all(node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
   memory.unready_since = None if ready else memory.unready_since or now
   names = [f"{number}-{worker}" for number, node in enumerate(world.nodes) for worker in range(node.hosts)]
   if not names:

@@ -133,7 +133,7 @@ def status(place: Place, owner: str, as_json: bool) -> int:
   gcloud = _gcloud()
   run = _read(place, gcloud)
   world = Looker(gcloud, run.settings).world(run.memory)
-  states.remember(world, run.memory)
+  states.remember(world, run.memory, run.settings)
   view = View.of(run, world, None)
   if as_json:
     print(json.dumps(view.to_json() | {"reports": [dataclasses.asdict(report) for report in world.reports],
@@ -175,7 +175,7 @@ def stop(place: Place, owner: str, as_json: bool) -> int:
     time.sleep(min(5.0, run.settings.poll))
   step = max((report.step or 0 for report in reports), default=0)
   if not store.other_driver(run) and run.result is None:
-    states.remember(dataclasses.replace(world, reports=reports), run.memory)
+    states.remember(dataclasses.replace(world, reports=reports), run.memory, run.settings)
     run.result = {"code": states.DONE, "reason": f"stopped at step {step}; the slice is kept", "time": time.time()}
     store.write(run, driving=False)
   screen.lines([f"{place.run}: saved and stopped at step {step}. The slice stays and is paid for "

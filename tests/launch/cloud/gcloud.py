@@ -48,12 +48,14 @@ def storage(words, flags):
     if not source.exists():
       fail("The following URLs matched no objects or files")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
     print(f"Created: {words[2]}#{target.stat().st_mtime_ns}", file=sys.stderr)
     return
   url = words[-1]
   root = CLOUD / "objects"
-  found = sorted(path for path in root.rglob("*") if path.is_file() and fnmatch.fnmatch(str(path), str(path_of(url))))
+  found = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".partial" and fnmatch.fnmatch(str(path), str(path_of(url))))
   if not found:
     fail("The following URLs matched no objects or files")
   for path in found:
@@ -128,7 +130,10 @@ def main():
       fail(entry[2])
   words = [word for word in sys.argv[1:] if not word.startswith("--")]
   flags = dict(word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in sys.argv[1:] if word.startswith("--"))
-  if words[0] == "storage":
+  if "scp" in words:
+    for home in (CLOUD / "hosts").glob("?-?"):
+      shutil.copyfile(words[-2], home / words[-1].split(":")[1])
+  elif words[0] == "storage":
     storage(words[1:], flags)
   elif words[:2] == ["compute", "tpus"] and words[3] == "ssh":
     ssh(flags)
