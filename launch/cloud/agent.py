@@ -58,22 +58,19 @@ def metadata(path: str) -> str | None:
     return None
 
 
-def whoami() -> dict[str, Any]:
+def identity(home: pathlib.Path) -> dict[str, Any]:
   """Returns the slice and the worker that this host is, from the environment or from the metadata of TPU VMs."""
-  worker = os.environ.get("TPU_WORKER_ID") or metadata("attributes/agent-worker-number") or "0"
+  path, boot = home / "identity.json", boot_id()
+  known = read_json(path)
+  if known and known["boot"] == boot:
+    return known
+  worker = os.environ.get("TPU_WORKER_ID") or metadata("attributes/agent-worker-number")
   number = os.environ.get("MEGASCALE_SLICE_ID")
   if number is None:
     found = re.search(r"MEGASCALE_SLICE_ID:\s*'?(\d+)", metadata("attributes/tpu-env") or "")
     number = found.group(1) if found else "0"
-  return {"slice": int(number), "worker": int(worker), "hostname": socket.gethostname()}
-
-
-def identity(home: pathlib.Path) -> dict[str, Any]:
-  """Returns `whoami` of this boot, asked once."""
-  path, boot = home / "identity.json", boot_id()
-  known = read_json(path)
-  if not known or known["boot"] != boot:
-    known = dict(whoami(), boot=boot)
+  known = {"slice": int(number), "worker": int(worker or 0), "hostname": socket.gethostname(), "boot": boot}
+  if worker is not None:  # else the metadata server did not answer, or this is no TPU VM
     write_json(path, known)
   return known
 
@@ -436,7 +433,7 @@ def run_step(step: list[str], log: Any) -> None:
   """Runs a step of the installation, three times at most, for registries that are busy."""
   for pause in (5, 20, None):
     code = subprocess.call(step, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                           env=dict(os.environ, PATH=_path_with_uv()))
+                           env=dict(os.environ, PATH=_path_with_uv(), PIP_BREAK_SYSTEM_PACKAGES="1"))
     if code == 0:
       return
     if pause:

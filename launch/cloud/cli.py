@@ -170,6 +170,8 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
     raise UsageError(f"--max-hours {args.max_hours:g} must be above 0.")
   if args.env_file and not os.access(args.env_file, os.R_OK):
     raise UsageError(f"--env-file {args.env_file} cannot be read.")
+  if args.env_file and os.stat(args.env_file).st_mode & 0o077:
+    raise UsageError(f"--env-file {args.env_file} can be read by others; chmod 600 it.")
   pairs = {name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")}
   settings = check(Settings(
       _place(args), _owner(args), args.type, args.slices, args.capacity, args.runtime_version, args.service_account,
@@ -177,9 +179,9 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
       pairs["label"], os.path.abspath(args.env_file) if args.env_file else "", pairs["secret"], args.python, args.keep,
       tuple(argv), args.dollars_per_chip_hour, max_seconds=args.max_hours * 3600 if args.max_hours is not None else None,
       **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _DURATIONS}))
-  config = next(word.split("=", 1)[1] for word in settings.argv if word.startswith("--config="))
-  if not (bundle.ROOT / config.split(":")[0]).is_file():
-    raise UsageError(f"--config={config} is no file of {bundle.ROOT}, which is what hosts get.")
+  for word in settings.argv:
+    if word.startswith("--config=") and not (bundle.ROOT / word[9:].split(":")[0]).is_file():
+      raise UsageError(f"{word} is no file of {bundle.ROOT}, which is what hosts get.")
   return settings
 
 

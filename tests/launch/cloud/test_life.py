@@ -275,6 +275,8 @@ def test_the_slice_removes_itself_at_the_cost_limit_when_nobody_looks(cloud):
 def test_secrets_go_by_file_only(cloud):
   secret = cloud.folder.parent / "my env"
   secret.write_text("SECRET=hush $(hush) 'x\n")
+  assert "chmod 600" in cloud.run(*cloud.up(f"--env-file={secret}"))[1]
+  secret.chmod(0o600)
   code, output = cloud.run(*cloud.up(f"--env-file={secret}"))
   assert code == 0, output
   assert "hush $(hush) 'x" in cloud.log(1)  # the trainer of this test prints it
