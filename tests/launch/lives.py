@@ -176,6 +176,6 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
 def up(*words: str, accelerator_type: str = "v4-16", capacity: str = "--spot", steps: int = 40) -> list[str]:
   """Returns the words that train the tiny net, with pauses of seconds where there are minutes."""
   return ["up", NAME, f"--type={accelerator_type}", capacity, f"--zone={ZONE}", "--bucket=gs://bucket",
-          f"--python={sys.executable}", "--poll=1s", "--backoff=1s", "--idle=1h", *words,
+          f"--python={sys.executable}", "--poll=4s", "--backoff=1s", "--idle=1h",
           f"--config={pathlib.Path(tiny.__file__).relative_to(ROOT)}", "--config.data.kind=synthetic",
-          f"--config.total_steps={steps}", "--config.log.every_steps=10", "--config.checkpoint.every_steps=20"]
+          f"--config.total_steps={steps}", "--config.log.every_steps=10", "--config.checkpoint.every_steps=50", *words]
