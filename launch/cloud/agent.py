@@ -256,6 +256,7 @@ class Host:
     """Runs the trainer of the current attempt to its end."""
     with locked(self.home / "attempt.lock", 5) as lock:
       self.change(supervisor=os.getpid())
+      trainer = None
       try:
         with open(self.log(), "ab") as log:
           command, folder, environment = self.prepare(log)
@@ -266,6 +267,8 @@ class Host:
           trainer.terminate()
         code, trouble = trainer.wait(), None
       except Exception as error:  # whatever it is, it must be told: nobody is there to see it
+        if trainer:
+          trainer.kill()
         code, trouble = CRASHED, str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         with open(self.log(), "a") as log:
           log.write(f"agent: {trouble}\n{traceback.format_exc()}")
@@ -464,6 +467,9 @@ def main(argv: list[str]) -> int:
     return 0
   host.contacted()
   if verb in ("tail", "follow"):
+    if not host.log().exists():
+      print(f"[{host.name}] no trainer was started here yet", flush=True)
+      return 0
     host.tail(int(argv[3]), follow=verb == "follow")
     return 0
   trouble = None

@@ -102,6 +102,8 @@ class Driver:
       self._limits_told = True
     else:
       self._ask(action.kind)
+      if action.kind == "stacks":
+        self._say(f"they are in {settings.place.url}/logs/attempt-{memory.attempt}/")
     return None
 
   def _create(self) -> int | None:
@@ -190,9 +192,8 @@ class Driver:
       self._ask("start", str(self.run.memory.attempt))
 
   def _show_last_lines(self, action: Action) -> None:
-    lines = self._looker.last_lines(action.blame, _LAST_LINES)
-    if lines:
-      self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
+    lines = self._looker.last_lines(action.blame, self.run.memory.attempt, _LAST_LINES)
+    self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
 
   def _show(self, world: World, action: Action) -> None:
     self._screen.show(View.of(self.run, world, action))

@@ -102,12 +102,18 @@ class Looker:
       trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
     return tuple(sorted(reports.values(), key=lambda report: (report.slice, report.worker))), trouble
 
-  def last_lines(self, host: str, lines: int) -> list[str]:
+  def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
     """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
     number, worker = map(int, host.split("-"))
     command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
     found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
-    return [line for line in found if line.startswith("[")][-lines:]
+    if found := [line for line in found if line.startswith("[")]:
+      return found[-lines:]
+    url = f"{self.settings.place.url}/logs/attempt-{attempt}/host-{host}.log"
+    try:
+      return self._gcloud.run(commands.read(self.settings.place, url), tries=1).splitlines()[-lines:]
+    except GcloudError as error:
+      return [str(error)]
 
   def heartbeat(self) -> dict[str, Any] | None:
     """Returns what host 0 last said in the bucket, of whatever attempt."""

@@ -115,6 +115,9 @@ def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: S
     except KeyboardInterrupt:
       screen.lines(leave(run, store) if not other else ["Left; the other launcher goes on."])
       return 130
+    except (GcloudError, UsageError):
+      leave(run, store)
+      raise
 
 
 def _what_next(run: Run) -> list[str]:
