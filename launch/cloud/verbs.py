@@ -60,6 +60,7 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
   run = store.read()
   if run:
     _same_owner(run, settings.owner)
+    _same_slice(gcloud, run.settings, settings)
     result = run.result
     if result and result.get("complete") and run.settings.argv == settings.argv:
       print(f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in {settings.place.url}.")
@@ -70,6 +71,23 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
   note(settings)
   run = run or Run(settings)
   return _drive(gcloud, store, run, settings, _screen(settings.place, as_json), take_over, no_watch)
+
+
+def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
+  """Refuses to forget a slice of another kind or place, which would be paid for without end."""
+  def slices(settings: Settings) -> str:
+    return f"{settings.slices} x {settings.type} {settings.capacity} in {settings.place.zone} of {settings.place.project}"
+
+  if slices(before) == slices(now):
+    return
+  try:
+    gcloud.json(commands.describe(before.place))
+  except GcloudError as error:
+    if error.kind != "not_found":
+      raise
+    return
+  raise UsageError(f"{now.run} still has {slices(before)}; first: launch/tpu down {now.run} "
+                   f"--project={before.place.project} --zone={before.place.zone}")
 
 
 def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:

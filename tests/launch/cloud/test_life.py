@@ -210,6 +210,8 @@ def test_leaving_stopping_and_going_on(cloud):
   code, output = cloud.run("stop", "r1")
   assert code == 0 and "saved and stopped at step" in output
   assert "r1" in cloud.read("queued.json")
+  code, output = cloud.run(*cloud.up("--max-hours=5", "--type=v5litepod-16"))
+  assert code == 2 and "still has 1 x v5litepod-8 spot in us-west4-a" in output
   code, output = cloud.run("logs", "r1", "--worker=all")
   assert code == 0 and "[0-0] saved" in output and "[0-1] saved" in output
   cloud.write("plan.json", {"seconds": 0.02})
