@@ -218,6 +218,7 @@ def logs(place: Place, request: LogRequest) -> int:
       if error.kind != "not_found":
         raise
   if queued and queued.state == "ACTIVE" and run.memory.started:
+    Looker(gcloud, run.settings).ship_agent()
     words = ("follow" if request.follow else "tail", str(request.lines))
     line = commands.ssh(run.settings, commands.agent(place, bundle.agent_sha(), *words),
                         None if worker is None else request.slice, worker)
