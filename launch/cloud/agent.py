@@ -312,28 +312,36 @@ class Host:
   def guard(self) -> None:
     """Watches over the machine until it is gone."""
     with locked(self.home / "guard.lock", 5):
-      uploaded: tuple[Any, ...] = ()
-      next_upload = next_delete = 0.0
-      since, told = None, False
+      self.uploaded: Any = None
+      self.next_upload = self.next_delete = 0.0
+      self.since: float | None = None
       while True:
-        log = self.log()
-        if not told and (metadata("preempted") or "").strip() == "TRUE":
-          told = True
-          (self.home / "preempted").touch()
-          self.signal_trainer(signal.SIGTERM)
-        if time.time() > next_upload:
-          next_upload = time.time() + _UPLOAD_SECONDS
-          now = (log, log.stat().st_size if log.exists() else 0)
-          if now != uploaded and now[1] and self.upload(log, f"host-{self.name}.log"):
-            uploaded = now
-          self.beat()
-        reason = self.why_remove()
-        since = since or time.time() if reason else None
-        # Host 0 removes the slice; the others do where it does not.
-        if reason and time.time() > max(next_delete, since + (0 if self.name == "0-0" else 2 * _SAVE_SECONDS)):
-          self.remove(reason)
-          next_delete = time.time() + 60
+        try:
+          self.watch_over()
+        except Exception:  # of whatever kind: without a guard nobody keeps the cost limit
+          traceback.print_exc()
+          sys.stderr.flush()
         time.sleep(_GUARD_SECONDS)
+
+  def watch_over(self) -> None:
+    """One turn of the guard."""
+    now, log = time.time(), self.log()
+    told = self.home / "preempted"
+    if not told.exists() and (metadata("preempted") or "").strip() == "TRUE":
+      told.touch()
+      self.signal_trainer(signal.SIGTERM)
+    if now > self.next_upload:
+      self.next_upload = now + _UPLOAD_SECONDS
+      size = log.stat().st_size if log.exists() else 0
+      if size and (log, size) != self.uploaded and self.upload(log, f"host-{self.name}.log"):
+        self.uploaded = (log, size)
+      self.beat()
+    reason = self.why_remove()
+    self.since = (self.since or now) if reason else None
+    # Host 0 removes the slice; the others do where it does not.
+    if reason and now > max(self.next_delete, self.since + (-1 if self.name == "0-0" else 2 * _SAVE_SECONDS)):
+      self.remove(reason)
+      self.next_delete = time.time() + 60
 
   def beat(self, removing: str | None = None) -> None:
     """Host 0 says in the bucket that the slice lives: who asks when it is gone finds when and why."""
