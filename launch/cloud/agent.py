@@ -256,6 +256,7 @@ class Host:
     """Runs the trainer of the current attempt to its end."""
     with locked(self.home / "attempt.lock", 5) as lock:
       self.change(supervisor=os.getpid())
+      trainer = None
       try:
         with open(self.log(), "ab") as log:
           command, folder, environment = self.prepare(log)
@@ -266,6 +267,8 @@ class Host:
           trainer.terminate()
         code, trouble = trainer.wait(), None
       except Exception as error:  # whatever it is, it must be told: nobody is there to see it
+        if trainer:
+          trainer.kill()
         code, trouble = CRASHED, str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         with open(self.log(), "a") as log:
           log.write(f"agent: {trouble}\n{traceback.format_exc()}")
@@ -309,28 +312,36 @@ class Host:
   def guard(self) -> None:
     """Watches over the machine until it is gone."""
     with locked(self.home / "guard.lock", 5):
-      uploaded: tuple[Any, ...] = ()
-      next_upload = next_delete = 0.0
-      since, told = None, False
+      self.uploaded: Any = None
+      self.next_upload = self.next_delete = 0.0
+      self.since: float | None = None
       while True:
-        log = self.log()
-        if not told and (metadata("preempted") or "").strip() == "TRUE":
-          told = True
-          (self.home / "preempted").touch()
-          self.signal_trainer(signal.SIGTERM)
-        if time.time() > next_upload:
-          next_upload = time.time() + _UPLOAD_SECONDS
-          now = (log, log.stat().st_size if log.exists() else 0)
-          if now != uploaded and now[1] and self.upload(log, f"host-{self.name}.log"):
-            uploaded = now
-          self.beat()
-        reason = self.why_remove()
-        since = since or time.time() if reason else None
-        # Host 0 removes the slice; the others do where it does not.
-        if reason and time.time() > max(next_delete, since + (0 if self.name == "0-0" else 2 * _SAVE_SECONDS)):
-          self.remove(reason)
-          next_delete = time.time() + 60
+        try:
+          self.watch_over()
+        except Exception:  # of whatever kind: without a guard nobody keeps the cost limit
+          traceback.print_exc()
+          sys.stderr.flush()
         time.sleep(_GUARD_SECONDS)
+
+  def watch_over(self) -> None:
+    """One turn of the guard."""
+    now, log = time.time(), self.log()
+    told = self.home / "preempted"
+    if not told.exists() and (metadata("preempted") or "").strip() == "TRUE":
+      told.touch()
+      self.signal_trainer(signal.SIGTERM)
+    if now > self.next_upload:
+      self.next_upload = now + _UPLOAD_SECONDS
+      size = log.stat().st_size if log.exists() else 0
+      if size and (log, size) != self.uploaded and self.upload(log, f"host-{self.name}.log"):
+        self.uploaded = (log, size)
+      self.beat()
+    reason = self.why_remove()
+    self.since = (self.since or now) if reason else None
+    # Host 0 removes the slice; the others do where it does not.
+    if reason and now > max(self.next_delete, self.since + (-1 if self.name == "0-0" else 2 * _SAVE_SECONDS)):
+      self.remove(reason)
+      self.next_delete = time.time() + 60
 
   def beat(self, removing: str | None = None) -> None:
     """Host 0 says in the bucket that the slice lives: who asks when it is gone finds when and why."""
@@ -464,6 +475,9 @@ def main(argv: list[str]) -> int:
     return 0
   host.contacted()
   if verb in ("tail", "follow"):
+    if not host.log().exists():
+      print(f"[{host.name}] no trainer was started here yet", flush=True)
+      return 0
     host.tail(int(argv[3]), follow=verb == "follow")
     return 0
   trouble = None

@@ -166,6 +166,10 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
       argv[-1] += f"={word}"  # --config configs/X.py
     else:
       argv.append(word)
+  configs = [word for word in argv if word.split("=")[0] == "--config"]
+  if len(configs) > 1:
+    raise UsageError(f"--config is given {len(configs)} times.")
+  argv = configs + [word for word in argv if word not in configs]  # its fields must come behind it
   if args.max_hours is not None and not args.max_hours > 0:
     raise UsageError(f"--max-hours {args.max_hours:g} must be above 0.")
   if args.env_file and not os.access(args.env_file, os.R_OK):

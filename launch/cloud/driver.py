@@ -7,11 +7,11 @@ import json
 import pathlib
 import tempfile
 import time
-from typing import Callable
+from typing import Any, Callable
 
 from launch.cloud import bundle, commands, states
 from launch.cloud.gcloud import TRANSIENT, Gcloud, GcloudError
-from launch.cloud.look import Looker
+from launch.cloud.look import Looker, upload_new
 from launch.cloud.run import Run, Store, TakenOver
 from launch.cloud.screen import Screen, View
 from launch.cloud.settings import Settings, UsageError, describe_seconds
@@ -102,6 +102,8 @@ class Driver:
       self._limits_told = True
     else:
       self._ask(action.kind)
+      if action.kind == "stacks":
+        self._say(f"they are in {settings.place.url}/logs/attempt-{memory.attempt}/")
     return None
 
   def _create(self) -> int | None:
@@ -141,16 +143,9 @@ class Driver:
     """Puts into the bucket what an attempt needs, and onto the hosts what must not lie there."""
     self.ship_code()
     place, memory = self.settings.place, self.run.memory
-    deadline = None
-    if self.settings.max_seconds is not None:
-      deadline = self._clock() + self.settings.max_seconds - memory.seconds()
-    spec = {"attempt": memory.attempt, "run": place.run, "project": place.project, "zone": place.zone,
-            "argv": self.settings.argv, "code": self.run.code, "secrets": dict(self.settings.secrets),
-            "python": self.settings.python, "deadline": deadline,
-            "idle": None if self.settings.keep else self.settings.idle}
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, f"attempt-{memory.attempt}.json")
-      path.write_text(json.dumps(spec))
+      path.write_text(json.dumps(attempt_spec(self.run, self._clock())))
       self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
     if self.settings.env_file:
       self._gcloud.run(commands.copy_environment(self.settings))
@@ -161,26 +156,12 @@ class Driver:
     if tree.tree != self.run.code:
       self.run.code, self.run.commit, self.run.dirty = tree.tree, tree.commit, tree.dirty
       self._write()
-    with tempfile.TemporaryDirectory() as folder:
-      agent = pathlib.Path(folder, f"agent-{bundle.agent_sha()}.py")
-      agent.write_bytes(bundle.AGENT.read_bytes())
-      self._upload_once(agent)
-      if tree.tree not in self._shipped:
-        archive, diff = bundle.pack(tree, pathlib.Path(folder))
-        self._upload_once(diff)
-        self._upload_once(archive)
-        self._shipped.add(tree.tree)
-
-  def _upload_once(self, path: pathlib.Path) -> None:
-    place = self.settings.place
-    if path.name in self._shipped:
-      return
-    try:
-      self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}", "0"))
-    except GcloudError as error:
-      if error.kind != "precondition":
-        raise
-    self._shipped.add(path.name)
+    self._looker.ship_agent()
+    if tree.tree not in self._shipped:
+      with tempfile.TemporaryDirectory() as folder:
+        for path in bundle.pack(tree, pathlib.Path(folder)):
+          upload_new(self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}")
+      self._shipped.add(tree.tree)
 
   def _tell_limits(self) -> None:
     """Tells hosts whose trainer runs already how long this launcher lets the slice stay."""
@@ -190,9 +171,8 @@ class Driver:
       self._ask("start", str(self.run.memory.attempt))
 
   def _show_last_lines(self, action: Action) -> None:
-    lines = self._looker.last_lines(action.blame, _LAST_LINES)
-    if lines:
-      self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
+    lines = self._looker.last_lines(action.blame, self.run.memory.attempt, _LAST_LINES)
+    self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
 
   def _show(self, world: World, action: Action) -> None:
     self._screen.show(View.of(self.run, world, action))
@@ -208,6 +188,15 @@ class Driver:
       if error.kind not in TRANSIENT:
         raise
       self._screen.lines([f"run.json was not written: {error}"])
+
+
+def attempt_spec(run: Run, now: float) -> dict[str, Any]:
+  """Returns what hosts have to know of the next attempt; read by launch/cloud/agent.py."""
+  settings, place = run.settings, run.settings.place
+  deadline = None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
+  return {"attempt": run.memory.attempt, "run": place.run, "project": place.project, "zone": place.zone,
+          "argv": settings.argv, "code": run.code, "secrets": dict(settings.secrets), "python": settings.python,
+          "deadline": deadline, "idle": None if settings.keep else settings.idle}
 
 
 def begin(run: Run, settings: Settings, now: float) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
+import tempfile
+import time
 from typing import Iterable
 
 from launch.cloud import bundle, commands, verbs
 from launch.cloud.commands import Line
-from launch.cloud.run import noted
+from launch.cloud.driver import attempt_spec
+from launch.cloud.run import Run, noted
 from launch.cloud.settings import Place, Settings
 
 
@@ -39,14 +44,17 @@ def _look(settings: Settings) -> list[Line]:
 
 
 def up(settings: Settings) -> list[Line]:
-  """From nothing to a run that is complete and removed."""
-  place, tree = settings.place, bundle.look()
-  launch = f"{place.url}/launch"
-  shipped = [commands.upload(place, name, f"{launch}/{name}", "0") for name in (
-      f"agent-{bundle.agent_sha()}.py", f"dirty-{tree.tree}.diff", f"code-{tree.tree}.tar.gz")]
-  return [*_read_run(place), commands.upload(place, "run.json", f"{place.url}/run.json", "0"), commands.describe(place),
-          commands.create(settings, 1, settings.max_wait), *_look(settings), *shipped,
-          commands.upload(place, "attempt-1.json", f"{launch}/attempt-1.json"),
+  """From nothing to a run that is complete and removed. The files of the lines are made, in a folder for them."""
+  place, tree, launch = settings.place, bundle.look(), f"{settings.place.url}/launch"
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{place.run}-"))
+  run = Run(settings, code=tree.tree, commit=tree.commit, dirty=tree.dirty)
+  (folder / "run.json").write_text(json.dumps(run.to_json()))
+  (folder / "attempt-1.json").write_text(json.dumps(attempt_spec(run, time.time())))
+  shipped = [commands.upload(place, str(path), f"{launch}/{path.name}", "0") for path in bundle.pack(tree, folder)]
+  return [*_read_run(place), commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
+          commands.upload(place, str(bundle.AGENT), f"{launch}/agent-{bundle.agent_sha()}.py", "0"), *shipped,
+          commands.describe(place), commands.create(settings, 1, settings.max_wait), *_look(settings),
+          commands.upload(place, str(folder / "attempt-1.json"), f"{launch}/attempt-1.json"),
           *([commands.copy_environment(settings)] if settings.env_file else []), _agent(settings, "start", "1"),
           *_look(settings), commands.delete(place)]
 
@@ -72,8 +80,10 @@ def logs(place: Place, request: verbs.LogRequest) -> list[Line]:
   worker = None if request.worker == "all" else int(request.worker)
   words = ("follow" if request.follow else "tail", str(request.lines))
   folder, hosts = f"{place.url}/logs/attempt-{request.attempt or 1}", "*" if worker is None else f"{request.slice}-{worker}"
-  live = [commands.describe(place), commands.ssh(_settings(place), commands.agent(place, bundle.agent_sha(), *words),
-                                                 None if worker is None else request.slice, worker)]
+  agent = f"agent-{bundle.agent_sha()}.py"
+  live = [commands.describe(place), commands.upload(place, str(bundle.AGENT), f"{place.url}/launch/{agent}", "0"),
+          commands.ssh(_settings(place), commands.agent(place, bundle.agent_sha(), *words),
+                       None if worker is None else request.slice, worker)]
   return [*_read_run(place), *([] if request.attempt else live),
           commands.list_objects(place, f"{folder}/host-{hosts}.log"),
           commands.read(place, f"{folder}/host-{'0-0' if worker is None else hosts}.log")]

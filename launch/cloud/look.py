@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import re
 import time
 from typing import Any, Callable, Iterable
 
 from launch.cloud import bundle, commands
 from launch.cloud.gcloud import Gcloud, GcloudError
-from launch.cloud.settings import Settings, UsageError
+from launch.cloud.settings import Place, Settings, UsageError
 from launch.cloud.states import Memory, Node, Queued, Report, World
 
 
@@ -50,12 +51,22 @@ def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, A
   return sorted(mine, key=number)
 
 
+def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> None:
+  """Uploads a file under a name that says what is in it, unless that is there."""
+  try:
+    gcloud.run(commands.upload(place, str(path), url, "0"))
+  except GcloudError as error:
+    if error.kind != "precondition":
+      raise
+
+
 class Looker:
   """Looks at one run."""
 
   def __init__(self, gcloud: Gcloud, settings: Settings, clock: Callable[[], float] = time.time):
     self._gcloud, self.settings, self._clock = gcloud, settings, clock
     self._sha = bundle.agent_sha()
+    self._agent_there = False
 
   def world(self, memory: Memory) -> World:
     """Looks: one call to the service, and where there is a slice a second, and one to its hosts.
@@ -85,6 +96,13 @@ class Looker:
     silent = not reports and memory.missing and self._clock() - min(memory.missing.values()) > self.settings.poll
     return World(self._clock(), queued, nodes, reports, self.heartbeat() if silent else None, trouble)
 
+  def ship_agent(self) -> None:
+    """Puts the agent into the bucket, unless it is there: hosts fetch it from there."""
+    if not self._agent_there:
+      place = self.settings.place
+      upload_new(self._gcloud, place, bundle.AGENT, f"{place.url}/launch/agent-{self._sha}.py")
+      self._agent_there = True
+
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
     """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
     lines, trouble = self._gcloud.hosts(commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words)))
@@ -98,16 +116,25 @@ class Looker:
         reports[report.name] = report
       elif line.startswith("tpu-agent-failed"):
         failed.append(line.split()[-1])
+    if failed and not self._agent_there:  # of other code than this, as `up` was typed with
+      self.ship_agent()
+      return self.ask(*words)
     if failed:
       trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
     return tuple(sorted(reports.values(), key=lambda report: (report.slice, report.worker))), trouble
 
-  def last_lines(self, host: str, lines: int) -> list[str]:
+  def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
     """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
     number, worker = map(int, host.split("-"))
     command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
     found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
-    return [line for line in found if line.startswith("[")][-lines:]
+    if found := [line for line in found if line.startswith("[")]:
+      return found[-lines:]
+    url = f"{self.settings.place.url}/logs/attempt-{attempt}/host-{host}.log"
+    try:
+      return self._gcloud.run(commands.read(self.settings.place, url), tries=1).splitlines()[-lines:]
+    except GcloudError as error:
+      return [str(error)]
 
   def heartbeat(self) -> dict[str, Any] | None:
     """Returns what host 0 last said in the bucket, of whatever attempt."""

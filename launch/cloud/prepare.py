@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from typing import Iterator
 
 from launch.cloud import bundle, commands
 from launch.cloud.commands import Line
@@ -83,23 +82,27 @@ def create(wanted: Plan) -> Line:
           f"--zone={place.zone}", "--quiet"]
 
 
-def lines(wanted: Plan) -> Iterator[Line]:
-  """Returns what `run` runs."""
+def lines(wanted: Plan) -> list[Line]:
+  """Returns what `run` runs; the files of the lines are made, in a folder for them."""
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{wanted.place.run}-"))
+  return [*_uploads(wanted, folder), create(wanted)]
+
+
+def _uploads(wanted: Plan, folder: pathlib.Path) -> list[Line]:
+  """Makes what the machine fetches, in a folder; returns the lines that upload it."""
   place = wanted.place
-  yield commands.upload(place, "code.tar.gz", f"{place.url}/code.tar.gz")
-  yield commands.upload(place, "arguments", f"{place.url}/arguments")
-  yield create(wanted)
+  archive, _ = bundle.pack(bundle.look(), folder)
+  (folder / "arguments").write_text("".join(f"{word}\n" for word in wanted.arguments))
+  return [commands.upload(place, str(archive), f"{place.url}/code.tar.gz"),
+          commands.upload(place, str(folder / "arguments"), f"{place.url}/arguments")]
 
 
 def run(wanted: Plan) -> int:
   """Makes the machine and returns; it needs nobody to look."""
-  place, gcloud, tree = wanted.place, Gcloud(300), bundle.look()
+  place, gcloud = wanted.place, Gcloud(300)
   with tempfile.TemporaryDirectory() as folder:
-    archive, _ = bundle.pack(tree, pathlib.Path(folder))
-    arguments = pathlib.Path(folder, "arguments")
-    arguments.write_text("".join(f"{word}\n" for word in wanted.arguments))
-    gcloud.run(commands.upload(place, str(archive), f"{place.url}/code.tar.gz"))
-    gcloud.run(commands.upload(place, str(arguments), f"{place.url}/arguments"))
+    for line in _uploads(wanted, pathlib.Path(folder)):
+      gcloud.run(line)
   gcloud.run(create(wanted), tries=1)
   print(f"The machine {place.run} prepares {wanted.out}. It deletes itself at the end, after "
         f"{describe_seconds(wanted.max_seconds)} at the latest.\n"

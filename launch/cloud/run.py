@@ -167,9 +167,19 @@ class Store:
     driver = run.driver
     if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > _STALE:
       return None
-    if driver["host"] == self.me["host"] and not pathlib.Path(f"/proc/{driver['pid']}").exists():
+    if driver["host"] == self.me["host"] and not _is_alive(driver["pid"]):
       return None
     return _describe_driver(driver)
+
+
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+    return True
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # another user's
+    return True
 
 
 def _describe_driver(driver: dict[str, Any] | None) -> str:

@@ -390,6 +390,9 @@ def _started(world: World, memory: Memory, settings: Settings) -> Action:
   ended = [report for report in world.reports if report.phase == "ended"]
   if ended:
     left = memory.hosts - len(ended)
+    if memory.missing:  # a start would be in vain
+      return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
+                    "answer")
     if left and now - memory.ended_since < settings.exit_grace:
       return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end")
     if any(report.preempted for report in ended) and now - memory.ended_since < settings.exit_grace:

@@ -60,6 +60,7 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
   run = store.read()
   if run:
     _same_owner(run, settings.owner)
+    _same_slice(gcloud, run.settings, settings)
     result = run.result
     if result and result.get("complete") and run.settings.argv == settings.argv:
       print(f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in {settings.place.url}.")
@@ -70,6 +71,23 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
   note(settings)
   run = run or Run(settings)
   return _drive(gcloud, store, run, settings, _screen(settings.place, as_json), take_over, no_watch)
+
+
+def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
+  """Refuses to forget a slice of another kind or place, which would be paid for without end."""
+  def slices(settings: Settings) -> str:
+    return f"{settings.slices} x {settings.type} {settings.capacity} in {settings.place.zone} of {settings.place.project}"
+
+  if slices(before) == slices(now):
+    return
+  try:
+    gcloud.json(commands.describe(before.place))
+  except GcloudError as error:
+    if error.kind != "not_found":
+      raise
+    return
+  raise UsageError(f"{now.run} still has {slices(before)}; first: launch/tpu down {now.run} "
+                   f"--project={before.place.project} --zone={before.place.zone}")
 
 
 def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
@@ -115,6 +133,9 @@ def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: S
     except KeyboardInterrupt:
       screen.lines(leave(run, store) if not other else ["Left; the other launcher goes on."])
       return 130
+    except (GcloudError, UsageError):
+      leave(run, store)
+      raise
 
 
 def _what_next(run: Run) -> list[str]:
@@ -197,6 +218,7 @@ def logs(place: Place, request: LogRequest) -> int:
       if error.kind != "not_found":
         raise
   if queued and queued.state == "ACTIVE" and run.memory.started:
+    Looker(gcloud, run.settings).ship_agent()
     words = ("follow" if request.follow else "tail", str(request.lines))
     line = commands.ssh(run.settings, commands.agent(place, bundle.agent_sha(), *words),
                         None if worker is None else request.slice, worker)

@@ -55,7 +55,8 @@ def settings(*words):
     ([*UP, "--secret=KEY=the value itself"], "never its value"),
     ([*UP, "--service-account=me"], "--service-account"),
     ([*UP, "--env-file=/nowhere/x"], "--env-file /nowhere/x"),
-    ([*UP, "--config=configs/none.py"], "configs/none.py"),
+    ([*UP[:4], *WHERE, "--config=configs/none.py"], "configs/none.py"),
+    ([*UP, "--config=configs/base.py"], "--config is given 2 times"),
     ([*UP[:4], *WHERE], "--config"),
     ([*UP, "--workdir=here"], "--workdir=here"),
     ([*UP, "x", "y"], "no flag of the trainer"),
@@ -88,8 +89,8 @@ def test_values_of_the_trainer_are_not_touched_and_not_on_any_line():
     assert not any(word in text for text in line for word in ("/a b/c", "touch", "é"))
 
 
-def test_flag_and_value_may_be_two_words():
-  args, unknown = cli.parser().parse_known_args([*UP[:4], *WHERE, "--config", "configs/smoke.py", "--config.seed", "3"])
+def test_flag_and_value_may_be_two_words_in_any_order():
+  args, unknown = cli.parser().parse_known_args([*UP[:4], *WHERE, "--config.seed", "3", "--config", "configs/smoke.py"])
   assert cli.settings_of(args, unknown).argv == ("--config=configs/smoke.py", "--config.seed=3",
                                                  "--workdir=gs://my-bucket/r1/workdir")
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 HERE = pathlib.Path(__file__).parent
-TIMES = ["--poll=0.2", "--stall=3", "--unreachable=3", "--start-limit=20", "--exit-grace=3", "--backoff=0.5"]
+TIMES = ["--poll=0.4", "--stall=3", "--unreachable=3", "--start-limit=20", "--exit-grace=3", "--backoff=0.5"]
 
 
 class Cloud:
@@ -114,10 +114,11 @@ def test_from_nothing_to_complete_and_removed(cloud):
 
 
 def test_taken_away_in_the_middle(cloud):
-  cloud.write("plan.json", {"seconds": 0.2})
+  cloud.write("plan.json", {"pause": 5})
   launcher = cloud.start(*cloud.up())
-  cloud.wait_for(lambda: cloud.step() >= 3)
+  cloud.wait_for(lambda: cloud.step() >= 4)
   cloud.take_away()
+  cloud.write("plan.json", {})
   output = launcher.communicate(timeout=60)[0]
   assert launcher.returncode == 0, output
   assert "the slice was taken away" in output and "attempt 2, training" in output
@@ -145,7 +146,7 @@ def test_never_granted(cloud):
 
 
 def test_a_crash_is_started_again_and_the_second_at_the_same_step_ends_it(cloud):
-  cloud.write("plan.json", {"seconds": 0.05, "1": {"0-1": [5, "crash"], "0-0": [5, 76]},
+  cloud.write("plan.json", {"1": {"0-1": [5, "crash"], "0-0": [5, 76]},
                             "2": {"0-1": [9, 1], "0-0": [9, 76]}, "3": {"0-1": [9, 1], "0-0": [9, 76]}})
   code, output = cloud.run(*cloud.up())
   assert code == 4, output
@@ -155,7 +156,7 @@ def test_a_crash_is_started_again_and_the_second_at_the_same_step_ends_it(cloud)
 
 
 def test_a_failure_that_a_rerun_does_not_mend(cloud):
-  cloud.write("plan.json", {"seconds": 0.05, "1": {"0-1": [5, 76], "0-0": [5, 2]}})
+  cloud.write("plan.json", {"1": {"0-1": [5, 76], "0-0": [5, 2]}})
   code, output = cloud.run(*cloud.up("--keep"))
   assert code == 4, output
   assert "host 0-0 says that a rerun will not mend it" in output
@@ -163,7 +164,7 @@ def test_a_failure_that_a_rerun_does_not_mend(cloud):
 
 
 def test_a_stall_shows_where_every_host_is(cloud):
-  cloud.write("plan.json", {"seconds": 0.05, "1": {"0-1": [5, "hang"], "0-0": [5, "hang"]}})
+  cloud.write("plan.json", {"1": {"0-1": [5, "hang"], "0-0": [5, "hang"]}})
   code, output = cloud.run(*cloud.up())
   assert code == 0, output
   assert "asking every host where it is" in output
@@ -172,13 +173,13 @@ def test_a_stall_shows_where_every_host_is(cloud):
 
 
 def test_a_launcher_that_is_killed_loses_nothing(cloud):
-  cloud.write("plan.json", {"seconds": 0.3})
+  cloud.write("plan.json", {"pause": 5})
   for seconds in (0.5, 1, 2):  # before, while and after the trainer is started
     launcher = cloud.start(*cloud.up())
     time.sleep(seconds)
     launcher.kill()
     launcher.communicate()
-  cloud.write("plan.json", {"seconds": 0.02})
+  cloud.write("plan.json", {})
   code, output = cloud.run(*cloud.up())
   assert code == 0, output
   assert "attempt 2" not in output
@@ -186,10 +187,12 @@ def test_a_launcher_that_is_killed_loses_nothing(cloud):
 
 
 def test_two_launchers_of_one_run(cloud):
-  cloud.write("plan.json", {"seconds": 0.2})
+  cloud.write("plan.json", {"pause": 5})
   first = cloud.start(*cloud.up())
-  cloud.wait_for(lambda: cloud.step() >= 1)
+  cloud.wait_for(lambda: cloud.step() >= 4)
   second = cloud.start(*cloud.up())
+  cloud.wait_for(lambda: len(cloud.lines("run.json#")) > 0)
+  cloud.write("plan.json", {})
   outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
   assert [first.returncode, second.returncode] == [0, 0], outputs
   assert "drives r1; this one only shows it" in outputs[1]
@@ -197,9 +200,9 @@ def test_two_launchers_of_one_run(cloud):
 
 
 def test_leaving_stopping_and_going_on(cloud):
-  cloud.write("plan.json", {"seconds": 0.3})
+  cloud.write("plan.json", {"pause": 5})
   launcher = cloud.start(*cloud.up("--max-hours=5"))
-  cloud.wait_for(lambda: cloud.step() >= 2)
+  cloud.wait_for(lambda: cloud.step() >= 4)
   launcher.send_signal(signal.SIGINT)
   output = launcher.communicate(timeout=30)[0]
   assert launcher.returncode == 130
@@ -210,9 +213,11 @@ def test_leaving_stopping_and_going_on(cloud):
   code, output = cloud.run("stop", "r1")
   assert code == 0 and "saved and stopped at step" in output
   assert "r1" in cloud.read("queued.json")
+  code, output = cloud.run(*cloud.up("--max-hours=5", "--type=v5litepod-16"))
+  assert code == 2 and "still has 1 x v5litepod-8 spot in us-west4-a" in output
   code, output = cloud.run("logs", "r1", "--worker=all")
   assert code == 0 and "[0-0] saved" in output and "[0-1] saved" in output
-  cloud.write("plan.json", {"seconds": 0.02})
+  cloud.write("plan.json", {})
   code, output = cloud.run(*cloud.up("--max-hours=5"))
   assert code == 0, output
   assert "attempt 2, the run is complete" in output
@@ -220,9 +225,9 @@ def test_leaving_stopping_and_going_on(cloud):
 
 
 def test_down_with_an_orphan_and_a_launcher(cloud):
-  cloud.write("plan.json", {"seconds": 0.5})
+  cloud.write("plan.json", {"pause": 5})
   launcher = cloud.start(*cloud.up())
-  cloud.wait_for(lambda: cloud.step() >= 1)
+  cloud.wait_for(lambda: cloud.step() >= 4)
   queued, nodes = cloud.read("queued.json"), cloud.read("nodes.json")
   assert cloud.run("down", "r1", "--owner=somebody")[0] == 2
   code, output = cloud.run("down", "r1")
@@ -241,7 +246,7 @@ def test_down_with_an_orphan_and_a_launcher(cloud):
 
 
 def test_another_owner_is_left_alone(cloud):
-  cloud.write("plan.json", {"seconds": 0.5})
+  cloud.write("plan.json", {"pause": 5})
   (cloud.folder / "grant").write_text("WAITING_FOR_RESOURCES")
   launcher = cloud.start(*cloud.up("--owner=she"))
   cloud.wait_for(lambda: cloud.read("queued.json"))
@@ -255,20 +260,20 @@ def test_another_owner_is_left_alone(cloud):
 
 
 def test_the_cost_limit(cloud):
-  cloud.write("plan.json", {"seconds": 0.5})
-  code, output = cloud.run(*cloud.up("--max-hours=0.0011"))
+  cloud.write("plan.json", {"pause": 5})
+  code, output = cloud.run(*cloud.up("--max-hours=0.003"))
   assert code == 5, output
   assert "which is all that --max-hours allows" in output and "saved" in cloud.log(1)
   assert cloud.read("queued.json") == {}
 
 
 def test_the_slice_removes_itself_at_the_cost_limit_when_nobody_looks(cloud):
-  cloud.write("plan.json", {"seconds": 0.5})
-  code, output = cloud.run(*cloud.up("--no-watch", "--max-hours=0.0015"))
+  cloud.write("plan.json", {"pause": 5})
+  code, output = cloud.run(*cloud.up("--no-watch", "--max-hours=0.006"))
   assert code == 0 and "Left." in output
-  cloud.wait_for(lambda: cloud.read("queued.json") == {}, 30)
+  cloud.wait_for(lambda: cloud.read("queued.json") == {}, 80)
   assert "saved" in cloud.log(1)
-  code, output = cloud.run(*cloud.up("--max-hours=0.0015"))
+  code, output = cloud.run(*cloud.up("--max-hours=0.006"))
   assert code == 5, output
 
 
