@@ -234,15 +234,35 @@ def test_a_launcher_that_is_killed_is_started_again(bed, stage):
 
 
 @slow
-def test_ctrl_c_leaves_the_run_alone(bed):
-  left = bed.start(*up(steps=LONG))
-  left.wait_for("training")
+def test_ctrl_c_leaves_the_run_alone_and_secrets_stay_secret(bed, tmp_path):
+  file = tmp_path / "a file"
+  file.write_text("# comment\nFROM_FILE=another $secret\n")
+  file.chmod(0o600)
+  left = bed.start(*up(f"--env-file={file}", "--secret=FROM_MANAGER=key", steps=10 ** 6))
+  bed.wait_for_checkpoint()
   left.interrupt()
   assert left.finish(60) == LEFT and f"launch/tpu down {NAME}" in left.log
-  assert len(bed.trainers()) == 2
-  process = bed.start("watch", NAME)
+  trainers = bed.trainers()
+  assert len(trainers) == 2
+  for trainer in trainers:
+    environment = trainer.environ()
+    assert environment["FROM_FILE"] == "another $secret" and environment["FROM_MANAGER"] == "the secret key"
+  written = left.log + "".join(map(bed.read, ["run.json", "launch/attempt-1.json", *bed.names("logs/")]))
+  assert "another $secret" not in written and "the secret key" not in written
+  code, log = bed.run("down", NAME)
+  assert code == DONE and not bed.hosts() and not any(trainer.is_running() for trainer in trainers), log
+
+
+@slow
+def test_a_preemption_that_nobody_saw(bed, undisturbed):
+  killed = bed.start(*up(steps=LONG))
+  bed.wait_for_checkpoint()
+  killed.kill()
+  bed.cloud.preempt(NAME)
+  process = bed.start(*up(steps=LONG))
   assert process.finish() == DONE, process.log
-  assert_complete(bed, process.log, LONG)
+  assert_complete(bed, process.log, LONG, attempt=2)
+  assert bed.fingerprints(LONG) == undisturbed
 
 
 @slow
