@@ -13,21 +13,26 @@ from typing import Any, Callable
 
 from launch.cloud.commands import Line, shell
 
-# What gcloud writes, to what it means; the first that is found counts.
-_KINDS = (
-    ("precondition", r"HTTPError 412|conditionNotMet|[Pp]re-?condition(s)? .*(not|failed)|PreconditionFailed"),
-    ("exists", r"ALREADY_EXISTS|HTTPError 409|already exists"),
-    ("throttled", r"(RESOURCE_EXHAUSTED|429|[Qq]uota).*(per minute|per second|[Rr]ate|[Tt]oo many requests)"
-                  r"|Too Many Requests|rateLimitExceeded"),
-    ("quota", r"[Qq]uota"),
-    ("capacity", r"no more capacity|[Ss]tockout|insufficient capacity|not enough (resources|capacity)"),
-    ("throttled", r"RESOURCE_EXHAUSTED|HTTPError 429"),
-    ("permission", r"PERMISSION_DENIED|HTTPError 403|does not have .*(access|permission)|[Ff]orbidden"),
-    ("auth", r"UNAUTHENTICATED|HTTPError 401|active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
-    ("not_found", r"NOT_FOUND|HTTPError 404|was not found|not found:|matched no objects|404"),
-    ("bad_request", r"INVALID_ARGUMENT|FAILED_PRECONDITION|HTTPError 400|unrecognized arguments|must be specified"),
-    ("unavailable", r"UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED|HTTPError 50\d|\b50[0234]\b"
-                    r"|[Cc]onnection|[Tt]imed out|resolve host|Name or service|network|unreachable"),
+# A status of the API, as in "ERROR: (gcloud.compute.x) NOT_FOUND: ...", and a code, as in "HTTPError 404: ...".
+_STATUS = {
+    "ALREADY_EXISTS": "exists", "NOT_FOUND": "not_found", "PERMISSION_DENIED": "permission", "UNAUTHENTICATED": "auth",
+    "INVALID_ARGUMENT": "bad_request", "FAILED_PRECONDITION": "bad_request", "OUT_OF_RANGE": "bad_request",
+    "UNIMPLEMENTED": "bad_request", "UNAVAILABLE": "unavailable", "INTERNAL": "unavailable", "ABORTED": "unavailable",
+    "CANCELLED": "unavailable", "DEADLINE_EXCEEDED": "unavailable", "UNKNOWN": "unavailable"}
+_HTTP = {"400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"}
+# What a service that refuses for want of something says; the first that is found counts.
+_EXHAUSTED = (("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"), ("quota", r"[Qq]uota"),
+              ("capacity", r"capacity|[Ss]tockout|resources"))
+# What gcloud says of itself.
+_WORDS = (
+    ("auth", r"active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
+    ("precondition", r"pre-conditions|PreconditionFailed"),
+    ("not_found", r"matched no objects|[Nn]ot found|does not exist"),
+    ("permission", r"does not have .*(access|permission)|[Ff]orbidden"),
+    ("exists", r"already exists"),
+    ("bad_request", r"unrecognized arguments|must be specified|Invalid (value|choice)|Bad syntax"),
+    ("unavailable", r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is unreachable"
+                    r"|Service Unavailable"),
 )
 TRANSIENT = ("unavailable", "throttled", "timeout")
 
@@ -48,8 +53,23 @@ class GcloudError(Exception):
 
 
 def classify(stderr: str) -> str:
-  """Returns the kind of a failure by what gcloud wrote."""
-  return next((kind for kind, pattern in _KINDS if re.search(pattern, stderr)), "unknown")
+  """Returns the kind of a failure by what gcloud wrote, whatever names are in it."""
+  status = re.search(r"^ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr, re.MULTILINE)
+  code = re.search(r"\bHTTPError (\d+): (.*)", stderr)
+  if status and status[1] == "RESOURCE_EXHAUSTED" or code and code[1] == "429":
+    said = _without_names((status or code)[2])
+    return next((kind for kind, pattern in _EXHAUSTED if re.search(pattern, said)), "throttled")
+  if status and status[1] in _STATUS:
+    return _STATUS[status[1]]
+  if code:
+    return _HTTP.get(code[1], "unavailable" if code[1].startswith("5") else "unknown")
+  said = _without_names(stderr)
+  return next((kind for kind, pattern in _WORDS if re.search(pattern, said)), "unknown")
+
+
+def _without_names(text: str) -> str:
+  """Leaves out what may be called anything: addresses, paths, and names in brackets."""
+  return re.sub(r"\S*://\S+|(?:^|(?<=\s))/\S+|\bprojects/\S+|\[[^\]\s]*\]", "", text)
 
 
 def sentence(stderr: str, code: int) -> str:

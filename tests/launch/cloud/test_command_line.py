@@ -166,6 +166,11 @@ def test_durations_that_are_none(text):
     ("ERROR: (gcloud.x) unrecognized arguments: --spto (did you mean '--spot'?)", "bad_request"),
     ("ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded", "unavailable"),
     ("something new", "unknown"),
+    ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found", "not_found"),
+    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].", "quota"),
+    ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant", "not_found"),
+    ("This command is authenticated with /tmp/test_a_quota_is_forbidden/token\nERROR: (gcloud.x) Connection reset by peer",
+     "unavailable"),
 ])
 def test_kinds_of_failures(stderr, kind):
   assert classify(stderr) == kind
