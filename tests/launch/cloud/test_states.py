@@ -256,6 +256,14 @@ def test_a_stall():
   assert life.memory.ending[0] == states.CRASHED
 
 
+def test_steps_that_are_done_again_are_no_stall():
+  life = Life(stall=900, max_seconds=None).train(step=1000)
+  assert life.end(1, 76, step=1000).kind == "start"
+  for step in range(100, 1100, 50):
+    assert life.see("ACTIVE", reports=life.hosts(step=step), seconds=600).reason == "training"
+  assert life.memory.step == 1050 and life.end(1, 76, step=1050).kind == "start"
+
+
 def test_one_host_that_is_unreachable_for_a_while():
   life = Life(unreachable=600).train()
   for step in range(200, 4000, 100):  # the others make steps
