@@ -216,12 +216,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-  own, _, behind = (argv, [], []) if "--" not in argv else (argv[:argv.index("--")], [], argv[argv.index("--") + 1:])
-  args, unknown = parser().parse_known_args(own)
-  if args.verb != "up" and (unknown or behind):
-    raise UsageError(f"launch/tpu {args.verb} does not know {(unknown + behind)[0]}.")
+  end = argv.index("--") if "--" in argv else len(argv)
+  args, unknown = parser().parse_known_args(argv[:end])
+  trainer = unknown + argv[end + 1:]
+  if args.verb != "up" and trainer:
+    raise UsageError(f"launch/tpu {args.verb} does not know {trainer[0]}.")
   if args.verb == "up":
-    settings = settings_of(args, unknown + behind)
+    settings = settings_of(args, trainer)
     if args.dry_run:
       return dry.show(dry.up(settings))
     return verbs.up(settings, args.json, args.take_over, args.no_watch)
@@ -239,6 +240,8 @@ def _run(argv: list[str]) -> int:
 
 def _run_verb(args: argparse.Namespace, place: Place) -> int:
   if args.verb == "logs":
+    if not re.fullmatch(r"all|\d+", args.worker):
+      raise UsageError(f"--worker {args.worker!r} must be a number or all.")
     request = verbs.LogRequest(args.worker, args.slice, args.attempt, args.lines, args.follow)
     return dry.show(dry.logs(place, request)) if args.dry_run else verbs.logs(place, request)
   if args.verb == "doctor":

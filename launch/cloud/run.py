@@ -192,4 +192,5 @@ def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:
   memory["slices"] = [first for first, _ in memory["slices"]]
   memory.pop("step_at")
   memory.pop("step")
+  memory.pop("step_now")
   return value | {"memory": memory}

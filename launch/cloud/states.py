@@ -116,7 +116,8 @@ class Memory:
   unready_since: float | None = None  # a node is not READY and HEALTHY
   ended_since: float | None = None  # some trainer has ended
   step: int | None = None  # the highest that was seen
-  step_at: float = 0.0
+  step_now: int | None = None  # of this attempt, which goes on from before the highest
+  step_at: float = 0.0  # when that changed
   stacks_at: float | None = None
   stopped_at: float | None = None  # by the cost limit
   crashes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -182,7 +183,8 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
     memory.slices.append([now, now])
   memory.slices[-1][1] = now
   memory.waiting_since, memory.refusals = None, 0
-  ready = len(world.nodes) >= settings.slices and all(node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
+  ready = len(world.nodes) >= settings.slices and all(
+      node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
   memory.unready_since = None if ready else memory.unready_since or now
   names = [f"{number}-{worker}" for number, node in enumerate(world.nodes) for worker in range(node.hosts)]
   if not names:
@@ -198,8 +200,9 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
   if current and memory.started is None:
     memory.started = memory.step_at = now
   steps = [report.step for report in current if report.step is not None]
-  if steps and (memory.step is None or max(steps) > memory.step):
-    memory.step, memory.step_at = max(steps), now
+  if steps and max(steps) != memory.step_now:
+    memory.step_now, memory.step_at = max(steps), now
+    memory.step = max(memory.step or 0, max(steps))
   ended = any(report.phase == "ended" for report in current)
   memory.ended_since = (memory.ended_since or now) if ended else None
 
@@ -246,7 +249,7 @@ def acted(action: Action, memory: Memory, settings: Settings, now: float) -> Non
     memory.in_vain_step = memory.step
   if action.attempt is not None and action.attempt != memory.attempt:
     memory.attempt, memory.started = action.attempt, None
-    memory.stacks_at = memory.ended_since = None
+    memory.stacks_at = memory.ended_since = memory.step_now = None
   if action.crash:
     memory.crashes.append(action.crash)
   if action.kind == "create":
@@ -442,9 +445,10 @@ def _judge(world: World, memory: Memory, settings: Settings) -> Action:
 
 
 def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, what: str) -> Action:
-  crash = {"attempt": memory.attempt, "step": memory.step, "code": code, "host": host}
-  where = f"at step {memory.step}" if memory.step is not None else "before the first step"
-  if any(earlier["step"] == memory.step for earlier in memory.crashes):
+  step = memory.step_now
+  crash = {"attempt": memory.attempt, "step": step, "code": code, "host": host}
+  where = f"at step {step}" if step is not None else "before the first step"
+  if any(earlier["step"] == step for earlier in memory.crashes):
     return dataclasses.replace(_end(settings, CRASHED, f"{what}, for the second time {where}", host), crash=crash)
   if len(memory.crashes) >= MAX_CRASHES:
     return dataclasses.replace(_end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host), crash=crash)

@@ -41,6 +41,7 @@ def settings(*words):
     (["status", "r1", *WHERE, "--fast"], "--fast"),
     (["status", "Run", *WHERE], "run name 'Run'"),
     (["down", *WHERE], "run name ''"),
+    (["logs", "r1", *WHERE, "--worker=1-2"], "--worker '1-2'"),
     (["up", "r1", "--type=v5litepod-16", *WHERE, "--config=configs/smoke.py"], "--max-hours"),
     ([*UP, "--reserved"], "not allowed with"),
     ([*UP, "--slices=0"], "--slices 0"),

@@ -250,10 +250,24 @@ def test_a_stall():
   assert life.see("ACTIVE", reports=life.hosts(step=100)).kind == "stacks"
   restart = life.see("ACTIVE", reports=life.hosts(step=100))
   assert (restart.kind, restart.attempt) == ("start", 2)
-  # It compiles again, which may take twice as long, and then stalls at the same step.
-  kinds = [life.see("ACTIVE", reports=life.hosts()).kind for _ in range(32)]
-  assert kinds == ["wait"] * 30 + ["stacks", "delete"]
+  # It goes on from an earlier checkpoint, and stalls at the same step.
+  kinds = [life.see("ACTIVE", reports=life.hosts(step=100)).kind for _ in range(18)]
+  assert kinds == ["wait"] * 16 + ["stacks", "delete"]
   assert life.memory.ending[0] == states.CRASHED
+
+
+def test_the_first_step_is_compiled_and_may_take_twice_as_long():
+  life = Life(stall=900).train(step=None)
+  kinds = [life.see("ACTIVE", reports=life.hosts()).kind for _ in range(30)]
+  assert kinds == ["wait"] * 28 + ["stacks", "start"]
+
+
+def test_steps_that_are_done_again_are_no_stall():
+  life = Life(stall=900, max_seconds=None).train(step=1000)
+  assert life.end(1, 76, step=1000).kind == "start"
+  for step in range(100, 1100, 50):
+    assert life.see("ACTIVE", reports=life.hosts(step=step), seconds=600).reason == "training"
+  assert life.memory.step == 1050 and life.end(1, 76, step=1050).kind == "start"
 
 
 def test_one_host_that_is_unreachable_for_a_while():
