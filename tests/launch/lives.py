@@ -25,7 +25,7 @@ from tests.trainer.shared import fingerprints
 ROOT = pathlib.Path(__file__).parents[2]
 ZONE = "us-central2-b"
 LIMIT = 900  # seconds for anything; nothing of it takes a tenth of that on an unloaded machine
-NAME, FOLDER = "run", "bucket/run"
+NAME = "run"
 
 XLA_FLAGS = "--xla_backend_optimization_level=0"  # compiles in a third of the time
 

@@ -42,6 +42,7 @@ def _insert(request, response, storage):
     request.params["object_id"] = name[0]
   if wanted and wanted[0] != _generation(storage, request):
     response.status = HTTPStatus.PRECONDITION_FAILED
+    response.json({"error": {"code": 412, "message": "At least one of the pre-conditions you specified did not hold."}})
     return
   objects.insert(request, response, storage)
 
