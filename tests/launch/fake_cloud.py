@@ -178,10 +178,6 @@ class Cloud:
     """Answers requests with an error; see Refusal."""
     self._refusals.append(Refusal(match, ApiError(code, status, message), times, too_late))
 
-  def obey(self) -> None:
-    """Refuses nothing any more."""
-    self._refusals.clear()
-
   def allow(self, grants: bool) -> None:
     """Sets `grants`."""
     self.grants = grants
@@ -353,11 +349,6 @@ class Cloud:
     resource.state, resource.initiator, resource.ahead = "DELETING", "USER", ["DELETING", "GONE"]
     return self._operation(parent)
 
-  def _reset(self, _, parent: str, name: str) -> dict[str, Any]:
-    resource = self._find("resources", name, f"{parent}/queuedResources/{name}")
-    resource.state, resource.ahead = "WAITING_FOR_RESOURCES", list(QUEUE[2:])
-    return self._operation(parent)
-
   def _describe_node(self, _, parent: str, name: str) -> dict[str, Any]:
     return self._find("nodes", name, f"{parent}/nodes/{name}").json()
 
@@ -399,7 +390,6 @@ _ROUTES = (
     ("GET", f"{_PARENT}/queuedResources", Cloud._list),
     ("GET", f"{_PARENT}/queuedResources{_NAME}", Cloud._describe),
     ("DELETE", f"{_PARENT}/queuedResources{_NAME}", Cloud._delete),
-    ("POST", f"{_PARENT}/queuedResources{_NAME}:reset", Cloud._reset),
     ("GET", f"{_PARENT}/operations{_NAME}", Cloud._get_operation),
     ("GET", f"{_PARENT}/nodes", Cloud._list_nodes),
     ("GET", f"{_PARENT}/nodes{_NAME}", Cloud._describe_node),
