@@ -9,9 +9,9 @@
     tail LINES      the last lines of the trainer's log, each with the number of this host in front
     follow          those and all that come
 
-Nothing here stays connected to who asked: `start` leaves two processes behind. The supervisor fetches the code, installs,
-runs the trainer and writes down its exit code. The guard copies logs to the bucket, tells the trainer when the machine
-is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody looks.
+Nothing here stays connected to who asked: `start` leaves two processes behind. The supervisor fetches the code,
+installs, runs the trainer and writes down its exit code. The guard copies logs to the bucket, tells the trainer when
+the machine is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody looks.
 """
 
 from __future__ import annotations
@@ -425,9 +425,9 @@ def install(code: pathlib.Path, log: Any) -> str:
     if (folder / "complete").exists():
       return str(folder / "bin" / "python")
     version = re.search(r"--python-version[ =](\S+)", lock.read_text()).group(1)  # of the command in its first lines
-    steps = [[sys.executable, "-m", "pip", "install", "--user", "--quiet", "--require-hashes", "-r", str(tool)],
-             ["uv", "venv", "--quiet", "--clear", "--python", version, str(folder)],
-             ["uv", "pip", "sync", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", str(lock)]]
+    pip = [sys.executable, "-m", "pip", "install", "--user", "--quiet", "--require-hashes", "-r", str(tool)]
+    sync = ["uv", "pip", "sync", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", str(lock)]
+    steps = [pip, ["uv", "venv", "--quiet", "--clear", "--python", version, str(folder)], sync]
     if shutil.which("uv", path=_path_with_uv()):
       del steps[0]
     for step in steps:

@@ -248,6 +248,8 @@ def leave(run: Run, store: Store) -> list[str]:
     left = max(0.0, run.settings.max_seconds - run.memory.seconds())
     lines.append(f"It removes itself after another {describe_seconds(left)} of existing (--max-hours), or when nobody "
                  "trains and nobody looks.")
-  return [*lines, "Nobody restarts it after a preemption until one of these is typed:",
-          f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
-          f"  launch/tpu down {name}     removes everything that is paid for"]
+  return [
+      *lines, "Nobody restarts it after a preemption until one of these is typed:",
+      f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
+      f"  launch/tpu down {name}     removes everything that is paid for"
+  ]

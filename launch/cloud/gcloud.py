@@ -19,7 +19,9 @@ _STATUS = {
     "INVALID_ARGUMENT": "bad_request", "FAILED_PRECONDITION": "bad_request", "OUT_OF_RANGE": "bad_request",
     "UNIMPLEMENTED": "bad_request", "UNAVAILABLE": "unavailable", "INTERNAL": "unavailable", "ABORTED": "unavailable",
     "CANCELLED": "unavailable", "DEADLINE_EXCEEDED": "unavailable", "UNKNOWN": "unavailable"}
-_HTTP = {"400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"}
+_HTTP = {
+    "400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"
+}
 # What a service that refuses for want of something says; the first that is found counts.
 _EXHAUSTED = (("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"), ("quota", r"[Qq]uota"),
               ("capacity", r"capacity|[Ss]tockout|resources"))
@@ -41,8 +43,8 @@ class GcloudError(Exception):
   """A line that failed.
 
   Attributes:
-    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled | bad_request |
-      timeout | unknown.
+    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled |
+      bad_request | timeout | not_installed | unknown.
     line: the words that were run.
     output: what had been printed before.
   """

@@ -52,22 +52,24 @@ class View:
   def of(cls, run: Run, world: World, action: Action | None) -> View:
     """Puts together what is known."""
     settings, memory = run.settings, run.memory
-    report = max((entry for entry in world.reports if entry.step is not None), key=lambda entry: entry.step, default=None)
+    report = max((entry for entry in world.reports if entry.step is not None), key=lambda entry: entry.step,
+                 default=None)
     line = report.progress if report else ""
     seconds, chips = memory.seconds(), settings_lib.chips(settings)
     chip_hours = seconds / 3600 * chips if chips else None
-    step_ms, rate, loss = (_number(pattern, line) for pattern in (r"step ([\d.]+) ms", r"(\d+) img/s", r"loss ([\d.]+)"))
+    step_ms, rate, loss = (
+        _number(pattern, line) for pattern in (r"step ([\d.]+) ms", r"(\d+) img/s", r"loss ([\d.]+)"))
     eta = re.search(r"ETA (.+)$", line)
     goodput = report.step * step_ms / 1000 / seconds if report and step_ms and seconds else None
     return cls(
         settings.run, f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
         world.queued.state if world.queued else "none",
         tuple(f"{node.name} {node.state} {node.health}{f', announced: {node.maintenance}' if node.maintenance else ''}"
-              for node in world.nodes),
-        f"{len(world.reports)} of {memory.hosts}", memory.attempt, action.reason if action else "",
-        report.step if report else memory.step, report.total if report else None, loss, rate, eta[1] if eta else None,
-        min(1.0, goodput) if goodput is not None else None, seconds, settings.max_seconds, chip_hours,
-        chip_hours * settings.dollars_per_chip_hour if chip_hours is not None and settings.dollars_per_chip_hour else None,
+              for node in world.nodes), f"{len(world.reports)} of {memory.hosts}", memory.attempt,
+        action.reason if action else "", report.step if report else memory.step, report.total if report else None, loss,
+        rate, eta[1] if eta else None,
+        min(1.0, goodput) if goodput is not None else None, seconds, settings.max_seconds, chip_hours, chip_hours *
+        settings.dollars_per_chip_hour if chip_hours is not None and settings.dollars_per_chip_hour else None,
         run.result, tuple(run.events[-5:]), world.now)
 
   @staticmethod
@@ -102,9 +104,12 @@ class View:
       training = "no step yet"
     else:
       done = f"step {self.step:,}" + (f" of {self.total:,} ({100 * self.step / self.total:.1f}%)" if self.total else "")
-      rest = [f"loss {self.loss:.4f}" if self.loss is not None else "",
-              f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
-              f"ETA {self.eta}" if self.eta else "", f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else ""]
+      rest = [
+          f"loss {self.loss:.4f}" if self.loss is not None else "",
+          f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
+          f"ETA {self.eta}" if self.eta else "",
+          f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else ""
+      ]
       training = "  ".join([done, *filter(None, rest)])
     lines = [f"{self.run}: {self.what}   {_clock(self.now)}",
              f"  slice    {self.state}" + (f"; {self.hosts} hosts answer" if self.nodes else ""),
