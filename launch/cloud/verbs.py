@@ -141,7 +141,7 @@ def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: S
 
 def _what_next(run: Run) -> list[str]:
   place, code = run.settings.place, run.result["code"]
-  lines = [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"]
+  lines = [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"] if run.memory.started else []
   if run.memory.active:
     lines.append(f"  the slice is still there: launch/tpu down {place.run}")
   if code == states.CRASHED:

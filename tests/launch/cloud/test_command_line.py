@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from launch.cloud import cli, commands, dry
-from launch.cloud.gcloud import Gcloud, GcloudError, classify
+from launch.cloud.gcloud import Gcloud, GcloudError, classify, sentence
 from launch.cloud.settings import Place, UsageError, duration
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -173,6 +173,8 @@ def test_durations_that_are_none(text):
     ("ERROR: (gcloud.x) unrecognized arguments: --spto (did you mean '--spot'?)", "bad_request"),
     ("ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded", "unavailable"),
     ("something new", "unknown"),
+    ("........ERROR: HTTPError 412\n.\n", "precondition"),
+    ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
     ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
      "not_found"),
     ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].", "quota"),
@@ -183,6 +185,13 @@ def test_durations_that_are_none(text):
 ])
 def test_kinds_of_failures(stderr, kind):
   assert classify(stderr) == kind
+
+
+@pytest.mark.parametrize("stderr, told", [
+    ("", "gcloud ended with exit code 7"), ("hint\nERROR: (gcloud.a.b-c) NOT_FOUND: it\nmore\n", "NOT_FOUND: it"),
+    ("......ERROR: HTTPError 412\n.\n", "HTTPError 412"), ("odd\n...\n", "odd")])
+def test_what_a_failure_is_told_by(stderr, told):
+  assert sentence(stderr, 7) == told
 
 
 @pytest.fixture
