@@ -59,8 +59,10 @@ class View:
     step_ms, eta = _number(r"step ([\d.]+) ms", line), re.search(r"ETA (.+)$", line)
     seconds, chips, price = memory.seconds(), settings_lib.chips(settings), settings.dollars_per_chip_hour
     chip_hours = seconds / 3600 * chips if chips else None
-    nodes = [f"{node.name} {node.state} {node.health}" + (f", announced: {node.maintenance}" if node.maintenance else "")
-             for node in world.nodes]
+    nodes = [
+        f"{node.name} {node.state} {node.health}" + (f", announced: {node.maintenance}" if node.maintenance else "")
+        for node in world.nodes
+    ]
     return cls(
         run=settings.run, what=f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
         state=world.queued.state if world.queued else "none", nodes=tuple(nodes),
