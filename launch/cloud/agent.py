@@ -11,7 +11,8 @@
 
 Nothing here stays connected to who asked: `start` leaves two processes behind. The supervisor fetches the code,
 installs, runs the trainer and writes down its exit code. The guard copies logs to the bucket, tells the trainer when
-the machine is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody looks.
+the machine is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody
+looks.
 """
 
 from __future__ import annotations
