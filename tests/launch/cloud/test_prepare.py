@@ -33,7 +33,8 @@ PYTHON = r'''#!/bin/bash
 [[ $2 == venv ]] || exit 1
 mkdir -p "$3/bin"
 printf '#!/bin/bash\n' >"$3/bin/pip"
-printf '#!/bin/bash\n[[ $1 == pip ]] || { mkdir -p "${@: -1}/bin"; ln -s "$REAL" "${@: -1}/bin/python"; }\n' >"$3/bin/uv"
+echo '#!/bin/bash
+[[ $1 == pip ]] || { mkdir -p "${@: -1}/bin"; ln -s "$REAL" "${@: -1}/bin/python"; }' >"$3/bin/uv"
 chmod +x "$3/bin/"*
 '''
 
