@@ -40,6 +40,7 @@ CRASHED = 1
 HOST_LOST = 76  # of trainer.errors: the same command on all hosts goes on from the last checkpoint
 _SAVE_SECONDS = 120.0  # for a trainer that was asked to end, before the slice goes
 _END_SECONDS = 40.0  # the same before another attempt, within one call over ssh
+_BEGIN_SECONDS = 60.0  # for a supervisor to take its lock
 _UPLOAD_SECONDS = 60.0
 _GUARD_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
@@ -171,7 +172,8 @@ class Host:
     state, now = self.state(), time.time()
     report = dict(self.me, tpu_agent=1, now=now, code=None, started=None, ended=None, trouble=None)
     report.update({key: state[key] for key in state if key not in ("pid", "supervisor")})
-    if state["phase"] in ("installing", "running") and not self.alive():
+    beginning = state["phase"] == "installing" and now < state["started"] + _BEGIN_SECONDS
+    if state["phase"] in ("installing", "running") and not beginning and not self.alive():
       rebooted = state["boot"] != self.me["boot"]
       report.update(phase="ended", ended=now, code=HOST_LOST if rebooted else CRASHED,
                     trouble="the host was restarted" if rebooted else "the trainer is gone and left no exit code")
@@ -205,10 +207,6 @@ class Host:
       self.leave_behind("supervise", folder / "supervisor.log")
       if is_free(self.home / "guard.lock"):
         self.leave_behind("guard", self.home / "guard.log")
-      # Not before the supervisor has its lock: a second `start`, or a probe, would think it dead.
-      deadline = time.monotonic() + 20
-      while not self.alive() and self.state()["phase"] == "installing" and time.monotonic() < deadline:
-        time.sleep(0.05)
 
   def take_limits(self, name: str) -> None:
     """Fetches what an attempt is, and until when the slice may stay: a later `up` may have given it more time."""

@@ -65,6 +65,10 @@ def test_progress_is_the_last_line(tmp_path):
 def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost(host):
   began(host)
   assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.CRASHED)
+  began(host, phase="installing")
+  assert host.status()["phase"] == "installing"
+  began(host, phase="installing", started=time.time() - 100)
+  assert host.status()["phase"] == "ended"
   began(host, boot="another")
   assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.HOST_LOST)
   with agent.locked(host.home / "attempt.lock", 0):
