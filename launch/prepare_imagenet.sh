@@ -14,8 +14,10 @@ source="$(metadata attributes/prepare-source)"  # gs://BUCKET/FOLDER with the ar
 out="$(metadata attributes/prepare-out)"        # gs://BUCKET/FOLDER for the shards
 name="$(metadata name)"
 zone="$(metadata zone)"
-log=/var/log/prepare.log
-export HOME=/root
+data="${PREPARE_DATA:-/data}"
+log="$data/prepare.log"
+export HOME="$data"
+mkdir -p "$data"/{archives,shards,code}
 
 finish() {
   local code=$?
@@ -26,24 +28,23 @@ finish() {
 trap finish EXIT
 
 prepare() {
-  mkdir -p /data/archives /data/shards /data/code
   apt-get update
   apt-get install --yes python3-venv
-  gcloud storage cp "$url/code.tar.gz" /data/code.tar.gz --quiet
-  gcloud storage cp "$url/arguments" /data/arguments --quiet
-  tar --extract --file=/data/code.tar.gz --directory=/data/code
-  python3 -m venv /data/tool
-  /data/tool/bin/pip install --quiet --require-hashes --requirement=/data/code/launch/requirements-uv.lock
-  /data/tool/bin/uv venv --quiet --python=3.11 /data/venv
-  /data/tool/bin/uv pip sync --quiet --python=/data/venv/bin/python --require-hashes \
-    /data/code/launch/requirements-tpu.lock
+  gcloud storage cp "$url/code.tar.gz" "$data"/code.tar.gz --quiet
+  gcloud storage cp "$url/arguments" "$data"/arguments --quiet
+  tar --extract --file="$data/code.tar.gz" --directory="$data/code"
+  python3 -m venv "$data"/tool
+  "$data"/tool/bin/pip install --quiet --require-hashes --requirement="$data/code/launch/requirements-uv.lock"
+  "$data"/tool/bin/uv venv --quiet --python=3.11 "$data"/venv
+  "$data"/tool/bin/uv pip sync --quiet --python="$data/venv/bin/python" --require-hashes \
+    "$data"/code/launch/requirements-tpu.lock
   # Shards of an earlier machine that was lost are kept, if their checksums are right.
-  gcloud storage rsync "$out" /data/shards --recursive --quiet || true
-  gcloud storage rsync "$source" /data/archives --recursive --quiet
-  mapfile -t arguments </data/arguments
-  cd /data/archives
-  PYTHONPATH=/data/code /data/venv/bin/python -m input_pipeline.prepare --out /data/shards "${arguments[@]}"
-  gcloud storage rsync /data/shards "$out" --recursive --quiet
+  gcloud storage rsync "$out" "$data"/shards --recursive --quiet || true
+  gcloud storage rsync "$source" "$data"/archives --recursive --quiet
+  mapfile -t arguments <"$data"/arguments
+  cd "$data"/archives
+  PYTHONPATH="$data/code" "$data"/venv/bin/python -m input_pipeline.prepare --out "$data"/shards "${arguments[@]}"
+  gcloud storage rsync "$data"/shards "$out" --recursive --quiet
 }
 
 prepare >>"$log" 2>&1

@@ -9,9 +9,10 @@
     tail LINES      the last lines of the trainer's log, each with the number of this host in front
     follow          those and all that come
 
-Nothing here stays connected to who asked: `start` leaves two processes behind. The supervisor fetches the code, installs,
-runs the trainer and writes down its exit code. The guard copies logs to the bucket, tells the trainer when the machine
-is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody looks.
+Nothing here stays connected to who asked: `start` leaves two processes behind. The supervisor fetches the code,
+installs, runs the trainer and writes down its exit code. The guard copies logs to the bucket, tells the trainer when
+the machine is about to be taken away, and removes the slice when its time is up, or when nobody trains and nobody
+looks.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CRASHED = 1
 HOST_LOST = 76  # of trainer.errors: the same command on all hosts goes on from the last checkpoint
 _SAVE_SECONDS = 120.0  # for a trainer that was asked to end, before the slice goes
 _END_SECONDS = 40.0  # the same before another attempt, within one call over ssh
+_BEGIN_SECONDS = 60.0  # for a supervisor to take its lock
 _UPLOAD_SECONDS = 60.0
 _GUARD_SECONDS = 5.0
 _TAIL_BYTES = 1 << 16
@@ -170,7 +172,8 @@ class Host:
     state, now = self.state(), time.time()
     report = dict(self.me, tpu_agent=1, now=now, code=None, started=None, ended=None, trouble=None)
     report.update({key: state[key] for key in state if key not in ("pid", "supervisor")})
-    if state["phase"] in ("installing", "running") and not self.alive():
+    beginning = state["phase"] == "installing" and now < state["started"] + _BEGIN_SECONDS
+    if state["phase"] in ("installing", "running") and not beginning and not self.alive():
       rebooted = state["boot"] != self.me["boot"]
       report.update(phase="ended", ended=now, code=HOST_LOST if rebooted else CRASHED,
                     trouble="the host was restarted" if rebooted else "the trainer is gone and left no exit code")
@@ -204,10 +207,6 @@ class Host:
       self.leave_behind("supervise", folder / "supervisor.log")
       if is_free(self.home / "guard.lock"):
         self.leave_behind("guard", self.home / "guard.log")
-      # Not before the supervisor has its lock: a second `start`, or a probe, would think it dead.
-      deadline = time.monotonic() + 20
-      while not self.alive() and self.state()["phase"] == "installing" and time.monotonic() < deadline:
-        time.sleep(0.05)
 
   def take_limits(self, name: str) -> None:
     """Fetches what an attempt is, and until when the slice may stay: a later `up` may have given it more time."""
@@ -425,9 +424,9 @@ def install(code: pathlib.Path, log: Any) -> str:
     if (folder / "complete").exists():
       return str(folder / "bin" / "python")
     version = re.search(r"--python-version[ =](\S+)", lock.read_text()).group(1)  # of the command in its first lines
-    steps = [[sys.executable, "-m", "pip", "install", "--user", "--quiet", "--require-hashes", "-r", str(tool)],
-             ["uv", "venv", "--quiet", "--clear", "--python", version, str(folder)],
-             ["uv", "pip", "sync", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", str(lock)]]
+    pip = [sys.executable, "-m", "pip", "install", "--user", "--quiet", "--require-hashes", "-r", str(tool)]
+    sync = ["uv", "pip", "sync", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", str(lock)]
+    steps = [pip, ["uv", "venv", "--quiet", "--clear", "--python", version, str(folder)], sync]
     if shutil.which("uv", path=_path_with_uv()):
       del steps[0]
     for step in steps:

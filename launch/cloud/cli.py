@@ -10,8 +10,8 @@
     doctor   whether account, project, quota, bucket and service account are fit for it, and what to type if not
     prepare  makes the shards of ImageNet on a machine next to the bucket
 
---dry-run prints the lines of gcloud that a verb would run. Exit codes: 0 done, 1 failed, 2 wrong arguments, 3 no capacity,
-4 the trainer crashes, 5 cost limit, 130 left.
+--dry-run prints the lines of gcloud that a verb would run. Exit codes: 0 done, 1 failed, 2 wrong arguments,
+3 no capacity, 4 the trainer crashes, 5 cost limit, 130 left.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _DURATIONS = {
     "unreachable": "without an answer of a host, before the slice is replaced",
     "start-limit": "for hosts to answer, to install, and to come back from repair",
     "provision-limit": "in the state PROVISIONING", "exit-grace": "for the other hosts to end when one has",
-    "idle": "without trainer and launcher, before the slice removes itself", "backoff": "first pause when there is no capacity",
-    "call-limit": "for one line of gcloud"}
+    "idle": "without trainer and launcher, before the slice removes itself",
+    "backoff": "first pause when there is no capacity", "call-limit": "for one line of gcloud"
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     one = verbs_.add_parser(name, allow_abbrev=False, prog=f"launch/tpu {name}")
     if run:
       one.add_argument("run", metavar="RUN", nargs=None if run == "required" else "?", default="")
-    where = one.add_argument_group("where; what is not given is taken from the environment, or as it was for this run before")
+    where = one.add_argument_group(
+        "where; what is not given is taken from the environment, or as it was for this run before")
     where.add_argument("--project", help="or CLOUDSDK_CORE_PROJECT, or gcloud's own default")
     where.add_argument("--zone", help="or CLOUDSDK_COMPUTE_ZONE")
     where.add_argument("--bucket", metavar="gs://B[/FOLDER]", help="or TPU_BUCKET")
@@ -108,19 +110,23 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
   what.add_argument("--autocheckpoint", action="store_true", help="the trainer is told before host maintenance (alpha)")
   what.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
   limits = up.add_argument_group("limits: durations as in 90s, 15m, 6h, 2d")
-  limits.add_argument("--max-hours", type=float, metavar="H", help="that slices of this run may exist, over all attempts; "
+  limits.add_argument("--max-hours", type=float, metavar="H",
+                      help="that slices of this run may exist, over all attempts; "
                       "holds with this machine off, too")
   for name, text in _DURATIONS.items():
     default = getattr(Settings, name.replace("-", "_"))
-    limits.add_argument(f"--{name}", type=duration, default=default, metavar="TIME", help=f"{text} (default {default:g} s)")
+    limits.add_argument(f"--{name}", type=duration, default=default, metavar="TIME",
+                        help=f"{text} (default {default:g} s)")
   limits.add_argument("--keep", action="store_true", help="leaves the slice when the run has ended")
   limits.add_argument("--dollars-per-chip-hour", type=float, default=0.0, metavar="X", help="shows the cost in dollars")
   host = up.add_argument_group("the trainer")
   host.add_argument("--env-file", default="", metavar="FILE", help="lines NAME=VALUE, copied to the hosts by scp; "
                     "for what must not be on a command line")
-  host.add_argument("--secret", action="append", default=[], metavar="NAME=SECRET", help="a variable of the trainer, from "
+  host.add_argument("--secret", action="append", default=[], metavar="NAME=SECRET",
+                    help="a variable of the trainer, from "
                     "Secret Manager, read on the hosts")
-  host.add_argument("--python", default="", metavar="PATH", help="of an image that has all that is needed: installs nothing")
+  host.add_argument("--python", default="", metavar="PATH",
+                    help="of an image that has all that is needed: installs nothing")
 
 
 def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
@@ -143,8 +149,8 @@ def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
 
 def _default_project() -> str:
   try:
-    done = subprocess.run([os.environ.get("TPU_GCLOUD", "gcloud"), *commands.default_project()[1:]], capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL, timeout=30, check=False)
+    done = subprocess.run([os.environ.get("TPU_GCLOUD", "gcloud"), *commands.default_project()[1:]],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30, check=False)
   except (OSError, subprocess.TimeoutExpired):
     return ""
   return done.stdout.strip()
@@ -177,12 +183,13 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
   if args.env_file and os.stat(args.env_file).st_mode & 0o077:
     raise UsageError(f"--env-file {args.env_file} can be read by others; chmod 600 it.")
   pairs = {name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")}
+  durations = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _DURATIONS}
   settings = check(Settings(
       _place(args), _owner(args), args.type, args.slices, args.capacity, args.runtime_version, args.service_account,
       args.network, args.subnetwork, args.internal_ips, args.iap or args.internal_ips, args.autocheckpoint,
       pairs["label"], os.path.abspath(args.env_file) if args.env_file else "", pairs["secret"], args.python, args.keep,
-      tuple(argv), args.dollars_per_chip_hour, max_seconds=args.max_hours * 3600 if args.max_hours is not None else None,
-      **{name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _DURATIONS}))
+      tuple(argv), args.dollars_per_chip_hour,
+      max_seconds=args.max_hours * 3600 if args.max_hours is not None else None, **durations))
   for word in settings.argv:
     if word.startswith("--config=") and not (bundle.ROOT / word[9:].split(":")[0]).is_file():
       raise UsageError(f"{word} is no file of {bundle.ROOT}, which is what hosts get.")

@@ -1,7 +1,7 @@
 """Every gcloud line that the launcher can emit, as lists of words; nothing here runs anything.
 
-Flags are those of the GA commands where there is one; `--zone` and `--project` are always given, because gcloud fills in
-what is missing from wherever it finds it. Lines are joined by shlex for a person, and never pass through a shell.
+Flags are those of the GA commands where there is one; `--zone` and `--project` are always given, because gcloud fills
+in what is missing from wherever it finds it. Lines are joined by shlex for a person, and never pass through a shell.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def default_project() -> Line:
 
 def services(place: Place) -> Line:
   """Lists the enabled APIs of a project."""
-  return ["gcloud", "services", "list", "--format=json(config.name)", "--enabled", f"--project={place.project}", "--quiet"]
+  return [
+      "gcloud", "services", "list", "--format=json(config.name)", "--enabled", f"--project={place.project}", "--quiet"
+  ]
 
 
 def bucket(place: Place) -> Line:

@@ -64,13 +64,15 @@ def run(wanted: Wanted, as_json: bool, gcloud: Gcloud | None = None) -> int:
 def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   """Looks at one thing after the other."""
   checks: list[tuple[str, Callable[[Wanted, Gcloud], Iterator[Finding]]]] = [
-      ("gcloud", _version), ("account", _account), ("APIs", _services), ("accelerator", _accelerator), ("quota", _quota),
-      ("bucket", _bucket), ("service account", _service_account), ("ssh", _ssh), ("left over", _stale)]
+      ("gcloud", _version), ("account", _account), ("APIs", _services), ("accelerator", _accelerator),
+      ("quota", _quota), ("bucket", _bucket), ("service account", _service_account), ("ssh", _ssh),
+      ("left over", _stale)]
   for about, check in checks:
     try:
       yield from check(wanted, gcloud)
     except GcloudError as error:
-      advice = {"auth": "gcloud auth login", "permission": f"you may not look: {commands.shell(error.line)}"}.get(error.kind, "")
+      advice = {"auth": "gcloud auth login",
+                "permission": f"you may not look: {commands.shell(error.line)}"}.get(error.kind, "")
       yield Finding(about, False, f"could not be checked: {error}", advice)
       if error.kind in ("auth", "not_installed"):
         return
@@ -97,7 +99,8 @@ def _account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
 def _services(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   enabled = {entry.get("config", {}).get("name") for entry in gcloud.json(commands.services(wanted.place)) or []}
   missing = [name for name in _SERVICES if name not in enabled]
-  yield Finding("APIs", not missing, f"not enabled: {', '.join(missing)}" if missing else "enabled: " + ", ".join(_SERVICES),
+  yield Finding("APIs", not missing,
+                f"not enabled: {', '.join(missing)}" if missing else "enabled: " + ", ".join(_SERVICES),
                 f"gcloud services enable {' '.join(missing)} --project={wanted.place.project}" if missing else "")
 
 
@@ -131,7 +134,8 @@ def _quota(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
 def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place, region = wanted.place, wanted.place.zone.rpartition("-")[0]
   name = "/".join(place.bucket.split("/")[:3])
-  make = f"gcloud storage buckets create {name} --project={place.project} --location={region} --uniform-bucket-level-access"
+  make = (f"gcloud storage buckets create {name} --project={place.project} --location={region} "
+          "--uniform-bucket-level-access")
   try:
     location = str(gcloud.json(commands.bucket(place)).get("location", "")).lower()
   except GcloudError as error:
@@ -154,9 +158,10 @@ def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   project = _roles(gcloud.json(commands.project_policy(place)), account)
   bucket = _roles(gcloud.json(commands.bucket_policy(place)), account) | project
   good = bool(project & {"roles/tpu.admin", "roles/owner", "roles/editor"})
-  yield Finding("service account", good, f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit",
-                "" if good else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
-                                f"--member=serviceAccount:{account}")
+  yield Finding(
+      "service account", good, f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit",
+      "" if good else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
+      f"--member=serviceAccount:{account}")
   name = "/".join(place.bucket.split("/")[:3])
   for roles, role, what in (({"roles/storage.objectUser", "roles/storage.objectAdmin", "roles/storage.admin"},
                              "roles/storage.objectUser", "read and write objects of"),
@@ -179,12 +184,14 @@ def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   del wanted, gcloud
   key = "~/.ssh/google_compute_engine"
   try:
-    done = subprocess.run(["ssh-add", "-l"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False)
+    done = subprocess.run(["ssh-add", "-l"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10,
+                          check=False)
   except (OSError, subprocess.TimeoutExpired) as error:
     yield Finding("ssh", False, f"ssh-add cannot be run: {error}", "install OpenSSH")
     return
   if done.returncode == 0 and not re.search(r"google_compute_engine", done.stdout):
-    yield Finding("ssh", False, "the ssh-agent does not have gcloud's key", f"ssh-add {key}   (gcloud makes it at the first ssh)")
+    yield Finding("ssh", False, "the ssh-agent does not have gcloud's key",
+                  f"ssh-add {key}   (gcloud makes it at the first ssh)")
   else:
     yield Finding("ssh", True, "gcloud's key is in the ssh-agent" if done.returncode == 0 else
                   "no ssh-agent has keys, so gcloud takes its own; that must have no passphrase")
@@ -192,8 +199,12 @@ def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
 
 def _stale(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place = wanted.place
-  listed = {value["name"].rsplit("/", 1)[-1]: queued_of(value) for value in gcloud.json(commands.list_queued(place)) or []}
-  dead = [name for name, one in listed.items() if one.state in ("SUSPENDED", "FAILED") and one.owner in ("", wanted.owner)]
+  listed = {
+      value["name"].rsplit("/", 1)[-1]: queued_of(value) for value in gcloud.json(commands.list_queued(place)) or []
+  }
+  dead = [
+      name for name, one in listed.items() if one.state in ("SUSPENDED", "FAILED") and one.owner in ("", wanted.owner)
+  ]
   for name in dead:
     yield Finding("left over", False, f"queued resource {name} is {listed[name].state} and counts against quota",
                   f"launch/tpu down {name} --project={place.project} --zone={place.zone}")

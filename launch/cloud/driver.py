@@ -10,7 +10,7 @@ import time
 from typing import Any, Callable
 
 from launch.cloud import bundle, commands, states
-from launch.cloud.gcloud import TRANSIENT, Gcloud, GcloudError
+from launch.cloud.gcloud import FATAL, Gcloud, GcloudError
 from launch.cloud.look import Looker, upload_new
 from launch.cloud.run import Run, Store, TakenOver
 from launch.cloud.screen import Screen, View
@@ -49,7 +49,7 @@ class Driver:
       try:
         world = self._looker.world(self.run.memory)
       except GcloudError as error:
-        if error.kind not in TRANSIENT and error.kind != "unknown":
+        if error.kind in FATAL:
           raise
         self._say(f"the cloud does not answer: {error}")
         self._sleep(self.settings.poll)
@@ -61,7 +61,7 @@ class Driver:
         done = self._act(action, world)
       except GcloudError as error:
         # What was wanted is decided again, from what is there then.
-        if error.kind in ("permission", "auth", "not_installed", "bad_request"):
+        if error.kind in FATAL:
           raise
         self._say(f"{action.kind} failed: {error}")
         done = None
@@ -119,7 +119,7 @@ class Driver:
       memory.requested = None
       if error.kind == "quota":
         return self._give_up(states.NO_CAPACITY, f"{error}; ask for more quota, or take another zone or type")
-      if error.kind in ("permission", "auth", "bad_request", "not_found", "not_installed"):
+      if error.kind in (*FATAL, "not_found"):
         return self._give_up(states.ERROR, str(error))
       states.refused(memory, settings, self._clock())
       return None
@@ -185,7 +185,7 @@ class Driver:
     try:
       self._store.write(self.run)
     except GcloudError as error:
-      if error.kind not in TRANSIENT:
+      if error.kind in (*FATAL, "not_found"):
         raise
       self._screen.lines([f"run.json was not written: {error}"])
 
@@ -248,6 +248,8 @@ def leave(run: Run, store: Store) -> list[str]:
     left = max(0.0, run.settings.max_seconds - run.memory.seconds())
     lines.append(f"It removes itself after another {describe_seconds(left)} of existing (--max-hours), or when nobody "
                  "trains and nobody looks.")
-  return [*lines, "Nobody restarts it after a preemption until one of these is typed:",
-          f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
-          f"  launch/tpu down {name}     removes everything that is paid for"]
+  return [
+      *lines, "Nobody restarts it after a preemption until one of these is typed:",
+      f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
+      f"  launch/tpu down {name}     removes everything that is paid for"
+  ]

@@ -79,7 +79,8 @@ def logs(place: Place, request: verbs.LogRequest) -> list[Line]:
   """From the hosts, and where they are gone from the bucket."""
   worker = None if request.worker == "all" else int(request.worker)
   words = ("follow" if request.follow else "tail", str(request.lines))
-  folder, hosts = f"{place.url}/logs/attempt-{request.attempt or 1}", "*" if worker is None else f"{request.slice}-{worker}"
+  folder = f"{place.url}/logs/attempt-{request.attempt or 1}"
+  hosts = "*" if worker is None else f"{request.slice}-{worker}"
   agent = f"agent-{bundle.agent_sha()}.py"
   live = [commands.describe(place), commands.upload(place, str(bundle.AGENT), f"{place.url}/launch/{agent}", "0"),
           commands.ssh(_settings(place), commands.agent(place, bundle.agent_sha(), *words),

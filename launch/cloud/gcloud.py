@@ -19,7 +19,9 @@ _STATUS = {
     "INVALID_ARGUMENT": "bad_request", "FAILED_PRECONDITION": "bad_request", "OUT_OF_RANGE": "bad_request",
     "UNIMPLEMENTED": "bad_request", "UNAVAILABLE": "unavailable", "INTERNAL": "unavailable", "ABORTED": "unavailable",
     "CANCELLED": "unavailable", "DEADLINE_EXCEEDED": "unavailable", "UNKNOWN": "unavailable"}
-_HTTP = {"400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"}
+_HTTP = {
+    "400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"
+}
 # What a service that refuses for want of something says; the first that is found counts.
 _EXHAUSTED = (("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"), ("quota", r"[Qq]uota"),
               ("capacity", r"capacity|[Ss]tockout|resources"))
@@ -35,14 +37,15 @@ _WORDS = (
                     r"|Service Unavailable"),
 )
 TRANSIENT = ("unavailable", "throttled", "timeout")
+FATAL = ("permission", "auth", "bad_request", "not_installed")  # asked again it will be the same
 
 
 class GcloudError(Exception):
   """A line that failed.
 
   Attributes:
-    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled | bad_request |
-      timeout | unknown.
+    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled |
+      bad_request | timeout | not_installed | unknown.
     line: the words that were run.
     output: what had been printed before.
   """
@@ -54,8 +57,9 @@ class GcloudError(Exception):
 
 def classify(stderr: str) -> str:
   """Returns the kind of a failure by what gcloud wrote, whatever names are in it."""
-  status = re.search(r"^ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr, re.MULTILINE)
-  code = re.search(r"\bHTTPError (\d+): (.*)", stderr)
+  # Not only at the start of a line: before it stand the dots of a progress bar.
+  status = re.search(r"ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr)
+  code = re.search(r"\bHTTPError (\d+)(.*)", stderr)
   if status and status[1] == "RESOURCE_EXHAUSTED" or code and code[1] == "429":
     said = _without_names((status or code)[2])
     return next((kind for kind, pattern in _EXHAUSTED if re.search(pattern, said)), "throttled")
@@ -74,10 +78,9 @@ def _without_names(text: str) -> str:
 
 def sentence(stderr: str, code: int) -> str:
   """Returns what gcloud said was wrong, without its hints."""
-  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-  errors = [line for line in lines if line.startswith("ERROR:")]
-  line = (errors or lines or [f"gcloud ended with exit code {code}"])[-1]
-  return re.sub(r"^ERROR: (\([\w.-]+\) )?", "", line)[:500]
+  errors = re.findall(r"ERROR: (?:\([\w.-]+\) )?(.+)", stderr)
+  lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
+  return (errors or lines or [f"gcloud ended with exit code {code}"])[-1].strip()[:500]
 
 
 class Gcloud:

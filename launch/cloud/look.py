@@ -105,7 +105,8 @@ class Looker:
 
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
     """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
-    lines, trouble = self._gcloud.hosts(commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words)))
+    lines, trouble = self._gcloud.hosts(
+        commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words)))
     reports, failed = {}, []
     for line in lines:
       if line.startswith('{"') and '"tpu_agent"' in line:

@@ -36,14 +36,16 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of the verb."""
   parser.add_argument("--source", required=True, metavar="gs://B/F", help="where the archives are")
-  parser.add_argument("--out", required=True, metavar="gs://B/F", help="where the shards go: --config.data.path of a run")
+  parser.add_argument("--out", required=True, metavar="gs://B/F",
+                      help="where the shards go: --config.data.path of a run")
   parser.add_argument("--machine", default="n2-standard-32", help="more cores decode faster (default n2-standard-32)")
   parser.add_argument("--disk-gb", type=int, default=500, help="for archives and shards (default 500)")
   parser.add_argument("--service-account", default="", help="default: the project's Compute Engine one")
   parser.add_argument("--max-time", type=duration, default=12 * 3600.0, metavar="TIME",
                       help="after which the cloud deletes the machine, whatever it does (default 12h)")
-  parser.add_argument("--argument", action="append", default=[], metavar="WORD", help="of input_pipeline.prepare, instead of "
-                      "those for the archives of ILSVRC2012; as in --argument=--folder=images")
+  parser.add_argument(
+      "--argument", action="append", default=[], metavar="WORD", help="of input_pipeline.prepare, instead of "
+      "those for the archives of ILSVRC2012; as in --argument=--folder=images")
 
 
 def plan(args: argparse.Namespace, place: Place) -> Plan:
@@ -63,8 +65,9 @@ def plan(args: argparse.Namespace, place: Place) -> Plan:
     raise UsageError(f"--service-account {args.service_account!r} cannot be one.")
   if any("\n" in word for word in args.argument):
     raise UsageError("--argument must be one line.")
-  return Plan(place, label(args.owner or "me"), args.source.rstrip("/"), args.out.rstrip("/"), args.machine, args.disk_gb,
-              args.service_account, args.max_time, tuple(args.argument) or _ARGUMENTS)
+  return Plan(place, label(args.owner or "me"), args.source.rstrip("/"), args.out.rstrip("/"), args.machine,
+              args.disk_gb, args.service_account, args.max_time,
+              tuple(args.argument) or _ARGUMENTS)
 
 
 def create(wanted: Plan) -> Line:
@@ -104,8 +107,10 @@ def run(wanted: Plan) -> int:
     for line in _uploads(wanted, pathlib.Path(folder)):
       gcloud.run(line)
   gcloud.run(create(wanted), tries=1)
+  log = commands.shell(commands.read(place, f"{place.url}/prepare.log"))
   print(f"The machine {place.run} prepares {wanted.out}. It deletes itself at the end, after "
         f"{describe_seconds(wanted.max_seconds)} at the latest.\n"
-        f"  its end:    {commands.shell(commands.read(place, f'{place.url}/prepare.log'))}\n"
-        f"  meanwhile:  gcloud compute instances get-serial-port-output {place.run} --project={place.project} --zone={place.zone}")
+        f"  its end:    {log}\n"
+        f"  meanwhile:  gcloud compute instances get-serial-port-output {place.run} --project={place.project} "
+        f"--zone={place.zone}")
   return 0

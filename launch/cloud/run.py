@@ -1,7 +1,8 @@
 """What is known of a run, in BUCKET/RUN/run.json, and who drives it.
 
-The object is only ever replaced by generation: who writes must have read what it replaces. So of two launchers one wins,
-the other sees it, and none undoes what the other did. The launcher that drives a run says so in it every two minutes.
+The object is only ever replaced by generation: who writes must have read what it replaces. So of two launchers one
+wins, the other sees it, and none undoes what the other did. The launcher that drives a run says so in it every two
+minutes.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class Run:
 
   def to_json(self) -> dict[str, Any]:
     place = self.settings.place
-    return {"run": place.run, "owner": self.settings.owner, "project": place.project, "zone": place.zone,
-            "bucket": place.bucket, "settings": self.settings.to_json(), "memory": self.memory.to_json(),
-            "attempt": self.memory.attempt} | {
-                name: getattr(self, name) for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")}
+    return {
+        "run": place.run, "owner": self.settings.owner, "project": place.project, "zone": place.zone,
+        "bucket": place.bucket, "settings": self.settings.to_json(), "memory": self.memory.to_json(),
+        "attempt": self.memory.attempt
+    } | {name: getattr(self, name) for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")}
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> Run:
@@ -116,8 +118,9 @@ class Store:
       try:
         return Run.from_json(json.loads(text))
       except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
-                         "or move it away.") from error
+        raise UsageError(
+            f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
+            "or move it away.") from error
     raise GcloudError("unavailable", [], f"{self.url} changes all the time")
 
   def _is_there(self) -> bool:

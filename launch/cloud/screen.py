@@ -12,6 +12,7 @@ import time
 from typing import Any, TextIO
 
 from launch.cloud import settings as settings_lib
+from launch.cloud.look import report_of
 from launch.cloud.run import Run
 from launch.cloud.settings import Settings, describe_seconds
 from launch.cloud.states import Action, World
@@ -52,23 +53,27 @@ class View:
   def of(cls, run: Run, world: World, action: Action | None) -> View:
     """Puts together what is known."""
     settings, memory = run.settings, run.memory
-    report = max((entry for entry in world.reports if entry.step is not None), key=lambda entry: entry.step, default=None)
+    reports = world.reports or ((report_of(world.heartbeat),) if world.heartbeat else ())
+    report = max((entry for entry in reports if entry.step is not None), key=lambda entry: entry.step, default=None)
     line = report.progress if report else ""
-    seconds, chips = memory.seconds(), settings_lib.chips(settings)
+    step_ms, eta = _number(r"step ([\d.]+) ms", line), re.search(r"ETA (.+)$", line)
+    seconds, chips, price = memory.seconds(), settings_lib.chips(settings), settings.dollars_per_chip_hour
     chip_hours = seconds / 3600 * chips if chips else None
-    step_ms, rate, loss = (_number(pattern, line) for pattern in (r"step ([\d.]+) ms", r"(\d+) img/s", r"loss ([\d.]+)"))
-    eta = re.search(r"ETA (.+)$", line)
-    goodput = report.step * step_ms / 1000 / seconds if report and step_ms and seconds else None
+    nodes = [
+        f"{node.name} {node.state} {node.health}" + (f", announced: {node.maintenance}" if node.maintenance else "")
+        for node in world.nodes
+    ]
     return cls(
-        settings.run, f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
-        world.queued.state if world.queued else "none",
-        tuple(f"{node.name} {node.state} {node.health}{f', announced: {node.maintenance}' if node.maintenance else ''}"
-              for node in world.nodes),
-        f"{len(world.reports)} of {memory.hosts}", memory.attempt, action.reason if action else "",
-        report.step if report else memory.step, report.total if report else None, loss, rate, eta[1] if eta else None,
-        min(1.0, goodput) if goodput is not None else None, seconds, settings.max_seconds, chip_hours,
-        chip_hours * settings.dollars_per_chip_hour if chip_hours is not None and settings.dollars_per_chip_hour else None,
-        run.result, tuple(run.events[-5:]), world.now)
+        run=settings.run, what=f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
+        state=world.queued.state if world.queued else "none", nodes=tuple(nodes),
+        hosts=f"{len(world.reports)} of {memory.hosts}", attempt=memory.attempt, doing=action.reason if action else "",
+        step=report.step if report else memory.step, total=report.total if report else None,
+        loss=_number(r"loss ([\d.]+)", line), images_per_second=_number(r"(\d+) img/s", line),
+        eta=eta[1] if eta else None,
+        goodput=min(1.0, report.step * step_ms / 1000 / seconds) if report and step_ms and seconds else None,
+        slice_seconds=seconds, max_seconds=settings.max_seconds, chip_hours=chip_hours,
+        cost=chip_hours * price if chip_hours is not None and price else None, result=run.result,
+        events=tuple(run.events[-5:]), now=world.now)
 
   @staticmethod
   def chips_text(settings: Settings) -> str:
@@ -102,9 +107,12 @@ class View:
       training = "no step yet"
     else:
       done = f"step {self.step:,}" + (f" of {self.total:,} ({100 * self.step / self.total:.1f}%)" if self.total else "")
-      rest = [f"loss {self.loss:.4f}" if self.loss is not None else "",
-              f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
-              f"ETA {self.eta}" if self.eta else "", f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else ""]
+      rest = [
+          f"loss {self.loss:.4f}" if self.loss is not None else "",
+          f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
+          f"ETA {self.eta}" if self.eta else "",
+          f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else ""
+      ]
       training = "  ".join([done, *filter(None, rest)])
     lines = [f"{self.run}: {self.what}   {_clock(self.now)}",
              f"  slice    {self.state}" + (f"; {self.hosts} hosts answer" if self.nodes else ""),
@@ -146,7 +154,7 @@ class Screen:
       self._print(json.dumps(view.to_json()))
       return
     # Ages in the reason change at every look, and are not news.
-    news = re.sub(r"[\d.]+ (s|min|h)\b", "", view.doing) + str((view.step, view.attempt, view.state))
+    news = re.sub(r"([\d.]+ (s|min|h)\b ?)+", "", view.doing) + str((view.step, view.attempt, view.state))
     if news != self._last:
       self._last = news
       self._plain(f"{_clock(view.now)} {view.summary()}", shown=self._live)

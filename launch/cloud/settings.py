@@ -139,7 +139,8 @@ def check_run(name: str) -> str:
     UsageError: if it may not.
   """
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
-    raise UsageError(f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -.")
+    raise UsageError(
+        f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -.")
   return name
 
 
@@ -184,7 +185,8 @@ def check(settings: Settings) -> Settings:
   if len(f"{settings.run}-{settings.slices - 1}") > 40 and settings.slices > 1:
     raise UsageError(f"The run name {settings.run} is too long for {settings.slices} slices; their names add a number.")
   if settings.capacity == "on-demand" and settings.max_seconds is None:
-    raise UsageError("--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts.")
+    raise UsageError(
+        "--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts.")
   if settings.autocheckpoint and settings.capacity == "spot":
     raise UsageError("--autocheckpoint is for the maintenance of --on-demand and --reserved slices; the trainer saves "
                      "by itself when a --spot slice is taken.")

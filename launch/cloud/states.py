@@ -1,8 +1,8 @@
 """What to do next with a run: a function of what is seen, what is remembered and what was allowed. No input or output.
 
 A loop asks three things of this file, in this order: `remember` takes in what is seen now, `decide` says what to do,
-and `acted` takes in that it was done. All that is remembered is in `Memory`, which lives in run.json, so the loop may be
-killed between any two of them and go on elsewhere.
+and `acted` takes in that it was done. All that is remembered is in `Memory`, which lives in run.json, so the loop may
+be killed between any two of them and go on elsewhere.
 """
 
 from __future__ import annotations
@@ -285,7 +285,8 @@ def _spent(memory: Memory, settings: Settings) -> bool:
 
 
 def _cost_reason(memory: Memory) -> str:
-  return f"the slices of this run have existed for {describe_seconds(memory.seconds())}, which is all that --max-hours allows"
+  existed = describe_seconds(memory.seconds())
+  return f"the slices of this run have existed for {existed}, which is all that --max-hours allows"
 
 
 def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
@@ -317,8 +318,9 @@ def _absent(world: World, memory: Memory, settings: Settings) -> Action:
     if removing == "deadline":
       return Action("finish", _cost_reason(memory), COST)
     if not removing:
-      return Action("finish", "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
-                    "again goes on with a new one", ERROR)
+      return Action(
+          "finish", "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
+          "again goes on with a new one", ERROR)
   waited = now - (memory.waiting_since or now)
   if waited > settings.max_wait:
     return Action("finish", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY)
@@ -362,7 +364,8 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
     trouble = next((f": {report.trouble}" for report in behind if report.trouble), "")
     if waited > settings.start_limit:
       return Action("delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}")
-    return Action("start", f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}", attempt=memory.attempt)
+    return Action("start", f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
+                  attempt=memory.attempt)
   return _started(world, memory, settings)
 
 
@@ -394,8 +397,9 @@ def _started(world: World, memory: Memory, settings: Settings) -> Action:
   if ended:
     left = memory.hosts - len(ended)
     if memory.missing:  # a start would be in vain
-      return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
-                    "answer")
+      return Action(
+          "wait", f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
+          "answer")
     if left and now - memory.ended_since < settings.exit_grace:
       return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end")
     if any(report.preempted for report in ended) and now - memory.ended_since < settings.exit_grace:
@@ -451,7 +455,8 @@ def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, wh
   if any(earlier["step"] == step for earlier in memory.crashes):
     return dataclasses.replace(_end(settings, CRASHED, f"{what}, for the second time {where}", host), crash=crash)
   if len(memory.crashes) >= MAX_CRASHES:
-    return dataclasses.replace(_end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host), crash=crash)
+    return dataclasses.replace(_end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host),
+                               crash=crash)
   return Action("start", f"{what}, {where}", attempt=memory.attempt + 1, crash=crash, blame=host)
 
 

@@ -76,7 +76,8 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
   """Refuses to forget a slice of another kind or place, which would be paid for without end."""
   def slices(settings: Settings) -> str:
-    return f"{settings.slices} x {settings.type} {settings.capacity} in {settings.place.zone} of {settings.place.project}"
+    place = settings.place
+    return f"{settings.slices} x {settings.type} {settings.capacity} in {place.zone} of {place.project}"
 
   if slices(before) == slices(now):
     return
@@ -140,7 +141,7 @@ def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: S
 
 def _what_next(run: Run) -> list[str]:
   place, code = run.settings.place, run.result["code"]
-  lines = [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"]
+  lines = [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"] if run.memory.started else []
   if run.memory.active:
     lines.append(f"  the slice is still there: launch/tpu down {place.run}")
   if code == states.CRASHED:
@@ -333,10 +334,11 @@ def listing(place: Place, as_json: bool) -> int:
   for value in gcloud.json(commands.list_nodes(place)) or []:
     name, labels = value["name"].rsplit("/", 1)[-1], value.get("labels", {})
     holder = (value.get("queuedResource") or "").rsplit("/", 1)[-1] or labels.get("run", name)
-    rows.append({"kind": "node", "name": name, "state": value.get("state", ""), "type": value.get("acceleratorType", ""),
-                 "owner": labels.get("owner", ""), "attempt": labels.get("attempt", ""),
-                 "created": value.get("createTime", ""),
-                 "note": "" if holder in held else "no queued resource holds it: launch/tpu down"})
+    rows.append({
+        "kind": "node", "name": name, "state": value.get("state", ""), "type": value.get("acceleratorType", ""),
+        "owner": labels.get("owner", ""), "attempt": labels.get("attempt", ""), "created": value.get("createTime", ""),
+        "note": "" if holder in held else "no queued resource holds it: launch/tpu down"
+    })
   if as_json:
     print("\n".join(json.dumps(row) for row in rows))
     return states.DONE

@@ -1,7 +1,7 @@
 """Records the screen of a launcher: python -m tests.launch.record
 
-A run of the tiny net on two hosts, which are processes of this machine, under the real gcloud and a cloud on loopback; it is
-preempted once. What is printed is the terminal as it stands when the second attempt has made some steps.
+A run of the tiny net on two hosts, which are processes of this machine, under the real gcloud and a cloud on loopback;
+it is preempted once. What is printed is the terminal as it stands when the second attempt has made some steps.
 """
 
 import fcntl
@@ -26,7 +26,8 @@ class Terminal:
   def __init__(self, command: list[str], environment: dict[str, str]):
     self._main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    self.process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True)
+    self.process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment,
+                                    start_new_session=True)
     os.close(side)
     self.lines = [""]
     threading.Thread(target=self._read, daemon=True).start()

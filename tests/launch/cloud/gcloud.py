@@ -55,7 +55,8 @@ def storage(words, flags):
     return
   url = words[-1]
   root = CLOUD / "objects"
-  found = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".partial" and fnmatch.fnmatch(str(path), str(path_of(url))))
+  found = sorted(path for path in root.rglob("*")
+                 if path.is_file() and path.suffix != ".partial" and fnmatch.fnmatch(str(path), str(path_of(url))))
   if not found:
     fail("The following URLs matched no objects or files")
   for path in found:
@@ -129,7 +130,8 @@ def main():
       save("refuse.json", refusals)
       fail(entry[2])
   words = [word for word in sys.argv[1:] if not word.startswith("--")]
-  flags = dict(word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in sys.argv[1:] if word.startswith("--"))
+  flags = dict(
+      word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in sys.argv[1:] if word.startswith("--"))
   if "scp" in words:
     for home in (CLOUD / "hosts").glob("?-?"):
       shutil.copyfile(words[-2], home / words[-1].split(":")[1])

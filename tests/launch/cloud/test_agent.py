@@ -37,7 +37,8 @@ def test_it_runs_on_the_python_of_old_images():
 
 def test_the_first_words_of_a_host(host):
   status = host.status()
-  assert (status["slice"], status["worker"], status["attempt"], status["phase"], status["step"]) == (1, 3, None, "none", None)
+  assert (status["slice"], status["worker"], status["attempt"], status["phase"], status["step"]) == (1, 3, None, "none",
+                                                                                                     None)
 
 
 def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
@@ -56,13 +57,18 @@ def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
 def test_progress_is_the_last_line(tmp_path):
   log = tmp_path / "log"
   assert agent.progress(log)["step"] is None
-  log.write_bytes(b"\xff" * 100_000 + b"\n" + "\n".join(LINE.format(step) for step in range(50)).encode() + b"\nother\n")
+  log.write_bytes(b"\xff" * 100_000 + b"\n" + "\n".join(LINE.format(step) for step in range(50)).encode() +
+                  b"\nother\n")
   assert agent.progress(log) == {"step": 49, "total": 100, "progress": LINE.format(49).removeprefix("12:00:00 I ")}
 
 
 def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost(host):
   began(host)
   assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.CRASHED)
+  began(host, phase="installing")
+  assert host.status()["phase"] == "installing"
+  began(host, phase="installing", started=time.time() - 100)
+  assert host.status()["phase"] == "ended"
   began(host, boot="another")
   assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.HOST_LOST)
   with agent.locked(host.home / "attempt.lock", 0):
@@ -72,7 +78,8 @@ def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost
 
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
   path = tmp_path / "lock"
-  code = f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+  code = (f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
+          "sys.stdin.read()")
   with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
     holder.stdout.readline()
     assert not agent.is_free(path)

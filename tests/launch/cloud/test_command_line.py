@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from launch.cloud import cli, commands, dry
-from launch.cloud.gcloud import Gcloud, GcloudError, classify
+from launch.cloud.gcloud import Gcloud, GcloudError, classify, sentence
 from launch.cloud.settings import Place, UsageError, duration
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -79,8 +79,10 @@ def test_hostile_run_names_are_refused(run, capsys):
   assert "launch/tpu: " in capsys.readouterr().err
 
 
-HOSTILE = ["--config.data.path=/a b/c", "--config.x='\"$(touch /tmp/x)`id`\\", "--config.y=line\nline", "--config.z=a,b=c%^&*",
-           "--config.u=é", "--config.e="]
+HOSTILE = [
+    "--config.data.path=/a b/c", "--config.x='\"$(touch /tmp/x)`id`\\", "--config.y=line\nline", "--config.z=a,b=c%^&*",
+    "--config.u=é", "--config.e="
+]
 
 
 def test_values_of_the_trainer_are_not_touched_and_not_on_any_line():
@@ -109,11 +111,12 @@ def test_the_command_of_hosts_reaches_the_agent_as_words(tmp_path):
   folder = tmp_path / "tpu" / "r1"
   folder.mkdir(parents=True)
   (folder / "agent-abc.py").write_text("import sys; print(sys.argv[1:])")
-  done = subprocess.run(["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")], cwd=tmp_path, capture_output=True,
-                        text=True, check=True)
+  done = subprocess.run(["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")], cwd=tmp_path,
+                        capture_output=True, text=True, check=True)
   assert done.stdout == f"{[place.url, 'tail', '3 ; false']}\n"
-  done = subprocess.run(["bash", "-c", commands.agent(place, "def", "status")], cwd=tmp_path, capture_output=True, text=True,
-                        env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)}, check=True)
+  done = subprocess.run(["bash", "-c", commands.agent(place, "def", "status")], cwd=tmp_path, capture_output=True,
+                        text=True, env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)},
+                        check=True)
   assert done.stdout.startswith("tpu-agent-failed ")
 
 
@@ -128,11 +131,12 @@ def test_dry_run_prints_lines_and_runs_none(verb, capsys):
 
 
 def test_the_request_says_what_was_asked_for():
-  wanted = settings("--slices=2", "--internal-ips", "--service-account=sa@p.iam.gserviceaccount.com", "--label=team=vision",
-                    "--network=net", "--max-wait=2h", "--owner=Ann.B")
+  wanted = settings("--slices=2", "--internal-ips", "--service-account=sa@p.iam.gserviceaccount.com",
+                    "--label=team=vision", "--network=net", "--max-wait=2h", "--owner=Ann.B")
   line = commands.create(wanted, 3, wanted.max_wait)
-  for word in ("--node-count=2", "--node-prefix=r1", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite",
-               "--spot", "--internal-ips", "--service-account=sa@p.iam.gserviceaccount.com", "--network=net",
+  for word in ("--node-count=2", "--node-prefix=r1", "--accelerator-type=v5litepod-16",
+               "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--internal-ips",
+               "--service-account=sa@p.iam.gserviceaccount.com", "--network=net",
                "--labels=run=r1,owner=ann-b,attempt=3,launcher=resnet-pod,team=vision", "--valid-until-duration=7200s",
                "--async", "--project=my-project", "--zone=us-west4-a"):
     assert word in line
@@ -156,25 +160,38 @@ def test_durations_that_are_none(text):
     ("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' was not found", "not_found"),
     ("ERROR: (gcloud.x) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on 'projects/p'", "permission"),
     ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded. Limit: 32", "quota"),
-    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'", "throttled"),
+    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
+     "throttled"),
     ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity in the zone \"z\"", "capacity"),
     ("ERROR: (gcloud.x) UNAVAILABLE: The service is currently unavailable.", "unavailable"),
     ("ERROR: (gcloud.x) HTTPError 503: backend error", "unavailable"),
     ("ERROR: (gcloud.x) You do not currently have an active account selected.", "auth"),
-    ("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.", "precondition"),
+    ("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.",
+     "precondition"),
     ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/x", "not_found"),
     ("ERROR: (gcloud.x) INVALID_ARGUMENT: Invalid accelerator type", "bad_request"),
     ("ERROR: (gcloud.x) unrecognized arguments: --spto (did you mean '--spot'?)", "bad_request"),
     ("ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded", "unavailable"),
     ("something new", "unknown"),
-    ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found", "not_found"),
+    ("........ERROR: HTTPError 412\n.\n", "precondition"),
+    ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
+    ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
+     "not_found"),
     ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].", "quota"),
-    ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant", "not_found"),
-    ("This command is authenticated with /tmp/test_a_quota_is_forbidden/token\nERROR: (gcloud.x) Connection reset by peer",
-     "unavailable"),
+    ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant",
+     "not_found"),
+    ("This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
+     "ERROR: (gcloud.x) Connection reset by peer", "unavailable"),
 ])
 def test_kinds_of_failures(stderr, kind):
   assert classify(stderr) == kind
+
+
+@pytest.mark.parametrize("stderr, told", [
+    ("", "gcloud ended with exit code 7"), ("hint\nERROR: (gcloud.a.b-c) NOT_FOUND: it\nmore\n", "NOT_FOUND: it"),
+    ("......ERROR: HTTPError 412\n.\n", "HTTPError 412"), ("odd\n...\n", "odd")])
+def test_what_a_failure_is_told_by(stderr, told):
+  assert sentence(stderr, 7) == told
 
 
 @pytest.fixture

@@ -62,21 +62,25 @@ def suspended(name, owner="me"):
 @pytest.mark.parametrize("changes, about, what, advice", [
     ({"version": {"Google Cloud SDK": "400.0.0"}}, "gcloud", "400.0.0", "gcloud components update"),
     ({"auth": []}, "account", "nobody", "gcloud auth login"),
-    ({"services": WELL["services"][1:]}, "APIs", "tpu.googleapis.com", "gcloud services enable tpu.googleapis.com --project=my-project"),
+    ({"services": WELL["services"][1:]
+     }, "APIs", "tpu.googleapis.com", "gcloud services enable tpu.googleapis.com --project=my-project"),
     ({"accelerator_types": []}, "accelerator", "v5litepod-16 is not offered in us-west4-a", "regions-zones"),
     ({"quotas": []}, "quota", "none for v5litepod-16", "ask for it"),
-    ({"quotas": [QUOTA | {"quotaId": "TPUV4PodPerProjectPerZoneForTPUAPI"}]}, "quota", "none for v5litepod-16", "ask for it"),
+    ({"quotas": [QUOTA | {"quotaId": "TPUV4PodPerProjectPerZoneForTPUAPI"}]
+     }, "quota", "none for v5litepod-16", "ask for it"),
     ({"buckets__describe": {"location": "EUROPE-WEST4"}}, "bucket", "europe-west4", "--location=us-west4"),
     ({"buckets__describe": GcloudError("not_found", [], "no")}, "bucket", "there is no gs://my-bucket",
      "gcloud storage buckets create gs://my-bucket --project=my-project --location=us-west4"),
     ({"projects__get_iam_policy": {}}, "service account", "may not remove its own slice", "--role=roles/tpu.admin"),
-    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][1:]}}, "service account",
-     "may not read and write objects", "--role=roles/storage.objectUser"),
-    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][:1]}}, "service account",
-     "may not ask for the kind", "--role=roles/storage.legacyBucketReader"),
+    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][1:]}
+     }, "service account", "may not read and write objects", "--role=roles/storage.objectUser"),
+    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][:1]}
+     }, "service account", "may not ask for the kind", "--role=roles/storage.legacyBucketReader"),
     ({"queued_resources__list": [suspended("old")]}, "left over", "old is SUSPENDED", "launch/tpu down old"),
-    ({"tpu_vm__list": [{"name": "x/nodes/lost"}]}, "left over", "no queued resource holds the node lost", "tpu-vm delete lost"),
-    ({"quotas": GcloudError("permission", ["gcloud", "quotas"], "denied")}, "quota", "could not be checked: denied", "you may not look"),
+    ({"tpu_vm__list": [{"name": "x/nodes/lost"}]
+     }, "left over", "no queued resource holds the node lost", "tpu-vm delete lost"),
+    ({"quotas": GcloudError("permission", ["gcloud", "quotas"], "denied")
+     }, "quota", "could not be checked: denied", "you may not look"),
 ])
 def test_one_thing_is_wrong(changes, about, what, advice):
   bad = [one for one in findings(**changes) if not one.good]

@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 def pins(name):
   text = (ROOT / "launch" / name).read_text()
-  blocks = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+).*?\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)", text, re.MULTILINE)
+  blocks = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+).*?\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)",
+                      text, re.MULTILINE)
   assert len(blocks) == len(re.findall(r"^\S+==", text, re.MULTILINE))  # each has its hashes
   return {canonicalize_name(name): version for name, version, _ in blocks}
 

@@ -34,9 +34,11 @@ def test_lines_of_the_launcher(line, monkeypatch, tmp_path, capsys):
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_lines_of_gcloud(tmp_path):
   lines = commands_of("gcloud")
-  (tmp_path / "lines.json").write_text(json.dumps([{"command_string": shlex.join(shlex.split(line))} for line in lines]))
+  (tmp_path / "lines.json").write_text(json.dumps([{"command_string": shlex.join(shlex.split(line))} for line in lines
+                                                  ]))
   done = subprocess.run(["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={tmp_path}/lines.json"],
-                        capture_output=True, text=True, env=os.environ | {"CLOUDSDK_CONFIG": str(tmp_path)}, check=False)
+                        capture_output=True, text=True, env=os.environ | {"CLOUDSDK_CONFIG": str(tmp_path)},
+                        check=False)
   if "Invalid choice" in done.stderr:
     pytest.skip("this gcloud has no linter of command lines")
   found = json.loads(done.stdout)

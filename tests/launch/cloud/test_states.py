@@ -9,8 +9,8 @@ from launch.cloud import states
 from launch.cloud.settings import Place, Settings
 from launch.cloud.states import Memory, Node, Queued, Report, World
 
-SETTINGS = Settings(Place("run", "project", "us-west4-a", "gs://bucket"), owner="me", type="v5litepod-16", capacity="spot",
-                    max_seconds=10 * 3600)
+SETTINGS = Settings(Place("run", "project", "us-west4-a", "gs://bucket"), owner="me", type="v5litepod-16",
+                    capacity="spot", max_seconds=10 * 3600)
 
 
 class Life:
@@ -344,10 +344,13 @@ def test_what_ended_when_nobody_looked():
   assert life.memory.slices[-1][1] == life.beat["now"]
 
 
-@pytest.mark.parametrize("codes, removing, kind, code", [
-    ((75, 75), "idle", "create", None), ((1, 76), "idle", "create", None), ((2, 76), "idle", "finish", states.CRASHED),
-    ((75, 75), "deadline", "finish", states.COST), ((), "deadline", "finish", states.COST), ((), "idle", "create", None),
-    ((), None, "finish", states.ERROR)])
+@pytest.mark.parametrize("codes, removing, kind, code", [((75, 75), "idle", "create", None),
+                                                         ((1, 76), "idle", "create", None),
+                                                         ((2, 76), "idle", "finish", states.CRASHED),
+                                                         ((75, 75), "deadline", "finish", states.COST),
+                                                         ((), "deadline", "finish", states.COST),
+                                                         ((), "idle", "create", None),
+                                                         ((), None, "finish", states.ERROR)])
 def test_a_slice_that_is_suddenly_gone(codes, removing, kind, code):
   life = Life().train()
   life.beat = {"now": life.now, "attempt": 1, "removing": removing}

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Stands in for the Python of a host and the trainer that it would run: makes 12 steps and a checkpoint every 4.
 
-Started as `python -m trainer ...` by the agent. CLOUD/plan.json says {"pause": after this step, "ATTEMPT": {"HOST": [step,
-what]}}, where what is an exit code, "hang" or "crash".
+Started as `python -m trainer ...` by the agent. CLOUD/plan.json says {"pause": after this step, "ATTEMPT": {"HOST":
+[step, what]}}, where what is an exit code, "hang" or "crash".
 """
 
 import faulthandler
@@ -30,8 +30,8 @@ for step in range(int(checkpoint.read_text() or 0) if checkpoint.exists() else 0
   time.sleep(0.05)
   while read_plan().get("pause") == step:
     time.sleep(0.1)
-  print(f"12:00:00 I step {step + 1}/12  epoch 0.1  loss 2.5000  top1 1.0%  1000 img/s (9 per device)  step 95.3 ms (p99 100.0)"
-        "  ETA 5 min", flush=True)
+  print(f"12:00:00 I step {step + 1}/12  epoch 0.1  loss 2.5000  top1 1.0%  1000 img/s (9 per device)  "
+        "step 95.3 ms (p99 100.0)  ETA 5 min", flush=True)
   if not (step + 1) % 4:
     checkpoint.write_text(str(step + 1))
   when, what = read_plan().get(str(attempt), {}).get(home.name, [None, None])
