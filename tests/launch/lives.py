@@ -36,8 +36,10 @@ class Process:
   """A launcher at work."""
 
   def __init__(self, words: list[str], environment: dict[str, str]):
+    # A shell in the background ignores Ctrl-C, and so would all that it starts.
     self._process = subprocess.Popen([ROOT / "launch" / "tpu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                     text=True, env=environment, start_new_session=True)
+                                     text=True, env=environment, start_new_session=True,
+                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     self.log, self._lines = "", threading.Condition()
     threading.Thread(target=self._read, daemon=True).start()
 
