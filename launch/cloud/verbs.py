@@ -71,7 +71,7 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
             f"launch/tpu stop {settings.run}, and this line again, to have it now.", file=sys.stderr)
   note(settings)
   run = run or Run(settings)
-  return _drive(gcloud, store, run, settings, screen, take_over, no_watch)
+  return _drive(gcloud, store, run, settings, screen, take_over, tree, no_watch)
 
 
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
@@ -108,23 +108,23 @@ def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
 
 
 def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: Screen, take_over: bool,
-           no_watch: bool = False) -> int:
+           code: bundle.Bundle | None = None, no_watch: bool = False) -> int:
   while True:
     other = None if take_over else store.other_driver(run)
     try:
       if other:
         screen.lines([f"{other} drives {settings.run}; this one only shows it (--take-over drives it from here)."])
-        code = follow(store, run, screen, time.sleep)
-        if code is not None:
-          return code
+        result = follow(store, run, screen, time.sleep)
+        if result is not None:
+          return result
         screen.lines(["That launcher is gone; going on in its place."])
       begin(run, settings, time.time())
-      code = Driver(gcloud, store, run, screen).drive(until_running=no_watch)
+      result = Driver(gcloud, store, run, screen).drive(code, no_watch)
       if run.result:
         screen.lines([f"{settings.run}: {run.result['reason']}.", *_what_next(run)])
       else:
         screen.lines(leave(run, store))
-      return code
+      return result
     except TakenOver as error:
       again = store.read()
       if again is None or again.wanted == "down":
