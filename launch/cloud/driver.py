@@ -242,14 +242,14 @@ def leave(run: Run, store: Store) -> list[str]:
     store.write(run, driving=False)
   except (GcloudError, TakenOver):
     pass  # another launcher may take over a little later, when our sign of life is old
-  name, chips = run.settings.run, View.chips_text(run.settings)
-  lines = [f"Left. {'The slice goes on and is paid for' if run.memory.active else 'The request stays'} ({chips})."]
-  if run.settings.max_seconds is not None:
-    left = max(0.0, run.settings.max_seconds - run.memory.seconds())
-    lines.append(f"It removes itself after another {describe_seconds(left)} of existing (--max-hours), or when nobody "
-                 "trains and nobody looks.")
+  settings, name = run.settings, run.settings.run
+  ends = [] if settings.keep else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
+  if settings.max_seconds is not None:
+    ends.append(f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing")
+  stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
   return [
-      *lines, "Nobody restarts it after a preemption until one of these is typed:",
+      f"Left. {stays} ({View.chips_text(settings)}).",
+      *([f"It removes itself {', or '.join(ends)}."] if ends else []), "Nobody restarts it after a preemption until one of these is typed:",
       f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
       f"  launch/tpu down {name}     removes everything that is paid for"
   ]
