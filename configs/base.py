@@ -46,8 +46,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.bn_group = "global"
 
   config.data = ml_collections.ConfigDict()
-  config.data.path = ""  # folder of shards (input_pipeline.prepare or TFDS), or of class folders
-  config.data.kind = "auto"  # auto (by what the path holds) | array_record | folder | synthetic
+  # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
+  config.data.path = ""
+  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | synthetic | auto:
+  # stream for a URL, else by what the folder holds.
+  config.data.kind = "auto"
   config.data.train_split = "train"
   config.data.eval_split = "val"
   config.data.image_size = 224  # pixels, height and width of a training image
@@ -58,9 +61,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.flip = True  # mirror half of the training images
   config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
   config.data.std = (58.395, 57.12, 57.375)
-  config.data.workers = 0  # decoding processes; 0 decodes in threads of the trainer
-  config.data.threads = 2  # decoding threads of each process; 0 decodes when the batch is asked for
-  config.data.prefetch_batches = 4  # decoded batches waiting in each process
+  # Decoding processes; 0 decodes in threads of the trainer. -1 chooses: on 4 cores and more all but two of them, at
+  # most 32; on fewer none. What a chip needs of them: `python -m input_pipeline.bench`.
+  config.data.workers = -1
+  # Decoding threads of each process; 0 decodes when the batch is asked for. -1 chooses: 0 in processes, which ask at
+  # once, and up to 2 in the trainer.
+  config.data.threads = -1
+  config.data.prefetch_batches = 4  # batches that threads decode ahead in each process; without threads it is two
+  # Streamed data, see input_pipeline/order.py. A batch mixes lanes x window blocks; all hosts together hold that many
+  # blocks in memory, and somewhat more.
+  config.data.stream_lanes = 64  # must divide the batch; a multiple of the number of hosts, or blocks are read twice
+  config.data.stream_block = 40  # neighbouring records read by one request, at least
+  config.data.stream_window = 8  # blocks that a lane shuffles together
+  config.data.stream_ahead_steps = 8  # steps whose blocks are asked for before they are needed
+  config.data.stream_requests = 32  # blocks on their way at the same time, in each process
+  config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
+  config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
+  config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 

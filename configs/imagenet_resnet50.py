@@ -21,6 +21,5 @@ def get_config():
   config.optimizer.warmup_epochs = 5.0
   config.optimizer.weight_decay = 1e-4
 
-  config.data.workers = 4
   config.eval.every_epochs = 5.0
   return config

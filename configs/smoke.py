@@ -22,6 +22,7 @@ def get_config():
   config.data.image_size = 32
   config.data.eval_image_size = config.data.eval_resize = 32
   config.data.crop_area = (0.6, 1.0)  # a digit must stay whole
+  config.data.workers = 0  # processes would start longer than these images take
   config.data.flip = False  # a mirrored 2 is no 2
 
   config.optimizer.lr_per_256 = 0.4

@@ -4,17 +4,12 @@ from concurrent import futures
 from concurrent.futures import process
 import contextlib
 import multiprocessing
-import sys
-import time
 from typing import Any, Iterator, Sequence
-
-import tqdm
 
 from input_pipeline import processes
 from input_pipeline import shards
 from input_pipeline.errors import DataError
-
-_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+from input_pipeline.progress import Progress
 
 _counter = None  # in a worker: images done, shared by all of them
 
@@ -73,7 +68,7 @@ def start(workers: int) -> Iterator[Pool | None]:
 def make_all(tasks: Sequence[shards.Task], pool: Pool | None) -> dict[str, dict[str, Any]]:
   """Makes all shards and shows how far it is; returns their journals by file name."""
   results = {}
-  with _Progress(sum(len(task.members) for task in tasks)) as progress:
+  with Progress(sum(len(task.members) for task in tasks), "images") as progress:
     if pool is None:
       for task in tasks:
         results[task.file] = shards.make_shard(task, progress.add)
@@ -88,37 +83,3 @@ def make_all(tasks: Sequence[shards.Task], pool: Pool | None) -> dict[str, dict[
   if kept:
     print(f"kept {kept} finished shards, made {len(results) - kept}", flush=True)
   return {file: entry for file, (entry, _) in results.items()}
-
-
-class _Progress:
-  """A bar on a terminal, a line now and then elsewhere."""
-
-  def __init__(self, total: int):
-    self.done = 0
-    self._total = total
-    self._start = self._printed = time.monotonic()
-    self._bar = (
-      tqdm.tqdm(total=total, unit=" images", unit_scale=True) if sys.stderr.isatty() else None
-    )
-
-  def __enter__(self) -> "_Progress":
-    return self
-
-  def __exit__(self, *unused) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def add(self, images: int) -> None:
-    """Counts images and shows the count if it is time to."""
-    self.done += images
-    now = time.monotonic()
-    if self._bar is not None:
-      self._bar.update(images)
-    elif self.done and now - self._printed > _LINE_SECONDS:
-      self._printed = now
-      rate = self.done / (now - self._start)
-      print(
-        f"{self.done:,} of {self._total:,} images, {rate:,.0f}/s, "
-        f"{(self._total - self.done) / rate / 60:.0f} min left",
-        flush=True,
-      )

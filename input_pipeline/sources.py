@@ -7,7 +7,6 @@ source[7]  # Record(image=b"...", label=3, name="n01440764_18.JPEG")
 import bisect
 import itertools
 import os
-import re
 import resource
 import threading
 from typing import Any, Protocol, Sequence
@@ -16,21 +15,25 @@ from array_record.python import array_record_module
 import numpy as np
 import simplejpeg
 
+from input_pipeline import bucket as bucket_lib
+from input_pipeline import catalog
 from input_pipeline import records
+from input_pipeline.bucket import Bucket
+from input_pipeline.bucket import Patience
+from input_pipeline.bucket import has_scheme
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
+from input_pipeline.order import Run
 from input_pipeline.records import Record
+from input_pipeline.remote_shard import RemoteShard
 
-KINDS = ("auto", "array_record", "folder", "synthetic")
+KINDS = ("auto", "array_record", "stream", "folder", "synthetic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
-_TFDS_INFO = "dataset_info.json"
 _READER_OPTIONS = (
   "readahead_buffer_size:0,max_parallelism:0"  # what the library advises for random access
 )
 _READER_BUFFER = 32 << 10  # bytes; the default of 1 MiB would be kept for each of 1,024 shards
-_PREPARE = "rerun `python -m input_pipeline.prepare` as before, it keeps the good shards"
-_TFDS_PREPARE = "prepare the data with TFDS again"
 
 
 class Source(Protocol):
@@ -51,36 +54,63 @@ class Source(Protocol):
     """Returns example `index`; raises BadRecordError if it alone is bad, DataError if more is."""
 
 
-class ArrayRecordSource:
-  """Records of tf.train.Example in ArrayRecord shards, ours or those of TFDS. Thread-safe."""
+class ShardedSource:
+  """Records of tf.train.Example in ArrayRecord shards, ours or those of TFDS.
 
-  def __init__(
-    self,
-    folder: str,
-    shards: Sequence[tuple[str, int]],
-    class_names: Sequence[str],
-    mend: str = _PREPARE,
-  ):
-    """Opens no shard yet: each is opened when the first of its records is read.
+  Attributes:
+    folder: where the shards are.
+    shards: which, in order; none is empty.
+    class_counts: number of records of each class, where it is known without reading them.
+  """
+
+  def __init__(self, folder: catalog.Folder, split: catalog.Split):
+    """Opens no shard yet.
 
     Args:
       folder: where the shards are.
-      shards: file name and number of records of each, in order.
-      class_names: one per label.
-      mend: what to do about a damaged shard, for messages.
+      split: which ones.
     """
-    self.class_names = tuple(class_names)
+    self.class_names = tuple(split.class_names)
     self.num_classes = len(self.class_names)
-    self._folder = folder
-    self._mend = mend
-    self._files = [name for name, _ in shards]
-    self._counts = [count for _, count in shards]
-    self._ends = list(itertools.accumulate(self._counts))
-    _allow_open_files(len(self._files))
+    self.class_counts = split.class_counts
+    self.shards = split.shards
+    self.folder = folder
+    self._mend = split.mend
+    self._ends = list(itertools.accumulate(shard.count for shard in split.shards))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def _find(self, index: int) -> tuple[int, int]:
+    """Returns the shard of an example and its position there."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"example {index} of {len(self)}")
+    shard = bisect.bisect_right(self._ends, index)
+    return shard, index - self._ends[shard] + self.shards[shard].count
+
+  def _decode(self, data: bytes, shard: int, position: int) -> Record:
+    name = f"{self.shards[shard].name}[{position}]"
+    try:
+      record = records.decode(data, name)
+    except BadRecordError as e:
+      raise BadRecordError(f"{name}: {e}") from e
+    if not 0 <= record.label < self.num_classes:
+      raise BadRecordError(
+        f"{name}: has label {record.label}, but there are {self.num_classes} classes"
+      )
+    return record
+
+
+class ArrayRecordSource(ShardedSource):
+  """Shards on a disk, any example at any time. Thread-safe; each shard is opened when it is needed."""
+
+  def __init__(self, folder: catalog.LocalFolder, split: catalog.Split):
+    super().__init__(folder, split)
+    _allow_open_files(len(self.shards))
     self._forget_readers()
 
   def _forget_readers(self) -> None:
-    self._readers: list[Any] = [None] * len(self._files)
+    self._readers: list[Any] = [None] * len(self.shards)
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -92,29 +122,14 @@ class ArrayRecordSource:
     self.__dict__.update(state)
     self._forget_readers()
 
-  def __len__(self) -> int:
-    return self._ends[-1]
-
   def __getitem__(self, index: int) -> Record:
-    if not 0 <= index < len(self):
-      raise IndexError(f"example {index} of {len(self)}")
-    shard = bisect.bisect_right(self._ends, index)
-    position = index - self._ends[shard] + self._counts[shard]
-    name = f"{self._files[shard]}[{position}]"
+    shard, position = self._find(index)
     try:
       data = self._reader(shard).read([position])[0]
     except (RuntimeError, ValueError, IndexError) as e:  # a wrong checksum, or the disk
+      name = f"{self.shards[shard].name}[{position}]"
       raise BadRecordError(f"{name}: cannot be read ({e})") from e
-    try:
-      record = records.decode(data, name)
-    except BadRecordError as e:
-      raise BadRecordError(f"{name}: {e}") from e
-    if not 0 <= record.label < self.num_classes:
-      raise DataError(
-        f"{name} in {self._folder} ({record.name}) has label {record.label}, but there are "
-        f"{self.num_classes} classes; {self._mend}."
-      )
-    return record
+    return self._decode(data, shard, position)
 
   def _reader(self, shard: int) -> Any:
     """Returns the open reader of a shard; raises DataError if it does not hold what it should."""
@@ -125,7 +140,7 @@ class ArrayRecordSource:
     return self._readers[shard]
 
   def _open(self, shard: int) -> Any:
-    path = os.path.join(self._folder, self._files[shard])
+    path = self.folder.path_of(self.shards[shard].name)
     try:
       with open(path, "rb"):  # the library takes any failure to open a file for an empty one
         pass
@@ -136,12 +151,48 @@ class ArrayRecordSource:
     )
     if not reader.ok():
       raise DataError(f"{path} is damaged or no ArrayRecord file; {self._mend}.")
-    found = reader.num_records()
-    if found != self._counts[shard]:
-      raise DataError(
-        f"{path} holds {found} records instead of {self._counts[shard]}; {self._mend}."
-      )
+    found, count = reader.num_records(), self.shards[shard].count
+    if found != count:
+      raise DataError(f"{path} holds {found} records instead of {count}; {self._mend}.")
     return reader
+
+
+class StreamSource(ShardedSource):
+  """Shards anywhere, read by ranges: for runs of neighbours, which `stream.ReadAhead` asks for."""
+
+  def __init__(self, bucket: Bucket, split: catalog.Split):
+    super().__init__(bucket, split)
+    self.bucket = bucket
+    self._open_shards()
+
+  def _open_shards(self) -> None:
+    self._remote = [
+      RemoteShard(self.bucket, shard.name, shard.count, shard.size, self._mend)
+      for shard in self.shards
+    ]
+
+  def __getstate__(self) -> dict[str, Any]:
+    state = self.__dict__.copy()
+    del state["_remote"]
+    return state
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._open_shards()
+
+  def __getitem__(self, index: int) -> Record:
+    return self.decode(index, self.read_run(Run(index, 1))[0])
+
+  def read_run(self, run: Run) -> list[bytes | BadRecordError]:
+    """Returns the records of a run, which lies in one shard; see RemoteShard.read."""
+    shard, position = self._find(run.first)
+    return self._remote[shard].read(position, position + run.count)
+
+  def decode(self, index: int, data: bytes | BadRecordError) -> Record:
+    """Returns the example that one of the answers of `read_run` holds, as __getitem__ does."""
+    if isinstance(data, BadRecordError):
+      raise data
+    return self._decode(data, *self._find(index))
 
 
 class FolderSource:
@@ -190,13 +241,13 @@ class SyntheticSource:
     return Record(simplejpeg.encode_jpeg(noise), index % self.num_classes, f"synthetic {index}")
 
 
-def open_source(data: Any, split: str, num_classes: int) -> Source:
+def open_source(data: Any, split: str, num_classes: int | None) -> Source:
   """Opens one split of the data of a config.
 
   Args:
     data: `config.data`; reads `path`, `kind` and, for synthetic data, `synthetic_examples`.
     split: name of the split; `val` and `validation` are taken for the same.
-    num_classes: `config.model.num_classes`.
+    num_classes: `config.model.num_classes`; None takes what there is, unless data are synthetic.
 
   Raises:
     DataError: the path, the split or the number of classes do not fit what is there.
@@ -207,20 +258,30 @@ def open_source(data: Any, split: str, num_classes: int) -> Source:
     if data.synthetic_examples < 1:
       raise DataError("config.data.synthetic_examples must be at least 1.")
     return SyntheticSource(data.synthetic_examples, num_classes)
-  path = _local_folder(data.path)
-  kind = _guess_kind(path) if data.kind == "auto" else data.kind
-  if kind == "folder":
-    source = _open_folder(path, split)
-  elif os.path.exists(os.path.join(path, records.MANIFEST)):
-    source = _open_manifest(path, split)
+  if is_streamed(data.kind, data.path):
+    path = _checked_url(data.path) if has_scheme(data.path) else _local_folder(data.path)
+    patience = Patience(data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds)
+    bucket = Bucket(path, patience)
+    source = StreamSource(bucket, catalog.read(bucket, split))
   else:
-    source = _open_tfds(path, split)
-  if source.num_classes != num_classes:
+    path = _local_folder(data.path)
+    kind = _guess_kind(path) if data.kind == "auto" else data.kind
+    if kind == "folder":
+      source = _open_folder(path, split)
+    else:
+      folder = catalog.LocalFolder(path)
+      source = ArrayRecordSource(folder, catalog.read(folder, split))
+  if num_classes is not None and source.num_classes != num_classes:
     raise DataError(
       f"{path} has {source.num_classes} classes, but config.model.num_classes is {num_classes}; "
       f"give --config.model.num_classes={source.num_classes}."
     )
   return source
+
+
+def is_streamed(kind: str, path: str) -> bool:
+  """Tells whether data are read by ranges, in lanes: their order is another one."""
+  return kind == "stream" or (kind == "auto" and has_scheme(path))
 
 
 def list_classes(folder: str) -> list[str]:
@@ -239,20 +300,15 @@ def list_images(folder: str) -> list[str]:
     )
 
 
-def find_split(wanted: str, available: Sequence[str], path: str) -> str:
-  """Returns the name under which a split is there.
-
-  Raises:
-    DataError: it is not.
-  """
-  twin = {"val": "validation", "validation": "val"}.get(wanted, wanted)
-  for name in (wanted, twin):
-    if name in available:
-      return name
-  raise DataError(
-    f"{path} has no split {wanted!r}, only {', '.join(sorted(available)) or 'none at all'}; "
-    "set config.data.train_split and config.data.eval_split."
-  )
+def _checked_url(url: str) -> str:
+  """Returns a URL that can be streamed from; raises DataError for others."""
+  scheme = url.partition("://")[0]
+  if scheme not in bucket_lib.SCHEMES:
+    raise DataError(
+      f"config.data.path is {url}, but {scheme}:// is not supported; it may be "
+      f"{', '.join(f'{s}://' for s in bucket_lib.SCHEMES)} or a folder."
+    )
+  return url
 
 
 def _local_folder(path: str) -> str:
@@ -262,11 +318,10 @@ def _local_folder(path: str) -> str:
       "config.data.path is empty; give --config.data.path=FOLDER, "
       "or --config.data.kind=synthetic to run without data."
     )
-  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
-  if scheme:
+  if has_scheme(path):
     raise DataError(
-      f"config.data.path is {path}, but {scheme[1]}:// is not supported; copy the shards to a local"
-      " disk or mount the bucket as a folder."
+      f"config.data.path is {path}, but only a local folder can be read with this config.data.kind;"
+      " give --config.data.kind=stream."
     )
   path = os.path.expanduser(path)
   if not os.path.exists(path):
@@ -291,13 +346,13 @@ def _guess_kind(path: str) -> str:
   names = os.listdir(path)
   if (
     records.MANIFEST in names
-    or _TFDS_INFO in names
+    or catalog.TFDS_INFO in names
     or any(".array_record" in name for name in names)
   ):
     return "array_record"
   # TFDS nests DATASET/VERSION, and the parent is an easy mistake.
   for parent, folders, files in os.walk(path):
-    if records.MANIFEST in files or _TFDS_INFO in files:
+    if records.MANIFEST in files or catalog.TFDS_INFO in files:
       raise DataError(
         f"config.data.path is {path}, but the data are in {parent}; give that folder."
       )
@@ -307,14 +362,14 @@ def _guess_kind(path: str) -> str:
   if any(list_classes(os.path.join(path, name)) for name in list_classes(path)):
     return "folder"
   raise DataError(
-    f"{path} holds neither {records.MANIFEST} nor {_TFDS_INFO} with ArrayRecord shards, nor "
+    f"{path} holds neither {records.MANIFEST} nor {catalog.TFDS_INFO} with ArrayRecord shards, nor "
     "SPLIT/CLASS/*.jpg; make shards with `python -m input_pipeline.prepare`."
   )
 
 
 def _open_folder(path: str, split: str) -> FolderSource:
   splits = list_classes(path)
-  split = find_split(split, splits, path)
+  split = catalog.find_split(split, splits, path)
   classes = list_classes(os.path.join(path, split))
   # Labels are positions in a sorted list: a class that one split lacks would shift those behind it.
   for other in sorted({"train", "val", "validation"}.intersection(splits)):
@@ -332,105 +387,6 @@ def _open_folder(path: str, split: str) -> FolderSource:
   if not files:
     raise DataError(f"{os.path.join(path, split)} holds no CLASS/*{'|'.join(IMAGE_SUFFIXES)}.")
   return FolderSource(path, files, classes)
-
-
-def _open_manifest(path: str, split: str) -> ArrayRecordSource:
-  """Opens shards written by `input_pipeline.prepare`, checked by name and size."""
-  file = os.path.join(path, records.MANIFEST)
-  manifest = records.read_json(file)
-  version = manifest.get("format_version") if isinstance(manifest, dict) else None
-  if version != records.FORMAT_VERSION:
-    raise DataError(
-      f"{file} has format_version {version}, this program reads {records.FORMAT_VERSION}; "
-      "make the shards again with `python -m input_pipeline.prepare`."
-    )
-  try:
-    splits = manifest["splits"]
-    split = find_split(split, list(splits), path)
-    shards = [(s["file"], s["examples"], s["bytes"]) for s in splits[split]["shards"]]
-    classes = manifest["classes"]
-  except (KeyError, TypeError) as e:
-    raise DataError(f"{file} is not complete ({type(e).__name__}: {e}); {_PREPARE}.") from e
-  with os.scandir(path) as entries:
-    sizes = {e.name: e.stat().st_size for e in entries if e.is_file()}
-  for name, _, size in shards:
-    if name not in sizes:
-      raise DataError(
-        f"{os.path.join(path, name)} is missing, but {records.MANIFEST} lists it; {_PREPARE}."
-      )
-    if sizes[name] != size:
-      raise DataError(
-        f"{os.path.join(path, name)} has {sizes[name]:,} bytes, but {records.MANIFEST} says "
-        f"{size:,}; {_PREPARE}."
-      )
-  shards = [(name, count) for name, count, _ in shards if count]
-  if not shards:
-    raise DataError(f"split {split!r} of {path} holds no examples.")
-  return ArrayRecordSource(path, shards, classes)
-
-
-def _open_tfds(path: str, split: str) -> ArrayRecordSource:
-  """Opens shards that TFDS wrote with file_format=array_record."""
-  file = os.path.join(path, _TFDS_INFO)
-  if not os.path.exists(file):
-    raise DataError(
-      f"{path} holds neither {records.MANIFEST} nor {_TFDS_INFO}, without which shards cannot be "
-      "used; if prepare was stopped, run the same command again."
-    )
-  info = records.read_json(file)
-  try:
-    if info.get("fileFormat") != "array_record":
-      raise DataError(
-        f"{path} was written by TFDS as {info.get('fileFormat', 'tfrecord')}; prepare it with "
-        "file_format=array_record."
-      )
-    splits = {s["name"]: s for s in info["splits"]}
-    split = find_split(split, list(splits), path)
-    counts = [int(n) for n in splits[split]["shardLengths"]]
-    template = splits[split].get(
-      "filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    )
-    names = [
-      template.format(
-        DATASET=info["name"],
-        SPLIT=split,
-        FILEFORMAT="array_record",
-        SHARD_X_OF_Y=f"{i:05d}-of-{len(counts):05d}",
-      )
-      for i in range(len(counts))
-    ]
-  except (KeyError, TypeError, ValueError, AttributeError) as e:
-    raise DataError(
-      f"{file} is not what TFDS writes ({type(e).__name__}: {e}); {_TFDS_PREPARE}."
-    ) from e
-  present = set(os.listdir(path))
-  for name in names:
-    if name not in present:
-      raise DataError(
-        f"{os.path.join(path, name)} is missing, but {_TFDS_INFO} lists it; {_TFDS_PREPARE}."
-      )
-  shards = [(name, count) for name, count in zip(names, counts, strict=True) if count]
-  if not shards:
-    raise DataError(f"split {split!r} of {path} holds no examples.")
-  return ArrayRecordSource(path, shards, _tfds_classes(path), _TFDS_PREPARE)
-
-
-def _tfds_classes(path: str) -> list[str]:
-  """Returns the names of the classes in the order of the labels, as far as TFDS wrote them down."""
-  file = os.path.join(path, "label.labels.txt")
-  if os.path.exists(file):
-    with open(file, encoding="utf-8") as f:
-      return [line.strip() for line in f if line.strip()]
-  file = os.path.join(path, "features.json")
-  features = records.read_json(file)
-  try:
-    label = features["featuresDict"]["features"]["label"]
-    return [str(i) for i in range(int(label["classLabel"]["numClasses"]))]
-  except (KeyError, TypeError, ValueError) as e:
-    raise DataError(
-      f"{file} describes no feature `label` with a number of classes; only datasets of labelled "
-      "images can be used."
-    ) from e
 
 
 def _allow_open_files(shards: int) -> None:

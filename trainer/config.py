@@ -10,10 +10,12 @@ import jax
 import ml_collections
 
 from configs import base
+from input_pipeline import sources
 from trainer import models
 from trainer.errors import ConfigError
 
 _AT_LEAST_0 = (lambda v: v >= 0, "must be 0 or more")
+_COUNT_OR_AUTO = (lambda v: v >= -1, "must be 0 or more, or -1 to choose by the machine")
 _AT_LEAST_1 = (lambda v: v >= 1, "must be 1 or more")
 _POSITIVE = (lambda v: v > 0, "must be positive")
 _SHARE = (lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -40,7 +42,7 @@ _RANGES = {
     "model.bn_epsilon": _POSITIVE,
     "model.bn_group": (lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
                        "must be global, device or a number of examples"),
-    "data.kind": _one_of("auto", "array_record", "folder", "synthetic"),
+    "data.kind": _one_of(*sources.KINDS),
     "data.image_size": _AT_LEAST_1,
     "data.eval_image_size": _AT_LEAST_1,
     "data.eval_resize": _AT_LEAST_1,
@@ -48,9 +50,17 @@ _RANGES = {
     "data.crop_aspect": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "must be (min, max), both positive"),
     "data.mean": (lambda v: len(v) == 3, "must have one number for each of R, G, B"),
     "data.std": (lambda v: len(v) == 3 and min(v) > 0, "must have one positive number for each of R, G, B"),
-    "data.workers": _AT_LEAST_0,
-    "data.threads": _AT_LEAST_0,
+    "data.workers": _COUNT_OR_AUTO,
+    "data.threads": _COUNT_OR_AUTO,
     "data.prefetch_batches": _AT_LEAST_1,
+    "data.stream_lanes": _AT_LEAST_1,
+    "data.stream_block": _AT_LEAST_1,
+    "data.stream_window": _AT_LEAST_1,
+    "data.stream_ahead_steps": _AT_LEAST_1,
+    "data.stream_requests": _AT_LEAST_1,
+    "data.stream_timeout_seconds": _POSITIVE,
+    "data.stream_hedge_seconds": _POSITIVE,
+    "data.stream_give_up_seconds": _POSITIVE,
     "data.max_bad_fraction": _SHARE,
     "data.synthetic_examples": _AT_LEAST_1,
     "optimizer.name": _one_of("sgd", "adamw"),
@@ -80,7 +90,8 @@ _DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 # What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
 # saved numbers mean or which batch comes next.
 _MAY_CHANGE = ("compilation_cache", "mesh.", "sharding.", "data.path", "data.kind", "data.workers", "data.threads",
-               "data.prefetch_batches", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
+               "data.prefetch_batches", "data.stream_ahead_steps", "data.stream_requests", "data.stream_timeout_seconds",
+               "data.stream_hedge_seconds", "data.stream_give_up_seconds", "data.max_bad_fraction", "data.eval_", "eval.", "checkpoint.", "pod.", "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +257,11 @@ def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, wor
   values = flatten(config)
   differ = [field for field in sorted(saved.keys() | values.keys())
             if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)]
+  streamed = [sources.is_streamed(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
+  if streamed[0] != streamed[1]:
+    raise ConfigError(f"{workdir} holds checkpoints of a run over {'streamed' if streamed[0] else 'local'} data, which "
+                      f"come in another order; give --config.data.kind={'stream' if streamed[0] else 'array_record'} "
+                      "with a fitting --config.data.path, or another --workdir.")
   if differ:
     changes = ", ".join(f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ)
     raise ConfigError(f"{workdir} holds checkpoints of another config ({changes}); "

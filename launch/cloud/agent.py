@@ -205,8 +205,11 @@ class Host:
       write_json(self.home / "state.json", {"attempt": attempt, "phase": "installing", "started": time.time(),
                                             "boot": self.me["boot"]})
       self.leave_behind("supervise", folder / "supervisor.log")
-      if is_free(self.home / "guard.lock"):
-        self.leave_behind("guard", self.home / "guard.log")
+
+  def keep_guard(self) -> None:
+    """Sees to it that a host on which a trainer was started has a guard, also after it was restarted."""
+    if self.state()["attempt"] is not None and is_free(self.home / "guard.lock"):
+      self.leave_behind("guard", self.home / "guard.log")
 
   def take_limits(self, name: str) -> None:
     """Fetches what an attempt is, and until when the slice may stay: a later `up` may have given it more time."""
@@ -489,6 +492,7 @@ def main(argv: list[str]) -> int:
       host.signal_trainer(signal.SIGUSR1)  # faulthandler of trainer.__main__
       time.sleep(1)
       host.upload(host.log(), f"host-{host.name}.log")
+    host.keep_guard()
   except (OSError, RuntimeError) as error:
     trouble = str(error)
   status = host.status()

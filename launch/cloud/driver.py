@@ -29,22 +29,28 @@ class Driver:
     self._gcloud, self._store, self.run, self._screen = gcloud, store, run, screen
     self._clock, self._sleep = clock, sleep
     self._looker = Looker(gcloud, run.settings, clock)
-    self._shipped: set[str] = set()
     self._limits_told = False
 
   @property
   def settings(self) -> Settings:
     return self.run.settings
 
-  def drive(self, until_running: bool = False) -> int:
+  def drive(self, code: bundle.Bundle | None, until_running: bool = False) -> int:
     """Returns the exit code of the launcher when the run has ended, or runs and that is all that is wanted.
+
+    Args:
+      code: what attempts that begin from now on shall run; None leaves it. It is taken once: what is edited here later
+        does not get into a restart that nobody looks at.
+      until_running: returns when all trainers run.
 
     Raises:
       TakenOver: if another launcher drives the run now.
       GcloudError, UsageError: if there is no sense in going on.
     """
     self._store.write(self.run)
-    self.ship_code()  # before anything is paid for
+    if code:  # before anything is paid for
+      self._ship_code(code)
+    self._looker.ship_agent()
     while True:
       try:
         world = self._looker.world(self.run.memory)
@@ -67,8 +73,8 @@ class Driver:
         done = None
       if done is not None:
         return done
-      training = action.kind == "wait" and any(report.phase == "running" for report in world.reports)
-      if until_running and training:
+      running = [report for report in world.reports if report.phase == "running"]
+      if until_running and action.kind == "wait" and 0 < self.run.memory.hosts == len(running):
         return states.DONE
       steady = action.kind == "wait" and not any(report.phase == "installing" for report in world.reports)
       self._sleep(self.settings.poll if steady else min(_SOON, self.settings.poll))
@@ -97,7 +103,7 @@ class Driver:
     if action.kind == "delete":
       self._delete()
     elif action.kind == "start":
-      self.ship()
+      self._ship_attempt()
       self._ask("start", str(memory.attempt))
       self._limits_told = True
     else:
@@ -139,9 +145,8 @@ class Driver:
     if trouble or len(reports) < self.run.memory.hosts:
       self._say(f"{words[0]}: {len(reports)} of {self.run.memory.hosts} hosts answered. {trouble}")
 
-  def ship(self) -> None:
-    """Puts into the bucket what an attempt needs, and onto the hosts what must not lie there."""
-    self.ship_code()
+  def _ship_attempt(self) -> None:
+    """Puts into the bucket what an attempt is, and onto the hosts what must not lie there."""
     place, memory = self.settings.place, self.run.memory
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, f"attempt-{memory.attempt}.json")
@@ -150,24 +155,19 @@ class Driver:
     if self.settings.env_file:
       self._gcloud.run(commands.copy_environment(self.settings))
 
-  def ship_code(self) -> None:
-    """Puts code and agent into the bucket, unless they are there."""
-    tree = bundle.look()
-    if tree.tree != self.run.code:
-      self.run.code, self.run.commit, self.run.dirty = tree.tree, tree.commit, tree.dirty
-      self._write()
-    self._looker.ship_agent()
-    if tree.tree not in self._shipped:
-      with tempfile.TemporaryDirectory() as folder:
-        for path in bundle.pack(tree, pathlib.Path(folder)):
-          upload_new(self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}")
-      self._shipped.add(tree.tree)
+  def _ship_code(self, code: bundle.Bundle) -> None:
+    """Puts the code into the bucket, unless it is there, and notes it as that of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+      for path in bundle.pack(code, pathlib.Path(folder)):
+        upload_new(self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}")
+    self.run.code, self.run.commit, self.run.dirty = code.tree, code.commit, code.dirty
+    self._write()
 
   def _tell_limits(self) -> None:
     """Tells hosts whose trainer runs already how long this launcher lets the slice stay."""
     if not self._limits_told:
       self._limits_told = True
-      self.ship()
+      self._ship_attempt()
       self._ask("start", str(self.run.memory.attempt))
 
   def _show_last_lines(self, action: Action) -> None:
@@ -242,14 +242,14 @@ def leave(run: Run, store: Store) -> list[str]:
     store.write(run, driving=False)
   except (GcloudError, TakenOver):
     pass  # another launcher may take over a little later, when our sign of life is old
-  name, chips = run.settings.run, View.chips_text(run.settings)
-  lines = [f"Left. {'The slice goes on and is paid for' if run.memory.active else 'The request stays'} ({chips})."]
-  if run.settings.max_seconds is not None:
-    left = max(0.0, run.settings.max_seconds - run.memory.seconds())
-    lines.append(f"It removes itself after another {describe_seconds(left)} of existing (--max-hours), or when nobody "
-                 "trains and nobody looks.")
+  settings, name = run.settings, run.settings.run
+  ends = [] if settings.keep else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
+  if settings.max_seconds is not None:
+    ends.append(f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing")
+  stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
   return [
-      *lines, "Nobody restarts it after a preemption until one of these is typed:",
+      f"Left. {stays} ({View.chips_text(settings)}).",
+      *([f"It removes itself {', or '.join(ends)}."] if ends else []), "Nobody restarts it after a preemption until one of these is typed:",
       f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
       f"  launch/tpu down {name}     removes everything that is paid for"
   ]

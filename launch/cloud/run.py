@@ -168,7 +168,8 @@ class Store:
   def other_driver(self, run: Run) -> str | None:
     """Returns who else drives the run, or None: a launcher that left, or of this machine and gone, does not."""
     driver = run.driver
-    if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > _STALE:
+    stale = max(_STALE, 3 * run.settings.poll)
+    if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > stale:
       return None
     if driver["host"] == self.me["host"] and not _is_alive(driver["pid"]):
       return None

@@ -56,21 +56,22 @@ def _same_owner(run: Run, owner: str) -> None:
 def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> int:
   """Begins a run, or goes on with it."""
   gcloud = _gcloud(settings.call_limit)
-  store, tree = Store(gcloud, settings.place), bundle.look()
+  store, tree, screen = Store(gcloud, settings.place), bundle.look(), _screen(settings.place, as_json)
   run = store.read()
   if run:
     _same_owner(run, settings.owner)
     _same_slice(gcloud, run.settings, settings)
     result = run.result
     if result and result.get("complete") and run.settings.argv == settings.argv:
-      print(f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in {settings.place.url}.")
+      screen.lines([f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in "
+                    f"{settings.place.url}."])
       return states.DONE
     if run.code != tree.tree and run.memory.active:
       print(f"The code here ({tree.tree}) is not that of the run ({run.code}); a later attempt will have it. "
             f"launch/tpu stop {settings.run}, and this line again, to have it now.", file=sys.stderr)
   note(settings)
   run = run or Run(settings)
-  return _drive(gcloud, store, run, settings, _screen(settings.place, as_json), take_over, no_watch)
+  return _drive(gcloud, store, run, settings, screen, take_over, tree, no_watch)
 
 
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
@@ -93,37 +94,37 @@ def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
 
 def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
   """Goes on looking after a run as `up` asked for it."""
-  gcloud = _gcloud()
+  gcloud, screen = _gcloud(), _screen(place, as_json)
   store = Store(gcloud, place)
   run = store.read()
   if run is None:
     raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up begins one.")
   _same_owner(run, owner)
   if run.result:
-    print(f"{place.run} has ended: {run.result['reason']}. launch/tpu up begins another attempt.")
+    screen.lines([f"{place.run} has ended: {run.result['reason']}. launch/tpu up begins another attempt."])
     return run.result["code"]
   gcloud.limit = run.settings.call_limit
-  return _drive(gcloud, store, run, run.settings, _screen(place, as_json), take_over)
+  return _drive(gcloud, store, run, run.settings, screen, take_over)
 
 
 def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: Screen, take_over: bool,
-           no_watch: bool = False) -> int:
+           code: bundle.Bundle | None = None, no_watch: bool = False) -> int:
   while True:
     other = None if take_over else store.other_driver(run)
     try:
       if other:
         screen.lines([f"{other} drives {settings.run}; this one only shows it (--take-over drives it from here)."])
-        code = follow(store, run, screen, time.sleep)
-        if code is not None:
-          return code
+        result = follow(store, run, screen, time.sleep)
+        if result is not None:
+          return result
         screen.lines(["That launcher is gone; going on in its place."])
       begin(run, settings, time.time())
-      code = Driver(gcloud, store, run, screen).drive(until_running=no_watch)
+      result = Driver(gcloud, store, run, screen).drive(code, no_watch)
       if run.result:
         screen.lines([f"{settings.run}: {run.result['reason']}.", *_what_next(run)])
       else:
         screen.lines(leave(run, store))
-      return code
+      return result
     except TakenOver as error:
       again = store.read()
       if again is None or again.wanted == "down":

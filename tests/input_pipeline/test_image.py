@@ -2,6 +2,9 @@
 
 import io
 import pathlib
+import struct
+import subprocess
+import sys
 
 from PIL import Image
 from input_pipeline import image
@@ -56,7 +59,9 @@ def test_16_bits_are_scaled_and_not_clipped():
   ("data", "says"),
   [
     pytest.param(b"", "zero bytes", id="empty"),
-    pytest.param(b"not an image", "cannot identify", id="text"),
+    pytest.param(b"not an image", "is no JPEG, PNG, GIF or BMP", id="text"),
+    pytest.param(encoded(picture(0), "TIFF"), "is no JPEG", id="a format that is not read"),
+    pytest.param(encoded(picture(0), "EPS"), "is no JPEG", id="a format that starts a program"),
     pytest.param(encoded(picture(0))[:-200], "truncated", id="the end is missing"),
     pytest.param(encoded(picture(0))[:100], "OSError|Error", id="only a header"),
     pytest.param(encoded(picture(0), "PNG")[:-200], "truncated", id="png without its end"),
@@ -74,84 +79,228 @@ def test_an_enormous_image_is_refused_before_it_fills_the_memory(monkeypatch):
       image.decode(encoded(picture(0), kind))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (3, 2), (500, 375), (224, 224)])
-def test_any_shape_gives_a_square(shape):
-  rgb = image.decode(encoded(picture(0, *shape)))
-  assert rgb.shape == (*shape, 3)
+def _claiming(data: bytes, height: int, width: int) -> bytes:
+  """Returns a baseline JPEG with another size in its header."""
+  at = data.index(b"\xff\xc0") + 5
+  return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_claims_more_pixels_than_it_can_hold_is_refused(mode):
+  data = encoded(picture(0), mode=mode)
+  with pytest.raises(BadRecordError, match="9000x8000 pixels are more than a JPEG of .* can hold"):
+    image.decode(_claiming(data, 8000, 9000))
+  with pytest.raises(BadRecordError, match="65535x65535 pixels|4294836225 pixels"):
+    image.decode(_claiming(data, 65535, 65535))
+
+
+def test_the_smallest_jpeg_of_many_pixels_is_read():
+  black = np.zeros((2000, 3000, 3), np.uint8)
+  for options in ({"mode": "L"}, {"mode": "L", "progressive": True}, {"optimize": True}):
+    assert image.decode(encoded(black, **options)).shape == (2000, 3000, 3)
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused():
+  data = encoded(np.zeros((2500, 2500, 3), np.uint8), progressive=True)
+  last = data[data.rindex(b"\xff\xda") : -2]
+  assert image.decode(data).shape == (2500, 2500, 3)
+  with pytest.raises(BadRecordError, match="has more than 100 scans"):
+    image.decode(data[:-2] + last * 2000 + data[-2:])  # would take about 15 s
+
+
+def test_what_is_said_of_a_bad_image_is_always_the_same():
+  def said():
+    with pytest.raises(BadRecordError) as e:
+      image.decode(b"not an image")
+    return str(e.value)
+
+  assert said() == said()
+
+
+def test_odd_metadata_make_no_noise():
+  exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # five entries, and the end of the first is missing
+  odd = encoded(picture(0), mode="CMYK", exif=exif)
+  with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+    _with_pillow(odd)
+  program = "import sys; from input_pipeline import image; image.decode(sys.stdin.buffer.read())"
+  done = subprocess.run([sys.executable, "-c", program], input=odd, capture_output=True, check=True)
+  assert done.stderr == b""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+  "shape", [(1, 1), (1, 300), (300, 1), (3, 2), (500, 375), (224, 224), (1, 65500)]
+)
+def test_any_shape_gives_a_square(shape, kind):
+  data = encoded(picture(0, *shape), kind)
+  assert image.decode(data).shape == (*shape, 3)
   for seed in range(5):
-    view = image.train_view(rgb, np.random.default_rng(seed), 32, _AREA, _ASPECT, flip=True)
+    view = image.train_view(data, np.random.default_rng(seed), 32, _AREA, _ASPECT, flip=True)
     assert view.shape == (32, 32, 3)
     assert view.dtype == np.uint8
-  assert image.eval_crop(rgb, 40, 32).shape == (32, 32, 3)
-  assert image.eval_crop(rgb, 32, 32).shape == (32, 32, 3)
+  assert image.eval_view(data, 40, 32).shape == (32, 32, 3)
+  assert image.eval_view(data, 32, 32).shape == (32, 32, 3)
 
 
 def test_a_box_that_ends_at_the_edge_is_not_rounded_beyond_it():
   # 225 / 224 * 224 is a little more than 225.
-  assert image.eval_crop(picture(0, 225, 225), 224, 224).shape == (224, 224, 3)
+  assert image.eval_view(encoded(picture(0, 225, 225)), 224, 224).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "progressive", "grey", "cmyk", "png"])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_reduced_decode_is_the_mean_of_blocks(kind, reduction):
+  rgb = image.decode(_ODD[kind], reduction)
+  height, width = -(-40 // reduction), -(-50 // reduction)
+  assert rgb.shape == (height, width, 3)
+  means = Image.fromarray(image.decode(_ODD[kind])).reduce(reduction)
+  inner = slice(0, 40 // reduction), slice(0, 50 // reduction)  # whole blocks
+  assert np.abs(rgb.astype(int) - np.asarray(means))[inner].mean() < 3
+
+
+def test_a_view_is_written_where_it_is_asked_for():
+  for flip_seed in range(4):
+    batch = np.full((3, 32, 32, 3), 7, np.uint8)
+    arguments = (_ODD["plain"], np.random.default_rng(flip_seed), 32, _AREA, _ASPECT, True)
+    assert np.shares_memory(image.train_view(*arguments, out=batch[1]), batch)
+    arguments = (_ODD["plain"], np.random.default_rng(flip_seed), 32, _AREA, _ASPECT, True)
+    np.testing.assert_array_equal(batch[1], image.train_view(*arguments))
+    assert (batch[0] == 7).all() and (batch[2] == 7).all()
 
 
 def test_random_boxes_have_the_shares_and_shapes_asked_for():
-  # The two channels are ramps, so a crop tells its own box.
-  y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
-  rgb = np.stack([y, x, x], axis=2)
   shares, ratios = [], []
   rng = np.random.default_rng(0)
   for _ in range(2000):
-    crop = image.random_resized_crop(rgb, rng, 50, _AREA, _ASPECT).astype(float)
-    height = (crop[-1, 0, 0] - crop[0, 0, 0]) * 50 / 49
-    width = (crop[0, -1, 1] - crop[0, 0, 1]) * 50 / 49
+    top, left, height, width = image.draw_box(200, 200, rng, _AREA, _ASPECT)
+    assert 0 <= top <= 200 - height
+    assert 0 <= left <= 200 - width
     shares.append(height * width / 200**2)
     ratios.append(width / height)
-  assert min(shares) > 0.06
+  assert min(shares) > 0.07
   assert 0.07 < np.quantile(shares, 0.01) < 0.13
-  assert 0.90 < max(shares) <= 1.05
+  assert 0.90 < max(shares) <= 1.01
   # Not quite the middle of 0.08..1: large boxes of extreme shapes do not fit and are drawn again.
   assert 0.45 < np.mean(shares) < 0.55
-  assert 0.7 < min(ratios) < 0.80
-  assert 1.25 < max(ratios) < 1.45
+  assert 0.74 < min(ratios) < 0.77
+  assert 1.30 < max(ratios) < 1.36
   assert abs(np.mean(np.log(ratios))) < 0.02
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_view_is_the_box_that_was_drawn(reduced):
+  # The channels are ramps, so that a view tells its own box.
+  y, x = np.mgrid[0:250, 0:250].astype(np.uint8)
+  data = encoded(np.stack([y, x, x], axis=2), "JPEG" if reduced else "PNG", quality=100)
+  for seed in range(30):
+    box = image.draw_box(250, 250, np.random.default_rng(seed), (0.4, 1.0), _ASPECT)
+    view = image.train_view(data, np.random.default_rng(seed), 50, (0.4, 1.0), _ASPECT, False)
+    assert (image._reduction(min(box[2:]), 50) > 1) == (min(box[2:]) >= 100)
+    # Pixel i of 50 lies at (i + 1/2) / 50 of the box; the outer ones may lack a neighbour.
+    at = (np.array([10, 40]) + 0.5) / 50
+    np.testing.assert_allclose(view[[10, 40], 25, 0], box[0] + at * box[2] - 0.5, atol=4)
+    np.testing.assert_allclose(view[25, [10, 40], 1], box[1] + at * box[3] - 0.5, atol=4)
 
 
 def test_a_fixed_box_is_the_whole_image():
   rgb = picture(3, 32, 32)
-  crop = image.random_resized_crop(rgb, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0))
-  np.testing.assert_array_equal(crop, rgb)
+  np.testing.assert_array_equal(_view(encoded(rgb, "PNG")), rgb)
+
+
+def _view(data, seed=0, size=32, flip=False):
+  """Returns the view of a whole square image."""
+  rng = np.random.default_rng(seed)
+  return image.train_view(data, rng, size, (1.0, 1.0), (1.0, 1.0), flip)
 
 
 def test_a_large_box_is_averaged_and_a_small_one_interpolated():
   noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-  crop = image.random_resized_crop(noise, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0))
   means = noise.reshape(32, 3, 32, 3, 3).mean(axis=(1, 3))
-  assert np.abs(crop - means).max() <= 1
+  assert np.abs(_view(encoded(noise, "PNG")) - means).max() <= 1
   smooth = picture(3, 20, 20)
-  crop = image.random_resized_crop(smooth, np.random.default_rng(0), 64, (1.0, 1.0), (1.0, 1.0))
   larger = Image.fromarray(smooth).resize((64, 64), Image.Resampling.BILINEAR)
-  assert np.abs(crop.astype(int) - np.asarray(larger)).max() <= 1
+  found = _view(encoded(smooth, "PNG"), size=64)
+  assert np.abs(found.astype(int) - np.asarray(larger)).max() <= 1
 
 
 def test_half_of_the_views_are_mirrored():
   rgb = picture(3, 32, 32)
-  views = [
-    image.train_view(rgb, np.random.default_rng(i), 32, (1.0, 1.0), (1.0, 1.0), flip=True)
-    for i in range(400)
-  ]
+  data = encoded(rgb, "PNG")
+  views = [_view(data, seed=i, flip=True) for i in range(400)]
   mirrored = sum(np.array_equal(view, rgb[:, ::-1]) for view in views)
   assert mirrored + sum(np.array_equal(view, rgb) for view in views) == 400
   assert 160 < mirrored < 240
-  plain = image.train_view(rgb, np.random.default_rng(0), 32, (1.0, 1.0), (1.0, 1.0), flip=False)
-  np.testing.assert_array_equal(plain, rgb)
+  np.testing.assert_array_equal(_view(data), rgb)
+
+
+def _eval_reference(rgb):
+  """Returns int [224, 224, 3]: shorter side resized to 256, centre cut out, all by Pillow."""
+  height, width = rgb.shape[:2]
+  size = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
+  whole = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
+  top, left = round((size[1] - 224) / 2), round((size[0] - 224) / 2)
+  return whole[top : top + 224, left : left + 224].astype(int)
+
+
+def _train_reference(rgb, seed):
+  """Returns int [224, 224, 3]: the same box and flip as of a view, antialiased by Pillow."""
+  rng = np.random.default_rng(seed)
+  top, left, height, width = image.draw_box(*rgb.shape[:2], rng, _AREA, _ASPECT)
+  box = Image.fromarray(rgb[top : top + height, left : left + width])
+  square = np.asarray(box.resize((224, 224), Image.Resampling.BILINEAR)).astype(int)
+  return square[:, ::-1] if rng.random() < 0.5 else square
+
+
+def _differences(data, seed):
+  """Returns the mean absolute differences of a training and an evaluated view to the references."""
+  rgb = _with_pillow(data)
+  view = image.train_view(data, np.random.default_rng(seed), 224, _AREA, _ASPECT, True)
+  return (
+    np.abs(view - _train_reference(rgb, seed)).mean(),
+    np.abs(image.eval_view(data, 256, 224) - _eval_reference(rgb)).mean(),
+  )
+
+
+def _photograph(height, width):
+  """Returns uint8 [height, width, 3] with detail of all sizes, as photographs have it."""
+  rng = np.random.default_rng(0)
+  layers = [
+    np.asarray(
+      Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+      ),
+      np.float32,
+    )
+    / octave
+    for octave, n in enumerate((4, 8, 16, 32, 64, 128), 1)
+  ]
+  return (sum(layers) / sum(1 / i for i in range(1, 7))).astype(np.uint8)
+
+
+_SIZES = {
+  "56 px": encoded(_photograph(56, 56)),
+  "small and wide": encoded(_photograph(60, 500)),
+  "as most of ImageNet": encoded(_photograph(375, 500)),
+  "2400 px": encoded(_photograph(2400, 2400)),
+  "2400 px progressive": encoded(_photograph(2400, 1800), progressive=True),
+  "2400 px grey": encoded(_photograph(2400, 1800), mode="L"),
+  "2400 px CMYK": encoded(_photograph(1800, 2400), mode="CMYK"),
+  "1600 px PNG": encoded(_photograph(1200, 1600), "PNG", compress_level=1),
+}
+
+
+@pytest.mark.parametrize("name", _SIZES)
+def test_views_of_any_size_are_what_antialiased_ones_would_be(name):
+  train, evaluated = np.array([_differences(_SIZES[name], seed) for seed in range(3)]).T
+  assert train.max() < 2.5
+  assert evaluated.max() < 1.5
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (256, 256), (60, 91), (301, 1000)])
 def test_the_crop_of_evaluation_is_resize_then_centre_crop(shape):
   rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-  height, width = shape
-  size = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
-  whole = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
-  top, left = round((size[1] - 224) / 2), round((size[0] - 224) / 2)
-  expected = whole[top : top + 224, left : left + 224].astype(int)
-  assert np.abs(image.eval_crop(rgb, 256, 224) - expected).max() <= 1
+  found = image.eval_view(encoded(rgb, "PNG"), 256, 224)
+  assert np.abs(found - _eval_reference(rgb)).max() <= 1
 
 
 def test_the_real_originals_are_decoded_like_pillow_does(originals: pathlib.Path):
@@ -168,3 +317,12 @@ def test_the_real_originals_are_decoded_like_pillow_does(originals: pathlib.Path
   assert found.count("greyscale") == 23
   assert found.count("exif_rotated") == 1
   assert len(found) == 24
+
+
+def test_views_of_the_real_originals_are_what_antialiased_ones_would_be(originals: pathlib.Path):
+  files = sorted(originals.glob("*/*.JPEG"))[::4]
+  found = np.array([_differences(f.read_bytes(), seed) for seed, f in enumerate(files)])
+  train, evaluated = found.mean(axis=0)
+  assert train < 1.6
+  assert evaluated < 0.1
+  assert found[:, 1].max() < 1.5

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from input_pipeline import catalog
 from input_pipeline import image
 from input_pipeline import loader
 from input_pipeline import records
@@ -214,6 +215,19 @@ def test_a_bad_record_is_replaced_by_its_neighbour(caplog):
   assert sorted(lines) == [f"Bad record: image {i}: zero bytes" for i in (19, 5, 6)]
 
 
+def test_what_a_damaged_record_says_stays_on_one_line(caplog):
+  class Named(Memory):
+    def __getitem__(self, index):
+      return records.Record(self.images[index], index, "a\nb\x1b[31m\udce9ü" + 1000 * "x")
+
+  source, data = Named([b"", encoded(picture(0))]), data_config("", max_bad_fraction=1.0)
+  with caplog.at_level(logging.WARNING):
+    take(source, data, 1)
+  (line,) = [r.getMessage() for r in caplog.records if "Bad record" in r.getMessage()]
+  assert line.startswith(r"Bad record: a\nb\x1b[31m\udce9üxxx")
+  assert len(line) < 400
+
+
 def test_hosts_and_processes_agree_about_bad_records(tmp_path):
   root = make_folder(tmp_path / "f", {"train": {"a": 6, "b": 5, "c": 4}})
   (root / "train" / "b" / "b_002.JPEG").write_bytes(b"")
@@ -272,7 +286,7 @@ def test_a_bad_record_of_evaluation_is_grey_and_counted():
 def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
   source, data = opened(shards, workers=workers)
   source = pickle.loads(pickle.dumps(source))
-  source._folder = str(tmp_path)  # as if the disk had gone
+  source.folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
   with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
     take(source, data, 1)
 
@@ -299,13 +313,13 @@ def test_signals_for_the_whole_job_leave_the_processes_working(shards, how):
 
 
 _RUN = """
-import ml_collections, pathlib, sys, time
+import sys, time
+from configs import base
 from input_pipeline import loader, sources
 if __name__ == "__main__":
   path, end = sys.argv[1:]
-  data = ml_collections.ConfigDict(dict(
-      path=path, kind="auto", image_size=16, eval_image_size=16, crop_area=(0.08, 1.0), crop_aspect=(0.75, 1.33),
-      flip=True, workers=2, threads=1, prefetch_batches=1, max_bad_fraction=0.0))
+  data = base.get_config().data
+  data.update(path=path, image_size=16, workers=2, threads=1, prefetch_batches=1)
   source = sources.open_source(data, "train", 3)
   iterator = loader.train_batches(source, data, seed=0, global_batch_size=8)
   next(iterator)
@@ -388,7 +402,7 @@ def test_synthetic_batches_cost_nothing():
   [
     (10, 4, {}, "config.global_batch_size=10 must be a positive multiple of .* hosts, 4"),
     (0, 1, {}, "config.global_batch_size=0 must be"),
-    (8, 1, {"workers": -1}, "config.data.workers=-1 must be at least 0"),
+    (8, 1, {"workers": -2}, "config.data.workers=-2 must be at least -1"),
     (8, 1, {"crop_area": (0.5, 1.1)}, r"config.data.crop_area=\(0.5, 1.1\) must be 0 < low"),
     (8, 1, {"crop_aspect": (2.0, 1.0)}, r"config.data.crop_aspect=\(2.0, 1.0\) must be"),
     (8, 1, {"prefetch_batches": 0}, "config.data.prefetch_batches=0 must be at least 1"),

@@ -11,8 +11,8 @@ import time
 
 from PIL import Image
 from input_pipeline import image
-from input_pipeline import pool
 from input_pipeline import prepare
+from input_pipeline import progress
 from input_pipeline import records
 from input_pipeline import shards as shards_lib
 import numpy as np
@@ -279,7 +279,7 @@ def test_the_command_from_beginning_to_end(folder, shards, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_is_plain_lines_in_a_log(folder, tmp_path, capsys, monkeypatch, workers):
-  monkeypatch.setattr(pool, "_LINE_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
   assert run_prepare("--folder", folder, "--out", tmp_path / "out", "--workers", workers) == 0
   lines = [line for line in capsys.readouterr().out.splitlines() if " of 34 images, " in line]
   assert lines[-1].startswith("34 of 34 images, ")

@@ -67,7 +67,8 @@ def test_json_that_is_torn_is_named(tmp_path):
 
 
 def test_no_module_imports_tensorflow_torch_or_the_trainer():
-  modules = "errors records sources image loader processes inputs shards pool prepare"
+  modules = "errors records catalog bucket remote_shard order stream sources image slots loader processes"
+  modules += " progress inputs shards pool prepare checksums contact_sheet inspect bench bench_data peers"
   program = (
     "import importlib, sys\n"
     f"for name in {modules.split()}: importlib.import_module('input_pipeline.' + name)\n"

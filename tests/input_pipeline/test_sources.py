@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 
+from input_pipeline import catalog
 from input_pipeline import records
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError
@@ -13,9 +14,8 @@ from input_pipeline.errors import DataError
 import pytest
 
 from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import encoded
 from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import picture
+from tests.input_pipeline.conftest import tfds_folder
 from tests.input_pipeline.conftest import write_shard
 
 
@@ -32,42 +32,6 @@ def all_of(source):
 def copied(shards, tmp_path):
   """A copy of the shards to be damaged, outside of the folder that the fixture shares."""
   return shutil.copytree(shards, tmp_path / "copied")
-
-
-def tfds_folder(root, labels=("x", "y"), **info):
-  """Makes what TFDS writes for a dataset of 5 images in 2 shards, and one of 2 for validation."""
-  root.mkdir(parents=True)
-  shards = {"train": [3, 2], "validation": [2]}
-  seed = 0
-  for split, lengths in shards.items():
-    for i, length in enumerate(lengths):
-      name = f"imagenet2012-{split}.array_record-{i:05d}-of-{len(lengths):05d}"
-      images = range(seed, seed + length)
-      seed += length
-      write_shard(
-        root / name, [records.Record(encoded(picture(s)), s % 2, f"{s}.JPEG") for s in images]
-      )
-  splits = [
-    {
-      "name": split,
-      "shardLengths": [str(n) for n in lengths],
-      "numBytes": "1234",
-      "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-    }
-    for split, lengths in shards.items()
-  ]
-  info = {
-    "name": "imagenet2012",
-    "version": "5.1.0",
-    "fileFormat": "array_record",
-    "splits": splits,
-  } | info
-  (root / "dataset_info.json").write_text(json.dumps(info))
-  label = {"pythonClassName": "ClassLabel", "classLabel": {"numClasses": "2"}}
-  (root / "features.json").write_text(json.dumps({"featuresDict": {"features": {"label": label}}}))
-  if labels:
-    (root / "label.labels.txt").write_text("".join(f"{name}\n" for name in labels))
-  return root
 
 
 def test_a_folder_and_its_shards_hold_the_same(folder, shards):
@@ -89,6 +53,44 @@ def test_a_folder_written_by_tfds(tmp_path):
   assert source.class_names == ("x", "y")
   assert [source[i].name for i in range(5)] == [f"{i}.JPEG" for i in range(5)]
   assert source[4].label == 0
+
+
+def test_a_folder_written_by_tfds_in_another_format_first(tmp_path):
+  root = tfds_folder(
+    tmp_path / "tfds", fileFormat="tfrecord", alternativeFileFormats=["array_record"]
+  )
+  assert len(open_source(root, "train", 2)) == 5
+
+
+@pytest.mark.parametrize(
+  ("template", "name"),
+  [
+    ("", "imagenet2012-train.array_record-00001-of-00002"),
+    ("{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}", "train.array_record-00001"),
+    ("{DATASET}_{NUM_SHARDS}_{SHARD_INDEX}", "imagenet2012_00002_00001"),
+  ],
+)
+def test_a_folder_written_by_tfds_with_other_names_of_files(tmp_path, template, name):
+  splits = [{"name": "train", "shardLengths": ["3", "2"], "filepathTemplate": template}]
+  root = tfds_folder(tmp_path / "tfds", splits=splits)
+  for i in range(2):
+    old = root / f"imagenet2012-train.array_record-{i:05d}-of-00002"
+    old.rename(root / name.replace("00001", f"{i:05d}"))
+  source = open_source(root, "train", 2)
+  assert [source[i].name for i in range(5)] == [f"{i}.JPEG" for i in range(5)]
+
+
+def test_a_damaged_record_of_tfds_costs_only_itself(tmp_path):
+  root = tfds_folder(tmp_path / "tfds")
+  shard = root / "imagenet2012-train.array_record-00000-of-00002"
+  data = bytearray(shard.read_bytes())
+  pixels = open_source(root, "train", 2)[0].image[-200:-100]
+  data[data.index(pixels)] ^= 1  # zstd leaves what it cannot compress as it is
+  shard.write_bytes(data)
+  source = open_source(root, "train", 2)
+  with pytest.raises(BadRecordError, match=r"00000-of-00002\[0\]: cannot be read"):
+    source[0]
+  assert [source[i].name for i in range(1, 5)] == [f"{i}.JPEG" for i in range(1, 5)]
 
 
 def test_a_folder_written_by_tfds_without_names_of_classes(tmp_path):
@@ -135,7 +137,9 @@ def test_more_shards_than_files_that_may_be_open(shards):
   before = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
   try:
-    sources.ArrayRecordSource(str(shards), [("never opened", 1)] * 500, ["a"])
+    sources.ArrayRecordSource(
+      catalog.LocalFolder(str(shards)), catalog.Split([catalog.Shard("never opened", 1, 1)] * 500, ["a"], "mend it")
+    )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1000, before[1])
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -146,9 +150,8 @@ def test_more_shards_than_files_that_may_be_open(shards):
   [
     ({"path": ""}, "config.data.path is empty"),
     ({"path": "/no/such"}, "/no/such, which does not exist"),
-    ({"path": "gs://bucket/imagenet"}, "gs:// is not supported; copy the shards to a local disk"),
-    ({"path": "s3://bucket/imagenet"}, "s3:// is not supported"),
-    ({"path": "https://host/imagenet"}, "https:// is not supported"),
+    ({"path": "ftp://host/imagenet"}, "ftp:// is not supported; it may be gs://"),
+    ({"path": "gs://bucket/imagenet", "kind": "folder"}, "give --config.data.kind=stream"),
     ({"path": __file__}, "which is a file; make shards"),
     ({"path": "", "kind": "tfrecord"}, "config.data.kind is 'tfrecord'; it must be one of auto"),
     ({"path": "", "kind": "synthetic", "synthetic_examples": 0}, "synthetic_examples must be"),
@@ -285,7 +288,7 @@ def test_a_label_out_of_range_is_named(copied, label):
 
   edit_manifest(copied, change)
   with pytest.raises(
-    DataError, match=rf"array_record\[0\].*odd\.JPEG\) has label {label}, but there are 3"
+    BadRecordError, match=rf"array_record\[0\]: has label {label}, but there are 3 classes"
   ):
     open_source(copied, "val")[0]
 
@@ -313,7 +316,7 @@ def test_a_manifest_that_is_no_object_is_named(copied):
 
 def test_what_is_wrong_with_a_tfds_folder_is_named(tmp_path):
   root = tfds_folder(tmp_path / "1", fileFormat="tfrecord")
-  with pytest.raises(DataError, match="written by TFDS as tfrecord; prepare it with file_format"):
+  with pytest.raises(DataError, match="written by TFDS as tfrecord; prepare it with .*convert_format"):
     open_source(root, num_classes=2)
   root = tfds_folder(tmp_path / "2")
   (root / "imagenet2012-train.array_record-00001-of-00002").unlink()

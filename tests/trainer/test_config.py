@@ -115,7 +115,8 @@ def test_warmup_longer_than_the_run_is_refused():
     ("mesh.fsdp", 4, False), ("sharding.opt_state", "data", False), ("accumulation_steps", 4, True),
     ("model.bn_group", "32", True),
     ("data.workers", 7, False), ("data.path", "elsewhere", False), ("log.every_steps", 3, False),
-    ("checkpoint.keep_last", 9, False), ("eval.batch_size", 64, False), ("data.eval_image_size", 288, False), ("data.eval_split", "test", False)])
+    ("checkpoint.keep_last", 9, False), ("data.stream_requests", 9, False), ("data.stream_window", 9, True),
+    ("data.kind", "stream", True), ("data.path", "gs://bucket/x", True), ("eval.batch_size", 64, False), ("data.eval_image_size", 288, False), ("data.eval_split", "test", False)])
 def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   config = base.get_config()
   saved = config_lib.flatten(config)
@@ -125,7 +126,8 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
     return
   with pytest.raises(ConfigError) as error:
     config_lib.check_same_run(saved, config, "runs/a")
-  assert f"config.{field}" in str(error.value) and "runs/a" in str(error.value)
+  named = "config.data.kind" if field == "data.path" else f"config.{field}"
+  assert named in str(error.value) and "runs/a" in str(error.value)
 
 
 @pytest.mark.parametrize("overrides, words", [

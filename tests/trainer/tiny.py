@@ -12,6 +12,7 @@ def get_config():
   config.model.num_classes, config.model.dtype = 6, "float32"
   config.data.image_size = config.data.eval_image_size = config.data.eval_resize = 16
   config.data.synthetic_examples = 64
+  config.data.workers = 0
   config.optimizer.lr_per_256 = 1.0
   config.optimizer.warmup_epochs = 0.0
   config.eval.batch_size = 8

@@ -1,0 +1,109 @@
+"""The images that `input_pipeline.bench` measures with."""
+
+import io
+import os
+import pathlib
+import statistics
+from typing import Sequence
+
+from PIL import Image
+from array_record.python import array_record_module
+from configs import base
+import numpy as np
+
+from input_pipeline import image
+from input_pipeline import records
+from input_pipeline import shards
+from input_pipeline import sources
+
+_IMAGENET = 1_281_167  # examples; what is few is repeated to as many, for shuffling few costs more
+
+
+class Sample:
+  """Some examples of a source, over and over."""
+
+  def __init__(self, source: sources.Source, count: int):
+    """Takes up to `count` examples, evenly over the source."""
+    step = max(1, len(source) // count)
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    self._indices = range(0, len(source), step)[:count]
+    self._source = source
+
+  def __len__(self) -> int:
+    return _IMAGENET
+
+  def __getitem__(self, index: int) -> records.Record:
+    return self._source[self._indices[index % len(self._indices)]]
+
+  def once(self) -> list[records.Record]:
+    """Returns each example of the sample once."""
+    return [self[i] for i in range(len(self._indices))]
+
+
+def open_data(path: str, split: str, count: int, folder: str) -> sources.Source:
+  """Opens what a bench is to read.
+
+  Args:
+    path: as `config.data.path`, or a folder of class folders, or "" to make up images.
+    split: of the data.
+    count: how many images are wanted at most.
+    folder: where images that are in no shards yet are written to one.
+  """
+  if not path:
+    made = [records.Record(_photograph(i), 0, f"made up {i}") for i in range(min(count, 64))]
+    return write_shard(folder, made)
+  data = base.get_config().data
+  data.path = path
+  expanded = pathlib.Path(path).expanduser().absolute()
+  if next(expanded.glob("*/*.[Jj][Pp]*[Gg]"), None):  # CLASS/*.JPEG without SPLIT/
+    data.path, split, data.kind = str(expanded.parent), expanded.name, "folder"
+  source = sources.open_source(data, split, None)
+  if isinstance(source, sources.FolderSource):
+    return write_shard(folder, Sample(source, count).once())
+  return source
+
+
+def write_shard(
+  folder: str, examples: Sequence[records.Record], max_size: int = 0
+) -> sources.Source:
+  """Writes examples to an ArrayRecord file as `prepare` does, with --max-size if it is not 0."""
+  name = f"{max_size}.array_record"
+  writer = array_record_module.ArrayRecordWriter(os.path.join(folder, name), records.WRITER_OPTIONS)
+  for example in examples:
+    rgb = image.decode(example.image)
+    if max_size and min(rgb.shape[:2]) > max_size:
+      example = records.Record(shards.shrink(rgb, max_size), example.label, example.name)
+    writer.write(records.encode(example))
+  writer.close()
+  classes = [str(i) for i in range(1 + max(e.label for e in examples))]
+  return sources.ArrayRecordSource(folder, [(name, len(examples))], classes)
+
+
+def _photograph(seed: int) -> bytes:
+  """Returns a JPEG of the size, bytes and detail at all scales of most images of ImageNet."""
+  rng = np.random.default_rng(seed)
+  pixels = np.zeros((375, 500, 3), np.float32)
+  for n in (4, 8, 16, 32, 64, 128, 256):
+    noise = Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
+    pixels += np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC)) / n**0.5
+  file = io.BytesIO()
+  square = Image.fromarray(np.clip(pixels * 0.55, 0, 255).astype(np.uint8))
+  square.save(file, "JPEG", quality=95, subsampling=0)
+  return file.getvalue()
+
+
+def pixel_effect(
+  before: Sequence[records.Record], after: Sequence[records.Record]
+) -> tuple[float, float]:
+  """Returns the mean absolute difference, of 255 levels, of training and of evaluated views."""
+  train, evaluated = [], []
+  data = base.get_config().data
+  augmentation = (224, data.crop_area, data.crop_aspect, False)
+  for i, pair in enumerate(zip(before, after, strict=True)):
+    views = [
+      image.train_view(e.image, np.random.default_rng(i), *augmentation) for e in pair
+    ]
+    train.append(np.abs(np.subtract(*views, dtype=np.int16)).mean())
+    views = [image.eval_view(e.image, 256, 224) for e in pair]
+    evaluated.append(np.abs(np.subtract(*views, dtype=np.int16)).mean())
+  return statistics.mean(train), statistics.mean(evaluated)

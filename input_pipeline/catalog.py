@@ -1,0 +1,209 @@
+"""What a folder of shards says of itself: the manifest of `prepare`, or what TFDS writes."""
+
+import json
+import os
+from typing import Any, NamedTuple, Protocol, Sequence
+
+from input_pipeline import records
+from input_pipeline.errors import DataError
+
+TFDS_INFO = "dataset_info.json"
+_TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of names that it does not tell
+
+_PREPARE = "rerun `python -m input_pipeline.prepare` as before, it keeps the good shards"
+_TFDS_PREPARE = "prepare the data with TFDS again"
+
+
+class Folder(Protocol):
+  """A folder of shards, on a disk (LocalFolder) or elsewhere (bucket.Bucket)."""
+
+  def path_of(self, name: str) -> str:
+    """Returns the full name of a file, for messages."""
+
+  def read_small(self, name: str) -> bytes | None:
+    """Returns the whole of a file, or None if there is none."""
+
+  def sizes(self) -> dict[str, int | None] | None:
+    """Returns the files with their bytes, as far as they are known; None if they cannot be listed."""
+
+
+class LocalFolder:
+  """A folder on a disk, or on what is mounted as one."""
+
+  def __init__(self, path: str):
+    self.path = path
+
+  def path_of(self, name: str) -> str:
+    """See Folder."""
+    return os.path.join(self.path, name)
+
+  def read_small(self, name: str) -> bytes | None:
+    """See Folder; raises DataError for a file that is there and cannot be read."""
+    try:
+      with open(self.path_of(name), "rb") as f:
+        return f.read()
+    except FileNotFoundError:
+      return None
+    except OSError as e:
+      raise DataError(f"{self.path_of(name)} cannot be read ({e.strerror}).") from e
+
+  def sizes(self) -> dict[str, int | None]:
+    """See Folder."""
+    with os.scandir(self.path) as entries:
+      return {e.name: e.stat().st_size for e in entries if e.is_file()}
+
+
+class Shard(NamedTuple):
+  """A file of records: name, number of records, and bytes and hash if they are written down."""
+
+  name: str
+  count: int
+  size: int | None
+  sha256: str | None = None
+
+
+class Split(NamedTuple):
+  """Shards in order, none of them empty; names of the classes; what to do about a damaged shard.
+
+  And the number of records of each class, if that is written down.
+  """
+
+  shards: list[Shard]
+  class_names: list[str]
+  mend: str
+  class_counts: list[int] | None = None
+
+
+def read(folder: Folder, split: str) -> Split:
+  """Reads what there is about a split.
+
+  Raises:
+    DataError: there is nothing, it is not complete, or a shard is missing or has another size.
+  """
+  manifest = _read_json(folder, records.MANIFEST)
+  if manifest is not None:
+    split, found = _from_manifest(folder, manifest, split)
+  else:
+    info = _read_json(folder, TFDS_INFO)
+    if info is None:
+      raise DataError(
+        f"{folder.path_of('')} holds neither {records.MANIFEST} nor {TFDS_INFO}, without which "
+        "shards cannot be used; if prepare was stopped, run the same command again."
+      )
+    split, found = _from_tfds(folder, info, split)
+  sizes = folder.sizes()
+  listed_in = TFDS_INFO if manifest is None else records.MANIFEST
+  for name, _, size, _ in found.shards if sizes is not None else ():
+    if name not in sizes:
+      raise DataError(
+        f"{folder.path_of(name)} is missing, but {listed_in} lists it; {found.mend}."
+      )
+    if None not in (size, sizes[name]) and sizes[name] != size:
+      raise DataError(
+        f"{folder.path_of(name)} has {sizes[name]:,} bytes, but {listed_in} says {size:,}; "
+        f"{found.mend}."
+      )
+  shards = [shard for shard in found.shards if shard.count]
+  if not shards:
+    raise DataError(f"split {split!r} of {folder.path_of('')} holds no examples.")
+  return found._replace(shards=shards)
+
+
+def find_split(wanted: str, available: Sequence[str], path: str) -> str:
+  """Returns the name under which a split is there; `val` and `validation` are taken for the same.
+
+  Raises:
+    DataError: it is not there.
+  """
+  twin = {"val": "validation", "validation": "val"}.get(wanted, wanted)
+  for name in (wanted, twin):
+    if name in available:
+      return name
+  raise DataError(
+    f"{path} has no split {wanted!r}, only {', '.join(sorted(available)) or 'none at all'}; "
+    "set config.data.train_split and config.data.eval_split."
+  )
+
+
+def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Split]:
+  file = folder.path_of(records.MANIFEST)
+  version = manifest.get("format_version") if isinstance(manifest, dict) else None
+  if version != records.FORMAT_VERSION:
+    raise DataError(
+      f"{file} has format_version {version}, this program reads {records.FORMAT_VERSION}; "
+      "make the shards again with `python -m input_pipeline.prepare`."
+    )
+  try:
+    splits = manifest["splits"]
+    split = find_split(split, list(splits), folder.path_of(""))
+    found = splits[split]
+    shards = [
+      Shard(s["file"], s["examples"], s["bytes"], s.get("sha256")) for s in found["shards"]
+    ]
+    classes = list(manifest["classes"])
+    return split, Split(shards, classes, _PREPARE, found.get("class_counts"))
+  except (KeyError, TypeError) as e:
+    raise DataError(f"{file} is not complete ({type(e).__name__}: {e}); {_PREPARE}.") from e
+
+
+def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
+  try:
+    # `tfds convert_format` puts array_record beside what was there first.
+    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
+    if "array_record" not in formats:
+      raise DataError(
+        f"{folder.path_of('')} was written by TFDS as {' and '.join(formats)}; prepare it with "
+        "file_format=array_record, or add that with `tfds convert_format`."
+      )
+    splits = {s["name"]: s for s in info["splits"]}
+    split = find_split(split, list(splits), folder.path_of(""))
+    counts = [int(n) for n in splits[split]["shardLengths"]]
+    template = splits[split].get("filepathTemplate") or _TFDS_TEMPLATE
+    shards = [
+      Shard(
+        template.format(
+          DATASET=info["name"],
+          SPLIT=split,
+          FILEFORMAT="array_record",
+          SHARD_X_OF_Y=f"{i:05d}-of-{len(counts):05d}",
+          SHARD_INDEX=f"{i:05d}",
+          NUM_SHARDS=f"{len(counts):05d}",
+        ),
+        count,
+        None,
+      )
+      for i, count in enumerate(counts)
+    ]
+  except (KeyError, TypeError, ValueError, AttributeError) as e:
+    raise DataError(
+      f"{folder.path_of(TFDS_INFO)} is not what TFDS writes ({type(e).__name__}: {e}); "
+      f"{_TFDS_PREPARE}."
+    ) from e
+  return split, Split(shards, _tfds_classes(folder), _TFDS_PREPARE)
+
+
+def _tfds_classes(folder: Folder) -> list[str]:
+  """Returns the names of the classes in the order of the labels, as far as TFDS wrote them down."""
+  labels = folder.read_small("label.labels.txt")
+  if labels is not None:
+    return [line.strip() for line in labels.decode("utf-8").splitlines() if line.strip()]
+  features = _read_json(folder, "features.json")
+  try:
+    label = features["featuresDict"]["features"]["label"]
+    return [str(i) for i in range(int(label["classLabel"]["numClasses"]))]
+  except (KeyError, TypeError, ValueError) as e:
+    raise DataError(
+      f"{folder.path_of('features.json')} describes no feature `label` with a number of classes; "
+      "only datasets of labelled images can be used."
+    ) from e
+
+
+def _read_json(folder: Folder, name: str) -> Any:
+  """Returns the JSON in a file, None if there is none; raises DataError if it is no JSON."""
+  data = folder.read_small(name)
+  if data is None:
+    return None
+  try:
+    return json.loads(data)
+  except ValueError as e:
+    raise DataError(f"{folder.path_of(name)} cannot be read ({e}); make the data again.") from e

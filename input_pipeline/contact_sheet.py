@@ -1,0 +1,118 @@
+"""A picture of images as the model sees them, each with the name and number of its label."""
+
+import contextlib
+import math
+from typing import Any, NamedTuple, Sequence
+
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
+import numpy as np
+
+from input_pipeline import loader
+from input_pipeline.records import Record
+from input_pipeline.sources import Source
+
+_COLUMNS = 8
+_LEAST = 112  # pixels: smaller images are shown in multiples of their size, so that labels fit
+_GAP = 8
+_TEXT = 12  # pixels, height of letters
+_LINE = 18
+
+
+class Section(NamedTuple):
+  """Images of one kind: a title, uint8 [n, size, size, 3], their captions, and which were bad."""
+
+  title: str
+  images: np.ndarray
+  captions: Sequence[str]
+  bad: np.ndarray
+
+
+class _Part:
+  """Some of the examples of a source, in a given order."""
+
+  def __init__(self, source: Source, indices: Sequence[int]):
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    self._source, self._indices = source, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[self._indices[index]]
+
+
+def training_section(source: Source, config: Any, count: int) -> Section:
+  """Returns the first `count` examples of a run of this config, cropped and mirrored as in it.
+
+  A few less where `count` does not divide the batch.
+  """
+  batch_size = config.global_batch_size
+  # What the first of so many hosts gets: the order of streamed data depends on the whole batch.
+  hosts = next(n for n in range(-(-batch_size // count), batch_size + 1) if batch_size % n == 0)
+  with contextlib.closing(
+    loader.train_batches(
+      source, _alone(config.data), seed=config.seed, global_batch_size=batch_size, hosts=hosts
+    )
+  ) as batches:
+    batch = next(batches)
+  title = f"training, the first {len(batch['label'])} of a run with seed {config.seed}"
+  return _section(title, source, batch)
+
+
+def evaluation_section(source: Source, config: Any, count: int) -> Section:
+  """Returns the crops of `count` examples from all over a split, as an evaluation sees them."""
+  indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+  with contextlib.closing(
+    loader.eval_batches(_Part(source, indices), _alone(config.data), batch_size=len(indices))
+  ) as batches:
+    batch = next(batches)
+  return _section(f"evaluation, {len(indices)} of {len(source):,}", source, batch)
+
+
+def _alone(data: Any) -> Any:
+  """Returns `config.data` for one batch, bad records and all; what it holds does not depend on it."""
+  data = data.copy_and_resolve_references()
+  data.update(workers=0, threads=0, prefetch_batches=1, max_bad_fraction=1.0)
+  data.stream_ahead_steps = 1
+  return data
+
+
+def _section(title: str, source: Source, batch: loader.Batch) -> Section:
+  captions = [f"{source.class_names[label]} ({label})" for label in batch["label"].tolist()]
+  return Section(title, batch["image"], captions, batch["bad"])
+
+
+def draw(sections: Sequence[Section]) -> tuple[Image.Image, list[list[tuple[int, int]]]]:
+  """Draws sections one below the other.
+
+  Images keep their very pixels; those under 112 pixels are enlarged by a whole number. Under
+  each is its caption, in red where a record was bad and another image is shown.
+
+  Returns:
+    The picture; and for each image of each section, (left, top) in it.
+  """
+  zooms = [max(1, _LEAST // section.images.shape[1]) for section in sections]
+  cells = [s.images.shape[1] * zoom + _GAP for s, zoom in zip(sections, zooms, strict=True)]
+  rows = [math.ceil(len(section.captions) / _COLUMNS) for section in sections]
+  height = _GAP + sum(_LINE + n * (c + _LINE) for n, c in zip(rows, cells, strict=True))
+  sheet = Image.new("RGB", (_GAP + _COLUMNS * max(cells), height), "white")
+  pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+  top, places = _GAP, []
+  for section, zoom, cell in zip(sections, zooms, cells, strict=True):
+    pen.text((_GAP, top), section.title, "black", font)
+    top += _LINE
+    places.append([])
+    for i, caption in enumerate(section.captions):
+      left = _GAP + i % _COLUMNS * cell
+      if i and i % _COLUMNS == 0:
+        top += cell + _LINE
+      places[-1].append((left, top))
+      pixels = section.images[i].repeat(zoom, axis=0).repeat(zoom, axis=1)
+      sheet.paste(Image.fromarray(pixels), (left, top))
+      while len(caption) > 1 and font.getlength(caption) > cell - _GAP:
+        caption = caption[:-2] + "…"
+      pen.text((left, top + cell - _GAP), caption, "red" if section.bad[i] else "black", font)
+    top += cell + _LINE
+  return sheet, places

@@ -1,0 +1,186 @@
+"""Which example comes when: pure functions of the seed and the number of the example in the run.
+
+Example number g is row g % B of step g // B of a run with batches of B examples over all hosts. No
+order here knows of hosts or processes, so none of them can change it, and any step is as near as
+the first.
+"""
+
+import functools
+from typing import NamedTuple, Protocol, Sequence
+
+import grain
+import numpy as np
+
+
+class Run(NamedTuple):
+  """Neighbouring records of one shard, to be read by one request."""
+
+  first: int
+  count: int
+
+
+class Part(NamedTuple):
+  """Where examples come from: `slots` of the records of window `key`, in the order of the examples."""
+
+  key: tuple[int, ...]
+  slots: np.ndarray
+
+
+class WindowedOrder(Protocol):
+  """An order whose examples come out of windows: sets of runs, of which each is read once."""
+
+  def parts(self, first: int, count: int) -> list[Part]:
+    """Returns where the examples first, ..., first + count - 1 come from."""
+
+  def runs(self, key: tuple[int, ...]) -> Sequence[Run]:
+    """Returns the runs of a window; its slots count through them."""
+
+
+class GlobalShuffle:
+  """Each epoch is another permutation of all records: for sources with cheap random access."""
+
+  def __init__(self, length: int, seed: int):
+    self._order = grain.MapDataset.range(length).shuffle(seed=seed)
+
+  def __getitem__(self, number: int) -> int:
+    """Returns the index of example `number` of a run."""
+    return self._order[number]
+
+
+class LaneShuffle:
+  """Each epoch is another permutation of all records, made for reading neighbours together.
+
+  The records of each shard are cut into blocks of neighbours. An epoch shuffles the blocks of all
+  shards and deals the sequence to lanes, each its own stretch, as many records as the epoch takes
+  from that lane. Every batch takes the same number of rows from each lane, and a lane serves its
+  stretch in windows of a few blocks, each shuffled on its own. So a host reads only the blocks of
+  the lanes of its rows, whatever the number of hosts, and a batch mixes lanes x window blocks from
+  anywhere in the data. (Fixed lanes are what MosaicML Streaming calls canonical nodes.)
+  """
+
+  def __init__(
+    self,
+    shard_counts: Sequence[int],
+    seed: int,
+    batch_size: int,
+    *,
+    lanes: int,
+    block: int,
+    window: int,
+  ):
+    """Cuts the shards into blocks.
+
+    Args:
+      shard_counts: number of records of each shard.
+      seed: of the order.
+      batch_size: examples per step over all hosts, a multiple of `lanes`.
+      lanes: number of lanes.
+      block: records of a block, or up to twice as many; shards with fewer are one block.
+      window: blocks of a window.
+    """
+    self._firsts = _block_firsts(shard_counts, block)
+    self._length = int(self._firsts[-1])
+    self._seed = seed
+    self._batch_size = batch_size
+    self._rows = batch_size // lanes  # of each lane in a batch
+    self._lanes = np.arange(lanes)
+    self._window = window
+    # Small caches: all lanes of two epochs.
+    self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+    self._stretch = functools.lru_cache(maxsize=2 * lanes)(self._make_stretch)
+    self._permutation = functools.lru_cache(maxsize=2 * lanes)(self._make_permutation)
+
+  def parts(self, first: int, count: int) -> list[Part]:
+    """See WindowedOrder."""
+    parts, number, end = [], first, first + count
+    while number < end:
+      # As many as follow each other in one lane, one epoch and one window.
+      epoch, lane = number // self._length, number % self._batch_size // self._rows
+      ahead = self._rows - number % self._rows
+      ahead = min(ahead, end - number, (epoch + 1) * self._length - number)
+      position = int((self._taken(number) - self._taken(epoch * self._length))[lane])
+      _, bounds = self._stretch(epoch, lane)
+      window = int(np.searchsorted(bounds, position, side="right")) - 1
+      ahead = min(ahead, int(bounds[window + 1]) - position)
+      slots = self._permutation(epoch, lane, window)[position - bounds[window] :][:ahead]
+      parts.append(Part((epoch, lane, window), slots))
+      number += ahead
+    return parts
+
+  def runs(self, key: tuple[int, ...]) -> list[Run]:
+    """See WindowedOrder."""
+    epoch, lane, window = key
+    runs, bounds = self._stretch(epoch, lane)
+    ends = np.cumsum([run.count for run in runs])
+    first, last = np.searchsorted(ends, bounds[window : window + 2] - [0, 1], side="right")
+    return runs[first : last + 1]
+
+  def _taken(self, number: int) -> np.ndarray:
+    """Returns how many of the examples before `number` each lane has served, int64 [lanes]."""
+    batches, rest = divmod(number, self._batch_size)
+    return batches * self._rows + np.clip(rest - self._lanes * self._rows, 0, self._rows)
+
+  def _random(self, n: int, *words: int) -> np.ndarray:
+    """Returns `n` numbers in [0, 1) that are a function of the seed and of up to three words."""
+    key = [self._seed, 0]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, *words])).random(n)
+
+  def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the blocks in their order, where each ends in the epoch, and where each lane begins."""
+    # Not numpy's own shuffle, the algorithm of which may change with its version.
+    blocks = np.argsort(self._random(len(self._firsts) - 1, epoch, 0, 0), kind="stable")
+    ends = np.cumsum(np.diff(self._firsts)[blocks])
+    served = self._taken((epoch + 1) * self._length) - self._taken(epoch * self._length)
+    return blocks, ends, np.concatenate([[0], np.cumsum(served)])
+
+  def _make_stretch(self, epoch: int, lane: int) -> tuple[list[Run], np.ndarray]:
+    """Returns the runs of a lane in an epoch, and where its windows begin and the last one ends."""
+    blocks, ends, lane_begins = self._epoch(epoch)
+    begin, end = lane_begins[lane], lane_begins[lane + 1]
+    if begin == end:
+      return [], np.zeros(1, np.int64)
+    i, j = np.searchsorted(ends, [begin, end - 1], side="right")
+    blocks, ends = blocks[i : j + 1], ends[i : j + 1]
+    starts = ends - (self._firsts[blocks + 1] - self._firsts[blocks])
+    skipped = np.maximum(begin - starts, 0)  # of a block that two lanes share
+    firsts = self._firsts[blocks] + skipped
+    counts = np.minimum(ends, end) - starts - skipped
+    runs = [Run(f, n) for f, n in zip(firsts.tolist(), counts.tolist(), strict=True)]
+    # The first windows differ in length, so that not all lanes need new blocks at the same step.
+    first = 1 + lane * self._window // len(self._lanes)
+    cuts = [0, *range(first, len(runs), self._window), len(runs)]
+    return runs, np.concatenate([[0], np.cumsum(counts)])[cuts]
+
+  def _make_permutation(self, epoch: int, lane: int, window: int) -> np.ndarray:
+    _, bounds = self._stretch(epoch, lane)
+    size = int(bounds[window + 1] - bounds[window])
+    return np.argsort(self._random(size, epoch, lane, window + 1), kind="stable")
+
+
+class InOrder:
+  """All records in their order, once; the rows of a step are a window."""
+
+  def __init__(self, shard_counts: Sequence[int]):
+    self._ends = np.cumsum(shard_counts)
+
+  def parts(self, first: int, count: int) -> list[Part]:
+    """See WindowedOrder."""
+    count = min(count, int(self._ends[-1]) - first)
+    return [Part((first, count), np.arange(count))] if count > 0 else []
+
+  def runs(self, key: tuple[int, ...]) -> list[Run]:
+    """See WindowedOrder."""
+    first, count = key
+    cuts = [int(end) for end in self._ends if first < end < first + count]
+    cuts = [first, *cuts, first + count]
+    return [Run(a, b - a) for a, b in zip(cuts, cuts[1:])]
+
+
+def _block_firsts(shard_counts: Sequence[int], block: int) -> np.ndarray:
+  """Returns the index of the first record of each block and, last, the number of records."""
+  firsts, start = [], 0
+  for count in shard_counts:
+    blocks = max(1, count // block)
+    firsts.append(start + np.arange(blocks) * count // blocks)
+    start += count
+  return np.concatenate([*firsts, [start]])

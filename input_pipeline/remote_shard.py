@@ -1,0 +1,230 @@
+"""Records of an ArrayRecord shard by ranged reads, for any place that `bucket` can read.
+
+The library opens files by name only, and reads a bucket by one request for each record. So the
+index at the end of a shard is read here, once, and then the bytes of neighbouring records by one
+request; they are put where they belong into a file in memory that is otherwise a hole, and the
+library reads that: decompression and checksums stay its own.
+
+Format: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md, and for the
+index and the postscript https://github.com/google/array_record/blob/main/cpp/layout.proto.
+"""
+
+import contextlib
+import os
+import struct
+import tempfile
+import threading
+from typing import Iterator, NamedTuple
+
+from array_record.python import array_record_module
+import numpy as np
+import zstandard
+
+from input_pipeline.bucket import Bucket
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+
+_BLOCK = 1 << 16  # bytes; every block of a file begins with a header
+_BLOCK_HEADER, _CHUNK_HEADER = 24, 40  # bytes
+_ENTRY = 16  # bytes of a chunk in the index, at most
+_POSTSCRIPT = 256  # bytes at the start of the last block that say where the index is; 114 are used
+_RECORDS = ord("r")  # type of a chunk
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_BUFFER = 32 << 10  # bytes
+
+
+class _Index(NamedTuple):
+  """Where the chunks of a shard are: int64 `starts` [n + 1] and `first` [n + 1], of their records.
+
+  `parts` are the pieces of the file that the library needs besides a chunk: (offset, bytes).
+  """
+
+  size: int
+  starts: np.ndarray
+  first: np.ndarray
+  parts: list[tuple[int, bytes]]
+
+
+class RemoteShard:
+  """One ArrayRecord file of known length in a bucket. Thread-safe."""
+
+  def __init__(self, bucket: Bucket, name: str, count: int, size: int | None, mend: str):
+    """Sends no request yet.
+
+    Args:
+      bucket: where the file is.
+      name: of the file.
+      count: number of its records.
+      size: number of its bytes, if known.
+      mend: what to do about a damaged shard, for messages.
+    """
+    self._bucket = bucket
+    self._name = name
+    self._count = count
+    self._size = size
+    self._mend = mend
+    self._index: _Index | None = None
+    self._lock = threading.Lock()
+
+  def read(self, first: int, stop: int) -> list[bytes | BadRecordError]:
+    """Returns the records [first, stop), each as bytes or as what is wrong with it, by one request.
+
+    The first call sends one more, for the index.
+
+    Raises:
+      DataError: the shard is gone, has changed, cannot be reached, or is no ArrayRecord file of
+        so many records.
+    """
+    index = self._opened()
+    chunks = np.searchsorted(index.first, [first, stop - 1], side="right") - 1
+    start, end = int(index.starts[chunks[0]]), int(index.starts[chunks[1] + 1])
+    data = self._bucket.read(self._name, start, end)
+    with _sparse_file(index.size, [*index.parts, (start, data)]) as path:
+      reader = array_record_module.ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER)
+      try:
+        return reader.read(list(range(first, stop)))
+      except (RuntimeError, ValueError, IndexError):
+        return [self._read_one(reader, i) for i in range(first, stop)]
+      finally:
+        reader.close()
+
+  def _read_one(self, reader: array_record_module.ArrayRecordReader, i: int) -> bytes | BadRecordError:
+    try:
+      return reader.read([i])[0]
+    except (RuntimeError, ValueError, IndexError) as e:  # a wrong checksum
+      return BadRecordError(f"{self._name}[{i}]: cannot be read ({e})")
+
+  def _opened(self) -> _Index:
+    with self._lock:
+      if self._index is None:
+        self._index = self._read_index()
+      return self._index
+
+  def _read_index(self) -> _Index:
+    path = self._bucket.path_of(self._name)
+    try:
+      index = self._parse_index()
+      with _sparse_file(index.size, index.parts) as copy:
+        reader = array_record_module.ArrayRecordReader(copy, _OPTIONS)
+        found = reader.num_records() if reader.ok() else None
+        reader.close()
+      if found is None or index.first[-1] != found:
+        raise ValueError("its index is wrong")
+    except (ValueError, IndexError, struct.error, zstandard.ZstdError) as e:
+      raise DataError(f"{path} is damaged or no ArrayRecord file ({e}); {self._mend}.") from e
+    if found != self._count:
+      raise DataError(f"{path} holds {found} records instead of {self._count}; {self._mend}.")
+    return index
+
+  def _parse_index(self) -> _Index:
+    """Reads the index, by one request if the size is known and by two if not; raises ValueError."""
+    # The index, padding to a whole block, and the block of the postscript.
+    wanted = _BLOCK * (2 + -(-self._count * _ENTRY // _BLOCK))
+    start = -_BLOCK if self._size is None else max(0, self._size - wanted)
+    tail = self._bucket.read(self._name, start, self._size)
+    if len(tail) < _BLOCK:
+      raise ValueError("it is too short")
+    postscript, _ = _read_chunk(tail[-_BLOCK:], 0)
+    offset = int(_fields(postscript[0])[1][0])
+    if 0 <= start <= offset:
+      tail = tail[offset - start :]
+    else:
+      tail = self._bucket.read(self._name, offset, None)
+    entries, end = _read_chunk(tail, offset % _BLOCK)
+    tags, values = _fields(b"".join(entries[1:]))  # the first entry says how many there are
+    starts, counts = values[tags == 1], values[tags == 3]
+    size = offset + len(tail)
+    return _Index(
+      size=size,
+      starts=np.append(starts, offset),
+      first=np.concatenate([[0], np.cumsum(counts)]),
+      parts=[(offset, tail[:end]), (size - _BLOCK, tail[-_BLOCK : _POSTSCRIPT - _BLOCK])],
+    )
+
+
+def _read_chunk(data: bytes, in_block: int) -> tuple[list[bytes], int]:
+  """Returns the records of the chunk that `data` begins with, and its length in the file.
+
+  Args:
+    data: the rest of a file, or more than the chunk.
+    in_block: where in its block the chunk begins.
+
+  Raises:
+    ValueError: there is no chunk of records, or not all of it.
+  """
+  header, end = _without_headers(data, 0, in_block, _CHUNK_HEADER)
+  _, size, _, kind, _ = struct.unpack("<5Q", header)
+  if kind & 0xFF != _RECORDS or size > len(data):
+    raise ValueError("there is no index at its end")
+  body, end = _without_headers(data, end, (in_block + end) % _BLOCK, size)
+  unpack = {0: bytes, ord("z"): _unpack_zstd}.get(body[0])
+  if unpack is None:
+    raise ValueError(f"it is compressed by {chr(body[0])!r}, this program reads zstd and plain")
+  sizes_length, at = _varint(body, 1)
+  sizes = _varints(unpack(body[at : at + sizes_length]))
+  values = unpack(body[at + sizes_length :])
+  ends = np.cumsum(sizes)
+  if len(ends) != kind >> 8 or ends[-1] != len(values):
+    raise ValueError("the lengths in its index do not add up")
+  return [values[e - n : e] for n, e in zip(sizes.tolist(), ends.tolist())], end
+
+
+def _without_headers(data: bytes, position: int, in_block: int, size: int) -> tuple[bytes, int]:
+  """Returns `size` bytes from `position` on without the headers of blocks, and where they end."""
+  parts = []
+  while size:
+    if in_block == 0:
+      position, in_block = position + _BLOCK_HEADER, _BLOCK_HEADER
+    part = data[position : position + min(size, _BLOCK - in_block)]
+    if not part:
+      raise ValueError("it ends too early")
+    parts.append(part)
+    position, size, in_block = position + len(part), size - len(part), (in_block + len(part)) % _BLOCK
+  return b"".join(parts), position
+
+
+def _unpack_zstd(data: bytes) -> bytes:
+  size, at = _varint(data, 0)
+  return zstandard.ZstdDecompressor().decompress(data[at:], max_output_size=size)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+  """Returns the varint at data[at] and where the next one begins."""
+  value = shift = 0
+  while True:
+    value |= (data[at] & 0x7F) << shift
+    if data[at] < 0x80:
+      return value, at + 1
+    at, shift = at + 1, shift + 7
+
+
+def _varints(data: bytes) -> np.ndarray:
+  """Returns all varints of a string of nothing else, int64."""
+  array = np.frombuffer(data, np.uint8)
+  ends = np.flatnonzero(array < 0x80)
+  starts = np.concatenate([[0], ends[:-1] + 1])
+  places = np.arange(len(array)) - np.repeat(starts, ends - starts + 1)
+  return np.add.reduceat((array & 0x7F).astype(np.int64) << 7 * places, starts)
+
+
+def _fields(message: bytes) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the field numbers and values of serialized messages that hold nothing but integers."""
+  pairs = _varints(message).reshape(-1, 2)
+  return pairs[:, 0] >> 3, pairs[:, 1]
+
+
+@contextlib.contextmanager
+def _sparse_file(size: int, parts: list[tuple[int, bytes]]) -> Iterator[str]:
+  """Makes a file in memory that holds `parts` at their offsets and takes no other room."""
+  with contextlib.ExitStack() as stack:
+    if hasattr(os, "memfd_create"):
+      descriptor = os.memfd_create("shard")
+      stack.callback(os.close, descriptor)
+      path = f"/proc/self/fd/{descriptor}"
+    else:  # not Linux
+      file = stack.enter_context(tempfile.NamedTemporaryFile())
+      descriptor, path = file.fileno(), file.name
+    os.ftruncate(descriptor, size)
+    for offset, data in parts:
+      os.pwrite(descriptor, data, offset)
+    yield path

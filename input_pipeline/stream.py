@@ -1,0 +1,130 @@
+"""Reads the records of an order ahead of the steps that need them."""
+
+import concurrent.futures
+import queue
+import threading
+from typing import Any, Callable
+
+import numpy as np
+
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+from input_pipeline.order import Run
+from input_pipeline.order import WindowedOrder
+
+_CLOSED = "the loader was closed"
+Read = Callable[[Run], list[bytes | BadRecordError]]
+
+
+class _Window:
+  """The records of some runs, which are on their way."""
+
+  def __init__(self, runs: list[Run], answers: list[concurrent.futures.Future]):
+    self._runs = runs
+    self._answers = answers
+    self._ends = np.cumsum([run.count for run in runs])
+    self.steps = 0  # that are planned and not done
+
+  def take(self, slots: np.ndarray) -> list[tuple[int, bytes | BadRecordError]]:
+    """Waits for the records in `slots`; returns the index of each, and its bytes or what is wrong."""
+    records = []
+    places = np.searchsorted(self._ends, slots, side="right").tolist()
+    for slot, place in zip(slots.tolist(), places, strict=True):
+      run = self._runs[place]
+      offset = slot - int(self._ends[place]) + run.count
+      records.append((run.first + offset, self._answers[place].result()[offset]))
+    return records
+
+
+class ReadAhead:
+  """Hands out the records of steps that are asked for more or less in order. Thread-safe."""
+
+  def __init__(
+    self,
+    read: Read,
+    order: WindowedOrder,
+    span: Callable[[int], tuple[int, int]],
+    *,
+    steps: range,
+    ahead: int,
+    requests: int,
+  ):
+    """Reads nothing before the first step is asked for.
+
+    Args:
+      read: reads one run; called in threads.
+      order: where the examples of a step come from.
+      span: returns the number of the first example of a step that is wanted here, and how many.
+      steps: those that will be asked for.
+      ahead: steps whose records are asked for before they are needed.
+      requests: runs that are read at the same time.
+    """
+    self._read = read
+    self._order = order
+    self._span = span
+    self._next, self._end = steps.start, steps.stop  # to be planned
+    self._ahead = ahead
+    self._plans: dict[int, list[tuple[tuple[int, ...], np.ndarray]]] = {}
+    self._windows: dict[tuple[int, ...], _Window] = {}
+    self._lock = threading.Lock()
+    self._closed = False
+    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Not an executor, whose threads are waited for at the end of the process, however long they wait.
+    self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(requests)]
+    for thread in self._threads:
+      thread.start()
+
+  def take(self, step: int) -> list[tuple[int, bytes | BadRecordError]]:
+    """Returns the records of a step in the order of its rows: index, and bytes or what is wrong.
+
+    Each step can be taken once.
+
+    Raises:
+      DataError: a shard is gone, has changed or cannot be reached.
+    """
+    with self._lock:
+      if self._closed:
+        raise DataError(_CLOSED)
+      while self._next <= min(step + self._ahead, self._end - 1):
+        self._plans[self._next] = self._plan(self._next)
+        self._next += 1
+      plan = self._plans.pop(step)
+      windows = [self._windows[key] for key, _ in plan]
+    records = []
+    for window, (_, slots) in zip(windows, plan, strict=True):
+      records += window.take(slots)
+    with self._lock:
+      for key in {key for key, _ in plan}:
+        self._windows[key].steps -= 1
+        if not self._windows[key].steps:  # steps take windows in turn: no later one wants it
+          del self._windows[key]
+    return records
+
+  def close(self) -> None:
+    """Ends the threads, those that are waiting for a server as soon as they have an answer."""
+    with self._lock:
+      self._closed = True
+    for _ in self._threads:
+      self._tasks.put(None)
+
+  def _plan(self, step: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    plan = self._order.parts(*self._span(step))
+    for key in {key: None for key, _ in plan}:
+      if key not in self._windows:
+        runs = self._order.runs(key)
+        answers = [concurrent.futures.Future() for _ in runs]
+        self._windows[key] = _Window(runs, answers)
+        for task in zip(runs, answers, strict=True):
+          self._tasks.put(task)
+      self._windows[key].steps += 1
+    return plan
+
+  def _work(self) -> None:
+    while task := self._tasks.get():
+      run, answer = task
+      try:
+        if self._closed:
+          raise DataError(_CLOSED)  # to whoever still waits
+        answer.set_result(self._read(run))
+      except Exception as e:  # raised where the records are taken
+        answer.set_exception(e)

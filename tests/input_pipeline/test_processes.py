@@ -1,0 +1,27 @@
+"""How many processes and threads decode."""
+
+import os
+
+from input_pipeline import processes
+import pytest
+
+
+@pytest.mark.parametrize(
+  ("cores", "asked", "chosen"),
+  [
+    (1, (-1, -1), (0, 1)),
+    (2, (-1, -1), (0, 2)),
+    (3, (-1, -1), (0, 2)),
+    (4, (-1, -1), (2, 0)),
+    (24, (-1, -1), (22, 0)),
+    (224, (-1, -1), (32, 0)),
+    (224, (-1, 1), (32, 1)),
+    (224, (0, -1), (0, 2)),
+    (2, (3, -1), (3, 0)),
+    (1, (5, 7), (5, 7)),
+    (8, (0, 0), (0, 0)),
+  ],
+)
+def test_what_is_not_set_is_chosen_by_the_cores(cores, asked, chosen, monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+  assert processes.choose(*asked) == chosen
