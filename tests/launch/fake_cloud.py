@@ -1,9 +1,9 @@
-"""Google's side of a launch, on loopback: real gcloud creates, lists, reaches and deletes TPU slices whose hosts are folders.
+"""Google's side of a launch, on loopback: real gcloud creates, reaches and deletes TPU slices whose hosts are folders.
 
     python -m tests.launch.fake_cloud FOLDER
 
-It prints what to export, and serves until Ctrl-C: the TPU API (v2 and v2alpha1), what `gcloud compute tpus ... ssh` asks
-of Compute Engine, one version of every secret, and a metadata server for each host. `ssh`, `scp`, `ssh-keygen` and
+It prints what to export, and serves until Ctrl-C: the TPU API (v2 and v2alpha1), what `gcloud compute tpus ... ssh`
+asks of Compute Engine, one version of every secret, and a metadata server for each host. `ssh`, `scp`, `ssh-keygen` and
 `ssh-add` are programs of FOLDER/bin (see fake_ssh.py) that run a command in the folder of a host, with HOME set to it.
 It follows the published schema, not the service's timing: a queued resource moves on by one state each time that it is
 read. Every public method of Cloud that changes something can also be called by HTTP:
@@ -314,8 +314,8 @@ class Cloud:
       raise ApiError(409, "ALREADY_EXISTS", f"Resource '{parent}/nodes/{taken[0]}' already exists")
     duration = body.get("queueingPolicy", {}).get("validUntilDuration")
     expires = self._clock() + float(duration.removesuffix("s")) if duration else float("inf")
-    self.resources[name] = Resource(f"{parent}/queuedResources/{name}", body, [f"{parent}/nodes/{node}" for node in nodes],
-                                    expires, list(QUEUE))
+    self.resources[name] = Resource(f"{parent}/queuedResources/{name}", body,
+                                    [f"{parent}/nodes/{node}" for node in nodes], expires, list(QUEUE))
     return self._operation(parent, self.resources[name].json())
 
   def _operation(self, parent: str, response: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -371,9 +371,9 @@ class Cloud:
   def _guest_attributes(self, request: Request, parent: str, name: str) -> dict[str, Any]:
     hosts = self._find("nodes", name, f"{parent}/nodes/{name}").hosts
     numbers = [int(worker) for worker in request.body.get("workerIds", []) if worker] or range(len(hosts))
-    return {"guestAttributes": [{"queryValue": {"items": [
-        {"namespace": "hostkeys", "key": "ssh-ed25519", "value": f"AAAA{hosts[number].address}"},
-        {"namespace": "guestInventory", "key": "hostname", "value": f"t1v-n-{name}-w-{number}"}]}} for number in numbers]}
+    items = [[{"namespace": "hostkeys", "key": "ssh-ed25519", "value": f"AAAA{hosts[number].address}"},
+              {"namespace": "guestInventory", "key": "hostname", "value": f"t1v-n-{name}-w-{number}"}] for number in numbers]
+    return {"guestAttributes": [{"queryValue": {"items": entry}} for entry in items]}
 
   def _project(self, _, name: str) -> dict[str, Any]:
     return {"name": name, "commonInstanceMetadata": {"items": []}}

@@ -1,7 +1,7 @@
 """ssh, scp, ssh-keygen, ssh-add and sudo where hosts are folders: python fake_ssh.py ROOT PROGRAM [arguments]
 
-ROOT/hosts/ADDRESS.json tells the folder and the environment of a host, and its `link`: "up", "down" (nobody answers), or
-"hung" (it accepts the connection and nothing more). A command runs in that folder as a session of its own, so that it
+ROOT/hosts/ADDRESS.json tells the folder and the environment of a host, and its `link`: "up", "down" (nobody answers),
+or "hung" (it accepts the connection and nothing more). A command runs in that folder as a session of its own, so that it
 outlives a connection that breaks. Starts in a moment: it imports next to nothing.
 """
 
@@ -56,7 +56,9 @@ def _scp(root, arguments):
 
   def local(name):
     target, colon, path = name.partition(":")
-    return os.path.join(_connect(root, target)["folder"], path.removeprefix("~/")) if colon and "/" not in target else name
+    if not colon or "/" in target:
+      return name
+    return os.path.join(_connect(root, target)["folder"], path.removeprefix("~/"))
 
   *sources, target = map(local, files)
   for source in sources:

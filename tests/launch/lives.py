@@ -37,9 +37,9 @@ class Process:
 
   def __init__(self, words: list[str], environment: dict[str, str]):
     # A shell in the background ignores Ctrl-C, and so would all that it starts.
-    self._process = subprocess.Popen([ROOT / "launch" / "tpu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                     text=True, env=environment, start_new_session=True,
-                                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    self._process = subprocess.Popen(
+        [ROOT / "launch" / "tpu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     self.log, self._lines = "", threading.Condition()
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -107,7 +107,8 @@ class Bed:
       process.kill()
 
   def _object(self, name: str) -> requests.Response:
-    return requests.get(f"{self.bucket.url}/storage/v1/b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media", timeout=60)
+    name = urllib.parse.quote(name, safe="")
+    return requests.get(f"{self.bucket.url}/storage/v1/b/bucket/o/{name}?alt=media", timeout=60)
 
   def read(self, name: str) -> str:
     """Returns what an object of the run holds."""
@@ -126,8 +127,8 @@ class Bed:
 
   def checkpoints(self) -> list[int]:
     """Lists the steps of whole checkpoints."""
-    names = self.names("workdir/checkpoints/")
-    return sorted({int(match[1]) for name in names if (match := re.search(r"/checkpoints/(\d+)/_CHECKPOINT_METADATA", name))})
+    found = [re.search(r"/checkpoints/(\d+)/commit_success.txt$", name) for name in self.names("workdir/checkpoints/")]
+    return sorted(int(match[1]) for match in found if match)
 
   def wait_for_checkpoint(self, step: int = 1) -> int:
     """Returns the newest when there is one at or after `step`."""

@@ -105,7 +105,7 @@ def test_never_granted(bed):
 
 @slow
 @pytest.mark.parametrize("notice, stale", [(0, 2), (10, 0)], ids=["in an instant", "with a notice"])
-def test_preempted_in_the_middle(bed, undisturbed, notice, stale):
+def test_preempted(bed, undisturbed, notice, stale):
   process = bed.start(*up(steps=LONG))
   bed.wait_for_checkpoint()
   bed.cloud.preempt(NAME, notice, stale)
@@ -118,7 +118,17 @@ def test_preempted_in_the_middle(bed, undisturbed, notice, stale):
 
 
 @slow
-def test_two_slices_preempted_in_the_middle(bed):
+def test_preempted_in_the_first_save(bed, undisturbed):
+  process = bed.start(*up(steps=LONG))
+  wait_until(lambda: bed.names("workdir/checkpoints/"))
+  bed.cloud.preempt(NAME)
+  assert process.finish() == DONE, process.log
+  assert_complete(bed, process.log, LONG, attempts=2)
+  assert bed.fingerprints(LONG) == undisturbed
+
+
+@slow
+def test_two_slices_preempted(bed):
   process = bed.start(*up("--slices=2", accelerator_type="v5litepod-4", steps=LONG))
   bed.wait_for_checkpoint()
   assert len(bed.trainers()) == 2

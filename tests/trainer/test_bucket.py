@@ -21,7 +21,8 @@ from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
 from trainer import events, report, storage, train as train_lib
 from trainer.checkpoint import Checkpointer
-from trainer.errors import CheckpointError, ConfigError, FAILED, PREEMPTED, Preempted, TrainerError
+from trainer.errors import (CheckpointError, ConfigError, FAILED, HOST_LOST, PREEMPTED, Preempted, StorageError,
+                            TrainerError)
 from trainer.pod import Pod
 
 ALONE = Pod(tiny.get_config().pod)
@@ -192,11 +193,12 @@ def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, progra
   checkpointer.close()
   checkpointer = open_checkpointer(workdir, program)
   server.refuse("^GET .*checkpoints.*(ocdbt|manifest)", 403)
-  with pytest.raises(CheckpointError, match="checkpoints/2 cannot be read now"):
+  with pytest.raises(StorageError, match="checkpoints/2 cannot be read now"):
     checkpointer.restore_newest(program[1].abstract_state)
   server.refuse("^GET .*checkpoints", 403)
-  with pytest.raises(CheckpointError, match="cannot be read now"):
+  with pytest.raises(StorageError, match="cannot be read now") as raised:
     open_checkpointer(workdir, program)
+  assert raised.value.exit_code == HOST_LOST
   server.answer()
   assert whole(workdir) == [1, 2] and not (workdir / "damaged").exists()
   checkpointer.close()
