@@ -372,7 +372,8 @@ class Cloud:
     hosts = self._find("nodes", name, f"{parent}/nodes/{name}").hosts
     numbers = [int(worker) for worker in request.body.get("workerIds", []) if worker] or range(len(hosts))
     items = [[{"namespace": "hostkeys", "key": "ssh-ed25519", "value": f"AAAA{hosts[number].address}"},
-              {"namespace": "guestInventory", "key": "hostname", "value": f"t1v-n-{name}-w-{number}"}] for number in numbers]
+              {"namespace": "guestInventory", "key": "hostname", "value": f"t1v-n-{name}-w-{number}"}]
+             for number in numbers]
     return {"guestAttributes": [{"queryValue": {"items": entry}} for entry in items]}
 
   def _project(self, _, name: str) -> dict[str, Any]:

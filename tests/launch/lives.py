@@ -167,7 +167,8 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
     (folder / name).mkdir()
   with bucket_server.serving(folder / "bucket") as bucket:
     storage = bucket.environment | {"CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{bucket.url}/storage/v1/"}
-    compiled = {name: value for name, value in os.environ.items() if name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    shared = ("JAX_COMPILATION", "JAX_PERSISTENT")
+    compiled = {name: value for name, value in os.environ.items() if name.startswith(shared)}
     flags = {"XLA_FLAGS": XLA_FLAGS, "TMPDIR": str(folder)}
     with Cloud(folder / "cloud", storage | compiled | flags) as cloud:
       made = Bed(cloud, bucket, os.environ | cloud.environment | storage)

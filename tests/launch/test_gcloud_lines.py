@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -20,7 +19,8 @@ VERBS = [
     [*UP, "--type=v6e-16", "--reserved", "--internal-ips", "--service-account=sa@my-project.iam.gserviceaccount.com",
      "--network=net", "--subnetwork=sub", "--autocheckpoint", "--env-file={environment}", "--secret=KEY=key", *TRAINER],
     *([verb, "run-1", *WHERE] for verb in ("watch", "status", "stop", "down", "doctor")),
-    ["logs", "run-1", "--worker=all", "-f", *WHERE], ["logs", "run-1", "--worker=3", "--slice=1", "--attempt=2", *WHERE],
+    ["logs", "run-1", "--worker=all", "-f", *WHERE],
+    ["logs", "run-1", "--worker=3", "--slice=1", "--attempt=2", *WHERE],
     ["down", "--all", *WHERE], ["list", *WHERE], ["doctor", *WHERE],
     ["prepare", "shards", "--source=gs://my-bucket/tars", "--out=gs://my-bucket/shards", *WHERE],
 ]
@@ -72,8 +72,8 @@ def dry_lines(tmp_path_factory):
   lines = []
   for words in VERBS:
     words = [word.replace("{environment}", str(environment)) for word in words]
-    done = subprocess.run([sys.executable, "-m", "launch.cloud", words[0], "--dry-run", *words[1:]], capture_output=True,
-                          text=True, cwd=ROOT, timeout=60, env=os.environ | {"TPU_GCLOUD": "/no/gcloud/is/run"})
+    done = subprocess.run([ROOT / "launch" / "tpu", words[0], "--dry-run", *words[1:]], capture_output=True, text=True,
+                          timeout=60, env=os.environ | {"TPU_GCLOUD": "/no/gcloud/is/run"})
     assert done.returncode == 0 and not done.stderr, f"{words}: {done.stderr}"
     lines += done.stdout.splitlines()
   return lines

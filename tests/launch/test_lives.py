@@ -59,8 +59,8 @@ def undisturbed(tmp_path_factory):
 # What is refused at once; cheap, for no trainer runs.
 
 def test_a_quota_that_is_used_up(bed):
-  bed.cloud.refuse(CREATE, 429, "RESOURCE_EXHAUSTED", "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI' has been "
-                   "exceeded. Limit: 32 in zone us-central2-b.")
+  bed.cloud.refuse(CREATE, 429, "RESOURCE_EXHAUSTED", "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI' has "
+                   "been exceeded. Limit: 32 in zone us-central2-b.")
   code, log = bed.run(*up())
   assert code == NO_CAPACITY, log
   assert "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI'" in log and "Traceback" not in log
@@ -146,9 +146,10 @@ def test_a_service_that_is_down_and_busy_for_a_while(bed):
   bed.cloud.refuse(CREATE, 503, "UNAVAILABLE", "The service is currently unavailable.", times=1, too_late=True)
   process = bed.start(*up(steps=LONG))
   bed.wait_for_checkpoint()
-  bed.cloud.refuse("^GET .*/(queuedResources|nodes)", 503, "UNAVAILABLE", "The service is currently unavailable.", times=12)
-  bed.cloud.refuse("^GET .*/(queuedResources|nodes)", 429, "RESOURCE_EXHAUSTED", "Quota exceeded for quota metric 'Read "
-                   "requests' and limit 'Read requests per minute'", times=4)
+  look = "^GET .*/(queuedResources|nodes)"
+  bed.cloud.refuse(look, 503, "UNAVAILABLE", "The service is currently unavailable.", times=12)
+  bed.cloud.refuse(look, 429, "RESOURCE_EXHAUSTED", "Quota exceeded for quota metric 'Read requests' and limit 'Read "
+                   "requests per minute'", times=4)
   bed.bucket.refuse("^POST .*run.json|^POST .*uploadType", 503)
   time.sleep(30)
   bed.bucket.answer()
@@ -292,7 +293,7 @@ def test_two_launchers_of_one_run(bed):
 
 @slow
 def test_the_cost_limit_saves_and_removes(bed):
-  code, log = bed.run(*up("--max-hours=0.02", capacity="--on-demand", steps=10 ** 6))
+  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
   assert code == COST, log
   assert not bed.cloud.resources and not bed.cloud.nodes
   assert bed.checkpoints() and "--max-hours" in log
@@ -300,11 +301,11 @@ def test_the_cost_limit_saves_and_removes(bed):
 
 @slow
 def test_the_cost_limit_holds_without_a_launcher(bed):
-  launcher = bed.start(*up("--max-hours=0.02", capacity="--on-demand", steps=10 ** 6))
+  launcher = bed.start(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
   bed.wait_for_checkpoint()
   launcher.kill()
   wait_until(lambda: not bed.cloud.nodes)
-  code, log = bed.run(*up("--max-hours=0.02", capacity="--on-demand", steps=10 ** 6))
+  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
   assert code == COST, log
   assert calls(bed, CREATE) == 1
 
@@ -320,7 +321,8 @@ def test_stop_saves_and_keeps_and_down_leaves_nothing(bed):
   stopped = max(bed.checkpoints())
   again = bed.start(*up(steps=10 ** 6))
   bed.wait_for_checkpoint(stopped + 1)
-  assert f"Going on from checkpoint {stopped}" in (bed.hosts()[0].folder / "tpu" / NAME / "attempt-2" / "host.log").read_text()
+  log = (bed.hosts()[0].folder / "tpu" / NAME / "attempt-2" / "host.log").read_text()
+  assert f"Going on from checkpoint {stopped}" in log
   bed.cloud.add_node(f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"})
   bed.cloud.add_node("other", lives.ZONE, {"run": "other", "owner": "root", "launcher": "resnet-pod"})
   code, log = bed.run("down", NAME)
