@@ -226,21 +226,26 @@ class Host:
       subprocess.Popen([sys.executable, os.path.abspath(__file__), self.url, verb], stdin=subprocess.DEVNULL, cwd="/",
                        stdout=output, stderr=output, start_new_session=True)
 
-  def signal_trainer(self, number: int) -> bool:
-    pid = self.state().get("pid")
-    if not pid or self.state()["phase"] != "running" or not self.alive():
-      return False
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, number)
-    return True
+  def signal_trainer(self, number: int) -> None:
+    state = self.state()
+    if state["phase"] == "running" and self.alive():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(state["pid"], number)
+
+  def ask_to_end(self) -> None:
+    """Lets the trainer save and end; once, whoever asks, because it takes a second SIGTERM for one to end at once."""
+    if self.state()["phase"] == "running":
+      with contextlib.suppress(FileExistsError):
+        os.close(os.open(self.log().with_name("asked"), os.O_CREAT | os.O_EXCL))
+        self.signal_trainer(signal.SIGTERM)
 
   def stop(self) -> None:
     (self.home / "stop").touch()
-    self.signal_trainer(signal.SIGTERM)
+    self.ask_to_end()
 
   def end_trainer(self, seconds: float) -> None:
     """Asks what runs here to end, and kills what does not."""
-    self.signal_trainer(signal.SIGTERM)
+    self.ask_to_end()
     deadline = time.monotonic() + (seconds if self.state()["phase"] == "running" else 0)
     while self.alive() and time.monotonic() < deadline:
       time.sleep(0.2)
@@ -266,7 +271,7 @@ class Host:
                                      stderr=log, start_new_session=True, pass_fds=[lock])
         self.change(phase="running", pid=trainer.pid, running=time.time())
         if (self.home / "stop").exists():
-          trainer.terminate()
+          self.ask_to_end()
         code, trouble = trainer.wait(), None
       except Exception as error:  # whatever it is, it must be told: nobody is there to see it
         if trainer:
@@ -331,7 +336,7 @@ class Host:
     told = self.home / "preempted"
     if not told.exists() and (metadata("preempted") or "").strip() == "TRUE":
       told.touch()
-      self.signal_trainer(signal.SIGTERM)
+      self.ask_to_end()
     if now > self.next_upload:
       self.next_upload = now + _UPLOAD_SECONDS
       size = log.stat().st_size if log.exists() else 0
@@ -367,7 +372,7 @@ class Host:
     """Lets the trainer save, saves the logs, and removes the queued resource with this machine in it."""
     spec = self.spec()
     print(f"{time.ctime()}: removing {self.run}: {reason}", file=sys.stderr, flush=True)
-    self.signal_trainer(signal.SIGTERM)
+    self.ask_to_end()
     deadline = time.monotonic() + _SAVE_SECONDS
     while self.alive() and time.monotonic() < deadline:
       time.sleep(0.5)

@@ -33,16 +33,15 @@ class Bundle:
   dirty: bool
 
 
-def _git(*words: str, index: str | None = None, text: bool = True) -> str:
+def _git(*words: str, index: str | None = None) -> str:
   environment = dict(os.environ) | ({"GIT_INDEX_FILE": index} if index else {})
   try:
-    done = subprocess.run(["git", *words], cwd=ROOT, env=environment, capture_output=True, text=text, check=False)
+    done = subprocess.run(["git", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
   except OSError as error:
     raise UsageError(f"git cannot be run ({error.strerror}); the code is shipped by it.") from error
   if done.returncode:
-    said = done.stderr if text else done.stderr.decode(errors="replace")
-    raise UsageError(f"git {words[0]} failed in {ROOT}: {(said.strip().splitlines() or ['?'])[-1]}")
-  return done.stdout.strip() if text else done.stdout
+    raise UsageError(f"git {words[0]} failed in {ROOT}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+  return done.stdout.strip()
 
 
 def look() -> Bundle:
@@ -72,7 +71,7 @@ def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pa
   if archive.stat().st_size > _MAX_BYTES:
     raise UsageError(f"The code is {archive.stat().st_size >> 20} MiB as an archive; keep data out of git and of "
                      f"{', '.join(_FOLDERS)} (.gitignore).")
-  diff.write_bytes(_git("diff", "--binary", bundle.commit, bundle.tree, text=False))
+  _git("diff", "--binary", f"--output={diff}", bundle.commit, bundle.tree)
   return archive, diff
 
 

@@ -24,7 +24,7 @@ import re
 import signal
 import subprocess
 import sys
-from typing import Sequence
+from typing import NoReturn, Sequence
 
 from launch.cloud import bundle, commands, doctor, dry, prepare, verbs
 from launch.cloud.gcloud import GcloudError
@@ -45,7 +45,7 @@ _DURATIONS = {
 
 class _Parser(argparse.ArgumentParser):
 
-  def error(self, message: str) -> None:
+  def error(self, message: str) -> NoReturn:
     raise UsageError(f"{message[:1].upper()}{message[1:]}. launch/tpu {self.prog.split()[-1]} --help tells more.")
 
 

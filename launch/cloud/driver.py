@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -249,7 +248,8 @@ def leave(run: Run, store: Store) -> list[str]:
   stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
   return [
       f"Left. {stays} ({View.chips_text(settings)}).",
-      *([f"It removes itself {', or '.join(ends)}."] if ends else []), "Nobody restarts it after a preemption until one of these is typed:",
+      *([f"It removes itself {', or '.join(ends)}."] if ends else []),
+      "Nobody restarts it after a preemption until one of these is typed:",
       f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
       f"  launch/tpu down {name}     removes everything that is paid for"
   ]

@@ -144,7 +144,8 @@ class Gcloud:
     except OSError as error:
       raise GcloudError("not_installed", line, f"{self._program} cannot be run ({error.strerror}); install the Google "
                         "Cloud CLI: https://cloud.google.com/sdk/docs/install") from error
-    output, errors = [], []
+    output: list[str] = []
+    errors: list[str] = []
     readers = [threading.Thread(target=into.extend, args=(stream,), daemon=True)
                for into, stream in ((output, process.stdout), (errors, process.stderr))]
     for reader in readers:

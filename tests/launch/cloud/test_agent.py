@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,22 @@ def test_when_a_slice_removes_itself(host, seconds_ago, alive, stopped, deadline
     (host.home / "deadline").write_text(str(time.time() + deadline))
   with agent.locked(host.home / ("attempt.lock" if alive else "other.lock"), 0):
     assert host.why_remove() == why
+
+
+def test_a_trainer_is_asked_to_end_once_whoever_asks(host):
+  code = ("import signal, time; n = 0\ndef count(*_):\n  global n; n += 1\n"
+          "signal.signal(signal.SIGTERM, count); print(flush=True)\n"
+          "signal.signal(signal.SIGUSR1, lambda *_: (print(n, flush=True), exit()))\nwhile True: time.sleep(1)")
+  with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+    trainer.stdout.readline()
+    with agent.locked(host.home / "attempt.lock", 0):
+      began(host, pid=trainer.pid)
+      host.stop()
+      host.stop()
+      host.ask_to_end()
+      time.sleep(0.2)
+      host.signal_trainer(signal.SIGUSR1)
+      assert trainer.stdout.readline() == "1\n"
 
 
 def test_the_file_of_secrets_is_no_shell(tmp_path):

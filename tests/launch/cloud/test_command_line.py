@@ -24,6 +24,7 @@ def nothing_known(monkeypatch, tmp_path):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
   monkeypatch.setenv("TPU_GCLOUD", "/nowhere/gcloud")
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def settings(*words):

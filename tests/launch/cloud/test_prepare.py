@@ -96,7 +96,8 @@ def test_a_machine_that_fails_says_why_and_deletes_itself_too(machine):
   assert machine.lines()[-1] == "compute instances delete prep --zone=us-west4-a --quiet"
 
 
-def test_the_line_that_makes_the_machine(capsys):
+def test_the_line_that_makes_the_machine(capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   assert cli.main(["prepare", "prep", "--project=my-project", "--zone=us-west4-a", "--bucket=gs://bbb", "--dry-run",
                    "--source=gs://bbb/tars", "--out=gs://bbb/imagenet", "--max-time=3h"]) == 0
   line = capsys.readouterr().out.splitlines()[-1]

@@ -28,6 +28,7 @@ def test_lines_of_the_launcher(line, monkeypatch, tmp_path, capsys):
   for name, value in (("CLOUDSDK_CORE_PROJECT", "my-project"), ("CLOUDSDK_COMPUTE_ZONE", "us-west4-a"),
                       ("TPU_BUCKET", "gs://my-bucket"), ("XDG_STATE_HOME", str(tmp_path))):
     monkeypatch.setenv(name, value)
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   assert cli.main([*shlex.split(line, comments=True)[1:], "--dry-run"]) == 0, capsys.readouterr().err
 
 
