@@ -40,7 +40,7 @@ class Process:
     self._process = subprocess.Popen(
         [ROOT / "launch" / "tpu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    self.log, self._lines = "", threading.Condition()
+    self.log, self.ended, self._lines = "", False, threading.Condition()
     threading.Thread(target=self._read, daemon=True).start()
 
   def _read(self) -> None:
@@ -49,21 +49,19 @@ class Process:
         self.log += line
         self._lines.notify_all()
     with self._lines:
-      self._ended = True
+      self.ended = True
       self._lines.notify_all()
-
-  _ended = False
 
   def wait_for(self, pattern: str, limit: float = LIMIT) -> None:
     """Returns when the log has it; an AssertionError ends the wait for what does not come."""
     with self._lines:
-      self._lines.wait_for(lambda: re.search(pattern, self.log) or self._ended, timeout=limit)
+      self._lines.wait_for(lambda: re.search(pattern, self.log) or self.ended, timeout=limit)
       assert re.search(pattern, self.log), f"{pattern!r} did not come:\n{self.log[-5000:]}"
 
   def finish(self, limit: float = LIMIT) -> int:
     """Returns its exit code."""
     with self._lines:
-      assert self._lines.wait_for(lambda: self._ended, timeout=limit), f"no end within {limit} s:\n{self.log[-5000:]}"
+      assert self._lines.wait_for(lambda: self.ended, timeout=limit), f"no end within {limit} s:\n{self.log[-5000:]}"
     return self._process.wait()
 
   def interrupt(self) -> None:
@@ -131,8 +129,14 @@ class Bed:
     return sorted(int(match[1]) for match in found if match)
 
   def wait_for_checkpoint(self, step: int = 1) -> int:
-    """Returns the newest when there is one at or after `step`."""
-    return wait_until(lambda: max(self.checkpoints(), default=0) >= step and max(self.checkpoints()))
+    """Returns the newest when there is one at or after `step`; a launcher that ends before that will not bring it."""
+    def newest() -> int | None:
+      found = max(self.checkpoints(), default=0)
+      last = self._started[-1]
+      assert found >= step or not last.ended, last.log
+      return found if found >= step else None
+
+    return wait_until(newest)
 
   def fingerprints(self, step: int) -> dict[str, str]:
     """Returns the hash of every leaf of a checkpoint."""

@@ -222,7 +222,7 @@ def test_a_trainer_that_a_rerun_will_not_mend_is_not_run_again(bed):
 
 @slow
 def test_a_trainer_that_stands_still_is_started_again(bed, undisturbed):
-  process = bed.start(*up("--stall=20s", steps=LONG))
+  process = bed.start(*up("--stall=60s", steps=LONG))
   bed.wait_for_checkpoint()
   for trainer in bed.trainers():
     trainer.send_signal(signal.SIGSTOP)
