@@ -163,7 +163,7 @@ def test_a_dead_host_costs_the_slice(bed, undisturbed):
                           steps=LONG))
   bed.wait_for_checkpoint()
   bed.cloud.set_link(NAME, 1, "down", dead=True)
-  assert process.finish(600) == DONE, process.log
+  assert process.finish() == DONE, process.log
   assert "host 0-1" in process.log
   assert bed.fingerprints(LONG) == undisturbed
   assert calls(bed, CREATE) == 2
@@ -178,7 +178,7 @@ def test_a_host_that_cannot_be_reached_for_a_while_goes_on(bed, undisturbed, lin
   bed.cloud.set_link(NAME, 1, link)
   time.sleep(45)
   bed.cloud.set_link(NAME, 1, "up")
-  assert process.finish(600) == DONE, process.log
+  assert process.finish() == DONE, process.log
   assert_complete(bed, process.log, LONG)
   assert bed.fingerprints(LONG) == undisturbed
   assert calls(bed, CREATE) == 1
@@ -226,7 +226,7 @@ def test_a_trainer_that_stands_still_is_started_again(bed, undisturbed):
   bed.wait_for_checkpoint()
   for trainer in bed.trainers():
     trainer.send_signal(signal.SIGSTOP)
-  assert process.finish(600) == DONE, process.log
+  assert process.finish() == DONE, process.log
   assert "no new step for" in process.log
   assert_complete(bed, process.log, LONG, attempts=2)
   assert bed.fingerprints(LONG) == undisturbed
