@@ -3,6 +3,7 @@
     python3 agent.py gs://BUCKET/RUN VERB [argument]
 
     status          where this host is, as one line of JSON
+    end ATTEMPT     ends the trainer of an earlier attempt; status
     start ATTEMPT   starts the trainer of an attempt, once, however often it is asked; status
     stop            asks the trainer to save and end, and keeps the slice; status
     stacks          makes the trainer write where each of its threads is into its log; status
@@ -210,6 +211,15 @@ class Host:
     """Sees to it that a host on which a trainer was started has a guard, also after it was restarted."""
     if self.state()["attempt"] is not None and is_free(self.home / "guard.lock"):
       self.leave_behind("guard", self.home / "guard.log")
+
+  def end(self, attempt: int) -> None:
+    """Ends what runs of attempts before this one."""
+    with locked(self.home / "lock", 60):
+      state = self.state()
+      if state["attempt"] is not None and state["attempt"] < attempt:
+        self.end_trainer(_END_SECONDS)
+        if self.state()["phase"] != "ended":
+          self.change(phase="ended", code=CRASHED, ended=time.time(), trouble="ended for the next attempt")
 
   def take_limits(self, name: str) -> None:
     """Fetches what an attempt is, and until when the slice may stay: a later `up` may have given it more time."""
@@ -491,6 +501,8 @@ def main(argv: list[str]) -> int:
   try:
     if verb == "start":
       host.start(int(argv[3]))
+    elif verb == "end":
+      host.end(int(argv[3]))
     elif verb == "stop":
       host.stop()
     elif verb == "stacks":

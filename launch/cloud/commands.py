@@ -196,7 +196,8 @@ def every_line() -> Iterator[Line]:
   for iap in (False, True):
     settings = dataclasses.replace(base, iap=iap, env_file="/home/a b/my $(secret)'s.env")
     for hosts in ((None, None), (0, 0), (1, 17)):
-      for words in (("status",), ("start", "3"), ("stop",), ("stacks",), ("tail", "30"), ("follow", "30")):
+      for words in (("status",), ("end", "3"), ("start", "3"), ("stop",), ("stacks",), ("tail", "30"),
+                    ("follow", "30")):
         yield ssh(settings, agent(place, "0123456789ab", *words), *hosts)
     yield copy_environment(settings)
   for generation in (None, "0", "1764000000000000"):

@@ -102,9 +102,10 @@ class Driver:
     if action.kind == "delete":
       self._delete()
     elif action.kind == "start":
-      self._ship_attempt()
-      self._ask("start", str(memory.attempt))
-      self._limits_told = True
+      if self._end_earlier(world):
+        self._ship_attempt()
+        self._ask("start", str(memory.attempt))
+        self._limits_told = True
     else:
       self._ask(action.kind)
       if action.kind == "stacks":
@@ -143,6 +144,18 @@ class Driver:
     reports, trouble = self._looker.ask(*words)
     if trouble or len(reports) < self.run.memory.hosts:
       self._say(f"{words[0]}: {len(reports)} of {self.run.memory.hosts} hosts answered. {trouble}")
+
+  def _end_earlier(self, world: World) -> bool:
+    """Ends earlier attempts on all hosts, before one of them starts another: its trainer would meet an old one."""
+    attempt = self.run.memory.attempt
+    if all(report.phase in ("none", "ended") or report.attempt == attempt for report in world.reports):
+      return True
+    reports, trouble = self._looker.ask("end", str(attempt))
+    left = [report.name for report in reports if report.phase not in ("none", "ended") and report.attempt != attempt]
+    if len(reports) == self.run.memory.hosts and not left:
+      return True
+    self._say(f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. {trouble}")
+    return False
 
   def _ship_attempt(self) -> None:
     """Puts into the bucket what an attempt is, and onto the hosts what must not lie there."""

@@ -359,6 +359,8 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
       return action
 
   behind = [report for report in world.reports if (report.attempt or 0) < memory.attempt]
+  if behind and memory.missing:  # what may still run there would be met by a trainer that is started now
+    return Action("wait", f"attempt {memory.attempt} waits for host {', '.join(memory.missing)} to answer")
   if behind or memory.started is None:
     waited = now - (memory.started or now)
     trouble = next((f": {report.trouble}" for report in behind if report.trouble), "")

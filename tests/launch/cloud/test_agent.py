@@ -118,7 +118,10 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
       time.sleep(0.05)
     ask("start", "1").communicate(timeout=60)
     assert log.read_text().count("one trainer") == 1
-    # A later attempt ends the one before; an earlier one is not begun any more.
+    # What is asked for again late ends nothing; a later attempt ends the one before, and an earlier one does not begin.
+    assert json.loads(ask("end", "1").communicate(timeout=60)[0])["phase"] == "running"
+    ended = json.loads(ask("end", "2").communicate(timeout=60)[0])
+    assert (ended["attempt"], ended["phase"], ended["code"]) == (1, "ended", 75)
     assert json.loads(ask("start", "2").communicate(timeout=60)[0])["attempt"] == 2
     assert json.loads(ask("start", "1").communicate(timeout=60)[0])["attempt"] == 2
     ask("stop").communicate(timeout=60)

@@ -372,6 +372,16 @@ def test_machines_that_are_about_to_be_taken_are_waited_for():
   assert life.see("SUSPENDING").kind == "wait"
 
 
+def test_no_attempt_starts_while_a_host_is_silent_that_may_still_run_the_one_before():
+  life = Life(unreachable=600).train()
+  before = life.hosts(step=100)
+  assert life.end(1, 76).kind == "start"
+  assert life.see("ACTIVE", reports=before[:1]).kind == "wait"
+  assert life.see("ACTIVE", reports=before).kind == "start"
+  kinds = [life.see("ACTIVE", reports=before[:1]).kind for _ in range(30)]
+  assert "start" not in kinds and "delete" in kinds
+
+
 def test_a_launcher_without_memory_adopts_what_it_finds():
   life = Life()
   hosts = [Report(0, 0, 7, "running", step=500), Report(0, 1, 7, "running", step=500)]
