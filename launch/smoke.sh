@@ -6,6 +6,7 @@
 #   bash launch/smoke.sh --config.total_epochs=2 ...    more flags go to the trainer
 set -euo pipefail
 
+# shellcheck source=launch/venv.sh
 source "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/venv.sh"
 
 workdir="$ROOT/runs/smoke"

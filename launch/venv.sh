@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/smoke.sh and tests/run.sh: makes ROOT/.venv and installs this package into it, once.
 #
 #   ensure_venv EXTRA    sets PY to the Python of ROOT/.venv, with the extra [EXTRA] of setup.cfg installed
@@ -32,7 +33,7 @@ ensure_venv() {
     "$python" -m venv "$venv" || fail "could not make $venv."
   fi
   echo "Installing resnet-pod[$extra] into .venv (a minute or two, once) ..."
-  if ! "$PY" -m pip install --disable-pip-version-check -e "$ROOT[$extra]" >"$log" 2>&1; then
+  if ! "$PY" -m pip install --disable-pip-version-check -e "${ROOT}[$extra]" >"$log" 2>&1; then
     tail -n 5 "$log" >&2
     fail "pip could not install the packages of setup.cfg; the network may be down. All it said is in $log; run this again when it is mended."
   fi

@@ -3,6 +3,7 @@
 # `-m slow` runs the long ones instead, `-m ""` all of them.
 set -euo pipefail
 
+# shellcheck source=launch/venv.sh
 source "$(cd "$(dirname "${BASH_SOURCE[0]}")/../launch" && pwd)/venv.sh"
 ensure_venv test
 cd "$ROOT"

@@ -1,11 +1,15 @@
 """python -m trainer --config=configs/X.py --workdir=DIR [--config.field=value ...] [--mode=train|eval]"""
 
+import faulthandler
+import signal
+
 from trainer.preemption import StopRequest
 
 # Before the slow imports: a signal that comes during them must count too.
 stop = StopRequest()
 if __name__ == "__main__":
   stop.install()
+  faulthandler.register(signal.SIGUSR1)  # writes where every thread is, also when all of them wait in C++
 
 import logging as python_logging
 import os

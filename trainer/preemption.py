@@ -7,7 +7,7 @@ import sys
 class StopRequest:
   """Remembers that a stop was asked for; the loop looks at it between steps, where the state is whole.
 
-  Call it to ask. A second signal ends the process at once: what the last checkpoint holds is safe in any case.
+  Call it to ask. Ctrl-C after that ends the process at once: what the last checkpoint holds is safe in any case.
   """
 
   def __init__(self):
@@ -23,7 +23,9 @@ class StopRequest:
 
   def _on_signal(self, number: int, frame: object) -> None:
     del frame
-    self.reason = signal.Signals(number).name
-    signal.signal(number, signal.SIG_DFL)
-    # Not by logging: a handler may interrupt the logger while it holds its lock.
-    sys.stderr.write(f"\n{self.reason}: stopping after this step and saving; once more ends at once.\n")
+    if self.reason is None:
+      self.reason = signal.Signals(number).name
+      # A person who is impatient. Of SIGTERM a machine that is taken away, its guard and a launcher may each send one.
+      signal.signal(signal.SIGINT, signal.SIG_DFL)
+      # Not by logging: a handler may interrupt the logger while it holds its lock.
+      sys.stderr.write(f"\n{self.reason}: stopping after this step and saving; Ctrl-C now ends at once.\n")

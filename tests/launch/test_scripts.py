@@ -4,11 +4,13 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = ["launch/smoke.sh", "tests/run.sh", ".ci/run"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -27,6 +29,13 @@ def run(script, **environment):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_syntax(script):
   subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck, of the extra [test], is not installed")
+def test_shellcheck():
+  scripts = sorted({*ROOT.glob("launch/*.sh"), ROOT / "launch/tpu", ROOT / "tests/run.sh", ROOT / ".ci/run"})
+  result = subprocess.run([SHELLCHECK, "--external-sources", *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
+  assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,268 @@
+"""Drives a run: looks, decides, acts, writes down, and again, until it has ended or the user leaves."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+import time
+from typing import Any, Callable
+
+from launch.cloud import bundle, commands, states
+from launch.cloud.gcloud import FATAL, Gcloud, GcloudError
+from launch.cloud.look import Looker, upload_new
+from launch.cloud.run import Run, Store, TakenOver
+from launch.cloud.screen import Screen, View
+from launch.cloud.settings import Settings, UsageError, describe_seconds
+from launch.cloud.states import Action, World
+
+_SOON = 15.0  # seconds until the next look, when something has just been done
+_LAST_LINES = 30
+
+
+class Driver:
+  """One launcher that drives one run."""
+
+  def __init__(self, gcloud: Gcloud, store: Store, run: Run, screen: Screen,
+               clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep):
+    self._gcloud, self._store, self.run, self._screen = gcloud, store, run, screen
+    self._clock, self._sleep = clock, sleep
+    self._looker = Looker(gcloud, run.settings, clock)
+    self._limits_told = False
+
+  @property
+  def settings(self) -> Settings:
+    return self.run.settings
+
+  def drive(self, code: bundle.Bundle | None, until_running: bool = False) -> int:
+    """Returns the exit code of the launcher when the run has ended, or runs and that is all that is wanted.
+
+    Args:
+      code: what attempts that begin from now on shall run; None leaves it. It is taken once: what is edited here later
+        does not get into a restart that nobody looks at.
+      until_running: returns when all trainers run.
+
+    Raises:
+      TakenOver: if another launcher drives the run now.
+      GcloudError, UsageError: if there is no sense in going on.
+    """
+    self._store.write(self.run)
+    if code:  # before anything is paid for
+      self._ship_code(code)
+    self._looker.ship_agent()
+    while True:
+      try:
+        world = self._looker.world(self.run.memory)
+      except GcloudError as error:
+        if error.kind in FATAL:
+          raise
+        self._say(f"the cloud does not answer: {error}")
+        self._sleep(self.settings.poll)
+        continue
+      states.remember(world, self.run.memory, self.settings)
+      action = states.decide(world, self.run.memory, self.settings)
+      self._show(world, action)
+      try:
+        done = self._act(action, world)
+      except GcloudError as error:
+        # What was wanted is decided again, from what is there then.
+        if error.kind in FATAL:
+          raise
+        self._say(f"{action.kind} failed: {error}")
+        done = None
+      if done is not None:
+        return done
+      running = [report for report in world.reports if report.phase == "running"]
+      if until_running and action.kind == "wait" and 0 < self.run.memory.hosts == len(running):
+        return states.DONE
+      steady = action.kind == "wait" and not any(report.phase == "installing" for report in world.reports)
+      self._sleep(self.settings.poll if steady else min(_SOON, self.settings.poll))
+
+  def _act(self, action: Action, world: World) -> int | None:
+    """Does one thing; what is meant is written down before it is done, and what it led to is seen at the next look."""
+    memory, settings = self.run.memory, self.settings
+    if action.kind == "wait":
+      if world.queued and world.queued.state == "ACTIVE" and memory.started and not memory.missing:
+        self._tell_limits()
+      self._write()
+      return None
+    if action.blame:
+      self._show_last_lines(action)
+    states.acted(action, memory, settings, self._clock())
+    self.run.event(f"{action.kind}: {action.reason}", self._clock())
+    if action.kind == "finish":
+      self.run.result = {"code": action.code, "reason": action.reason, "time": round(self._clock(), 1),
+                         "complete": action.reason == states.COMPLETE}
+      self.run.driver = None
+      self._store.write(self.run, driving=False)
+      return action.code
+    self._write()
+    if action.kind == "create":
+      return self._create()
+    if action.kind == "delete":
+      self._delete()
+    elif action.kind == "start":
+      if self._end_earlier(world):
+        self._ship_attempt()
+        self._ask("start", str(memory.attempt))
+        self._limits_told = True
+    else:
+      self._ask(action.kind)
+      if action.kind == "stacks":
+        self._say(f"they are in {settings.place.url}/logs/attempt-{memory.attempt}/")
+    return None
+
+  def _create(self) -> int | None:
+    memory, settings = self.run.memory, self.settings
+    waited = self._clock() - (memory.waiting_since or self._clock())
+    try:
+      self._gcloud.run(commands.create(settings, memory.attempt, settings.max_wait - waited), tries=1)
+      return None
+    except GcloudError as error:
+      if error.kind == "exists":  # our own first try, or another's, which the next look tells
+        return None
+      self._say(f"the request failed: {error}")
+      memory.requested = None
+      if error.kind == "quota":
+        return self._give_up(states.NO_CAPACITY, f"{error}; ask for more quota, or take another zone or type")
+      if error.kind in (*FATAL, "not_found"):
+        return self._give_up(states.ERROR, str(error))
+      states.refused(memory, settings, self._clock())
+      return None
+
+  def _give_up(self, code: int, reason: str) -> int | None:
+    return self._act(Action("finish", reason, code), World(self._clock(), None))
+
+  def _delete(self) -> None:
+    try:
+      self._gcloud.run(commands.delete(self.settings.place), tries=1)
+    except GcloudError as error:
+      if error.kind != "not_found":
+        raise
+
+  def _ask(self, *words: str) -> None:
+    reports, trouble = self._looker.ask(*words)
+    if trouble or len(reports) < self.run.memory.hosts:
+      self._say(f"{words[0]}: {len(reports)} of {self.run.memory.hosts} hosts answered. {trouble}")
+
+  def _end_earlier(self, world: World) -> bool:
+    """Ends earlier attempts on all hosts, before one of them starts another: its trainer would meet an old one."""
+    attempt = self.run.memory.attempt
+    if all(report.phase in ("none", "ended") or report.attempt == attempt for report in world.reports):
+      return True
+    reports, trouble = self._looker.ask("end", str(attempt))
+    left = [report.name for report in reports if report.phase not in ("none", "ended") and report.attempt != attempt]
+    if len(reports) == self.run.memory.hosts and not left:
+      return True
+    self._say(f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. {trouble}")
+    return False
+
+  def _ship_attempt(self) -> None:
+    """Puts into the bucket what an attempt is, and onto the hosts what must not lie there."""
+    place, memory = self.settings.place, self.run.memory
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder, f"attempt-{memory.attempt}.json")
+      path.write_text(json.dumps(attempt_spec(self.run, self._clock())))
+      self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
+    if self.settings.env_file:
+      self._gcloud.run(commands.copy_environment(self.settings))
+
+  def _ship_code(self, code: bundle.Bundle) -> None:
+    """Puts the code into the bucket, unless it is there, and notes it as that of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+      for path in bundle.pack(code, pathlib.Path(folder)):
+        upload_new(self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}")
+    self.run.code, self.run.commit, self.run.dirty = code.tree, code.commit, code.dirty
+    self._write()
+
+  def _tell_limits(self) -> None:
+    """Tells hosts whose trainer runs already how long this launcher lets the slice stay."""
+    if not self._limits_told:
+      self._limits_told = True
+      self._ship_attempt()
+      self._ask("start", str(self.run.memory.attempt))
+
+  def _show_last_lines(self, action: Action) -> None:
+    lines = self._looker.last_lines(action.blame, self.run.memory.attempt, _LAST_LINES)
+    self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
+
+  def _show(self, world: World, action: Action) -> None:
+    self._screen.show(View.of(self.run, world, action))
+
+  def _say(self, what: str) -> None:
+    self.run.event(what, self._clock())
+    self._screen.lines([what])
+
+  def _write(self) -> None:
+    try:
+      self._store.write(self.run)
+    except GcloudError as error:
+      if error.kind in (*FATAL, "not_found"):
+        raise
+      self._screen.lines([f"run.json was not written: {error}"])
+
+
+def attempt_spec(run: Run, now: float) -> dict[str, Any]:
+  """Returns what hosts have to know of the next attempt; read by launch/cloud/agent.py."""
+  settings, place = run.settings, run.settings.place
+  deadline = None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
+  return {"attempt": run.memory.attempt, "run": place.run, "project": place.project, "zone": place.zone,
+          "argv": settings.argv, "code": run.code, "secrets": dict(settings.secrets), "python": settings.python,
+          "deadline": deadline, "idle": None if settings.keep else settings.idle}
+
+
+def begin(run: Run, settings: Settings, now: float) -> None:
+  """Makes a run that may have ended, or of which a launcher died, ready to be driven with these settings."""
+  memory = run.memory
+  if run.result is not None:
+    memory.attempt = states.next_attempt(memory)
+    memory.started = None
+    memory.crashes, memory.in_vain, memory.in_vain_step = [], 0, None
+  run.settings, run.result, run.wanted = settings, None, "run"
+  memory.ending = memory.stopped_at = memory.stacks_at = memory.deleting = None
+  # Of before: whether something is there is seen now, and time in which nobody waited is not waiting.
+  memory.requested = memory.waiting_since = None
+  memory.not_before, memory.refusals, memory.missing = 0.0, 0, {}
+  memory.state_since = memory.step_at = now
+  run.event("a launcher begins", now)
+
+
+def follow(store: Store, run: Run, screen: Screen, sleep: Callable[[float], None]) -> int | None:
+  """Shows what another launcher writes; returns the result, or None when that launcher is gone."""
+  told = -1
+  while True:
+    other = store.other_driver(run)
+    for number, event in enumerate(run.events):
+      if number > told:
+        screen.lines([event["what"]], event["time"])
+    told = len(run.events) - 1
+    if run.result:
+      return run.result["code"]
+    if not other:
+      return None
+    sleep(run.settings.poll)
+    read = store.read()
+    if read is None:
+      raise UsageError(f"{store.url} is gone.")
+    run.__dict__.update(read.__dict__)
+
+
+def leave(run: Run, store: Store) -> list[str]:
+  """Lets go of a run that goes on; returns what to tell the user."""
+  run.driver = None
+  try:
+    store.write(run, driving=False)
+  except (GcloudError, TakenOver):
+    pass  # another launcher may take over a little later, when our sign of life is old
+  settings, name = run.settings, run.settings.run
+  ends = [] if settings.keep else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
+  if settings.max_seconds is not None:
+    ends.append(f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing")
+  stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
+  return [
+      f"Left. {stays} ({View.chips_text(settings)}).",
+      *([f"It removes itself {', or '.join(ends)}."] if ends else []),
+      "Nobody restarts it after a preemption until one of these is typed:",
+      f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
+      f"  launch/tpu down {name}     removes everything that is paid for"
+  ]

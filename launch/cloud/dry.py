@@ -1,0 +1,103 @@
+"""What --dry-run prints: the lines of a verb in the order of an undisturbed life, ready to paste."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+from typing import Iterable
+
+from launch.cloud import bundle, commands, verbs
+from launch.cloud.commands import Line
+from launch.cloud.driver import attempt_spec
+from launch.cloud.run import Run, noted
+from launch.cloud.settings import Place, Settings
+
+
+def show(lines: Iterable[Line]) -> int:
+  """Prints lines and returns 0."""
+  for line in lines:
+    print(commands.shell(line))
+  return 0
+
+
+def _settings(place: Place) -> Settings:
+  """Returns what `up` was asked for on this machine, since nothing is read from elsewhere."""
+  known = noted(place.run)
+  return dataclasses.replace(known, place=place) if known else Settings(place, owner="", type="")
+
+
+def _agent(settings: Settings, *words: str) -> Line:
+  return commands.ssh(settings, commands.agent(settings.place, bundle.agent_sha(), *words))
+
+
+def _read_run(place: Place) -> list[Line]:
+  url = f"{place.url}/run.json"
+  return [commands.object_generation(place, url), commands.read(place, url)]
+
+
+def _look(settings: Settings) -> list[Line]:
+  place = settings.place
+  return [commands.describe(place), commands.list_nodes(place), _agent(settings, "status")]
+
+
+def up(settings: Settings) -> list[Line]:
+  """From nothing to a run that is complete and removed. The files of the lines are made, in a folder for them."""
+  place, tree, launch = settings.place, bundle.look(), f"{settings.place.url}/launch"
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{place.run}-"))
+  run = Run(settings, code=tree.tree, commit=tree.commit, dirty=tree.dirty)
+  (folder / "run.json").write_text(json.dumps(run.to_json()))
+  (folder / "attempt-1.json").write_text(json.dumps(attempt_spec(run, time.time())))
+  shipped = [commands.upload(place, str(path), f"{launch}/{path.name}", "0") for path in bundle.pack(tree, folder)]
+  return [*_read_run(place), commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
+          commands.upload(place, str(bundle.AGENT), f"{launch}/agent-{bundle.agent_sha()}.py", "0"), *shipped,
+          commands.describe(place), commands.create(settings, 1, settings.max_wait), *_look(settings),
+          commands.upload(place, str(folder / "attempt-1.json"), f"{launch}/attempt-1.json"),
+          *([commands.copy_environment(settings)] if settings.env_file else []), _agent(settings, "start", "1"),
+          *_look(settings), commands.delete(place)]
+
+
+def watch(place: Place) -> list[Line]:
+  """A look; what follows depends on what it sees, and is among the lines of `up`."""
+  return [*_read_run(place), *_look(_settings(place))]
+
+
+def status(place: Place) -> list[Line]:
+  """A look."""
+  return watch(place)
+
+
+def stop(place: Place) -> list[Line]:
+  """Stops, and looks until all have ended."""
+  settings = _settings(place)
+  return [*_read_run(place), *_look(settings), _agent(settings, "stop"), _agent(settings, "status")]
+
+
+def logs(place: Place, request: verbs.LogRequest) -> list[Line]:
+  """From the hosts, and where they are gone from the bucket."""
+  worker = None if request.worker == "all" else int(request.worker)
+  words = ("follow" if request.follow else "tail", str(request.lines))
+  folder = f"{place.url}/logs/attempt-{request.attempt or 1}"
+  hosts = "*" if worker is None else f"{request.slice}-{worker}"
+  agent = f"agent-{bundle.agent_sha()}.py"
+  live = [commands.describe(place), commands.upload(place, str(bundle.AGENT), f"{place.url}/launch/{agent}", "0"),
+          commands.ssh(_settings(place), commands.agent(place, bundle.agent_sha(), *words),
+                       None if worker is None else request.slice, worker)]
+  return [*_read_run(place), *([] if request.attempt else live),
+          commands.list_objects(place, f"{folder}/host-{hosts}.log"),
+          commands.read(place, f"{folder}/host-{'0-0' if worker is None else hosts}.log")]
+
+
+def down(place: Place, everything: bool) -> list[Line]:
+  """Looks what there is, and removes it."""
+  there = [commands.list_queued(place), commands.list_nodes(place)]
+  if everything:
+    return there
+  return [*_read_run(place), *there, commands.delete(place), commands.delete_node(place, place.run)]
+
+
+def listing(place: Place) -> list[Line]:
+  """Looks what there is."""
+  return [commands.list_queued(place), commands.list_nodes(place)]

@@ -1,0 +1,180 @@
+"""Runs gcloud: within a time limit, without a shell, and with an answer to what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from typing import Any, Callable
+
+from launch.cloud.commands import Line, shell
+
+# A status of the API, as in "ERROR: (gcloud.compute.x) NOT_FOUND: ...", and a code, as in "HTTPError 404: ...".
+_STATUS = {
+    "ALREADY_EXISTS": "exists", "NOT_FOUND": "not_found", "PERMISSION_DENIED": "permission", "UNAUTHENTICATED": "auth",
+    "INVALID_ARGUMENT": "bad_request", "FAILED_PRECONDITION": "bad_request", "OUT_OF_RANGE": "bad_request",
+    "UNIMPLEMENTED": "bad_request", "UNAVAILABLE": "unavailable", "INTERNAL": "unavailable", "ABORTED": "unavailable",
+    "CANCELLED": "unavailable", "DEADLINE_EXCEEDED": "unavailable", "UNKNOWN": "unavailable"}
+_HTTP = {
+    "400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"
+}
+# What a service that refuses for want of something says; the first that is found counts.
+_EXHAUSTED = (("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"), ("quota", r"[Qq]uota"),
+              ("capacity", r"capacity|[Ss]tockout|resources"))
+# What gcloud says of itself.
+_WORDS = (
+    ("auth", r"active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
+    ("precondition", r"pre-conditions|PreconditionFailed"),
+    ("not_found", r"matched no objects|[Nn]ot found|does not exist"),
+    ("permission", r"does not have .*(access|permission)|[Ff]orbidden"),
+    ("exists", r"already exists"),
+    ("bad_request", r"unrecognized arguments|must be specified|Invalid (value|choice)|Bad syntax"),
+    ("unavailable", r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is unreachable"
+                    r"|Service Unavailable"),
+)
+TRANSIENT = ("unavailable", "throttled", "timeout")
+FATAL = ("permission", "auth", "bad_request", "not_installed")  # asked again it will be the same
+
+
+class GcloudError(Exception):
+  """A line that failed.
+
+  Attributes:
+    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled |
+      bad_request | timeout | not_installed | unknown.
+    line: the words that were run.
+    output: what had been printed before.
+  """
+
+  def __init__(self, kind: str, line: Line, message: str, output: str = ""):
+    super().__init__(message)
+    self.kind, self.line, self.output = kind, line, output
+
+
+def classify(stderr: str) -> str:
+  """Returns the kind of a failure by what gcloud wrote, whatever names are in it."""
+  # Not only at the start of a line: before it stand the dots of a progress bar.
+  status = re.search(r"ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr)
+  code = re.search(r"\bHTTPError (\d+)(.*)", stderr)
+  if status and status[1] == "RESOURCE_EXHAUSTED" or code and code[1] == "429":
+    said = _without_names((status or code)[2])
+    return next((kind for kind, pattern in _EXHAUSTED if re.search(pattern, said)), "throttled")
+  if status and status[1] in _STATUS:
+    return _STATUS[status[1]]
+  if code:
+    return _HTTP.get(code[1], "unavailable" if code[1].startswith("5") else "unknown")
+  said = _without_names(stderr)
+  return next((kind for kind, pattern in _WORDS if re.search(pattern, said)), "unknown")
+
+
+def _without_names(text: str) -> str:
+  """Leaves out what may be called anything: addresses, paths, and names in brackets."""
+  return re.sub(r"\S*://\S+|(?:^|(?<=\s))/\S+|\bprojects/\S+|\[[^\]\s]*\]", "", text)
+
+
+def sentence(stderr: str, code: int) -> str:
+  """Returns what gcloud said was wrong, without its hints."""
+  errors = re.findall(r"ERROR: (?:\([\w.-]+\) )?(.+)", stderr)
+  lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
+  return (errors or lines or [f"gcloud ended with exit code {code}"])[-1].strip()[:500]
+
+
+class Gcloud:
+  """The gcloud of this machine."""
+
+  def __init__(self, limit: float = 120.0, log: Callable[[str], None] = lambda line: None,
+               sleep: Callable[[float], None] = time.sleep):
+    """Makes one that ends a line after `limit` seconds and tells `log` of lines that fail and are run again."""
+    self.limit, self._log, self._sleep = limit, log, sleep
+    self._program = os.environ.get("TPU_GCLOUD", "gcloud")
+
+  def run(self, line: Line, tries: int = 3) -> str:
+    """Returns what a line prints.
+
+    Args:
+      line: from launch.cloud.commands.
+      tries: how often a service that is busy, silent or down is asked.
+
+    Raises:
+      GcloudError: if it fails, or takes too long.
+    """
+    pause = 2.0
+    while True:
+      tries -= 1
+      try:
+        printed, said = self._once(line)
+        # That message is what is asked for, and gcloud says it beside the output.
+        return printed + said if "--print-created-message" in line else printed
+      except GcloudError as error:
+        if error.kind not in TRANSIENT or tries < 1:
+          raise
+        self._log(f"{' '.join(line[:5])}: {error}; again in {pause:.0f} s")
+        self._sleep(pause)
+        pause *= 3
+
+  def json(self, line: Line, tries: int = 3) -> Any:
+    """Returns what a line with --format=json prints."""
+    output = self.run(line, tries)
+    try:
+      return json.loads(output or "null")
+    except ValueError as error:
+      raise GcloudError("unknown", line, f"gcloud printed no JSON ({error}): {output[:200]}") from error
+
+  def hosts(self, line: Line) -> tuple[list[str], str]:
+    """Runs a line on hosts; returns what they printed, of however many, and what was said of those that failed."""
+    try:
+      printed, said = self._once(line)
+    except GcloudError as error:
+      return error.output.splitlines(), str(error)
+    errors = [text for text in said.splitlines() if "ERROR" in text]
+    return printed.splitlines(), sentence("\n".join(errors), 0) if errors else ""
+
+  def attach(self, line: Line) -> int:
+    """Runs a line with the terminal as its output; returns its exit code."""
+    return subprocess.call([self._program, *line[1:]], stdin=subprocess.DEVNULL)
+
+  def _once(self, line: Line) -> tuple[str, str]:
+    try:
+      process = subprocess.Popen([self._program, *line[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+    except OSError as error:
+      raise GcloudError("not_installed", line, f"{self._program} cannot be run ({error.strerror}); install the Google "
+                        "Cloud CLI: https://cloud.google.com/sdk/docs/install") from error
+    output: list[str] = []
+    errors: list[str] = []
+    readers = [threading.Thread(target=into.extend, args=(stream,), daemon=True)
+               for into, stream in ((output, process.stdout), (errors, process.stderr))]
+    for reader in readers:
+      reader.start()
+    try:
+      code = process.wait(self.limit)
+    except subprocess.TimeoutExpired:
+      code = None
+    finally:
+      # Also when the user interrupts: gcloud's own children would go on.
+      if process.poll() is None:
+        _end(process)
+    for reader in readers:
+      reader.join(5)
+    printed, said = "".join(output), "".join(errors)
+    if code is None:
+      raise GcloudError("timeout", line, f"no answer within {self.limit:g} s: {shell(line)[:200]}", printed)
+    if code:
+      raise GcloudError(classify(said), line, sentence(said, code), printed)
+    return printed, said
+
+
+def _end(process: subprocess.Popen) -> None:
+  for number, seconds in ((signal.SIGTERM, 3), (signal.SIGKILL, 3)):
+    try:
+      os.killpg(process.pid, number)
+      process.wait(seconds)
+      return
+    except ProcessLookupError:
+      return
+    except subprocess.TimeoutExpired:
+      continue

@@ -1,0 +1,156 @@
+"""Turns what the service, the hosts and the bucket say into the `World` that decisions are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from typing import Any, Callable, Iterable
+
+from launch.cloud import bundle, commands
+from launch.cloud.gcloud import Gcloud, GcloudError
+from launch.cloud.settings import Place, Settings, UsageError
+from launch.cloud.states import Memory, Node, Queued, Report, World
+
+
+def queued_of(value: dict[str, Any]) -> Queued:
+  """Reads a queued resource of the TPU API v2."""
+  specs = value.get("tpu", {}).get("nodeSpec", [])
+  labels = specs[0].get("node", {}).get("labels", {}) if specs else {}
+  state = value.get("state", {})
+  error = state.get("failedData", {}).get("error", {})
+  return Queued(state.get("state", "UNKNOWN"), int(error.get("code", 0)), error.get("message", ""),
+                labels.get("owner", ""), labels.get("run", ""))
+
+
+def node_of(value: dict[str, Any]) -> Node:
+  """Reads a node of the TPU API v2."""
+  announced = value.get("upcomingMaintenance") or {}
+  maintenance = f"{announced.get('type', 'maintenance')} {announced.get('windowStartTime', '')}" if announced else ""
+  return Node(value["name"].rsplit("/", 1)[-1], value.get("state", "UNKNOWN"), value.get("health") or "HEALTHY",
+              max(1, len(value.get("networkEndpoints", []))), maintenance.strip())
+
+
+def report_of(value: dict[str, Any]) -> Report:
+  """Reads what an agent says; what this version does not know is left out."""
+  known = {field.name for field in dataclasses.fields(Report)}
+  return Report(**{name: entry for name, entry in value.items() if name in known and entry is not None})
+
+
+def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, Any]]:
+  """Returns the nodes of a run, slice 0 first."""
+  def number(value: dict[str, Any]) -> int | None:
+    name = value["name"].rsplit("/", 1)[-1]
+    found = re.fullmatch(rf"{re.escape(run)}(?:-(\d+))?", name)
+    return int(found[1] or 0) if found else None
+
+  # By label where there is one: a run named "a" must not take the node of a run named "a-1".
+  mine = [value for value in listed if number(value) is not None and value.get("labels", {}).get("run", run) == run]
+  return sorted(mine, key=number)
+
+
+def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> None:
+  """Uploads a file under a name that says what is in it, unless that is there."""
+  try:
+    gcloud.run(commands.upload(place, str(path), url, "0"))
+  except GcloudError as error:
+    if error.kind != "precondition":
+      raise
+
+
+class Looker:
+  """Looks at one run."""
+
+  def __init__(self, gcloud: Gcloud, settings: Settings, clock: Callable[[], float] = time.time):
+    self._gcloud, self.settings, self._clock = gcloud, settings, clock
+    self._sha = bundle.agent_sha()
+    self._agent_there = False
+
+  def world(self, memory: Memory) -> World:
+    """Looks: one call to the service, and where there is a slice a second, and one to its hosts.
+
+    Raises:
+      GcloudError: if the service does not answer, or refuses.
+      UsageError: if the queued resource is another's.
+    """
+    place, trouble = self.settings.place, ""
+    try:
+      queued = queued_of(self._gcloud.json(commands.describe(place)))
+    except GcloudError as error:
+      if error.kind != "not_found":
+        raise
+      queued = None
+    if queued and (queued.owner or self.settings.owner, queued.run or place.run) != (self.settings.owner, place.run):
+      raise UsageError(f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run {queued.run}; "
+                       "take another name.")
+    if not queued or queued.state != "ACTIVE":
+      lost = memory.active or queued is None and memory.started is not None
+      return World(self._clock(), queued, heartbeat=self.heartbeat() if lost else None,
+                   reports=self.left_behind(memory.attempt) if queued is None and memory.started else ())
+    nodes = tuple(map(node_of, nodes_of_run(self._gcloud.json(commands.list_nodes(place)), place.run)))
+    reports: tuple[Report, ...] = ()
+    if len(nodes) == self.settings.slices and all(node.state == "READY" for node in nodes):
+      reports, trouble = self.ask("status")
+    silent = not reports and memory.missing and self._clock() - min(memory.missing.values()) > self.settings.poll
+    return World(self._clock(), queued, nodes, reports, self.heartbeat() if silent else None, trouble)
+
+  def ship_agent(self) -> None:
+    """Puts the agent into the bucket, unless it is there: hosts fetch it from there."""
+    if not self._agent_there:
+      place = self.settings.place
+      upload_new(self._gcloud, place, bundle.AGENT, f"{place.url}/launch/agent-{self._sha}.py")
+      self._agent_there = True
+
+  def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
+    """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
+    lines, trouble = self._gcloud.hosts(
+        commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words)))
+    reports, failed = {}, []
+    for line in lines:
+      if line.startswith('{"') and '"tpu_agent"' in line:
+        try:
+          report = report_of(json.loads(line))
+        except (ValueError, TypeError):  # a line that another host wrote into
+          continue
+        reports[report.name] = report
+      elif line.startswith("tpu-agent-failed"):
+        failed.append(line.split()[-1])
+    if failed and not self._agent_there:  # of other code than this, as `up` was typed with
+      self.ship_agent()
+      return self.ask(*words)
+    if failed:
+      trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
+    return tuple(sorted(reports.values(), key=lambda report: (report.slice, report.worker))), trouble
+
+  def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
+    """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
+    number, worker = map(int, host.split("-"))
+    command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
+    found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
+    if found := [line for line in found if line.startswith("[")]:
+      return found[-lines:]
+    url = f"{self.settings.place.url}/logs/attempt-{attempt}/host-{host}.log"
+    try:
+      return self._gcloud.run(commands.read(self.settings.place, url), tries=1).splitlines()[-lines:]
+    except GcloudError as error:
+      return [str(error)]
+
+  def heartbeat(self) -> dict[str, Any] | None:
+    """Returns what host 0 last said in the bucket, of whatever attempt."""
+    found = self._objects("logs/*/heartbeat.json")
+    return max(found, key=lambda beat: beat["now"], default=None)
+
+  def left_behind(self, attempt: int) -> tuple[Report, ...]:
+    """Returns how the trainers of an attempt ended, as far as hosts could say so in the bucket."""
+    return tuple(map(report_of, self._objects(f"logs/attempt-{attempt}/exit-*.json")))
+
+  def _objects(self, pattern: str) -> list[dict[str, Any]]:
+    try:
+      text = self._gcloud.run(commands.read(self.settings.place, f"{self.settings.place.url}/{pattern}"))
+    except GcloudError as error:
+      if error.kind != "not_found":
+        raise
+      return []
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]

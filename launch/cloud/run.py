@@ -1,0 +1,200 @@
+"""What is known of a run, in BUCKET/RUN/run.json, and who drives it.
+
+The object is only ever replaced by generation: who writes must have read what it replaces. So of two launchers one
+wins, the other sees it, and none undoes what the other did. The launcher that drives a run says so in it every two
+minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import socket
+import tempfile
+import time
+import uuid
+from typing import Any, Callable
+
+from launch.cloud import commands
+from launch.cloud.gcloud import Gcloud, GcloudError
+from launch.cloud.settings import Place, Settings, UsageError
+from launch.cloud.states import Memory
+
+_BEAT = 120.0  # seconds between two signs of life of the launcher
+_STALE = 360.0  # after which another may drive
+_EVENTS = 500
+
+
+class TakenOver(Exception):
+  """Another launcher has written to the run since we read it."""
+
+
+def state_folder() -> pathlib.Path:
+  """Returns where this machine keeps notes of runs."""
+  return pathlib.Path(os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local/state") / "resnet-pod"
+
+
+def note(settings: Settings) -> None:
+  """Notes what was asked for and where the run is, so that later commands need only its name."""
+  folder = state_folder()
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / f"{settings.run}.json").write_text(json.dumps(settings.to_json()))
+
+
+def noted(run: str) -> Settings | None:
+  """Returns what `note` noted, or None."""
+  try:
+    return Settings.from_json(json.loads((state_folder() / f"{run}.json").read_text()))
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+@dataclasses.dataclass
+class Run:
+  """The content of run.json."""
+
+  settings: Settings
+  memory: Memory = dataclasses.field(default_factory=Memory)
+  code: str = ""  # tree of the code that the next attempt runs
+  commit: str = ""
+  dirty: bool = False
+  driver: dict[str, Any] | None = None  # {id, host, pid, seen}
+  wanted: str = "run"  # run | down
+  result: dict[str, Any] | None = None  # {code, reason, time}
+  events: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  def to_json(self) -> dict[str, Any]:
+    place = self.settings.place
+    return {
+        "run": place.run, "owner": self.settings.owner, "project": place.project, "zone": place.zone,
+        "bucket": place.bucket, "settings": self.settings.to_json(), "memory": self.memory.to_json(),
+        "attempt": self.memory.attempt
+    } | {name: getattr(self, name) for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")}
+
+  @classmethod
+  def from_json(cls, value: dict[str, Any]) -> Run:
+    return cls(Settings.from_json(value["settings"]), Memory.from_json(value["memory"]), **{
+        name: value[name] for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")})
+
+  def event(self, what: str, now: float) -> None:
+    """Notes what happened, once in a row."""
+    if not self.events or self.events[-1]["what"] != what:
+      self.events = [*self.events, {"time": round(now, 1), "what": what}][-_EVENTS:]
+
+
+class Store:
+  """Reads and writes run.json."""
+
+  def __init__(self, gcloud: Gcloud, place: Place, clock: Callable[[], float] = time.time):
+    self._gcloud, self._place, self._clock = gcloud, place, clock
+    self.url = f"{place.url}/run.json"
+    self.me = {"id": uuid.uuid4().hex[:12], "host": socket.gethostname(), "pid": os.getpid()}
+    self._generation: str | None = None
+    self._written: str | None = None
+    self._beat = 0.0
+
+  def read(self) -> Run | None:
+    """Returns the run, or None where none is.
+
+    Raises:
+      GcloudError: if the bucket cannot be read.
+    """
+    for _ in range(5):
+      try:
+        generation = str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+        text = self._gcloud.run(commands.read(self._place, f"{self.url}#{generation}"))
+      except GcloudError as error:
+        if error.kind != "not_found":
+          raise
+        # Absent, or replaced between the two lines.
+        if not self._is_there():
+          self._generation = "0"
+          return None
+        continue
+      self._generation, self._written = generation, None
+      try:
+        return Run.from_json(json.loads(text))
+      except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
+            "or move it away.") from error
+    raise GcloudError("unavailable", [], f"{self.url} changes all the time")
+
+  def _is_there(self) -> bool:
+    try:
+      self._gcloud.run(commands.object_generation(self._place, self.url))
+      return True
+    except GcloudError as error:
+      if error.kind == "not_found":
+        return False
+      raise
+
+  def write(self, run: Run, driving: bool = True) -> None:
+    """Writes the run if it has changed, or if it is time for a sign of life.
+
+    Raises:
+      TakenOver: if it is not the one that was read or written here last.
+      GcloudError: if the bucket cannot be written.
+    """
+    now = self._clock()
+    value = run.to_json() | {"driver": None}
+    text = json.dumps(_without_ticks(value), sort_keys=True)
+    if text == self._written and driving and now < self._beat:
+      return
+    if driving:
+      run.driver = self.me | {"seen": round(now, 1)}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+      json.dump(run.to_json(), file, indent=1)
+      file.flush()
+      try:
+        created = self._gcloud.run(commands.upload(self._place, file.name, self.url, self._generation))
+      except GcloudError as error:
+        if error.kind != "precondition":
+          raise
+        # Of a write of ours that was answered with an error and done all the same?
+        generation = str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+        there = json.loads(self._gcloud.run(commands.read(self._place, f"{self.url}#{generation}")))
+        if there != json.loads(json.dumps(run.to_json())):
+          raise TakenOver(_describe_driver(there.get("driver"))) from error
+        created = f"#{generation}"
+    found = re.search(r"#(\d+)", created)
+    self._generation = found[1] if found else str(
+        self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+    self._written, self._beat = text, now + _BEAT
+
+  def other_driver(self, run: Run) -> str | None:
+    """Returns who else drives the run, or None: a launcher that left, or of this machine and gone, does not."""
+    driver = run.driver
+    stale = max(_STALE, 3 * run.settings.poll)
+    if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > stale:
+      return None
+    if driver["host"] == self.me["host"] and not _is_alive(driver["pid"]):
+      return None
+    return _describe_driver(driver)
+
+
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+    return True
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # another user's
+    return True
+
+
+def _describe_driver(driver: dict[str, Any] | None) -> str:
+  return f"the launcher on {driver['host']} (process {driver['pid']})" if driver else "another command"
+
+
+def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:
+  """Leaves out what changes at every look and is found again by looking."""
+  memory = dict(value["memory"])
+  memory["slices"] = [first for first, _ in memory["slices"]]
+  memory.pop("step_at")
+  memory.pop("step")
+  memory.pop("step_now")
+  return value | {"memory": memory}

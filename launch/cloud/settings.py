@@ -1,0 +1,220 @@
+"""What a run asks for, checked before anything is paid for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+LAUNCHER = "resnet-pod"  # label of everything that is made here
+
+
+class UsageError(Exception):
+  """An argument is missing or wrong; one sentence says which and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a run lives."""
+
+  run: str
+  project: str
+  zone: str
+  bucket: str  # gs://BUCKET or gs://BUCKET/FOLDER
+
+  @property
+  def url(self) -> str:
+    """The folder of the run in the bucket."""
+    return f"{self.bucket}/{self.run}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What `up` was asked for; durations are seconds."""
+
+  place: Place
+  owner: str
+  type: str
+  slices: int = 1
+  capacity: str = "on-demand"  # on-demand | spot | reserved
+  runtime_version: str = ""
+  service_account: str = ""
+  network: str = ""
+  subnetwork: str = ""
+  internal_ips: bool = False
+  iap: bool = False
+  autocheckpoint: bool = False
+  labels: tuple[tuple[str, str], ...] = ()
+  env_file: str = ""
+  secrets: tuple[tuple[str, str], ...] = ()  # name in the environment, name in Secret Manager
+  python: str = ""
+  keep: bool = False
+  argv: tuple[str, ...] = ()  # of the trainer
+  dollars_per_chip_hour: float = 0.0
+  max_wait: float = 6 * 3600
+  max_seconds: float | None = None  # that slices may exist, over all attempts
+  idle: float = 1200
+  poll: float = 60
+  stall: float = 900
+  unreachable: float = 600
+  start_limit: float = 1800
+  provision_limit: float = 1800
+  exit_grace: float = 300
+  backoff: float = 60
+  call_limit: float = 120
+
+  @property
+  def run(self) -> str:
+    return self.place.run
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: dict[str, Any]) -> Settings:
+    """Reads what `to_json` gave; fields that this version does not know are left out."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    value = {name: _tuples(entry) for name, entry in value.items() if name in known}
+    return cls(**value | {"place": Place(**value["place"])})
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """A kind of TPU, as cloud.google.com/tpu/docs/runtimes and .../regions-zones name it."""
+
+  runtime_version: str
+  per_chip: int  # what the number in the type counts, per chip: cores, or chips
+
+
+_GENERATIONS = {
+    "v2": Generation("tpu-ubuntu2204-base", 2),
+    "v3": Generation("tpu-ubuntu2204-base", 2),
+    "v4": Generation("tpu-ubuntu2204-base", 2),
+    "v5litepod": Generation("v2-alpha-tpuv5-lite", 1),
+    "v5p": Generation("v2-alpha-tpuv5", 2),
+    "v6e": Generation("v2-alpha-tpuv6e", 1),
+}
+
+
+def generation(accelerator_type: str) -> Generation | None:
+  """Returns what is known of a type, as in v5litepod-64; None for a kind that is not in the table."""
+  return _GENERATIONS.get(accelerator_type.rpartition("-")[0])
+
+
+def chips(settings: Settings) -> int | None:
+  """Returns the number of chips of all slices, or None where the type is not in the table."""
+  kind = generation(settings.type)
+  return settings.slices * int(settings.type.rpartition("-")[2]) // kind.per_chip if kind else None
+
+
+def duration(text: str) -> float:
+  """Returns seconds of 90s, 15m, 6h, 2d, or of a number of seconds.
+
+  Raises:
+    UsageError: if it is none of them, or not above 0.
+  """
+  found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+  if not found or not float(found[1]):
+    raise UsageError(f"{text!r} is no duration; write 90s, 15m, 6h or 2d.")
+  return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def describe_seconds(seconds: float) -> str:
+  """Returns a duration for a person."""
+  if seconds < 120:
+    return f"{seconds:.0f} s"
+  if seconds < 7200:
+    return f"{seconds / 60:.0f} min"
+  return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def check_run(name: str) -> str:
+  """Returns a run name that may be the name of a queued resource, of nodes, a label and a folder.
+
+  Raises:
+    UsageError: if it may not.
+  """
+  if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+    raise UsageError(
+        f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -.")
+  return name
+
+
+def check_place(place: Place) -> Place:
+  """Returns a place whose parts can go into any command line.
+
+  Raises:
+    UsageError: naming the part that cannot.
+  """
+  check_run(place.run)
+  for name, value, pattern in (("project", place.project, r"[a-z][-a-z0-9.:]{2,61}[a-z0-9]"),
+                               ("zone", place.zone, r"[a-z]+-[a-z]+\d+-[a-z]"),
+                               ("bucket", place.bucket, r"gs://[a-z0-9][-_.a-z0-9]+[a-z0-9](/[-_.a-zA-Z0-9]+)*")):
+    if not re.fullmatch(pattern, value):
+      raise UsageError(f"--{name} {value!r} is not the name of a {name}"
+                       f"{', as in gs://BUCKET or gs://BUCKET/FOLDER' if name == 'bucket' else ''}.")
+  return place
+
+
+def label(text: str) -> str:
+  """Returns the nearest text that may be the value of a label."""
+  return re.sub(r"[^a-z0-9_-]", "-", text.lower())[:63]
+
+
+def check(settings: Settings) -> Settings:
+  """Returns settings that a slice can be asked for with, the defaults that follow from the type filled in.
+
+  Raises:
+    UsageError: naming what is wrong.
+  """
+  check_place(settings.place)
+  if not re.fullmatch(r"[a-z0-9]+-\d+", settings.type):
+    raise UsageError(f"--type {settings.type!r} is no accelerator type, as in v5litepod-64.")
+  if not settings.runtime_version:
+    kind = generation(settings.type)
+    if not kind:
+      raise UsageError(f"--type {settings.type}: give --runtime-version as well; it is known for "
+                       f"{', '.join(_GENERATIONS)} only.")
+    settings = dataclasses.replace(settings, runtime_version=kind.runtime_version)
+  if settings.slices < 1:
+    raise UsageError(f"--slices {settings.slices} must be 1 or more.")
+  if len(f"{settings.run}-{settings.slices - 1}") > 40 and settings.slices > 1:
+    raise UsageError(f"The run name {settings.run} is too long for {settings.slices} slices; their names add a number.")
+  if settings.capacity == "on-demand" and settings.max_seconds is None:
+    raise UsageError(
+        "--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts.")
+  if settings.autocheckpoint and settings.capacity == "spot":
+    raise UsageError("--autocheckpoint is for the maintenance of --on-demand and --reserved slices; the trainer saves "
+                     "by itself when a --spot slice is taken.")
+  for name, value, pattern in (("runtime-version", settings.runtime_version, r"[-a-z0-9.]+"),
+                               ("service-account", settings.service_account, r"([^@\s,=]+@[^@\s,=]+)?"),
+                               ("network", settings.network, r"[-a-z0-9/._]*"),
+                               ("subnetwork", settings.subnetwork, r"[-a-z0-9/._]*"),
+                               ("python", settings.python, r"(/[^\0\n]*)?")):
+    if not re.fullmatch(pattern, value):
+      raise UsageError(f"--{name} {value!r} cannot be one.")
+  for key, value in settings.labels:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or label(value) != value:
+      raise UsageError(f"--label {key}={value}: labels are a-z, 0-9, _ and -, 63 at most.")
+    if key in ("run", "owner", "attempt", "launcher"):
+      raise UsageError(f"--label {key} is one of the launcher's own.")
+  for name, secret in settings.secrets:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(r"[A-Za-z0-9_-]+", secret):
+      raise UsageError(f"--secret {name}={secret}: give NAME=SECRET, the name of a variable and of a secret in Secret "
+                       "Manager, never its value.")
+  for word in settings.argv:
+    if not word.startswith("--"):
+      raise UsageError(f"{word!r} is no flag of the trainer; write --flag=value.")
+  flags = [word.split("=")[0] for word in settings.argv]
+  if "--config" not in flags:
+    raise UsageError("The trainer needs --config=configs/X.py.")
+  for word in settings.argv:
+    if word.startswith("--workdir=") and not re.match(r"--workdir=(gs://|/)", word):
+      raise UsageError(f"{word}: hosts need a bucket, or a folder that all of them mount, as an absolute path.")
+  if "--workdir" not in flags:
+    settings = dataclasses.replace(settings, argv=(*settings.argv, f"--workdir={settings.place.url}/workdir"))
+  return settings

@@ -1,0 +1,466 @@
+"""What to do next with a run: a function of what is seen, what is remembered and what was allowed. No input or output.
+
+A loop asks three things of this file, in this order: `remember` takes in what is seen now, `decide` says what to do,
+and `acted` takes in that it was done. All that is remembered is in `Memory`, which lives in run.json, so the loop may
+be killed between any two of them and go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from launch.cloud.settings import Settings, describe_seconds
+
+DONE, ERROR, NO_CAPACITY, CRASHED, COST = 0, 1, 3, 4, 5  # exit codes of the launcher; 2 is a wrong argument
+FAILED, PREEMPTED, HOST_LOST = 2, 75, 76  # exit codes of the trainer; 0 is done, and all others are a crash
+COMPLETE = "the run is complete"
+MAX_CRASHES = 3
+_DELETE_AGAIN = 30.0  # seconds for a delete to show, before it is sent again
+MAX_IN_VAIN = 3  # starts in a row that ask to be run again and reach no new step, before the slice is replaced
+
+QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
+LEAVING = ("SUSPENDING", "DELETING")
+QUEUED_STATES = (*QUEUED, "PROVISIONING", "ACTIVE", *LEAVING, "SUSPENDED", "FAILED")
+COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNHIDING")
+GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDDEN", "HIDING")
+NODE_STATES = ("READY", *COMING, *GONE)
+UNHEALTHY = ("TIMEOUT", "UNHEALTHY_TENSORFLOW", "UNHEALTHY_MAINTENANCE")
+HEALTHS = ("HEALTHY", *UNHEALTHY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Queued:
+  """A queued resource as the service shows it."""
+
+  state: str
+  code: int = 0  # of failedData.error, by google.rpc.Code
+  message: str = ""
+  owner: str = ""  # its label; so is the next
+  run: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+  """A slice as the service shows it."""
+
+  name: str
+  state: str
+  health: str = "HEALTHY"
+  hosts: int = 1
+  maintenance: str = ""  # what is announced
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a host says of itself, or left in the bucket; see launch/cloud/agent.py."""
+
+  slice: int
+  worker: int
+  attempt: int | None = None
+  phase: str = "none"  # none | installing | running | ended
+  code: int | None = None
+  ended: float | None = None
+  step: int | None = None
+  total: int | None = None
+  progress: str = ""
+  stop_requested: bool = False
+  preempted: bool = False  # its machine was told that it will be taken away
+  trouble: str = ""
+  hostname: str = ""
+
+  @property
+  def name(self) -> str:
+    return f"{self.slice}-{self.worker}"
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """All that is seen at one time.
+
+  Attributes:
+    now: seconds since 1970.
+    queued: None where there is none.
+    nodes: of it; only looked at when it is ACTIVE.
+    reports: of the hosts that answered; where the slice is gone, what hosts of the newest attempt left in the bucket.
+    heartbeat: what host 0 last left in the bucket, if it was looked for: `now`, `step`, `removing`.
+    trouble: what stood in the way of looking, in a sentence.
+  """
+
+  now: float
+  queued: Queued | None
+  nodes: tuple[Node, ...] = ()
+  reports: tuple[Report, ...] = ()
+  heartbeat: dict[str, Any] | None = None
+  trouble: str = ""
+
+
+@dataclasses.dataclass
+class Memory:
+  """What must not be forgotten; times are seconds since 1970."""
+
+  attempt: int = 1
+  started: float | None = None  # when the trainers of this attempt were told to start
+  requested: float | None = None  # when the queued resource that should be there was asked for
+  deleting: float | None = None
+  waiting_since: float | None = None  # for a slice
+  state: str = ""
+  state_since: float = 0.0
+  not_before: float = 0.0  # of the next request
+  refusals: int = 0  # in a row, for want of capacity
+  slices: list[list[float]] = dataclasses.field(default_factory=list)  # [from, last seen] of each that was ACTIVE
+  active: bool = False  # the last of them is
+  answered: bool = False  # some host of it has answered
+  hosts: int = 0  # of it
+  missing: dict[str, float] = dataclasses.field(default_factory=dict)  # host, since when it does not answer
+  unready_since: float | None = None  # a node is not READY and HEALTHY
+  ended_since: float | None = None  # some trainer has ended
+  step: int | None = None  # the highest that was seen
+  step_now: int | None = None  # of this attempt, which goes on from before the highest
+  step_at: float = 0.0  # when that changed
+  stacks_at: float | None = None
+  stopped_at: float | None = None  # by the cost limit
+  crashes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  in_vain: int = 0
+  in_vain_step: int | None = None
+  ending: list[Any] | None = None  # [exit code, reason] once the slice is gone
+
+  def to_json(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: dict[str, Any]) -> Memory:
+    known = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: entry for name, entry in value.items() if name in known})
+
+  def seconds(self) -> float:
+    """Returns how long slices have existed."""
+    return sum(last - first for first, last in self.slices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+  """The next thing to do.
+
+  Attributes:
+    kind: wait | create | delete | start (trainers) | stacks | stop (trainers) | finish.
+    reason: for a person.
+    code: exit code, of finish and of a delete that ends the run.
+    attempt: that counts from now on; None leaves it.
+    crash: to be remembered.
+    capacity: the delete is for want of capacity.
+    blame: host whose last lines tell why.
+  """
+
+  kind: str
+  reason: str
+  code: int | None = None
+  attempt: int | None = None
+  crash: dict[str, Any] | None = None
+  capacity: bool = False
+  blame: str | None = None
+
+
+def remember(world: World, memory: Memory, settings: Settings) -> None:
+  """Takes in what is seen."""
+  now, state = world.now, world.queued.state if world.queued else "ABSENT"
+  if state != memory.state:
+    memory.state, memory.state_since = state, now
+  if world.queued and not memory.deleting:
+    memory.requested = memory.requested or now
+  if state != "ACTIVE":
+    memory.waiting_since = memory.waiting_since or now
+    if memory.active and world.heartbeat:  # it may have lived on when nobody looked
+      memory.slices[-1][1] = min(now, max(memory.slices[-1][1], world.heartbeat["now"]))
+    memory.active = memory.answered = False
+    memory.missing, memory.unready_since, memory.ended_since = {}, None, None
+    if state == "ABSENT":
+      memory.deleting = None
+    return
+
+  if not memory.active:
+    memory.active = True
+    memory.slices.append([now, now])
+  memory.slices[-1][1] = now
+  memory.waiting_since, memory.refusals = None, 0
+  ready = len(world.nodes) >= settings.slices and all(
+      node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
+  memory.unready_since = None if ready else memory.unready_since or now
+  names = [f"{number}-{worker}" for number, node in enumerate(world.nodes) for worker in range(node.hosts)]
+  if not names:
+    return
+  memory.hosts = len(names)
+  answers = {report.name for report in world.reports}
+  memory.answered = memory.answered or bool(answers)
+  memory.missing = {name: memory.missing.get(name, now) for name in names if name not in answers}
+  newest = max((report.attempt or 0 for report in world.reports), default=0)
+  if newest > memory.attempt:  # of a launcher whose memory was lost
+    memory.attempt, memory.started = newest, None
+  current = [report for report in world.reports if report.attempt == memory.attempt]
+  if current and memory.started is None:
+    memory.started = memory.step_at = now
+  steps = [report.step for report in current if report.step is not None]
+  if steps and max(steps) != memory.step_now:
+    memory.step_now, memory.step_at = max(steps), now
+    memory.step = max(memory.step or 0, max(steps))
+  ended = any(report.phase == "ended" for report in current)
+  memory.ended_since = (memory.ended_since or now) if ended else None
+
+
+def decide(world: World, memory: Memory, settings: Settings) -> Action:
+  """Returns what to do next."""
+  queued, now = world.queued, world.now
+  if memory.ending:
+    code, reason = memory.ending
+    if queued is None:
+      return Action("finish", reason, code)
+  elif queued is None:
+    return _absent(world, memory, settings)
+  age = describe_seconds(now - memory.state_since)
+  if queued.state in LEAVING:
+    return Action("wait", f"the slice is {queued.state} for {age}")
+  if memory.deleting and now - memory.deleting < _DELETE_AGAIN:
+    return Action("wait", "the slice is being removed")
+  if memory.ending:
+    return Action("delete", memory.ending[1])
+  if queued.state == "SUSPENDED":
+    return Action("delete", "the slice was taken away")
+  if queued.state == "FAILED":
+    return _failed(queued)
+  if _spent(memory, settings):
+    return _end_of_money(world, memory, settings)
+  if queued.state in QUEUED:
+    waited = now - memory.waiting_since
+    if waited > settings.max_wait:
+      return Action("delete", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY)
+    return Action("wait", f"in the queue ({queued.state}) for {describe_seconds(waited)}")
+  if queued.state == "ACTIVE":
+    return _active(world, memory, settings)
+  # PROVISIONING, and whatever the service may call it one day.
+  if now - memory.state_since > settings.provision_limit:
+    return Action("delete", f"the slice is {queued.state} for {age}", capacity=True)
+  return Action("wait", f"the slice is {queued.state} for {age}")
+
+
+def acted(action: Action, memory: Memory, settings: Settings, now: float) -> None:
+  """Takes in that an action was done."""
+  if action.kind == "start" and action.attempt != memory.attempt and not action.crash:
+    memory.in_vain = memory.in_vain + 1 if memory.step == memory.in_vain_step else 0
+    memory.in_vain_step = memory.step
+  if action.attempt is not None and action.attempt != memory.attempt:
+    memory.attempt, memory.started = action.attempt, None
+    memory.stacks_at = memory.ended_since = memory.step_now = None
+  if action.crash:
+    memory.crashes.append(action.crash)
+  if action.kind == "create":
+    memory.requested = now
+  elif action.kind == "delete":
+    memory.requested, memory.deleting, memory.in_vain = None, now, 0
+    if action.code is not None:
+      memory.ending = [action.code, action.reason]
+    if action.capacity:
+      refused(memory, settings, now)
+  elif action.kind == "start":
+    memory.step_at = now
+    memory.started = memory.started or now
+  elif action.kind == "stacks":
+    memory.stacks_at = now
+  elif action.kind == "stop":
+    memory.stopped_at = now
+
+
+def refused(memory: Memory, settings: Settings, now: float) -> None:
+  """Takes in that there was no capacity: the pause before the next request doubles, up to ten times the first."""
+  memory.refusals += 1
+  memory.not_before = now + settings.backoff * min(10, 2 ** (memory.refusals - 1))
+
+
+def next_attempt(memory: Memory) -> int:
+  """Returns the number of an attempt that was not begun."""
+  return memory.attempt if memory.started is None else memory.attempt + 1
+
+
+def _spent(memory: Memory, settings: Settings) -> bool:
+  return settings.max_seconds is not None and memory.seconds() >= settings.max_seconds
+
+
+def _cost_reason(memory: Memory) -> str:
+  existed = describe_seconds(memory.seconds())
+  return f"the slices of this run have existed for {existed}, which is all that --max-hours allows"
+
+
+def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
+  running = any(report.phase != "ended" and report.attempt for report in world.reports)
+  if len(world.reports) >= memory.hosts and {report.code for report in world.reports} == {DONE}:
+    return _judge(world, memory, settings)
+  if running and memory.stopped_at is None:
+    return Action("stop", _cost_reason(memory))
+  if running and world.now - memory.stopped_at < min(120.0, settings.exit_grace):
+    return Action("wait", "the trainer saves and ends: " + _cost_reason(memory))
+  return Action("delete", _cost_reason(memory), COST)
+
+
+def _absent(world: World, memory: Memory, settings: Settings) -> Action:
+  now, beat = world.now, world.heartbeat or {}
+  removing = beat.get("removing") if memory.started and beat.get("attempt") == memory.attempt else None
+  if memory.started and memory.hosts and len(world.reports) >= memory.hosts:  # they have ended, if nobody looked
+    verdict = _judge(world, memory, settings)
+    # A slice that was taken away may have crashed on its way.
+    if verdict.code in (DONE, CRASHED) and (not verdict.crash or removing == "idle") and not _stopped(world):
+      return dataclasses.replace(verdict, kind="finish")
+    if verdict.crash and removing == "idle":
+      return dataclasses.replace(verdict, kind="create")
+  if _spent(memory, settings):
+    return Action("finish", _cost_reason(memory), COST)
+  if memory.requested:
+    if now - memory.requested < 120 and not memory.started:  # a moment ago, and maybe not listed yet
+      return Action("wait", "the request was sent")
+    if removing == "deadline":
+      return Action("finish", _cost_reason(memory), COST)
+    if not removing:
+      return Action(
+          "finish", "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
+          "again goes on with a new one", ERROR)
+  waited = now - (memory.waiting_since or now)
+  if waited > settings.max_wait:
+    return Action("finish", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY)
+  if now < memory.not_before:
+    return Action("wait", f"no capacity; asking again in {describe_seconds(memory.not_before - now)}")
+  return Action("create", "there is no slice", attempt=next_attempt(memory))
+
+
+def _failed(queued: Queued) -> Action:
+  """Tells a request that can succeed later from one that cannot, by google.rpc.Code."""
+  message = queued.message or "the request failed"
+  if "quota" in message.lower():
+    return Action("delete", f"{message.rstrip('.')}. Ask for more quota, or take another zone or type", NO_CAPACITY)
+  if queued.code in (3, 5, 7, 9, 11, 12, 16):
+    return Action("delete", f"the request was refused: {message}", ERROR)
+  return Action("delete", f"no capacity: {message}", capacity=True)
+
+
+def _active(world: World, memory: Memory, settings: Settings) -> Action:
+  now = world.now
+  gone = [node for node in world.nodes if node.state in GONE]
+  if gone:
+    return Action("delete", f"{gone[0].name} is {gone[0].state}")
+  unready = now - memory.unready_since if memory.unready_since else 0
+  if len(world.nodes) < settings.slices:
+    if unready > 120:
+      return Action("delete", f"{settings.slices - len(world.nodes)} of {settings.slices} slices are gone")
+    return Action("wait", world.trouble or "the slices are not listed yet")
+  for node in world.nodes:
+    if node.state != "READY" or node.health in UNHEALTHY and not world.reports:
+      what = f"{node.name} is {node.state} {node.health} for {describe_seconds(unready)}"
+      return (Action("delete", what) if unready > settings.start_limit else Action("wait", what))
+  if memory.missing:
+    action = _missing(world, memory, settings)
+    if action:
+      return action
+
+  behind = [report for report in world.reports if (report.attempt or 0) < memory.attempt]
+  if behind and memory.missing:  # what may still run there would be met by a trainer that is started now
+    return Action("wait", f"attempt {memory.attempt} waits for host {', '.join(memory.missing)} to answer")
+  if behind or memory.started is None:
+    waited = now - (memory.started or now)
+    trouble = next((f": {report.trouble}" for report in behind if report.trouble), "")
+    if waited > settings.start_limit:
+      return Action("delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}")
+    return Action("start", f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
+                  attempt=memory.attempt)
+  return _started(world, memory, settings)
+
+
+def _missing(world: World, memory: Memory, settings: Settings) -> Action | None:
+  """Returns what to do about hosts that do not answer, or None to go on with those that do."""
+  now, names = world.now, ", ".join(memory.missing)
+  silence = now - min(memory.missing.values())
+  what = f"host {names} did not answer for {describe_seconds(silence)}"
+  why = f" ({world.trouble})" if world.trouble else ""
+  if memory.started is None:
+    if silence <= settings.start_limit:
+      return Action("wait", f"{memory.hosts - len(memory.missing)} of {memory.hosts} hosts answer{why}")
+    if not memory.answered:
+      return Action("delete", f"no host answers ssh{why}; is port 22 open to you, or --iap needed?", ERROR)
+    return Action("delete", what)
+  if silence <= settings.unreachable:
+    return Action("wait", what + why) if not world.reports else None
+  if world.heartbeat and now - world.heartbeat["now"] < settings.unreachable:
+    return Action("wait", f"{what}{why}, but the slice writes to the bucket")
+  if world.reports and now - memory.step_at < settings.unreachable and not memory.ended_since:
+    return None  # the others make steps, so it makes them too
+  return Action("delete", what)
+
+
+def _started(world: World, memory: Memory, settings: Settings) -> Action:
+  """Of hosts that all have begun this attempt, though some may not answer now."""
+  now = world.now
+  ended = [report for report in world.reports if report.phase == "ended"]
+  if ended:
+    left = memory.hosts - len(ended)
+    if memory.missing:  # a start would be in vain
+      return Action(
+          "wait", f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
+          "answer")
+    if left and now - memory.ended_since < settings.exit_grace:
+      return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end")
+    if any(report.preempted for report in ended) and now - memory.ended_since < settings.exit_grace:
+      return Action("wait", "the machines are about to be taken away")
+    return _judge(world, memory, settings)
+  if _spent(memory, settings):
+    return _end_of_money(world, memory, settings)
+  installing = [report.name for report in world.reports if report.phase == "installing"]
+  if installing:
+    if now - memory.started > settings.start_limit:
+      return _crashed(memory, settings, installing[0], 1, f"host {installing[0]} still installs")
+    return Action("wait", f"{len(installing)} of {memory.hosts} hosts install")
+  # The first step of a process is compiled first.
+  silence, limit = now - memory.step_at, settings.stall if memory.step_at > memory.started else 2 * settings.stall
+  if silence > limit and world.reports:
+    what = f"no new step for {describe_seconds(silence)}"
+    if memory.stacks_at is None:
+      return Action("stacks", f"{what}; asking every host where it is")
+    return _crashed(memory, settings, world.reports[0].name, 0, what)
+  return Action("wait", "training")
+
+
+def _stopped(world: World) -> bool:
+  return any(report.stop_requested for report in world.reports)
+
+
+def _judge(world: World, memory: Memory, settings: Settings) -> Action:
+  """Decides by the exit codes of hosts that have ended."""
+  ended = sorted((report for report in world.reports if report.phase == "ended"), key=lambda report: report.ended or 0)
+  codes = {report.code for report in ended}
+  if codes == {0}:
+    return _end(settings, DONE, COMPLETE)
+  failed = [report for report in ended if report.code == FAILED]
+  if failed:
+    return _end(settings, CRASHED, f"host {failed[0].name} says that a rerun will not mend it", failed[0].name)
+  crashed = [report for report in ended if report.code not in (DONE, PREEMPTED, HOST_LOST)]
+  if _stopped(world):
+    return Action("finish", f"stopped at step {memory.step}; the slice is kept", DONE)
+  if crashed:
+    first = crashed[0]
+    what = f"host {first.name} was the first to crash, with code {first.code}"
+    return _crashed(memory, settings, first.name, first.code, f"{what}: {first.trouble}" if first.trouble else what)
+  if memory.in_vain >= MAX_IN_VAIN:
+    return Action("delete", f"{memory.in_vain} starts in a row made no step; taking another slice")
+  return Action("start", f"the trainer ended with code {max(codes)} and goes on from its last checkpoint",
+                attempt=memory.attempt + 1)
+
+
+def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, what: str) -> Action:
+  step = memory.step_now
+  crash = {"attempt": memory.attempt, "step": step, "code": code, "host": host}
+  where = f"at step {step}" if step is not None else "before the first step"
+  if any(earlier["step"] == step for earlier in memory.crashes):
+    return dataclasses.replace(_end(settings, CRASHED, f"{what}, for the second time {where}", host), crash=crash)
+  if len(memory.crashes) >= MAX_CRASHES:
+    return dataclasses.replace(_end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host),
+                               crash=crash)
+  return Action("start", f"{what}, {where}", attempt=memory.attempt + 1, crash=crash, blame=host)
+
+
+def _end(settings: Settings, code: int, reason: str, blame: str | None = None) -> Action:
+  return Action("finish" if settings.keep else "delete", reason, code, blame=blame)
