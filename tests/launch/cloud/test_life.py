@@ -219,7 +219,7 @@ def test_leaving_stopping_and_going_on(cloud):
   assert code == 0 and status["state"] == "ACTIVE" and [report["phase"] for report in status["reports"]
                                                        ] == ["running"] * 2
   code, output = cloud.run("stop", "r1")
-  assert code == 0 and "saved and stopped at step" in output
+  assert code == 0 and "saved and stopped at step" in output, output
   assert "r1" in cloud.read("queued.json")
   code, output = cloud.run(*cloud.up("--max-hours=5", "--type=v5litepod-16"))
   assert code == 2 and "still has 1 x v5litepod-8 spot in us-west4-a" in output
