@@ -24,7 +24,7 @@ from tests.input_pipeline.test_hf import assert_same
 from tests.input_pipeline.test_hf import train
 from tests.input_pipeline.test_hf import write_parquet
 from tests.trainer.shared import free_port
-from tests.trainer.test_bucket import serving
+from tests.trainer.bucket_server import serving
 
 pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 
