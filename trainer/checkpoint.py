@@ -25,7 +25,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from trainer import config as config_lib, storage
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod import Pod
 from trainer.state import TrainState, fingerprints
 
@@ -80,8 +80,9 @@ class Checkpointer:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise CheckpointError(f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
-                            "again.") from error
+      # In a bucket also where host 0 clears away the only save, a torn one, while this host lists it.
+      raise StorageError(f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
+                         "again.") from error
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[None]] | None = None
@@ -227,7 +228,7 @@ class Checkpointer:
 
     Raises:
       ConfigError: if the checkpoint belongs to another config.
-      CheckpointError: if the storage cannot be read at all.
+      StorageError: if the storage cannot be read at all.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       self._pod.at(f"restore of step {step}")
@@ -242,8 +243,8 @@ class Checkpointer:
         if not isinstance(cause, _DAMAGE) and not unreachable:
           raise
         if unreachable and not isinstance(cause, _LOST):
-          raise CheckpointError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
-                                f"{storage.first_line(cause)}.") from error
+          raise StorageError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
+                             f"{storage.first_line(cause)}.") from error
         damage = storage.first_line(cause)
       # Good on one host is not good enough: all go on from the same step.
       damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")

@@ -3,7 +3,7 @@
 DONE = 0
 FAILED = 2  # a rerun of the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command goes on from there
-HOST_LOST = 76  # another host is missing or silent; the same command on all hosts goes on from the last checkpoint
+HOST_LOST = 76  # another host, or the storage, is missing or silent; the same command on all hosts goes on
 
 
 class TrainerError(Exception):
@@ -18,6 +18,12 @@ class ConfigError(TrainerError):
 
 class CheckpointError(TrainerError):
   """A checkpoint is needed and none can be read or written."""
+
+
+class StorageError(CheckpointError):
+  """The storage of the checkpoints does not answer as it should now; the same command may find it well."""
+
+  exit_code = HOST_LOST
 
 
 class NonFiniteError(TrainerError):

@@ -1,4 +1,4 @@
-"""A server of Google Cloud Storage on loopback that fails on demand: python bucket_server.py PORT FAULTS REFUSED
+"""A server of Google Cloud Storage on loopback that fails on demand: python -m tests.trainer.bucket_server PORT FAULTS REFUSED
 
 It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs want besides. FAULTS is a file with
 JSON, read at each request: while it has a `status`, each request whose method and path match `match` is answered with it,
@@ -10,11 +10,16 @@ from http import HTTPStatus
 import json
 import pathlib
 import re
+import subprocess
 import sys
+import time
 
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
+import requests
+
+from tests.trainer.shared import free_port
 
 
 def _generation(storage, request):
@@ -30,11 +35,14 @@ def _download(request, response, storage):
 
 
 def _insert(request, response, storage):
-  """With the condition on which TensorStore replaces an object, which the emulator does not know."""
-  request.params["object_id"] = request.query.get("name", [""])[0]
+  """With the condition on which TensorStore and gcloud replace an object, which the emulator does not know."""
   wanted = request.query.get("ifGenerationMatch")
+  if wanted:
+    name = request.query.get("name") or [request.data.get("meta", request.data)["name"]]  # gcloud's is in the body
+    request.params["object_id"] = name[0]
   if wanted and wanted[0] != _generation(storage, request):
     response.status = HTTPStatus.PRECONDITION_FAILED
+    response.json({"error": {"code": 412, "message": "At least one of the pre-conditions you specified did not hold."}})
     return
   objects.insert(request, response, storage)
 
@@ -47,10 +55,16 @@ def _move(request, response, storage):
     objects.delete(request, response, storage)
 
 
+def _layout(request, response, storage):
+  """What gcloud asks before it lists a bucket or removes folders: whether there is more in it than objects."""
+  response.json({"hierarchicalNamespace": {"enabled": False}, "items": []})
+
+
 _BUCKET, _OBJECT = r"/b/(?P<bucket_name>[-.\w]+)/o", r"/(?P<object_id>.*[^/]+)"
 server.HANDLERS = (
     (rf"^/storage/v1{_BUCKET}{_OBJECT}/moveTo/o/(?P<dest_object_id>.*[^/]+)$", {"POST": _move}),
-    (rf"^/upload/storage/v1{_BUCKET}$", {"POST": _insert, "PUT": objects.upload_partial}),
+    (r"^/storage/v1/b/[-.\w]+/(storageLayout|managedFolders)$", {"GET": _layout}),
+    (rf"^(/resumable)?/upload/storage/v1{_BUCKET}$", {"POST": _insert, "PUT": objects.upload_partial}),
     (rf"^/download/storage/v1{_BUCKET}{_OBJECT}$", {"GET": _download}),
     (rf"^/storage/v1{_BUCKET}{_OBJECT}$", {"GET": lambda request, response, storage: (
         _download if request.query.get("alt") == ["media"] else objects.get)(request, response, storage),
@@ -66,6 +80,8 @@ class _Handler(server.RequestHandler):
   def parse_request(self):
     if not super().parse_request():
       return False
+    if self.headers.get("Content-Type", "").startswith("multipart/"):  # gcloud's boundary is in the wrong quotes
+      self.headers.replace_header("Content-Type", self.headers["Content-Type"].replace("'", '"'))
     faults = json.loads(self.faults.read_text())
     line = f"{self.command} {self.path}"
     if not faults or not re.search(faults["match"], line):
@@ -84,6 +100,54 @@ class _Handler(server.RequestHandler):
   def handle(self):
     with contextlib.suppress(ConnectionError):  # of clients that were killed
       super().handle()
+
+
+class Server:
+  """The process of a bucket `bucket`."""
+
+  def __init__(self, folder):
+    port = free_port()
+    self._faults, self._refused = folder / "faults.json", folder / "refused"
+    self.answer()
+    self.process = subprocess.Popen(
+        [sys.executable, "-m", "tests.trainer.bucket_server", str(port), self._faults, self._refused],
+        cwd=pathlib.Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    self.url = f"http://127.0.0.1:{port}"
+    self.environment = {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url,
+                        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
+    while True:
+      with contextlib.suppress(requests.ConnectionError):
+        requests.get(self.url, timeout=10)
+        return
+      assert self.process.poll() is None
+      time.sleep(0.05)
+
+  def refuse(self, match, status):
+    """Refuses what matches from now on."""
+    self._refused.write_text("")
+    self._set({"match": match, "status": status})
+
+  def answer(self):
+    self._set({})
+
+  def _set(self, faults):
+    partial = self._faults.with_suffix(".tmp")
+    partial.write_text(json.dumps(faults))
+    partial.replace(self._faults)
+
+  def refused(self):
+    return self._refused.read_text().splitlines()
+
+
+@contextlib.contextmanager
+def serving(folder):
+  server = Server(folder)
+  try:
+    yield server
+  finally:
+    server.process.kill()
+    server.process.wait()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """A workdir in a bucket, against a server on loopback: what a run writes there, and what happens when it refuses."""
 
-import contextlib
 import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 from etils import epath
@@ -16,15 +14,15 @@ import numpy as np
 from orbax import checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
-import requests
 
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import fingerprints, free_port
+from tests.trainer.shared import fingerprints
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
 from trainer import events, report, storage, train as train_lib
 from trainer.checkpoint import Checkpointer
-from trainer.errors import CheckpointError, ConfigError, FAILED, PREEMPTED, Preempted, TrainerError
+from trainer.errors import (CheckpointError, ConfigError, FAILED, HOST_LOST, PREEMPTED, Preempted, StorageError,
+                            TrainerError)
 from trainer.pod import Pod
 
 ALONE = Pod(tiny.get_config().pod)
@@ -32,56 +30,9 @@ ANY_WRITE = "^(POST|PUT)"
 OF_ARRAYS = "^POST .*(ocdbt|manifest)"  # written by TensorStore
 
 
-class Server:
-  """The process of a bucket `bucket`."""
-
-  def __init__(self, folder):
-    port = free_port()
-    self._faults, self._refused = folder / "faults.json", folder / "refused"
-    self.answer()
-    self.process = subprocess.Popen(
-        [sys.executable, bucket_server.__file__, str(port), self._faults, self._refused],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    self.environment = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
-                        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
-    while True:
-      with contextlib.suppress(requests.ConnectionError):
-        requests.get(url, timeout=10)
-        return
-      assert self.process.poll() is None
-      time.sleep(0.05)
-
-  def refuse(self, match, status):
-    """Refuses what matches from now on."""
-    self._refused.write_text("")
-    self._set({"match": match, "status": status})
-
-  def answer(self):
-    self._set({})
-
-  def _set(self, faults):
-    partial = self._faults.with_suffix(".tmp")
-    partial.write_text(json.dumps(faults))
-    partial.replace(self._faults)
-
-  def refused(self):
-    return self._refused.read_text().splitlines()
-
-
-@contextlib.contextmanager
-def serving(folder):
-  server = Server(folder)
-  try:
-    yield server
-  finally:
-    server.process.kill()
-    server.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-  with serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
+  with bucket_server.serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
     for name, value in server.environment.items():  # of this process too, and for TensorStore before it is first used
       patch.setenv(name, value)
       patch.setitem(ENVIRONMENT, name, value)
@@ -242,11 +193,12 @@ def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, progra
   checkpointer.close()
   checkpointer = open_checkpointer(workdir, program)
   server.refuse("^GET .*checkpoints.*(ocdbt|manifest)", 403)
-  with pytest.raises(CheckpointError, match="checkpoints/2 cannot be read now"):
+  with pytest.raises(StorageError, match="checkpoints/2 cannot be read now"):
     checkpointer.restore_newest(program[1].abstract_state)
   server.refuse("^GET .*checkpoints", 403)
-  with pytest.raises(CheckpointError, match="cannot be read now"):
+  with pytest.raises(StorageError, match="cannot be read now") as raised:
     open_checkpointer(workdir, program)
+  assert raised.value.exit_code == HOST_LOST
   server.answer()
   assert whole(workdir) == [1, 2] and not (workdir / "damaged").exists()
   checkpointer.close()
@@ -323,7 +275,7 @@ def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_pat
   (tmp_path / "config.py").write_text(IMPATIENT)
   command = trainer("gs://bucket/run", "total_steps=600", "log.every_steps=100", "checkpoint.every_steps=200",
                     "checkpoint.retry_seconds=2", config=tmp_path / "config.py")
-  with serving(tmp_path) as server, subprocess.Popen(
+  with bucket_server.serving(tmp_path) as server, subprocess.Popen(
       command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | server.environment) as process:
     log = ""
     for line in process.stderr:
