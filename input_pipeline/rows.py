@@ -200,6 +200,20 @@ def _empty_rows(count: int, size: int) -> Batch:
   }
 
 
+class Draws:
+  """Random numbers by example: those of Philox(key=[seed, example]), in a tenth of the time."""
+
+  def __init__(self, seed: int):
+    self._generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    self._start = self._generator.bit_generator.state
+
+  def of(self, number: int) -> np.random.Generator:
+    """Returns the generator, at the start of the numbers of an example."""
+    self._start["state"]["key"][1] = number
+    self._generator.bit_generator.state = self._start
+    return self._generator
+
+
 class TrainRows(Rows):
   """Rows of an endless run over the examples: each epoch another permutation of all of them."""
 
@@ -233,8 +247,9 @@ class TrainRows(Rows):
     )
 
   def _fill(self, batch, first, examples, notes):
+    draws = Draws(self._crop_seed)
     for row, get in enumerate(examples):
-      view = functools.partial(self._view, first + row, batch["image"][row])
+      view = functools.partial(self._view, draws, first + row, batch["image"][row])
       for offset in range(_NEIGHBOURS + 1):
         record, good = self._read(get, offset, view, notes)
         if good:
@@ -247,9 +262,9 @@ class TrainRows(Rows):
       batch["bad"][row] = offset > 0
       batch["label"][row] = record.label
 
-  def _view(self, number: int, out: np.ndarray, data: bytes) -> None:
+  def _view(self, draws: Draws, number: int, out: np.ndarray, data: bytes) -> None:
     """Writes the augmented image of example `number` to uint8 [size, size, 3]."""
-    rng = np.random.Generator(np.random.Philox(key=[self._crop_seed, number]))
+    rng = draws.of(number)
     image.train_view(data, rng, self._size, self._area, self._aspect, self._flip, out)
 
 

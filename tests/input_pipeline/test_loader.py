@@ -14,6 +14,7 @@ from input_pipeline import catalog
 from input_pipeline import image
 from input_pipeline import loader
 from input_pipeline import records
+from input_pipeline import rows
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
@@ -159,7 +160,7 @@ def test_crops_and_flips_are_new_in_each_epoch():
 
 
 def test_the_random_numbers_of_an_example_are_its_own():
-  draws = loader._Draws(2**32 - 1)
+  draws = rows.Draws(2**32 - 1)
   for number in (5, 2**40, 5, 0):
     found = draws.of(number)
     fresh = np.random.Generator(np.random.Philox(key=[2**32 - 1, number]))
