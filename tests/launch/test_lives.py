@@ -70,18 +70,13 @@ def test_a_quota_that_is_used_up(bed):
 def test_a_life(bed):
   """And hostile words reach the trainer as they are."""
   hostile = """a "b" 'c' $(touch pwned) `id` ; & | \\ %s * ~"""
-  code, log = bed.run(*up(f"--config.data.path={hostile}"))
+  code, log = bed.run(*up(f"--config.data.path={hostile}", "--poll=10s"))
   assert code == DONE, log
   assert_complete(bed, log, 40)
   assert bed.json("workdir/config.json")["data"]["path"] == hostile
   assert bed.json("workdir/final.json")["examples"] > 0
   assert calls(bed, CREATE) == 1 and calls(bed, DELETE) == 1
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
-  # A run that is complete costs nothing when it is asked for again, and its logs are still there.
-  code, log = bed.run(*up(f"--config.data.path={hostile}"))
-  assert code == DONE and "is complete" in log and calls(bed, CREATE) == 1
-  code, log = bed.run("logs", NAME, "--worker=all", "--lines=5")
-  assert code == DONE and "[0-0] " in log and "[0-1] " in log
 
 
 @slow
@@ -287,6 +282,11 @@ def test_two_launchers_of_one_run(bed):
   assert_complete(bed, first.log + second.log, 40)
   assert calls(bed, CREATE) == 1
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
+  # What is complete costs nothing when it is asked for again, and its logs are still there.
+  code, log = bed.run(*up())
+  assert code == DONE and "is complete" in log and calls(bed, CREATE) == 1
+  code, log = bed.run("logs", NAME, "--worker=all", "--lines=5")
+  assert code == DONE and "[0-0] " in log and "[0-1] " in log
 
 
 # Money.
