@@ -89,7 +89,10 @@ class Looker:
       lost = memory.active or queued is None and memory.started is not None
       return World(self._clock(), queued, heartbeat=self.heartbeat() if lost else None,
                    reports=self.left_behind(memory.attempt) if queued is None and memory.started else ())
-    nodes = tuple(map(node_of, nodes_of_run(self._gcloud.json(commands.list_nodes(place)), place.run)))
+    # Of an earlier life with more slices something may be left over, which `down` removes.
+    names = [place.run] if self.settings.slices == 1 else [f"{place.run}-{i}" for i in range(self.settings.slices)]
+    listed = map(node_of, nodes_of_run(self._gcloud.json(commands.list_nodes(place)), place.run))
+    nodes = tuple(node for node in listed if node.name in names)
     reports: tuple[Report, ...] = ()
     if len(nodes) == self.settings.slices and all(node.state == "READY" for node in nodes):
       reports, trouble = self.ask("status")

@@ -185,24 +185,30 @@ def stop(place: Place, owner: str, as_json: bool) -> int:
   if not world.reports:
     screen.lines([f"No host of {place.run} answers, so there is nothing to stop. {world.trouble}"])
     return states.ERROR
+  hosts = sum(node.hosts for node in world.nodes)
   deadline, verb = time.monotonic() + _STOP_SECONDS, "stop"
   while True:
     reports, trouble = looker.ask(verb)
     left = [report.name for report in reports if report.phase not in ("ended", "none")]
-    if reports and not left and len(reports) == len(world.reports):
+    if not left and len(reports) == hosts:
       break
     if time.monotonic() > deadline:
-      screen.lines([f"Host {', '.join(left)} has not ended within {_STOP_SECONDS:g} s. {trouble}"])
+      names = ", ".join(left) or "none"
+      screen.lines([f"{len(reports)} of {hosts} hosts answer, and of them {names} has not ended within "
+                    f"{_STOP_SECONDS:g} s. {trouble}"])
       return states.ERROR
-    verb = "status"
+    verb = "status" if len(reports) == hosts else "stop"
     time.sleep(min(5.0, run.settings.poll))
   step = max((report.step or 0 for report in reports), default=0)
-  if not store.other_driver(run) and run.result is None:
+  while run and not store.other_driver(run) and run.result is None:
     states.remember(dataclasses.replace(world, reports=reports), run.memory, run.settings)
     run.result = {"code": states.DONE, "reason": f"stopped at step {step}; the slice is kept", "time": time.time()}
-    store.write(run, driving=False)
+    try:
+      store.write(run, driving=False)
+    except TakenOver:  # by a launcher that has just begun, or by the last words of one that has just left
+      run = store.read()
   screen.lines([f"{place.run}: saved and stopped at step {step}. The slice stays and is paid for "
-                f"({View.chips_text(run.settings)}).", f"  launch/tpu down {place.run}   removes it",
+                f"({View.chips_text(looker.settings)}).", f"  launch/tpu down {place.run}   removes it",
                 "  launch/tpu up ...    the same line as before goes on"])
   return states.DONE
 

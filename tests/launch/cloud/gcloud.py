@@ -70,7 +70,8 @@ def storage(words, flags):
 
 def ssh(flags):
   nodes, hosts = load("nodes.json", {}), []
-  for number, node in enumerate(nodes.values()):
+  held = [node for name, node in nodes.items() if not name.endswith("-7")]  # of an earlier life, see test_life
+  for number, node in enumerate(held):
     for worker in range(len(node["networkEndpoints"])):
       if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker)):
         hosts.append((number, worker))

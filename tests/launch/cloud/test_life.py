@@ -208,6 +208,8 @@ def test_two_launchers_of_one_run(cloud):
 
 def test_leaving_stopping_and_going_on(cloud):
   cloud.write("plan.json", {"pause": 5})
+  left_over = {"name": "x/nodes/r1-7", "state": "READY", "labels": {"run": "r1", "owner": "me"}, "networkEndpoints": [{}]}
+  cloud.write("nodes.json", {"r1-7": left_over})
   launcher = cloud.start(*cloud.up("--max-hours=5"))
   cloud.wait_for(lambda: cloud.step() >= 4)
   launcher.send_signal(signal.SIGINT)
@@ -219,7 +221,7 @@ def test_leaving_stopping_and_going_on(cloud):
   assert code == 0 and status["state"] == "ACTIVE" and [report["phase"] for report in status["reports"]
                                                        ] == ["running"] * 2
   code, output = cloud.run("stop", "r1")
-  assert code == 0 and "saved and stopped at step" in output
+  assert code == 0 and "saved and stopped at step" in output, output
   assert "r1" in cloud.read("queued.json")
   code, output = cloud.run(*cloud.up("--max-hours=5", "--type=v5litepod-16"))
   assert code == 2 and "still has 1 x v5litepod-8 spot in us-west4-a" in output
