@@ -107,7 +107,7 @@ def test_preempted(bed, undisturbed, notice, stale):
   assert bed.json("run.json")["result"] is None
   assert process.finish() == DONE, process.log
   assert_complete(bed, process.log, LONG, attempts=2)
-  assert "Going on from checkpoint" in bed.read("logs/attempt-2/host-0-0.log")
+  assert "Going on from checkpoint" in bed.read(f"logs/attempt-{bed.json('run.json')['attempt']}/host-0-0.log")
   assert bed.fingerprints(LONG) == undisturbed
   assert calls(bed, CREATE) == 2
 
