@@ -47,9 +47,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
+  # Or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
   config.data.path = ""
-  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | synthetic | auto:
-  # stream for a URL, else by what the folder holds.
+  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic |
+  # auto: hf for hf:..., stream for a URL, else by what the folder holds.
   config.data.kind = "auto"
   config.data.train_split = "train"
   config.data.eval_split = "val"
@@ -65,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
   # most 32; on fewer none. What a chip needs of them: `python -m input_pipeline.bench`.
   config.data.workers = -1
   # Decoding threads of each process; 0 decodes when the batch is asked for. -1 chooses: 0 in processes, which ask at
-  # once, and up to 2 in the trainer.
+  # once, and up to 2 in the trainer. Kind hf decodes in threads of the trainer alone: -1 is one a core, at most 16.
   config.data.threads = -1
   config.data.prefetch_batches = 4  # batches that threads decode ahead in each process; without threads it is two
   # Streamed data, see input_pipeline/order.py. A batch mixes lanes x window blocks; all hosts together hold that many
@@ -78,6 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
   config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
   config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
+  # Parquet, see input_pipeline/hf_stream.py.
+  config.data.hf_streams = 8  # row groups that each host reads at once
+  config.data.hf_window = 4096  # examples shuffled together; a host holds two windows in memory, 110 kB an image
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
   config.data.synthetic_examples = 1024  # size of each split of kind synthetic
 

@@ -11,6 +11,7 @@ from array_record.python import array_record_module
 from configs import base
 import numpy as np
 
+from input_pipeline import catalog
 from input_pipeline import image
 from input_pipeline import records
 from input_pipeline import shards
@@ -76,7 +77,8 @@ def write_shard(
     writer.write(records.encode(example))
   writer.close()
   classes = [str(i) for i in range(1 + max(e.label for e in examples))]
-  return sources.ArrayRecordSource(folder, [(name, len(examples))], classes)
+  shard = catalog.Shard(name, len(examples), None)
+  return sources.ArrayRecordSource(catalog.LocalFolder(folder), catalog.Split([shard], classes, ""))
 
 
 def _photograph(seed: int) -> bytes:

@@ -194,9 +194,8 @@ def train_view(
   box = rgb[top:bottom, left:right]
   # Only where that cannot be done; bilinear interpolation would skip pixels.
   method = cv2.INTER_AREA if min(box.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
-  if flip and rng.random() < 0.5:
-    return cv2.flip(cv2.resize(box, (size, size), interpolation=method), 1, out)
-  return cv2.resize(box, (size, size), out, interpolation=method)
+  view = cv2.resize(box, (size, size), out, interpolation=method)
+  return cv2.flip(view, 1, view) if flip and rng.random() < 0.5 else view
 
 
 def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:

@@ -1,11 +1,12 @@
 """What `prepare` reads: every image of a tar, a folder or ImageNet's archives; unpacks nothing."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 import os
 import tarfile
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -46,6 +47,30 @@ class Member(NamedTuple):
     return data
 
 
+class Images(Protocol):
+  """Images of a shard, in order. Can be pickled."""
+
+  def __len__(self) -> int:
+    """Returns how many they are."""
+
+  def __iter__(self) -> Iterator[tuple[bytes, int, str]]:
+    """Reads one after the other: the file, the label, the name; raises DataError if one cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+  """Image files that were listed before."""
+
+  members: Sequence[Member]
+
+  def __len__(self) -> int:
+    return len(self.members)
+
+  def __iter__(self) -> Iterator[tuple[bytes, int, str]]:
+    for member in self.members:
+      yield member.read(), member.label, member.name
+
+
 class Inputs(NamedTuple):
   """All images by split, in a fixed order.
 
@@ -60,6 +85,24 @@ class Inputs(NamedTuple):
   classes: list[str]
   splits: dict[str, list[Member]]
   ignored: int
+
+  def count(self, split: str) -> int:
+    """Returns the number of images of a split."""
+    return len(self.splits[split])
+
+  def size(self, split: str) -> int:
+    """Returns the bytes of all images of a split."""
+    return sum(member.size for member in self.splits[split])
+
+  def most_shards(self, split: str) -> tuple[int, str]:
+    """Returns how many shards can be made of a split, and what there would be fewer of."""
+    return self.count(split), "images"
+
+  def deal(self, split: str, shards: int, seed: int) -> list[Images]:
+    """Puts the images of a split in an order drawn from the seed; returns those of each shard."""
+    members = self.splits[split]
+    order = np.random.default_rng([seed, split == "train"]).permutation(len(members))
+    return [Members([members[i] for i in part]) for part in np.array_split(order, shards)]
 
   def fingerprint(self) -> str:
     """Returns a hash that changes if an image is added, renamed, relabelled or of another size."""

@@ -125,6 +125,11 @@ def inspect(options: flags.FlagValues) -> list[str]:
     DataError: the data cannot be opened.
   """
   data = options.config.data
+  if sources.order_of(data.kind, data.path) == "parquet":
+    raise DataError(
+      f"{data.path} is parquet, which has no checksums and no access by index; make shards of it "
+      "with `python -m input_pipeline.prepare --from` and look at those."
+    )
   # Without a run file the base config stands for what the loader does, not for a model.
   num_classes = options.config.model.num_classes
   if options["config"].config_filename == base.__file__ and data.kind != "synthetic":

@@ -8,7 +8,6 @@ the first.
 import functools
 from typing import NamedTuple, Protocol, Sequence
 
-import grain
 import numpy as np
 
 
@@ -40,6 +39,8 @@ class GlobalShuffle:
   """Each epoch is another permutation of all records: for sources with cheap random access."""
 
   def __init__(self, length: int, seed: int):
+    import grain  # here, because it imports JAX, which takes seconds and `prepare` does without
+
     self._order = grain.MapDataset.range(length).shuffle(seed=seed)
 
   def __getitem__(self, number: int) -> int:

@@ -68,7 +68,7 @@ def start(workers: int) -> Iterator[Pool | None]:
 def make_all(tasks: Sequence[shards.Task], pool: Pool | None) -> dict[str, dict[str, Any]]:
   """Makes all shards and shows how far it is; returns their journals by file name."""
   results = {}
-  with Progress(sum(len(task.members) for task in tasks), "images") as progress:
+  with Progress(sum(len(task.images) for task in tasks), "images") as progress:
     if pool is None:
       for task in tasks:
         results[task.file] = shards.make_shard(task, progress.add)

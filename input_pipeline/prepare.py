@@ -2,18 +2,20 @@
 
     python -m input_pipeline.prepare --out DIR --imagenet-train ILSVRC2012_img_train.tar \\
         --imagenet-val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+    python -m input_pipeline.prepare --out gs://BUCKET/FOLDER --from hf:imagenet-1k
 
 The images are put in random order and dealt to shards. Every one is decoded once, and what is odd
 about it is listed in DIR/manifest.json. The bytes of the images stay as they are. The result
 depends on the images, --seed, the numbers of shards and --max-size, and on nothing else. A run that
 was stopped goes on when the same command is given again: finished shards whose checksums are right
-are kept.
+are kept. On the way to a bucket there is one shard of each worker process on the local disk, in
+TMPDIR. What comes from Hugging Face is read as a stream, and put in random order by row group and
+then within each shard: a shard holds whole row groups.
 """
 
 import argparse
 import collections
 import contextlib
-import fcntl
 import itertools
 import os
 import re
@@ -22,9 +24,9 @@ import signal
 import sys
 from typing import Any, Iterator, Sequence
 
-import numpy as np
-
+from input_pipeline import hf_inputs
 from input_pipeline import inputs
+from input_pipeline import outputs
 from input_pipeline import pool
 from input_pipeline import records
 from input_pipeline import shards
@@ -63,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "--out", required=True, metavar="DIR", help="where the shards and manifest.json go"
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="where the shards and manifest.json go: a folder, or gs://BUCKET/FOLDER",
   )
   what = parser.add_argument_group("images, one of")
   what.add_argument(
@@ -79,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     "--tar", metavar="TAR", help="the same in an uncompressed tar; a leading folder does no harm"
   )
   what.add_argument(
+    "--from",
+    dest="hf",
+    metavar="hf:PATH",
+    help="parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, with the token in HF_TOKEN, "
+    "or hf: and a folder, local or gs:// or https://",
+  )
+  what.add_argument(
     "--digits",
     action="store_true",
     help="scikit-learn's 1,797 handwritten digits as 32x32 JPEGs, 10 classes, needs no file",
@@ -87,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
   labels.add_argument("--devkit", metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
   labels.add_argument(
     "--val-labels", metavar="TXT", help="one synset a line, in the order of the image names"
+  )
+  parser.add_argument(
+    "--val-split", default="", metavar="NAME", help="of --from: what becomes val; validation or val"
   )
   how = parser.add_argument_group("how")
   how.add_argument(
@@ -131,15 +146,15 @@ def prepare(args: argparse.Namespace) -> None:
   """
   _check(args)
   count = args.workers or _cores()
-  os.makedirs(args.out, exist_ok=True)
-  with _locked(args.out), pool.start(count) as workers:
+  output = outputs.open_output(args.out)
+  with _locked(output), pool.start(count) as workers:
     print("listing the images", flush=True)
     found = _find(args, workers.executor.map if workers else map)
-    counts = {split: _shard_count(split, members, args) for split, members in found.splits.items()}
-    for split, members in found.splits.items():
+    counts = {split: _shard_count(split, found, args) for split in found.splits}
+    for split, number in counts.items():
       print(
-        f"{split}: {len(members):,} images of {len(found.classes):,} classes, "
-        f"{counts[split]:,} shards to make",
+        f"{split}: {found.count(split):,} images of {len(found.classes):,} classes, "
+        f"{number:,} shards to make",
         flush=True,
       )
     if found.ignored:
@@ -152,15 +167,23 @@ def prepare(args: argparse.Namespace) -> None:
       "shards": counts,
       "max_size": args.max_size,
     }
-    _start(args, plan, sum(m.size for members in found.splits.values() for m in members))
+    sizes = {split: found.size(split) for split in found.splits}
+    needed = sum(sizes.values())
+    if output.scratch != args.out:  # there is a shard of each worker at a time
+      needed = min(needed, count * max(sizes[split] // counts[split] for split in sizes))
+    _start(args, output, plan, needed)
     tasks = {
-      split: _tasks(args, split, members, counts[split]) for split, members in found.splits.items()
+      split: [
+        shards.Task(args.out, records.shard_name(split, i, counts[split]), images, args.max_size)
+        for i, images in enumerate(found.deal(split, counts[split], args.seed))
+      ]
+      for split in found.splits
     }
     entries = pool.make_all(list(itertools.chain(*tasks.values())), workers)
     manifest = _manifest(
       plan, found.classes, {s: [entries[t.file] for t in tasks[s]] for s in tasks}
     )
-    records.write_json(os.path.join(args.out, records.MANIFEST), manifest)
+    output.write_json(records.MANIFEST, manifest)
   print(summary(manifest), flush=True)
 
 
@@ -173,10 +196,14 @@ def _cores() -> int:
 
 def _check(args: argparse.Namespace) -> None:
   imagenet = bool(args.imagenet_train or args.imagenet_val)
-  if imagenet + bool(args.folder) + bool(args.tar) + args.digits != 1:
+  if imagenet + bool(args.folder) + bool(args.tar) + bool(args.hf) + args.digits != 1:
     raise DataError(
-      "give exactly one of --imagenet-train/--imagenet-val, --folder, --tar, --digits."
+      "give exactly one of --imagenet-train/--imagenet-val, --folder, --tar, --from, --digits."
     )
+  if args.hf and not args.hf.startswith(hf_inputs.PREFIX):
+    raise DataError(f"--from is {args.hf}; it must begin with {hf_inputs.PREFIX}.")
+  if args.val_split and not args.hf:
+    raise DataError("--val-split names a split of --from, which is not given.")
   if args.devkit and args.val_labels:
     raise DataError("give --devkit or --val-labels, not both.")
   if (args.devkit or args.val_labels) and not args.imagenet_val:
@@ -186,7 +213,9 @@ def _check(args: argparse.Namespace) -> None:
       raise DataError(f"--{name.replace('_', '-')} must not be negative.")
 
 
-def _find(args: argparse.Namespace, run: inputs.Map) -> inputs.Inputs:
+def _find(args: argparse.Namespace, run: inputs.Map) -> inputs.Inputs | hf_inputs.HfInputs:
+  if args.hf:
+    return hf_inputs.from_hf(args.hf, args.val_split)
   if args.digits:
     return inputs.from_digits(args.seed)
   if args.folder:
@@ -198,85 +227,66 @@ def _find(args: argparse.Namespace, run: inputs.Map) -> inputs.Inputs:
   )
 
 
-def _shard_count(split: str, members: Sequence[inputs.Member], args: argparse.Namespace) -> int:
+def _shard_count(
+  split: str, found: inputs.Inputs | hf_inputs.HfInputs, args: argparse.Namespace
+) -> int:
   wanted = args.shards if split == "train" else args.val_shards
-  if wanted > len(members):
-    raise DataError(f"{wanted} shards are more than the {len(members)} images of {split}.")
-  total = sum(m.size for m in members)
-  return wanted or max(1, min(_MAX_SHARDS, -(-total // _SHARD_BYTES)))
+  most, what = found.most_shards(split)
+  if wanted > most:
+    raise DataError(f"{wanted} shards are more than the {most} {what} of {split}.")
+  return wanted or max(1, min(_MAX_SHARDS, most, -(-found.size(split) // _SHARD_BYTES)))
 
 
-def _tasks(
-  args: argparse.Namespace, split: str, members: list[inputs.Member], count: int
-) -> list[shards.Task]:
-  """Deals the images of a split, in an order drawn from the seed, to its shards."""
-  order = np.random.default_rng([args.seed, split == "train"]).permutation(len(members))
-  return [
-    shards.Task(
-      args.out, records.shard_name(split, i, count), [members[j] for j in part], args.max_size
-    )
-    for i, part in enumerate(np.array_split(order, count))
-  ]
-
-
-def _start(args: argparse.Namespace, plan: dict[str, Any], size: int) -> None:
+def _start(
+  args: argparse.Namespace, output: outputs.Output, plan: dict[str, Any], size: int
+) -> None:
   """Makes the output folder ready for `plan`; raises DataError if it holds other shards."""
-  journal = os.path.join(args.out, shards.JOURNAL)
-  file = os.path.join(journal, "plan.json")
-  names = os.listdir(args.out)
-  ours = [name for name in names if name == records.MANIFEST or _SHARD.fullmatch(name)]
-  if os.path.exists(file) or ours:
-    old = records.read_json(file) if os.path.exists(file) else {}
-    differs = [key for key in plan if old.get(key) != plan[key]]
+  file = f"{shards.JOURNAL}/plan.json"
+  ours = [n for n in output.names() if n == records.MANIFEST or _SHARD.fullmatch(n)]
+  old = output.read_json(file)
+  if old is not None or ours:
+    differs = [key for key in plan if (old or {}).get(key) != plan[key]]
     if not differs:
       return
     if not args.overwrite:
       shown = ", ".join(
-        "other images" if k == "images" else f"{k}={old.get(k)!r} instead of {plan[k]!r}"
+        "other images" if k == "images" else f"{k}={(old or {}).get(k)!r} instead of {plan[k]!r}"
         for k in differs
       )
       raise DataError(
         f"{args.out} holds shards made with {shown}; give the same options as then, another "
         "--out, or --overwrite to delete them."
       )
-    for name in ours:
-      os.remove(os.path.join(args.out, name))
-    shutil.rmtree(journal, ignore_errors=True)
-  free = shutil.disk_usage(args.out).free
+    for name in [*ours, shards.JOURNAL]:
+      output.remove(name)
+  free = shutil.disk_usage(output.scratch).free
   if not args.max_size and free < size:
     raise DataError(
-      f"{args.out} has {free / 2**30:.1f} GiB free, but the shards need {size / 2**30:.1f} GiB; "
-      "make room or choose another --out."
+      f"{output.scratch} has {free / 2**30:.1f} GiB free, but the shards need "
+      f"{size / 2**30:.1f} GiB; make room or choose another folder."
     )
-  os.makedirs(journal, exist_ok=True)
-  records.write_json(file, plan)
+  output.write_json(file, plan)
 
 
 @contextlib.contextmanager
-def _locked(out: str) -> Iterator[None]:
-  """Holds the output folder for this process alone and leaves no torn file in it.
+def _locked(output: outputs.Output) -> Iterator[None]:
+  """Holds the output folder for this process alone and leaves no torn file on the disk.
 
   Raises:
     DataError: another prepare has it.
   """
-  folder = os.open(out, os.O_RDONLY)
-  try:
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    os.close(folder)
-    raise DataError(f"another prepare is writing to {out}; wait for it or stop it.") from e
-  try:
-    _remove_temporaries(out)  # of a run that was killed
-    yield
-  finally:
-    _remove_temporaries(out)  # of processes that were stopped
-    os.close(folder)
+  with output.locked():
+    try:
+      _remove_temporaries(output.scratch)  # of a run that was killed
+      yield
+    finally:
+      _remove_temporaries(output.scratch)  # of processes that were stopped
 
 
-def _remove_temporaries(out: str) -> None:
-  for name in os.listdir(out):
+def _remove_temporaries(folder: str) -> None:
+  for name in os.listdir(folder):
     if _TEMPORARY.fullmatch(name):
-      os.remove(os.path.join(out, name))
+      os.remove(os.path.join(folder, name))
 
 
 def _manifest(

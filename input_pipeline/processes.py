@@ -7,6 +7,7 @@ import threading
 
 # More would only take memory: at 600 images a second each they feed eight chips of 2,000.
 _MOST_WORKERS = 32
+_MOST_THREADS = 16  # that decode in one process: each image needs the interpreter for a while
 
 
 def choose(workers: int, threads: int) -> tuple[int, int]:
@@ -16,12 +17,21 @@ def choose(workers: int, threads: int) -> tuple[int, int]:
   there are cores for it: all but two of four or more. With fewer, up to two threads of the trainer
   do it. A process needs no threads: it decodes the next batch while the last one is fetched.
   """
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  cores = _cores()
   if workers < 0:
     workers = min(cores - 2, _MOST_WORKERS) if cores >= 4 else 0
   if threads < 0:
     threads = 0 if workers else min(cores, 2)
   return workers, threads
+
+
+def choose_threads(threads: int) -> int:
+  """Returns how many threads decode what no other process can; -1 is one for each core."""
+  return max(1, threads) if threads >= 0 else min(_cores(), _MOST_THREADS)
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def follow_parent() -> None:

@@ -4,7 +4,7 @@ import collections
 import hashlib
 import io
 import os
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple
 
 from array_record.python import array_record_module
 import numpy as np
@@ -12,10 +12,11 @@ from PIL import Image
 import simplejpeg
 
 from input_pipeline import image
+from input_pipeline import outputs
 from input_pipeline import records
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
-from input_pipeline.inputs import Member
+from input_pipeline.inputs import Images
 
 JOURNAL = ".journal"  # folder in the output: one file per finished shard, and what was asked for
 UNDECODABLE = "undecodable"
@@ -35,11 +36,11 @@ _FORMATS = {".jpg": _JPEG, ".jpeg": _JPEG, ".png": ("PNG",)}
 
 
 class Task(NamedTuple):
-  """One shard to make: OUT/FILE of `members`, shrunk to `max_size` pixels (0: untouched)."""
+  """One shard to make: OUT/FILE of `images`, shrunk to `max_size` pixels (0: untouched)."""
 
   out: str
   file: str
-  members: Sequence[Member]
+  images: Images
   max_size: int
 
 
@@ -58,38 +59,26 @@ def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any
   Raises:
     DataError: the images cannot be read or the disk cannot be written.
   """
-  final = os.path.join(task.out, task.file)
-  journal = os.path.join(task.out, JOURNAL, f"{task.file}.json")
-  done = _finished(final, journal)
-  if done is not None:
-    report(len(task.members))
+  output = outputs.open_output(task.out)
+  journal = f"{JOURNAL}/{task.file}.json"
+  done = output.read_json(journal)
+  if done is not None and output.holds(task.file, done):
+    report(len(task.images))
     return done, True
-  temporary = os.path.join(task.out, f".{task.file}.{os.getpid()}.tmp")
+  temporary = os.path.join(output.scratch, f".{task.file}.{os.getpid()}.tmp")
   try:
     entry = _write(temporary, task, report)
-    with open(temporary, "rb+") as f:
+    with open(temporary, "rb") as f:
       entry["bytes"] = os.fstat(f.fileno()).st_size
       entry["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
-      os.fsync(f.fileno())
-    os.replace(temporary, final)
-    records.write_json(journal, entry)
+    output.put(temporary, task.file, entry)
+    output.write_json(journal, entry)
     return entry, False
   except (OSError, RuntimeError) as e:  # array_record raises the latter for what the system refuses
     raise DataError(
-      f"{final} cannot be written ({e}); mend that and run the same command again, "
-      "finished shards are kept."
+      f"{os.path.join(task.out, task.file)} cannot be written ({e}); mend that and run the same "
+      "command again, finished shards are kept."
     ) from e
-
-
-def _finished(final: str, journal: str) -> dict[str, Any] | None:
-  """Returns the journal of a shard that is there as it was written; None if it must be made."""
-  if not os.path.exists(journal) or not os.path.exists(final):
-    return None
-  entry = records.read_json(journal)
-  if os.path.getsize(final) != entry["bytes"]:
-    return None
-  with open(final, "rb") as f:
-    return entry if hashlib.file_digest(f, "sha256").hexdigest() == entry["sha256"] else None
 
 
 def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, Any]:
@@ -99,19 +88,18 @@ def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, An
   reencoded = 0
   writer = array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
   try:
-    for member in task.members:
-      data = member.read()
-      rgb, kinds, reason = inspect(data, member.name)
+    for data, label, name in task.images:
+      rgb, kinds, reason = inspect(data, name)
       for kind in kinds:
-        problems[kind].append(member.name)
+        problems[kind].append(name)
       if rgb is None:
-        reasons[member.name] = reason
+        reasons[name] = reason
       else:
         if task.max_size and min(rgb.shape[:2]) > task.max_size:
           data = shrink(rgb, task.max_size)
           reencoded += 1
-        writer.write(records.encode(records.Record(data, member.label, member.name)))
-        counts[member.label] += 1
+        writer.write(records.encode(records.Record(data, label, name)))
+        counts[label] += 1
       report(1)
   finally:
     writer.close()

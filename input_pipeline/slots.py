@@ -57,6 +57,9 @@ class Slots:
   limit of /dev/shm applies. Each decoding process has slots of its own, so that nobody has to agree
   on who takes which. A byte per slot says whether it is in use: set by the decoding process,
   cleared by the one that reads.
+
+  Attributes:
+    nbytes: the most memory that they can take.
   """
 
   def __init__(self, shape: tuple[int, ...], workers: int, slots_per_worker: int):
@@ -74,7 +77,8 @@ class Slots:
     self._stride = _whole_pages(math.prod(shape))
     fd = os.memfd_create("batches")
     weakref.finalize(self, os.close, fd)
-    os.ftruncate(fd, self._first + count * self._stride)
+    self.nbytes = self._first + count * self._stride
+    os.ftruncate(fd, self.nbytes)
     self._path = f"/proc/{os.getpid()}/fd/{fd}"
     self._map()
 

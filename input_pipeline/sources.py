@@ -17,6 +17,7 @@ import simplejpeg
 
 from input_pipeline import bucket as bucket_lib
 from input_pipeline import catalog
+from input_pipeline import hf
 from input_pipeline import records
 from input_pipeline.bucket import Bucket
 from input_pipeline.bucket import Patience
@@ -27,7 +28,7 @@ from input_pipeline.order import Run
 from input_pipeline.records import Record
 from input_pipeline.remote_shard import RemoteShard
 
-KINDS = ("auto", "array_record", "stream", "folder", "synthetic")
+KINDS = ("auto", "array_record", "stream", "folder", "hf", "synthetic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 _READER_OPTIONS = (
@@ -191,7 +192,9 @@ class StreamSource(ShardedSource):
   def decode(self, index: int, data: bytes | BadRecordError) -> Record:
     """Returns the example that one of the answers of `read_run` holds, as __getitem__ does."""
     if isinstance(data, BadRecordError):
-      raise data
+      # Another one: raised, `data` would hold this frame and with it the whole batch until the
+      # garbage collector comes.
+      raise BadRecordError(str(data))
     return self._decode(data, *self._find(index))
 
 
@@ -258,7 +261,11 @@ def open_source(data: Any, split: str, num_classes: int | None) -> Source:
     if data.synthetic_examples < 1:
       raise DataError("config.data.synthetic_examples must be at least 1.")
     return SyntheticSource(data.synthetic_examples, num_classes)
-  if is_streamed(data.kind, data.path):
+  order = order_of(data.kind, data.path)
+  if order == "parquet":
+    path = data.path
+    source = hf.open_source(path, split, num_classes)
+  elif order == "lanes":
     path = _checked_url(data.path) if has_scheme(data.path) else _local_folder(data.path)
     patience = Patience(data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds)
     bucket = Bucket(path, patience)
@@ -279,9 +286,14 @@ def open_source(data: Any, split: str, num_classes: int | None) -> Source:
   return source
 
 
-def is_streamed(kind: str, path: str) -> bool:
-  """Tells whether data are read by ranges, in lanes: their order is another one."""
-  return kind == "stream" or (kind == "auto" and has_scheme(path))
+def order_of(kind: str, path: str) -> str:
+  """Returns in which of three orders the examples of a config come, by its data.kind and data.path.
+
+  global: of local data | lanes: read by ranges, see order.py | parquet: see hf_stream.py
+  """
+  if kind == "hf" or (kind == "auto" and path.startswith(hf.PREFIX)):
+    return "parquet"
+  return "lanes" if kind == "stream" or (kind == "auto" and has_scheme(path)) else "global"
 
 
 def list_classes(folder: str) -> list[str]:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import queue
 import threading
+import time
 from typing import Any, Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from input_pipeline.order import Run
 from input_pipeline.order import WindowedOrder
 
 _CLOSED = "the loader was closed"
+_CLOSE_SECONDS = 5.0  # for threads that wait for a server
 Read = Callable[[Run], list[bytes | BadRecordError]]
 
 
@@ -101,11 +103,18 @@ class ReadAhead:
     return records
 
   def close(self) -> None:
-    """Ends the threads, those that are waiting for a server as soon as they have an answer."""
+    """Ends the threads, those that are waiting for a server as soon as they have an answer.
+
+    Waits for them, but not for long: one that comes back from C++ while the interpreter ends would
+    abort the process.
+    """
     with self._lock:
       self._closed = True
     for _ in self._threads:
       self._tasks.put(None)
+    deadline = time.monotonic() + _CLOSE_SECONDS
+    for thread in self._threads:
+      thread.join(max(0.0, deadline - time.monotonic()))
 
   def _plan(self, step: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
     plan = self._order.parts(*self._span(step))

@@ -53,6 +53,8 @@ _RANGES = {
     "data.workers": _COUNT_OR_AUTO,
     "data.threads": _COUNT_OR_AUTO,
     "data.prefetch_batches": _AT_LEAST_1,
+    "data.hf_streams": _AT_LEAST_1,
+    "data.hf_window": _AT_LEAST_1,
     "data.stream_lanes": _AT_LEAST_1,
     "data.stream_block": _AT_LEAST_1,
     "data.stream_window": _AT_LEAST_1,
@@ -257,11 +259,13 @@ def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, wor
   values = flatten(config)
   differ = [field for field in sorted(saved.keys() | values.keys())
             if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)]
-  streamed = [sources.is_streamed(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
-  if streamed[0] != streamed[1]:
-    raise ConfigError(f"{workdir} holds checkpoints of a run over {'streamed' if streamed[0] else 'local'} data, which "
-                      f"come in another order; give --config.data.kind={'stream' if streamed[0] else 'array_record'} "
-                      "with a fitting --config.data.path, or another --workdir.")
+  orders = [sources.order_of(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
+  if orders[0] != orders[1]:
+    kinds, names = ({"global": "array_record", "lanes": "stream", "parquet": "hf"},
+                    {"global": "local", "lanes": "streamed", "parquet": "parquet"})
+    raise ConfigError(f"{workdir} holds checkpoints of a run over {names[orders[0]]} data, which come in another order; "
+                      f"give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or another "
+                      "--workdir.")
   if differ:
     changes = ", ".join(f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ)
     raise ConfigError(f"{workdir} holds checkpoints of another config ({changes}); "

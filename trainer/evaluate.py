@@ -1,6 +1,7 @@
 """Exact evaluation: every example counts once on any number of devices."""
 
 import collections
+import contextlib
 from typing import Any, Callable, Iterator
 
 import jax
@@ -46,12 +47,13 @@ def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats
   """
   totals = zero_totals(mesh)
   in_flight = collections.deque()
-  for batch in mesh_lib.prefetch(mesh, host_batches, BATCH):
-    totals = eval_step(params, batch_stats, totals, batch, requests())
-    in_flight.append(totals["request"])
-    # Two batches late: that bounds the batches in flight, and with them the memory that they hold.
-    if len(in_flight) > 2 and jax.device_get(in_flight.popleft()) == STOP:
-      return None
+  with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, BATCH)) as batches:
+    for batch in batches:
+      totals = eval_step(params, batch_stats, totals, batch, requests())
+      in_flight.append(totals["request"])
+      # Two batches late: that bounds the batches in flight, and with them the memory that they hold.
+      if len(in_flight) > 2 and jax.device_get(in_flight.popleft()) == STOP:
+        return None
   totals = jax.device_get(totals)
   examples = int(totals["examples"])
   result = {name: float(totals[name]) / examples for name in ("loss", "top1", "top5")}

@@ -6,6 +6,7 @@ inserts the collectives and the halos of convolutions.
 """
 
 import collections
+import concurrent.futures
 import itertools
 import math
 import re
@@ -171,18 +172,26 @@ def prefetch(mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: t
              ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches, with the next `ahead` already on their way to the devices.
 
-  Transfers are asynchronous, so two batches in flight hide them behind the running step; more would only hold memory.
+  A thread waits for the host, so that a batch which is there is handed out while a later one is late. Transfers are
+  asynchronous, so two batches in flight hide them behind the running step; more would only hold memory.
 
   Args:
     mesh: the mesh of the run.
-    host_batches: this host's rows of each global batch.
+    host_batches: this host's rows of each global batch; not to be used by others until the generator is closed.
     names: the entries that the devices need.
     ahead: batches on the devices before they are asked for.
   """
-  queue: collections.deque[Any] = collections.deque()
-  for batch in itertools.islice(host_batches, ahead):
-    queue.append(to_global(mesh, {name: batch[name] for name in names}))
-  while queue:
-    yield queue.popleft()
-    for batch in itertools.islice(host_batches, 1):
-      queue.append(to_global(mesh, {name: batch[name] for name in names}))
+
+  def load() -> dict[str, jax.Array] | None:
+    batch = next(endless)
+    return batch and to_global(mesh, {name: batch[name] for name in names})
+
+  endless = itertools.chain(host_batches, itertools.repeat(None))
+  thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+  try:
+    queue = collections.deque(thread.submit(load) for _ in range(ahead))
+    while (batch := queue.popleft().result()) is not None:
+      queue.append(thread.submit(load))
+      yield batch
+  finally:
+    thread.shutdown(cancel_futures=True)

@@ -9,10 +9,12 @@ import re
 
 from etils import epath
 
+from input_pipeline import bucket
 from trainer.errors import ConfigError
 
 _PREFIX = "gs://"
 _REQUEST_SECONDS = 60.0  # for one request of gcsfs, which tries six times with pauses of half a minute in all
+_SILENCE_SECONDS = 30.0  # of a connection of TensorStore
 _PROBE_SECONDS = 10.0  # for one request of `problem`, and for the pauses between its tries
 # TensorStore's own are 32 retries, a quarter of an hour for each write, in which no newer checkpoint can be begun.
 _RETRIES = {"max_retries": 7, "initial_delay": "1s", "max_delay": "32s"}
@@ -37,10 +39,7 @@ def path_of(workdir: str) -> epath.Path:
 def _configure() -> None:
   # Otherwise gcsfs asks each bucket for its kind by gRPC, and where it may not, that blocks for a minute.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-  # TensorStore waits for ever for a server that has stopped to answer.
-  os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "20")
-  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
-  os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+  bucket.limit_waits(_SILENCE_SECONDS)
   import aiohttp
   import fsspec
   from orbax.checkpoint._src.serialization import tensorstore_utils  # Orbax has no option for it

@@ -6,7 +6,7 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from absl import logging
 from etils import epath
@@ -46,7 +46,8 @@ class Telemetry:
 
   def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, clock: WallClock, *, first_step: int,
                total_steps: int, steps_per_epoch: float, seconds_at_peak: float | None = None,
-               exchange: Exchange = lambda step, mean: {jax.process_index(): mean}):
+               exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
+               reads: Callable[[], Mapping[str, int]] = dict):
     """Opens the event files on process 0; the other processes write nothing.
 
     Args:
@@ -58,10 +59,11 @@ class Telemetry:
       steps_per_epoch: for the epoch of the progress line.
       seconds_at_peak: time of a step at the peak of all chips, for the MFU (trainer.flops); None where it is unknown.
       exchange: how hosts learn of each other's dispatch times; called on every host at the end of each window.
+      reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
     """
     self._config, self._clock = config, clock
     self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
-    self._seconds_at_peak, self._exchange = seconds_at_peak, exchange
+    self._seconds_at_peak, self._exchange, self._reads = seconds_at_peak, exchange, reads
     directory = str(workdir / "events")
     self._chief = jax.process_index() == 0
     writers = [events.SummaryWriter(directory)] if self._chief else []
@@ -154,6 +156,7 @@ class Telemetry:
     means = self._exchange(step, statistics.fmean(self._dispatched))
     if len(means) > 1:
       scalars["straggler_host"], scalars["straggler_seconds"] = straggler(means)
+    scalars |= {f"read_{name}": count for name, count in self._reads().items()}
     self._open_window()
     self.write(step, "train", scalars | _memory())
     epoch, waiting = step / self._steps_per_epoch, 100 * scalars["input_wait"]

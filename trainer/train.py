@@ -122,7 +122,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
            clock: WallClock) -> dict[str, Any]:
   workdir, train_source, eval_source, program = _open(config, workdir, pod)
   lengths, mesh = program.lengths, program.mesh
-  logging.info("%s", describe(config, program, len(train_source), len(eval_source)))
+  logging.info("%s", describe(config, program, train_source, eval_source))
 
   checkpointer = Checkpointer(pod, workdir, config, lengths.checkpoint_every)
   restored = checkpointer.restore_newest(program.abstract_state)
@@ -132,7 +132,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     clock.restore(meta["wall_seconds"])
     logging.info("Going on from checkpoint %d of %d.", first_step, lengths.total)
   else:
-    state, first_step, best = None, 0, None
+    state, meta, first_step, best = None, {}, 0, None
   write_json(workdir / "config.json", config.to_dict())
   finished = workdir / "final.json"
   if first_step >= lengths.total and finished.exists():
@@ -155,12 +155,14 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   logging.info("Compiled in %.1f s.", clock.read()["compile"] - compiled_before)
 
   host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
-                                      hosts=pod.hosts, global_batch_size=config.global_batch_size)
+                                      hosts=pod.hosts, global_batch_size=config.global_batch_size,
+                                      positions=meta.get("positions"))
   flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
   telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
                         steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
                             program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
-                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange)
+                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange,
+                        reads=lambda: host_batches.reads)
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
@@ -184,8 +186,12 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     return result
 
   def meta_now() -> dict[str, Any]:
-    return {"best": best, "wall_seconds": clock.read()}
+    position = host_batches.position(step)
+    # With None the step says where the data go on, on all hosts or on none.
+    positions = position and [at for _, at in sorted(pod.gather(f"positions of step {step}", position).items())]
+    return {"best": best, "wall_seconds": clock.read(), "positions": positions}
 
+  batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
   step, result, stopping = first_step, None, False
   try:
     # A checkpoint is taken before the evaluation of its step, so one that was cut short, or is lost with its process,
@@ -193,7 +199,6 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     if step and is_eval_step(step):
       result = evaluate_now(step)
       stopping = result is None
-    batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
     clock.switch("step")
     # What is decided here is the same on all hosts: a function of the step, or of requests that a step has agreed on.
     while step < lengths.total and not stopping:
@@ -223,6 +228,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     if step < lengths.total or result is None:
       raise Preempted(f"Stopped and saved at step {step} of {lengths.total}; the same command goes on from there.")
   finally:
+    batches.close()
     host_batches.close()
     telemetry.close()
     checkpointer.close()
@@ -236,6 +242,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
       "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
       "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
       "bad_records": host_batches.bad_records,
+      "reads": dict(host_batches.reads),
       "wall_seconds": seconds | {"total": sum(seconds.values())},
       "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
@@ -258,6 +265,11 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   use_compilation_cache(config, path)
   train_source, eval_source = (sources.open_source(config.data, split, config.model.num_classes)
                                for split in (config.data.train_split, config.data.eval_split))
+  seen = pod.gather("data", [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)])
+  for host, theirs in seen.items():
+    if theirs != seen[0]:
+      raise ConfigError(f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all hosts "
+                        "the same files, and a data set of the hub with its @REVISION.")
   return path, train_source, eval_source, build(config, len(train_source))
 
 
@@ -392,7 +404,8 @@ def count_params(program: Program) -> int:
   return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
 
 
-def describe(config: ml_collections.ConfigDict, program: Program, train_examples: int, eval_examples: int) -> str:
+def describe(config: ml_collections.ConfigDict, program: Program, train_source: sources.Source,
+             eval_source: sources.Source) -> str:
   """Returns what is about to run, for the log."""
   lengths, devices = program.lengths, jax.devices()
   overview = parameter_overview.get_parameter_overview(program.abstract_state.params, include_stats=False)
@@ -400,8 +413,10 @@ def describe(config: ml_collections.ConfigDict, program: Program, train_examples
       "This run:",
       f"  model     {config.model.name} {config.model.depth}, width {config.model.width:g}, "
       f"{count_params(program):,} parameters, {config.model.num_classes} classes, {config.model.dtype}",
-      f"  data      {config.data.path or config.data.kind}: {train_examples:,} to train, {eval_examples:,} to evaluate, "
+      f"  data      {config.data.path or config.data.kind}: {len(train_source):,} to train, {len(eval_source):,} to evaluate, "
       f"at {config.data.image_size} and {config.data.eval_image_size} px",
+      "  order     " + loader.describe_order(train_source, config.data, global_batch_size=config.global_batch_size,
+                                            hosts=jax.process_count()),
       f"  length    {lengths.total:,} steps of {config.global_batch_size}, {lengths.total / lengths.per_epoch:.2f} epochs, "
       f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
       f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "

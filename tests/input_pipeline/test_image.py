@@ -223,14 +223,15 @@ def test_a_large_box_is_averaged_and_a_small_one_interpolated():
   assert np.abs(found.astype(int) - np.asarray(larger)).max() <= 1
 
 
-def test_half_of_the_views_are_mirrored():
-  rgb = picture(3, 32, 32)
+@pytest.mark.parametrize("size", [31, 32, 33, 224])
+def test_half_of_the_views_are_mirrored(size):
+  rgb = picture(3, size, size)
   data = encoded(rgb, "PNG")
-  views = [_view(data, seed=i, flip=True) for i in range(400)]
+  views = [_view(data, seed=i, size=size, flip=True) for i in range(200)]
   mirrored = sum(np.array_equal(view, rgb[:, ::-1]) for view in views)
-  assert mirrored + sum(np.array_equal(view, rgb) for view in views) == 400
-  assert 160 < mirrored < 240
-  np.testing.assert_array_equal(_view(data), rgb)
+  assert mirrored + sum(np.array_equal(view, rgb) for view in views) == 200
+  assert 75 < mirrored < 125
+  np.testing.assert_array_equal(_view(data, size=size), rgb)
 
 
 def _eval_reference(rgb):
@@ -323,6 +324,6 @@ def test_views_of_the_real_originals_are_what_antialiased_ones_would_be(original
   files = sorted(originals.glob("*/*.JPEG"))[::4]
   found = np.array([_differences(f.read_bytes(), seed) for seed, f in enumerate(files)])
   train, evaluated = found.mean(axis=0)
-  assert train < 1.6
+  assert train < 2
   assert evaluated < 0.1
   assert found[:, 1].max() < 1.5

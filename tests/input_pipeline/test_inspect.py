@@ -277,6 +277,13 @@ def test_a_server_that_does_not_answer_is_named(look):
   assert "http://127.0.0.1:9/x/manifest.json could not be read within" in sentence
 
 
+def test_parquet_is_refused_with_advice(look):
+  code, _, (sentence,) = look("hf:imagenet-1k")
+  assert code == 1
+  assert "hf:imagenet-1k is parquet" in sentence
+  assert "prepare --from" in sentence
+
+
 def test_a_config_for_another_number_of_classes_is_refused(look, shards):
   config = pathlib.Path(base.__file__).with_name("smoke.py")
   code, _, (sentence,) = look(shards, f"--config={config}")

@@ -11,6 +11,7 @@ import time
 
 from PIL import Image
 from input_pipeline import image
+from input_pipeline import outputs
 from input_pipeline import prepare
 from input_pipeline import progress
 from input_pipeline import records
@@ -112,7 +113,7 @@ def test_shards_of_an_unknown_origin_are_refused(folder, tmp_path, capsys):
 
 
 def test_two_runs_in_one_folder_are_refused(folder, tmp_path, capsys):
-  with prepare._locked(str(tmp_path)):
+  with prepare._locked(outputs.open_output(str(tmp_path))):
     message = failure(capsys, "--out", tmp_path, "--folder", folder)
   assert "another prepare is writing to" in message
 

@@ -25,3 +25,10 @@ import pytest
 def test_what_is_not_set_is_chosen_by_the_cores(cores, asked, chosen, monkeypatch):
   monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
   assert processes.choose(*asked) == chosen
+
+
+def test_threads_where_no_process_can_decode(monkeypatch):
+  for cores, expected in ((2, 2), (8, 8), (112, 16)):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+    assert processes.choose_threads(-1) == expected
+  assert [processes.choose_threads(threads) for threads in (0, 1, 40)] == [1, 1, 40]

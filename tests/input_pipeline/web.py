@@ -77,8 +77,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def log_message(self, *unused):
     pass
 
+  def do_HEAD(self):
+    self.do_GET()
+
   def do_GET(self):
     path = urllib.parse.urlsplit(self.path)
+    if path.path == "/counts":
+      return self._answer(200, json.dumps(self.server.counts).encode())
     found = re.fullmatch(r"(?:/download)?/storage/v1/b/[^/]+/o(?:/(.+))?", path.path)
     if found and not found[1]:
       names = [{"name": name} for name in sorted(os.listdir(self.server.folder))]
@@ -119,6 +124,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header(key, str(value))
     self.send_header("Content-Length", str(len(body)))
     self.end_headers()
+    if self.command == "HEAD":
+      return
     self.wfile.write(body[: len(body) // 2] if short else body)
     self.close_connection = short
     with self.server.lock:

@@ -20,7 +20,6 @@ import requests
 
 from tests.launch.fake_cloud import Cloud
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import fingerprints
 
 ROOT = pathlib.Path(__file__).parents[2]
 ZONE = "us-central2-b"

@@ -131,3 +131,14 @@ def test_straggler_is_named(run, caplog):
 ])
 def test_straggler(means, expected):
   assert telemetry_lib.straggler(means) == expected
+
+
+def test_what_was_read_from_a_bucket_is_written(run):
+  reads = {"requests": 3, "retries": 1}
+  opened = run(reads=lambda: reads)
+  for step in range(1, 9):
+    opened.take(step)
+    reads["requests"] += 1
+  scalars = opened.read()
+  assert sorted(scalars["read_requests"]) == [4, 8] and scalars["read_requests"][4] < scalars["read_requests"][8]
+  assert set(scalars["read_retries"].values()) == {1}

@@ -208,7 +208,8 @@ def test_two_launchers_of_one_run(cloud):
 
 def test_leaving_stopping_and_going_on(cloud):
   cloud.write("plan.json", {"pause": 5})
-  left_over = {"name": "x/nodes/r1-7", "state": "READY", "labels": {"run": "r1", "owner": "me"}, "networkEndpoints": [{}]}
+  labels = {"run": "r1", "owner": "me"}
+  left_over = {"name": "x/nodes/r1-7", "state": "READY", "labels": labels, "networkEndpoints": [{}]}
   cloud.write("nodes.json", {"r1-7": left_over})
   launcher = cloud.start(*cloud.up("--max-hours=5"))
   cloud.wait_for(lambda: cloud.step() >= 4)
