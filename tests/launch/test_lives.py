@@ -10,6 +10,7 @@ import pytest
 
 from tests.launch import lives
 from tests.launch.lives import NAME, needs_gcloud, up, wait_until
+from tests.trainer.shared import fingerprints
 from trainer.errors import FAILED
 
 pytestmark = needs_gcloud
@@ -53,7 +54,7 @@ def undisturbed(tmp_path_factory):
   subprocess.run([sys.executable, "-m", "launch.local_pod", "--hosts=2", "--", sys.executable, "-m", "trainer",
                   f"--workdir={workdir}", *words], check=True, env=os.environ | flags, cwd=lives.ROOT,
                  stdout=subprocess.DEVNULL)
-  return lives.fingerprints(workdir, LONG)
+  return fingerprints(workdir, LONG)
 
 
 # What is refused at once; cheap, for no trainer runs.
