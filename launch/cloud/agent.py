@@ -238,7 +238,7 @@ class Host:
 
   def signal_trainer(self, number: int) -> None:
     state = self.state()
-    if state["phase"] == "running" and self.alive():
+    if state["phase"] == "running" and state["pid"] and self.alive():
       with contextlib.suppress(ProcessLookupError):
         os.kill(state["pid"], number)
 
@@ -289,12 +289,13 @@ class Host:
         code, trouble = CRASHED, str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         with open(self.log(), "a") as log:
           log.write(f"agent: {trouble}\n{traceback.format_exc()}")
-      ended = {"code": code, "ended": time.time(), "trouble": trouble}
-      self.change(phase="ended", **ended)
+      ended = {"phase": "ended", "code": code, "ended": time.time(), "trouble": trouble}
+      self.change(pid=None)
       exit_file = self.log().with_name("exit.json")
       write_json(exit_file, dict(self.status(), **ended))
-      self.upload(exit_file, f"exit-{self.name}.json")
-      self.upload(self.log(), f"host-{self.name}.log")
+      self.upload(exit_file, f"exit-{self.name}.json", seconds=60)
+      self.upload(self.log(), f"host-{self.name}.log", seconds=60)
+      self.change(**ended)  # last: who hears it may remove this machine
 
   def prepare(self, log: Any) -> tuple[list[str], str, dict[str, str]]:
     """Fetches the code, installs what it needs, and returns command, folder and environment of the trainer."""
@@ -317,10 +318,10 @@ class Host:
     python = spec["python"] or install(code, log)
     return [python, "-m", "trainer", *spec["argv"]], str(code), environment
 
-  def upload(self, path: pathlib.Path, name: str) -> bool:
+  def upload(self, path: pathlib.Path, name: str, seconds: float = 300.0) -> bool:
     """Copies a file into the logs of its attempt in the bucket."""
     try:
-      gcloud("storage", "cp", str(path), f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}", seconds=300)
+      gcloud("storage", "cp", str(path), f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}", seconds=seconds)
       return True
     except RuntimeError as error:
       print(f"{time.ctime()}: {error}", file=sys.stderr, flush=True)

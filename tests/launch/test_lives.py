@@ -10,6 +10,7 @@ import pytest
 
 from tests.launch import lives
 from tests.launch.lives import NAME, needs_gcloud, up, wait_until
+from tests.trainer.shared import fingerprints
 from trainer.errors import FAILED
 
 pytestmark = needs_gcloud
@@ -53,7 +54,7 @@ def undisturbed(tmp_path_factory):
   subprocess.run([sys.executable, "-m", "launch.local_pod", "--hosts=2", "--", sys.executable, "-m", "trainer",
                   f"--workdir={workdir}", *words], check=True, env=os.environ | flags, cwd=lives.ROOT,
                  stdout=subprocess.DEVNULL)
-  return lives.fingerprints(workdir, LONG)
+  return fingerprints(workdir, LONG)
 
 
 # What is refused at once; cheap, for no trainer runs.
@@ -70,18 +71,13 @@ def test_a_quota_that_is_used_up(bed):
 def test_a_life(bed):
   """And hostile words reach the trainer as they are."""
   hostile = """a "b" 'c' $(touch pwned) `id` ; & | \\ %s * ~"""
-  code, log = bed.run(*up(f"--config.data.path={hostile}"))
+  code, log = bed.run(*up(f"--config.data.path={hostile}", "--poll=10s"))
   assert code == DONE, log
   assert_complete(bed, log, 40)
   assert bed.json("workdir/config.json")["data"]["path"] == hostile
   assert bed.json("workdir/final.json")["examples"] > 0
   assert calls(bed, CREATE) == 1 and calls(bed, DELETE) == 1
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
-  # A run that is complete costs nothing when it is asked for again, and its logs are still there.
-  code, log = bed.run(*up(f"--config.data.path={hostile}"))
-  assert code == DONE and "is complete" in log and calls(bed, CREATE) == 1
-  code, log = bed.run("logs", NAME, "--worker=all", "--lines=5")
-  assert code == DONE and "[0-0] " in log and "[0-1] " in log
 
 
 @slow
@@ -112,7 +108,7 @@ def test_preempted(bed, undisturbed, notice, stale):
   assert bed.json("run.json")["result"] is None
   assert process.finish() == DONE, process.log
   assert_complete(bed, process.log, LONG, attempts=2)
-  assert "Going on from checkpoint" in bed.read("logs/attempt-2/host-0-0.log")
+  assert "Going on from checkpoint" in bed.read(f"logs/attempt-{bed.json('run.json')['attempt']}/host-0-0.log")
   assert bed.fingerprints(LONG) == undisturbed
   assert calls(bed, CREATE) == 2
 
@@ -287,6 +283,11 @@ def test_two_launchers_of_one_run(bed):
   assert_complete(bed, first.log + second.log, 40)
   assert calls(bed, CREATE) == 1
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
+  # What is complete costs nothing when it is asked for again, and its logs are still there.
+  code, log = bed.run(*up())
+  assert code == DONE and "is complete" in log and calls(bed, CREATE) == 1
+  code, log = bed.run("logs", NAME, "--worker=all", "--lines=5")
+  assert code == DONE and "[0-0] " in log and "[0-1] " in log
 
 
 # Money.
