@@ -514,7 +514,10 @@ def main(argv: list[str]) -> int:
   except (OSError, RuntimeError) as error:
     trouble = str(error)
   status = host.status()
-  print(json.dumps(dict(status, trouble=trouble or status["trouble"])), flush=True)
+  # One write: print() without a buffer (PYTHONUNBUFFERED) writes the end of the line by itself, and that of another host
+  # may come between.
+  sys.stdout.write(json.dumps(dict(status, trouble=trouble or status["trouble"])) + "\n")
+  sys.stdout.flush()
   return 0
 
 
