@@ -9,10 +9,8 @@ a row group.
 
 import collections
 from concurrent import futures
-import contextlib
 import functools
 import itertools
-import queue
 import threading
 import time
 from typing import Any, Callable, Iterator, Sequence
@@ -21,65 +19,17 @@ from absl import logging
 import numpy as np
 
 from input_pipeline import processes
-from input_pipeline import remote
 from input_pipeline.errors import DataError
 from input_pipeline.hf import HfSource, RowGroup
+from input_pipeline.threads import CLOSE_SECONDS
+from input_pipeline.threads import Threads
 from input_pipeline.records import Record
 
 Position = dict[str, Any]  # JSON-able
 Pick = Callable[[int], Record]  # gives an example for 0, those after it in its window for more
 
 _ENDLESS = 2**62  # steps
-_CLOSE_SECONDS = 5.0  # for threads that wait for a server
 _KEPT = 64  # positions after this many of the last batches can be asked for
-
-
-class _Threads:
-  """Threads that do tasks; unlike those of an executor they keep no process from ending."""
-
-  def __init__(self, count: int, name: str):
-    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    self._closed, self._lock = False, threading.Lock()
-    self._threads = [
-      threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)
-    ]
-    for thread in self._threads:
-      thread.start()
-
-  def _work(self) -> None:
-    while task := self._tasks.get():
-      future, call = task
-      if future.set_running_or_notify_cancel():
-        try:
-          future.set_result(call())
-        except BaseException as e:  # raised where the result is wanted
-          future.set_exception(e)
-      del task, future, call  # and with them the examples of a window
-
-  def submit(self, call: Callable[[], Any]) -> futures.Future[Any]:
-    future: futures.Future[Any] = futures.Future()
-    with self._lock:
-      if self._closed:
-        raise remote.Stopped
-      self._tasks.put((future, call))
-    return future
-
-  def close(self) -> None:
-    """Gives up what has not begun, and ends the threads when they are done with the rest."""
-    with self._lock:
-      if self._closed:
-        return
-      self._closed = True
-      with contextlib.suppress(queue.Empty):
-        while True:
-          self._tasks.get_nowait()[0].cancel()
-      for _ in self._threads:
-        self._tasks.put(None)
-
-  def join(self, deadline: float) -> None:
-    """Waits for the threads to end after `close`, until `deadline` of the monotonic clock."""
-    for thread in self._threads:
-      thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Stream:
@@ -113,8 +63,8 @@ class Stream:
     self._streams = streams_of_a_host(source, hosts, streams)
     self._window = window
     self._stop = threading.Event()
-    self._readers = _Threads(self._streams, "hf-read")
-    self._ahead = _Threads(1, "hf-window")
+    self._readers = Threads(self._streams, "hf-read")
+    self._ahead = Threads(1, "hf-window")
     position = position or {"epoch": epoch, "window": 0, "used": 0, "streams": None}
     self._windows = self._read(position["epoch"], position["window"], position["streams"])
     self._next = self._ahead.submit(self._next_window)
@@ -149,7 +99,7 @@ class Stream:
     self._ahead.close()
     self._readers.close()
     # A thread that comes back from C++ while the interpreter ends would abort the process.
-    deadline = time.monotonic() + _CLOSE_SECONDS
+    deadline = time.monotonic() + CLOSE_SECONDS
     self._readers.join(deadline)
     self._ahead.join(deadline)
 
@@ -291,7 +241,7 @@ class ReadAhead:
     """
     self._stream, self._make, self._rows = stream, make, rows
     self._step, self._end, self._ahead = first_step, end_step, max(ahead, threads)
-    self._pool = _Threads(threads, "hf-decode")
+    self._pool = Threads(threads, "hf-decode")
     self._waiting: collections.deque[futures.Future[Any]] = collections.deque()
     self._positions = {first_step: stream.position()}
 
@@ -317,7 +267,7 @@ class ReadAhead:
     """Stops all threads."""
     self._pool.close()
     self._stream.close()
-    self._pool.join(time.monotonic() + _CLOSE_SECONDS)
+    self._pool.join(time.monotonic() + CLOSE_SECONDS)
 
 
 def train(

@@ -1,10 +1,10 @@
 """Reads the records of an order ahead of the steps that need them."""
 
-import concurrent.futures
-import queue
+from concurrent import futures
+import functools
 import threading
 import time
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 
@@ -12,16 +12,16 @@ from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.order import Run
 from input_pipeline.order import WindowedOrder
+from input_pipeline.threads import CLOSE_SECONDS
+from input_pipeline.threads import Threads
 
-_CLOSED = "the loader was closed"
-_CLOSE_SECONDS = 5.0  # for threads that wait for a server
 Read = Callable[[Run], list[bytes | BadRecordError]]
 
 
 class _Window:
   """The records of some runs, which are on their way."""
 
-  def __init__(self, runs: list[Run], answers: list[concurrent.futures.Future]):
+  def __init__(self, runs: list[Run], answers: list[futures.Future]):
     self._runs = runs
     self._answers = answers
     self._ends = np.cumsum([run.count for run in runs])
@@ -69,12 +69,7 @@ class ReadAhead:
     self._plans: dict[int, list[tuple[tuple[int, ...], np.ndarray]]] = {}
     self._windows: dict[tuple[int, ...], _Window] = {}
     self._lock = threading.Lock()
-    self._closed = False
-    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # Not an executor, whose threads are waited for at the end of the process, however long they wait.
-    self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(requests)]
-    for thread in self._threads:
-      thread.start()
+    self._threads = Threads(requests, "stream")
 
   def take(self, step: int) -> list[tuple[int, bytes | BadRecordError]]:
     """Returns the records of a step in the order of its rows: index, and bytes or what is wrong.
@@ -84,9 +79,13 @@ class ReadAhead:
     Raises:
       DataError: a shard is gone, has changed or cannot be reached.
     """
+    try:
+      return self._take(step)
+    except futures.CancelledError as e:
+      raise DataError("the loader was closed") from e
+
+  def _take(self, step: int) -> list[tuple[int, bytes | BadRecordError]]:
     with self._lock:
-      if self._closed:
-        raise DataError(_CLOSED)
       while self._next <= min(step + self._ahead, self._end - 1):
         self._plans[self._next] = self._plan(self._next)
         self._next += 1
@@ -103,37 +102,16 @@ class ReadAhead:
     return records
 
   def close(self) -> None:
-    """Ends the threads, those that are waiting for a server as soon as they have an answer.
-
-    Waits for them, but not for long: one that comes back from C++ while the interpreter ends would
-    abort the process.
-    """
-    with self._lock:
-      self._closed = True
-    for _ in self._threads:
-      self._tasks.put(None)
-    deadline = time.monotonic() + _CLOSE_SECONDS
-    for thread in self._threads:
-      thread.join(max(0.0, deadline - time.monotonic()))
+    """Gives up what is not read yet, and waits for the rest, but not for long."""
+    self._threads.close()
+    self._threads.join(time.monotonic() + CLOSE_SECONDS)
 
   def _plan(self, step: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
     plan = self._order.parts(*self._span(step))
     for key in {key: None for key, _ in plan}:
       if key not in self._windows:
         runs = self._order.runs(key)
-        answers = [concurrent.futures.Future() for _ in runs]
+        answers = [self._threads.submit(functools.partial(self._read, run)) for run in runs]
         self._windows[key] = _Window(runs, answers)
-        for task in zip(runs, answers, strict=True):
-          self._tasks.put(task)
       self._windows[key].steps += 1
     return plan
-
-  def _work(self) -> None:
-    while task := self._tasks.get():
-      run, answer = task
-      try:
-        if self._closed:
-          raise DataError(_CLOSED)  # to whoever still waits
-        answer.set_result(self._read(run))
-      except Exception as e:  # raised where the records are taken
-        answer.set_exception(e)

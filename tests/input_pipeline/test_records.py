@@ -67,7 +67,7 @@ def test_json_that_is_torn_is_named(tmp_path):
 
 
 def test_no_module_imports_tensorflow_torch_or_the_trainer():
-  modules = "errors records remote outputs hf hf_inputs hf_stream rows catalog bucket remote_shard order stream sources image slots loader processes"
+  modules = "errors threads records remote outputs hf hf_inputs hf_stream rows catalog bucket remote_shard order stream sources image slots loader processes"
   modules += " progress inputs shards pool prepare checksums contact_sheet inspect bench bench_data peers"
   program = (
     "import importlib, sys\n"

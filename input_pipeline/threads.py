@@ -1,0 +1,62 @@
+"""Threads that read and decode ahead."""
+
+from concurrent import futures
+import contextlib
+import queue
+import threading
+import time
+from typing import Any, Callable
+
+CLOSE_SECONDS = 5.0  # given at the end to threads that wait for a server
+
+
+class Threads:
+  """Threads that do tasks; unlike those of an executor they keep no process from ending."""
+
+  def __init__(self, count: int, name: str):
+    self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    self._closed, self._lock = False, threading.Lock()
+    self._threads = [
+      threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def _work(self) -> None:
+    while task := self._tasks.get():
+      future, call = task
+      if future.set_running_or_notify_cancel():
+        try:
+          future.set_result(call())
+        except BaseException as e:  # raised where the result is wanted
+          future.set_exception(e)
+      del task, future, call  # and with them the examples of a window
+
+  def submit(self, call: Callable[[], Any]) -> futures.Future[Any]:
+    """Returns the result to come of a task; raises CancelledError if the threads are closed."""
+    future: futures.Future[Any] = futures.Future()
+    with self._lock:
+      if self._closed:
+        raise futures.CancelledError
+      self._tasks.put((future, call))
+    return future
+
+  def close(self) -> None:
+    """Gives up what has not begun, and ends the threads when they are done with the rest."""
+    with self._lock:
+      if self._closed:
+        return
+      self._closed = True
+      with contextlib.suppress(queue.Empty):
+        while True:
+          self._tasks.get_nowait()[0].cancel()
+      for _ in self._threads:
+        self._tasks.put(None)
+
+  def join(self, deadline: float) -> None:
+    """Waits for the threads to end after `close`, until `deadline` of the monotonic clock.
+
+    One that comes back from C++ while the interpreter ends would abort the process.
+    """
+    for thread in self._threads:
+      thread.join(max(0.0, deadline - time.monotonic()))
