@@ -123,8 +123,8 @@ class Rows(abc.ABC):
   def close(self) -> None:
     """Stops reading ahead in this process."""
     for reader in self._readers.values():
+      self._source.bucket.interrupt()  # first: closing waits for reads that are under way
       reader.close()
-      self._source.bucket.interrupt()
 
   def _span(self, part: int, step: int) -> tuple[int, int]:
     """Returns the global number of the first example of a task, and how many it has."""
