@@ -28,6 +28,7 @@ from input_pipeline import hf_inputs
 from input_pipeline import inputs
 from input_pipeline import outputs
 from input_pipeline import pool
+from input_pipeline import processes
 from input_pipeline import records
 from input_pipeline import shards
 from input_pipeline.errors import DataError
@@ -145,7 +146,7 @@ def prepare(args: argparse.Namespace) -> None:
     DataError: in one sentence, what is wrong with the flags, the images or the disk.
   """
   _check(args)
-  count = args.workers or _cores()
+  count = args.workers or processes.cores()
   output = outputs.open_output(args.out)
   with _locked(output), pool.start(count) as workers:
     print("listing the images", flush=True)
@@ -185,13 +186,6 @@ def prepare(args: argparse.Namespace) -> None:
     )
     output.write_json(records.MANIFEST, manifest)
   print(summary(manifest), flush=True)
-
-
-def _cores() -> int:
-  """Returns the number of cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):  # not on macOS
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _check(args: argparse.Namespace) -> None:

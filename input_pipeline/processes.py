@@ -17,21 +17,24 @@ def choose(workers: int, threads: int) -> tuple[int, int]:
   there are cores for it: all but two of four or more. With fewer, up to two threads of the trainer
   do it. A process needs no threads: it decodes the next batch while the last one is fetched.
   """
-  cores = _cores()
+  available = cores()
   if workers < 0:
-    workers = min(cores - 2, _MOST_WORKERS) if cores >= 4 else 0
+    workers = min(available - 2, _MOST_WORKERS) if available >= 4 else 0
   if threads < 0:
-    threads = 0 if workers else min(cores, 2)
+    threads = 0 if workers else min(available, 2)
   return workers, threads
 
 
 def choose_threads(threads: int) -> int:
   """Returns how many threads decode what no other process can; -1 is one for each core."""
-  return max(1, threads) if threads >= 0 else min(_cores(), _MOST_THREADS)
+  return max(1, threads) if threads >= 0 else min(cores(), _MOST_THREADS)
 
 
-def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def follow_parent() -> None:
