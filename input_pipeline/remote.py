@@ -12,7 +12,7 @@ from input_pipeline.errors import DataError
 
 T = TypeVar("T")
 
-_REQUEST_SECONDS = 60.0  # for one request
+_REQUEST_SECONDS = 60.0  # for one request; gcsfs tries six times, with pauses of half a minute in all
 _TRIES = {
   "http": 6,
   "https": 6,
@@ -41,7 +41,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """
   try:
     if is_remote(url):
-      _limit_requests()
+      limit_requests()
     return fsspec.core.url_to_fs(url)
   except (ImportError, ValueError) as e:  # the latter for a scheme that fsspec does not know
     raise DataError(
@@ -49,7 +49,8 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     ) from e
 
 
-def _limit_requests() -> None:
+def limit_requests() -> None:
+  """Gives the file systems of fsspec time limits, and takes from gcsfs what hides the work of others."""
   # Otherwise gcsfs asks each bucket for its kind by gRPC, and where it may not, that blocks for a minute.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   import aiohttp  # comes with gcsfs and with datasets
@@ -57,7 +58,7 @@ def _limit_requests() -> None:
   limit = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
   gcs = fsspec.config.conf.setdefault("gcs", {})
   gcs.setdefault("requests_timeout", limit)
-  gcs.setdefault("use_listings_cache", False)  # it would hide what others write
+  gcs.setdefault("use_listings_cache", False)  # it would hide what TensorStore and other hosts write
   for scheme in ("http", "https"):
     fsspec.config.conf.setdefault(scheme, {}).setdefault("client_kwargs", {"timeout": limit})
 

@@ -4,16 +4,14 @@ Nothing here waits for ever: what cannot be reached is tried again for a minute 
 """
 
 import importlib.util
-import os
 import re
 
 from etils import epath
 
-from input_pipeline import bucket
+from input_pipeline import bucket, remote
 from trainer.errors import ConfigError
 
 _PREFIX = "gs://"
-_REQUEST_SECONDS = 60.0  # for one request of gcsfs, which tries six times with pauses of half a minute in all
 _SILENCE_SECONDS = 30.0  # of a connection of TensorStore
 _PROBE_SECONDS = 10.0  # for one request of `problem`, and for the pauses between its tries
 # TensorStore's own are 32 retries, a quarter of an hour for each write, in which no newer checkpoint can be begun.
@@ -37,16 +35,10 @@ def path_of(workdir: str) -> epath.Path:
 
 
 def _configure() -> None:
-  # Otherwise gcsfs asks each bucket for its kind by gRPC, and where it may not, that blocks for a minute.
-  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   bucket.limit_waits(_SILENCE_SECONDS)
-  import aiohttp
-  import fsspec
   from orbax.checkpoint._src.serialization import tensorstore_utils  # Orbax has no option for it
 
-  # gcsfs remembers listings, and sees neither what TensorStore writes nor what other hosts do; nor has it a time limit.
-  fsspec.config.conf["gcs"] = {"use_listings_cache": False,
-                               "requests_timeout": aiohttp.ClientTimeout(total=_REQUEST_SECONDS)}
+  remote.limit_requests()
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     context["gcs_request_retries"] = _RETRIES
 
