@@ -79,7 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
   config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
   config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
-  # Parquet, see input_pipeline/hf_stream.py.
+  # Parquet, see input_pipeline/sources/hf_stream.py.
   config.data.hf_streams = 8  # row groups that each host reads at once
   config.data.hf_window = 4096  # examples shuffled together; a host holds two windows in memory, 110 kB an image
   config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch

@@ -17,10 +17,10 @@ from absl import logging
 import grain
 import numpy as np
 
-from input_pipeline import hf
-from input_pipeline import hf_stream
-from input_pipeline import processes
-from input_pipeline import slots
+from input_pipeline.sources import hf
+from input_pipeline.sources import hf_stream
+from input_pipeline.workers import processes
+from input_pipeline.workers import slots
 from input_pipeline.errors import DataError
 from input_pipeline.rows import Batch
 from input_pipeline.rows import EvalRows

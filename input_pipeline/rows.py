@@ -10,8 +10,8 @@ from absl import logging
 import numpy as np
 
 from input_pipeline import image
-from input_pipeline import processes
-from input_pipeline import slots
+from input_pipeline.workers import processes
+from input_pipeline.workers import slots
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.errors import one_line
@@ -22,7 +22,7 @@ from input_pipeline.order import WindowedOrder
 from input_pipeline.records import Record
 from input_pipeline.sources import Source
 from input_pipeline.sources import StreamSource
-from input_pipeline.stream import ReadAhead
+from input_pipeline.remote.read_ahead import ReadAhead
 
 Batch = dict[str, np.ndarray]
 

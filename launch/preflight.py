@@ -59,7 +59,8 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   devices = topology_devices(topology, slices)
   import jax  # after the environment is set
 
-  from trainer import collectives, config as config_lib, mesh as mesh_lib, train
+  from trainer.tools import collectives
+  from trainer import config as config_lib, mesh as mesh_lib, train
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
   program = train.build(config, EXAMPLES, devices)

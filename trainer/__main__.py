@@ -3,7 +3,7 @@
 import faulthandler
 import signal
 
-from trainer.preemption import StopRequest
+from trainer.pod.preemption import StopRequest
 
 # Before the slow imports: a signal that comes during them must count too.
 stop = StopRequest()

@@ -20,15 +20,17 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, flops, mesh as mesh_lib, report, step as step_lib, storage
-from trainer.checkpoint import Checkpointer
-from trainer.clock import WallClock
+from trainer import config as config_lib, evaluate, mesh as mesh_lib, step as step_lib
+from trainer.reporting import flops, report
+from trainer.workdir import storage
+from trainer.workdir.checkpoint import Checkpointer
+from trainer.reporting.clock import WallClock
 from trainer.errors import CheckpointError, ConfigError, Preempted, TrainerError
 from trainer.optimizer import make_optimizer, make_schedule
-from trainer.pod import Pod
+from trainer.pod.pod import Pod
 from trainer.state import TrainState, make_init
 from trainer.step import NOTHING, SAVE, STOP
-from trainer.telemetry import Telemetry
+from trainer.reporting.telemetry import Telemetry
 
 TRAIN_BATCH = ("image", "label")
 

@@ -21,7 +21,7 @@ import time
 from configs import base
 from input_pipeline import image
 from input_pipeline import loader
-from input_pipeline import prepare
+from input_pipeline.prepare import __main__ as prepare
 from input_pipeline import records
 from input_pipeline import sources
 import numpy as np

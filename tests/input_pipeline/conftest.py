@@ -10,7 +10,7 @@ from PIL import Image
 from absl import logging
 from array_record.python import array_record_module
 from configs import base
-from input_pipeline import prepare
+from input_pipeline.prepare import __main__ as prepare
 from input_pipeline import records
 from input_pipeline import sources
 import ml_collections

@@ -5,9 +5,9 @@ import itertools
 import os
 import re
 
-from input_pipeline import bench
-from input_pipeline import bench_data
-from input_pipeline import peers
+from input_pipeline.tools import bench
+from input_pipeline.tools import bench_data
+from input_pipeline.tools import rivals as peers
 from input_pipeline import records
 import numpy as np
 import pytest

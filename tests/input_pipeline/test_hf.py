@@ -10,7 +10,7 @@ from absl import logging
 import numpy as np
 import pytest
 
-from input_pipeline import hf
+from input_pipeline.sources import hf
 from input_pipeline import loader
 from input_pipeline import sources
 from input_pipeline.errors import DataError

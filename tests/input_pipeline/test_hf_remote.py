@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from input_pipeline import records
-from input_pipeline import remote
+from input_pipeline.remote import fsspec as remote
 from tests.input_pipeline import fake_hub
 from tests.input_pipeline.conftest import contents
 from tests.input_pipeline.conftest import failure

@@ -8,7 +8,7 @@ import sys
 
 from PIL import Image
 from input_pipeline import image
-from input_pipeline import shards
+from input_pipeline.prepare import shards
 from input_pipeline.errors import BadRecordError
 import numpy as np
 import pytest

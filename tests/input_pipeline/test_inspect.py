@@ -8,9 +8,9 @@ import sys
 
 from PIL import Image
 from configs import base
-from input_pipeline import checksums
-from input_pipeline import contact_sheet
-from input_pipeline import inspect
+from input_pipeline.tools import checksums
+from input_pipeline.tools import contact_sheet
+from input_pipeline.tools import inspect
 from input_pipeline import loader
 from input_pipeline import records
 from input_pipeline import sources

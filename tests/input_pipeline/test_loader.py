@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from input_pipeline import catalog
+from input_pipeline.sources import catalog
 from input_pipeline import image
 from input_pipeline import loader
 from input_pipeline import records

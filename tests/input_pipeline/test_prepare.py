@@ -11,11 +11,11 @@ import time
 
 from PIL import Image
 from input_pipeline import image
-from input_pipeline import outputs
-from input_pipeline import prepare
-from input_pipeline import progress
+from input_pipeline.prepare import output as outputs
+from input_pipeline.prepare import __main__ as prepare
+from input_pipeline.prepare import progress
 from input_pipeline import records
-from input_pipeline import shards as shards_lib
+from input_pipeline.prepare import shards as shards_lib
 import numpy as np
 import psutil
 import pytest

@@ -2,7 +2,7 @@
 
 import os
 
-from input_pipeline import processes
+from input_pipeline.workers import processes
 import pytest
 
 

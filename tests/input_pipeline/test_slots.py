@@ -4,7 +4,7 @@ import gc
 import os
 import pickle
 
-from input_pipeline import slots
+from input_pipeline.workers import slots
 import numpy as np
 import pytest
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import time
 
-from input_pipeline import catalog
+from input_pipeline.sources import catalog
 from input_pipeline import records
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError

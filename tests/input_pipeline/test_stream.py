@@ -9,13 +9,13 @@ import threading
 import time
 
 from array_record.python import array_record_module
-from input_pipeline import bucket
+from input_pipeline.remote import tensorstore as bucket
 from input_pipeline import loader
 from input_pipeline import order
 from input_pipeline import records
-from input_pipeline import remote_shard
+from input_pipeline.remote import record_reader as remote_shard
 from input_pipeline import sources
-from input_pipeline import stream
+from input_pipeline.remote import read_ahead as stream
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 import numpy as np

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from tests.trainer import tiny
-from trainer import collectives, config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
-from trainer.checkpoint import Checkpointer
-from trainer.pod import Pod
+from trainer.tools import collectives
+from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
+from trainer.workdir.checkpoint import Checkpointer
+from trainer.pod.pod import Pod
 from trainer.step import METRICS, NOTHING
 
 STEPS = 10

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.trainer import tiny
-from trainer import bench
+from trainer.tools import bench
 
 
 @pytest.mark.slow

@@ -19,11 +19,13 @@ from tests.trainer import bucket_server, tiny
 from tests.trainer.shared import fingerprints
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
-from trainer import events, report, storage, train as train_lib
-from trainer.checkpoint import Checkpointer
+from trainer.reporting import events, report
+from trainer.workdir import storage
+from trainer import train as train_lib
+from trainer.workdir.checkpoint import Checkpointer
 from trainer.errors import (CheckpointError, ConfigError, FAILED, HOST_LOST, PREEMPTED, Preempted, StorageError,
                             TrainerError)
-from trainer.pod import Pod
+from trainer.pod.pod import Pod
 
 ALONE = Pod(tiny.get_config().pod)
 ANY_WRITE = "^(POST|PUT)"
@@ -259,7 +261,8 @@ IMPATIENT = """
 import types
 
 from tests.trainer import tiny
-from trainer import events, storage
+from trainer.reporting import events
+from trainer.workdir import storage
 
 storage._PROBE_SECONDS, storage._RETRIES = 0.5, {"max_retries": 1}
 storage.path_of("gs://bucket/run")

@@ -10,9 +10,9 @@ import pytest
 
 from tests.trainer import tiny
 from trainer import train as train_lib
-from trainer.checkpoint import Checkpointer
+from trainer.workdir.checkpoint import Checkpointer
 from trainer.errors import ConfigError
-from trainer.pod import Pod
+from trainer.pod.pod import Pod
 from trainer.state import fingerprints
 
 ALONE = Pod(tiny.get_config().pod)
@@ -84,7 +84,7 @@ def test_a_step_that_exists_is_left_alone(tmp_path, program):
 
 def test_saves_are_due_by_steps_and_by_the_clock(tmp_path, program, monkeypatch):
   now = [1000.0]
-  monkeypatch.setattr("trainer.checkpoint.time.monotonic", lambda: now[0])
+  monkeypatch.setattr("trainer.workdir.checkpoint.time.monotonic", lambda: now[0])
   program[0].checkpoint.every_minutes = 10.0
   checkpointer = open_checkpointer(tmp_path, program, every_steps=4)
   assert [step for step in range(1, 13) if checkpointer.due(step)] == [4, 8, 12]

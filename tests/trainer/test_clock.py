@@ -9,7 +9,7 @@ import types
 import pytest
 
 from tests.trainer import test_run
-from trainer import clock as clock_lib
+from trainer.reporting import clock as clock_lib
 
 
 @pytest.fixture

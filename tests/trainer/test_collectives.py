@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from trainer import collectives
-from trainer.collectives import Collective
+from trainer.tools import collectives
+from trainer.tools.collectives import Collective
 
 CPU_PROGRAM = """
 import dataclasses, json
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
-from trainer import collectives
+from trainer.tools import collectives
 
 def f(x):  # float32 [2, 8] on each of 8 devices, in pairs and fours
   gathered = jax.lax.all_gather(x, "four", tiled=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX import record_writer
 
-from trainer import events
+from trainer.reporting import events
 
 from clu import metric_writers  # after trainer.events
 
@@ -34,7 +34,7 @@ def write(logdir, scalars_by_step):
 def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
   result = in_fresh_process("""
       import sys, time
-      from trainer import events
+      from trainer.reporting import events
       from clu import metric_writers, periodic_actions
       import jax.numpy as jnp
 
@@ -80,10 +80,10 @@ def test_importing_clu_writers_first_is_refused():
       theirs.SummaryWriter = type("SummaryWriter", (), {"__module__": "clu.tf"})
       sys.modules[theirs.__name__] = theirs
       from clu import metric_writers
-      import trainer.events
+      import trainer.reporting.events
       """)
   assert result.returncode == 1
-  assert "import trainer.events before clu.metric_writers" in result.stderr
+  assert "import trainer.reporting.events before clu.metric_writers" in result.stderr
   assert "clu.tf.SummaryWriter" in result.stderr
 
 
@@ -95,7 +95,7 @@ def test_a_failed_import_of_clu_before_does_no_harm():
         from clu import periodic_actions
       except ImportError:
         pass
-      import trainer.events
+      import trainer.reporting.events
       from clu import periodic_actions
       periodic_actions.ReportProgress
       """)

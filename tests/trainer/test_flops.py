@@ -5,7 +5,8 @@ import types
 import pytest
 
 from configs import base
-from trainer import flops, train as train_lib
+from trainer.reporting import flops
+from trainer import train as train_lib
 
 
 def program_of(name, depth, size):

@@ -14,7 +14,7 @@ import pytest
 
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints, free_port
-from trainer import events
+from trainer.reporting import events
 from trainer.errors import FAILED, HOST_LOST, PREEMPTED
 
 TINY = pathlib.Path(tiny.__file__)

@@ -6,7 +6,7 @@ import sys
 
 CODE = """
 import time
-from trainer.preemption import StopRequest
+from trainer.pod.preemption import StopRequest
 stop = StopRequest()
 stop.install()
 print(flush=True)

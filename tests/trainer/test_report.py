@@ -12,8 +12,8 @@ from PIL import Image
 import pytest
 
 from configs import base
-from trainer import events
-from trainer import report
+from trainer.reporting import events
+from trainer.reporting import report
 
 FINAL = {
     "step": 10_000, "epochs": 90.0, "top1": 0.76512, "top5": 0.93104, "loss": 1.2345,

@@ -19,10 +19,11 @@ import pytest
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints
-from trainer import events, train as train_lib
-from trainer.checkpoint import Checkpointer
+from trainer.reporting import events
+from trainer import train as train_lib
+from trainer.workdir.checkpoint import Checkpointer
 from trainer.errors import CheckpointError, ConfigError, FAILED, NonFiniteError, PREEMPTED, Preempted
-from trainer.pod import Pod
+from trainer.pod.pod import Pod
 
 TINY = pathlib.Path(tiny.__file__)
 

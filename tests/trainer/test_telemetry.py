@@ -7,7 +7,7 @@ from etils import epath
 import jax.numpy as jnp
 import pytest
 
-from trainer import events, telemetry as telemetry_lib
+from trainer.reporting import events, telemetry as telemetry_lib
 from trainer.step import METRICS
 
 

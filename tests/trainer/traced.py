@@ -13,7 +13,8 @@ import sys
 import jax
 
 from input_pipeline import loader
-from trainer import __main__, telemetry
+from trainer import __main__
+from trainer.reporting import telemetry
 from trainer.step import METRICS
 
 

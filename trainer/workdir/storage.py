@@ -8,7 +8,7 @@ import re
 
 from etils import epath
 
-from input_pipeline import bucket, remote
+from input_pipeline.remote import tensorstore as bucket, fsspec as remote
 from trainer.errors import ConfigError
 
 _PREFIX = "gs://"

@@ -12,11 +12,11 @@ from PIL import Image
 import simplejpeg
 
 from input_pipeline import image
-from input_pipeline import outputs
+from input_pipeline.prepare import output as outputs
 from input_pipeline import records
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
-from input_pipeline.inputs import Images
+from input_pipeline.prepare.archives import Images
 
 JOURNAL = ".journal"  # folder in the output: one file per finished shard, and what was asked for
 UNDECODABLE = "undecodable"

@@ -5,7 +5,7 @@ and `clu.periodic_actions` imports `clu.metric_writers`. Importing this module f
 made of tensorboardX in that place, whether TensorFlow is installed or not, so that a run never
 depends on it:
 
-    from trainer import events
+    from trainer.reporting import events
     from clu import metric_writers, periodic_actions
 
     writer = metric_writers.create_default_writer(logdir, just_logging=jax.process_index() > 0)
@@ -35,7 +35,7 @@ from tensorboardX import summary as summaries
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
-from trainer import storage
+from trainer.workdir import storage
 
 _FLUSH_SECONDS = 30.0  # at most so long do written events stay in memory while others follow
 _RETRY_SECONDS = 60.0  # pause of the flushes after one to a bucket has failed
@@ -233,7 +233,7 @@ def _install():
   """
   loaded = sys.modules.get("clu.metric_writers")
   if loaded is not None:
-    raise ImportError("import trainer.events before clu.metric_writers or clu.periodic_actions: "
+    raise ImportError("import trainer.reporting.events before clu.metric_writers or clu.periodic_actions: "
                       f"clu already has {loaded.SummaryWriter.__module__}.SummaryWriter")
   module = types.ModuleType("clu.metric_writers.summary_writer", SummaryWriter.__doc__)
   module.SummaryWriter = SummaryWriter

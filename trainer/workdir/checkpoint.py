@@ -24,9 +24,10 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from trainer import config as config_lib, storage
+from trainer import config as config_lib
+from trainer.workdir import storage
 from trainer.errors import CheckpointError, ConfigError, StorageError
-from trainer.pod import Pod
+from trainer.pod.pod import Pod
 from trainer.state import TrainState, fingerprints
 
 FORMAT = 1

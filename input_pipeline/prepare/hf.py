@@ -6,10 +6,10 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from input_pipeline import catalog
-from input_pipeline import hf
+from input_pipeline.sources import catalog
+from input_pipeline.sources import hf
 from input_pipeline.errors import DataError
-from input_pipeline.inputs import Images
+from input_pipeline.prepare.archives import Images
 
 PREFIX = hf.PREFIX
 

@@ -12,7 +12,7 @@ import tempfile
 from typing import Any, Iterator
 
 from input_pipeline import records
-from input_pipeline import remote
+from input_pipeline.remote import fsspec as remote
 from input_pipeline.errors import DataError
 
 _BUCKET = "gs://"

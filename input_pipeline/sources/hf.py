@@ -14,8 +14,8 @@ import re
 import threading
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from input_pipeline import catalog
-from input_pipeline import remote
+from input_pipeline.sources import catalog
+from input_pipeline.remote import fsspec as remote
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 

@@ -6,10 +6,10 @@ import contextlib
 import multiprocessing
 from typing import Any, Iterator, Sequence
 
-from input_pipeline import processes
-from input_pipeline import shards
+from input_pipeline.workers import processes
+from input_pipeline.prepare import shards
 from input_pipeline.errors import DataError
-from input_pipeline.progress import Progress
+from input_pipeline.prepare.progress import Progress
 
 _counter = None  # in a worker: images done, shared by all of them
 

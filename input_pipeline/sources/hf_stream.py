@@ -18,11 +18,11 @@ from typing import Any, Callable, Iterator, Sequence
 from absl import logging
 import numpy as np
 
-from input_pipeline import processes
+from input_pipeline.workers import processes
 from input_pipeline.errors import DataError
-from input_pipeline.hf import HfSource, RowGroup
-from input_pipeline.threads import CLOSE_SECONDS
-from input_pipeline.threads import Threads
+from input_pipeline.sources.hf import HfSource, RowGroup
+from input_pipeline.workers.threads import CLOSE_SECONDS
+from input_pipeline.workers.threads import Threads
 from input_pipeline.records import Record
 
 Position = dict[str, Any]  # JSON-able

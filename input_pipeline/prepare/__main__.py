@@ -24,13 +24,13 @@ import signal
 import sys
 from typing import Any, Iterator, Sequence
 
-from input_pipeline import hf_inputs
-from input_pipeline import inputs
-from input_pipeline import outputs
-from input_pipeline import pool
-from input_pipeline import processes
+from input_pipeline.prepare import hf as hf_inputs
+from input_pipeline.prepare import archives as inputs
+from input_pipeline.prepare import output as outputs
+from input_pipeline.prepare import pool
+from input_pipeline.workers import processes
 from input_pipeline import records
-from input_pipeline import shards
+from input_pipeline.prepare import shards
 from input_pipeline.errors import DataError
 
 # Wanted size of a shard: large enough to be copied well, and 1,024 of them hold ImageNet.

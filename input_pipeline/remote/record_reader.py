@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 import numpy as np
 import zstandard
 
-from input_pipeline.bucket import Bucket
+from input_pipeline.remote.tensorstore import Bucket
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 

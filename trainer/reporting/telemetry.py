@@ -15,11 +15,11 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from trainer import events
-from trainer.clock import WallClock
+from trainer.reporting import events
+from trainer.reporting.clock import WallClock
 from trainer.errors import NonFiniteError
 from trainer.step import METRICS, NOTHING
-from clu import metric_writers, periodic_actions  # isort: skip  (trainer.events makes them importable)
+from clu import metric_writers, periodic_actions  # isort: skip  (trainer.reporting.events makes them importable)
 
 # Metrics are fetched when two later steps are queued behind them, so that the devices never wait for the host.
 _LAG = 2

@@ -11,10 +11,10 @@ from array_record.python import array_record_module
 from configs import base
 import numpy as np
 
-from input_pipeline import catalog
+from input_pipeline.sources import catalog
 from input_pipeline import image
 from input_pipeline import records
-from input_pipeline import shards
+from input_pipeline.prepare import shards
 from input_pipeline import sources
 
 _IMAGENET = 1_281_167  # examples; what is few is repeated to as many, for shuffling few costs more

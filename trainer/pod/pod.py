@@ -1,7 +1,7 @@
 """The hosts of a run: how they find each other, agree, and notice that one of them is missing.
 
 Every host runs the same program. What the compiler emits waits for all of them, in C++ and for ever, so a thread of each
-host keeps telling host 0 where it is (trainer/lifeline.py) and hears what is wrong elsewhere. A host that dies, is silent
+host keeps telling host 0 where it is (trainer/pod/lifeline.py) and hears what is wrong elsewhere. A host that dies, is silent
 for `config.pod.timeout_seconds` or fails is named by all others with the point where it was, and they exit too.
 """
 
@@ -21,7 +21,7 @@ import ml_collections
 
 from input_pipeline.errors import DataError
 from trainer.errors import ConfigError, FAILED, HOST_LOST, HostLost, Preempted, TrainerError
-from trainer.lifeline import Lifeline, Line
+from trainer.pod.lifeline import Lifeline, Line
 
 _TICKS = 10  # signs of life within a timeout
 

@@ -15,18 +15,18 @@ from array_record.python import array_record_module
 import numpy as np
 import simplejpeg
 
-from input_pipeline import bucket as bucket_lib
-from input_pipeline import catalog
-from input_pipeline import hf
+from input_pipeline.remote import tensorstore as bucket_lib
+from input_pipeline.sources import catalog
+from input_pipeline.sources import hf
 from input_pipeline import records
-from input_pipeline.bucket import Bucket
-from input_pipeline.bucket import Patience
-from input_pipeline.bucket import has_scheme
+from input_pipeline.remote.tensorstore import Bucket
+from input_pipeline.remote.tensorstore import Patience
+from input_pipeline.remote.tensorstore import has_scheme
 from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.order import Run
 from input_pipeline.records import Record
-from input_pipeline.remote_shard import RemoteShard
+from input_pipeline.remote.record_reader import RemoteShard
 
 KINDS = ("auto", "array_record", "stream", "folder", "hf", "synthetic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -4,9 +4,9 @@ from concurrent import futures
 import hashlib
 from typing import Callable, Sequence
 
-from input_pipeline import catalog
-from input_pipeline.bucket import Bucket
-from input_pipeline.bucket import Changed
+from input_pipeline.sources import catalog
+from input_pipeline.remote.tensorstore import Bucket
+from input_pipeline.remote.tensorstore import Changed
 
 _PIECE = 8 << 20  # bytes of one read from a bucket
 

@@ -12,8 +12,8 @@ from input_pipeline.errors import BadRecordError
 from input_pipeline.errors import DataError
 from input_pipeline.order import Run
 from input_pipeline.order import WindowedOrder
-from input_pipeline.threads import CLOSE_SECONDS
-from input_pipeline.threads import Threads
+from input_pipeline.workers.threads import CLOSE_SECONDS
+from input_pipeline.workers.threads import Threads
 
 Read = Callable[[Run], list[bytes | BadRecordError]]
 

@@ -1,0 +1,343 @@
+"""How fast images are decoded on this machine, beside the peers that are installed.
+
+    python -m input_pipeline.bench --data=DIR_OR_URL [--images=N] [--max-size=PIXELS] [--no-peers]
+
+Every contestant makes batches of the same images, each in a process of its own, in turns: whatever
+else the machine does hits all of them. What is compared is CPU time, user and system, of all
+threads and processes of a contestant. Images in a folder are first written to an ArrayRecord file,
+as `input_pipeline.prepare` would; without --data the images are made on the spot. Of streamed data
+the reading is done by threads ahead of time, and counts as rest.
+
+Peers are used if they can be imported: `pip install tensorflow-cpu nvidia-dali-cuda120`.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any, Callable, Iterator, NamedTuple
+
+from configs import base
+
+from input_pipeline.tools import bench_data
+from input_pipeline import image
+from input_pipeline import loader
+from input_pipeline.tools import rivals as peers
+from input_pipeline import sources
+from input_pipeline.errors import DataError
+
+_CHIP_IMAGES, _CHIP_SECONDS = 128, 0.070  # per step of a TPU v5e
+_SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has nothing more to do ahead
+_AHEAD = 4  # batches that Grain makes ahead with each decoding process
+_LIMIT = 900.0  # seconds until a contestant that says nothing is given up
+
+
+class Contestant(NamedTuple):
+  """One row of the table.
+
+  Attributes:
+    name: what it is.
+    make: called in the process of its own; returns batches without end, and CPU seconds by stage,
+      which it goes on counting.
+    ahead: how many batches it makes before they are asked for.
+  """
+
+  name: str
+  make: Callable[[], tuple[Iterator[Any], collections.Counter]]
+  ahead: int = 0
+
+
+class Turn(NamedTuple):
+  """What one contestant did in one round: `cpu` and `stages` in seconds per image."""
+
+  cpu: float
+  images_per_second: float
+  stages: dict[str, float]
+
+
+def ours(
+  source: sources.Source, batch_size: int, train: bool, workers: int = 0, timed: bool = False
+) -> tuple[Iterator[Any], collections.Counter]:
+  """Returns batches of this package and, if `timed`, the CPU seconds by stage."""
+  data = base.get_config().data
+  data.workers, data.threads = workers, 0
+  spent = collections.Counter()
+  if timed:
+    names = ("_measure", "decode", "draw_box", "train_view", "eval_view")
+    for where, name in [(image, n) for n in names] + [(bench_data.Sample, "__getitem__")]:
+      setattr(where, name, _timed(getattr(where, name), spent, name))
+  if train:
+    return loader.train_batches(source, data, seed=0, global_batch_size=batch_size), spent
+  return loader.eval_batches(source, data, batch_size=batch_size), spent
+
+
+def _timed(
+  function: Callable[..., Any], spent: collections.Counter, name: str
+) -> Callable[..., Any]:
+  @functools.wraps(function)
+  def timed(*args, **kwargs):
+    start = time.thread_time()
+    try:
+      return function(*args, **kwargs)
+    finally:
+      spent[name] += time.thread_time() - start
+
+  return timed
+
+
+def _stages(spent: collections.Counter, total: float) -> dict[str, float]:
+  """Returns CPU seconds of stages that do not overlap, from those of functions that do."""
+  if not spent:
+    return {}
+  decode = spent["decode"] + spent["_measure"]
+  resize = spent["train_view"] + spent["eval_view"] - decode - spent["draw_box"]
+  read = spent["__getitem__"]
+  return {"read": read, "decode": decode, "resize": resize, "rest": total - read - decode - resize}
+
+
+def _serve(connection, contestant: Contestant, images: int, batch_size: int) -> None:
+  """Runs in the process of a contestant: takes a turn whenever it is told to."""
+  try:
+    batches, spent = contestant.make()
+    batches = iter(batches)
+    count = contestant.ahead + math.ceil(images / batch_size)
+    for _ in range(contestant.ahead + 1):
+      next(batches)
+    _settle()
+    connection.send(None)
+    while connection.recv():
+      before = _cpu()
+      spent.clear()
+      for i in range(count):
+        if i == contestant.ahead:
+          start = time.monotonic()
+        next(batches)
+      wall = time.monotonic() - start
+      cpu = _settle() - before
+      n = count * batch_size
+      stages = _stages(spent, cpu)
+      rate = (count - contestant.ahead) * batch_size / wall
+      connection.send(Turn(cpu / n, rate, {k: v / n for k, v in stages.items()}))
+    if isinstance(batches, loader.BatchIterator):
+      batches.close()
+  except Exception as e:  # a peer may fail in any way; the others go on without it
+    connection.send(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+
+
+def _cpu() -> float:
+  """Returns the CPU seconds of this process and of those it started."""
+  total = time.process_time()
+  for child in multiprocessing.active_children():
+    with open(f"/proc/{child.pid}/stat", encoding="utf-8") as f:
+      user, system = f.read().rsplit(")", 1)[1].split()[11:13]
+    total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+  return total
+
+
+def _settle() -> float:
+  """Waits until what is made ahead is made; returns the CPU seconds until then."""
+  while True:
+    before = _cpu()
+    time.sleep(0.2)
+    after = _cpu()
+    if after - before < _SETTLED:
+      return before
+
+
+def race(
+  contestants: list[Contestant], images: int, batch_size: int, rounds: int
+) -> dict[str, list[Turn]]:
+  """Lets each contestant take a turn in each round; returns turns by name, of those that could."""
+  context = multiprocessing.get_context("spawn")
+  running, turns = {}, {}
+  try:
+    for contestant in contestants:
+      connection, theirs = context.Pipe()
+      process = context.Process(target=_serve, args=(theirs, contestant, images, batch_size))
+      process.start()
+      theirs.close()
+      running[contestant.name] = process, connection
+      _say(f"starting {contestant.name}")
+      failed = _receive(connection)
+      if failed is not None:
+        print(f"{contestant.name} left out: {failed}", file=sys.stderr)
+        del running[contestant.name]
+    for number in range(rounds):
+      for name, (_, connection) in list(running.items()):
+        _say(f"round {number + 1} of {rounds}: {name}")
+        connection.send(True)
+        turn = _receive(connection)
+        if isinstance(turn, str):
+          raise DataError(f"{name} failed: {turn}")
+        turns.setdefault(name, []).append(turn)
+  finally:
+    for process, connection in running.values():
+      with contextlib.suppress(OSError):
+        connection.send(False)
+      process.join(10)
+      if process.is_alive():
+        process.kill()
+    _say("")
+  return turns
+
+
+def _receive(connection) -> Any:
+  if not connection.poll(_LIMIT):
+    return f"said nothing for {_LIMIT:.0f} s"
+  try:
+    return connection.recv()
+  except EOFError:
+    return "its process died"
+
+
+def _say(text: str) -> None:
+  if sys.stderr.isatty():
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def report(turns: dict[str, list[Turn]]) -> str:
+  """Returns the table; ratios are to the first row, each the median of those of the rounds."""
+  first = next(iter(turns.values()))
+  lines = ["  ours/this  img/CPU-s    img/s"]
+  for name, rounds in turns.items():
+    ratio = statistics.median(t.cpu / own.cpu for t, own in zip(rounds, first, strict=True))
+    rate = 1 / statistics.median(t.cpu for t in rounds)
+    wall = statistics.median(t.images_per_second for t in rounds)
+    lines.append(f"  {ratio:9.2f}  {rate:9.0f}  {wall:7.0f}  {name}")
+  return "\n".join(lines)
+
+
+def report_stages(
+  timed: list[Turn], own: list[Turn], worker: list[Turn], mean_bytes: float
+) -> str:
+  """Returns where the time goes, what comes on top of decode and resize, and what a chip needs."""
+  stages = {s: statistics.median(t.stages[s] for t in timed) for s in timed[0].stages}
+  work = [t.stages["decode"] + t.stages["resize"] for t in timed]
+  in_process, through = (
+    statistics.median(t.cpu / w - 1 for t, w in zip(turns, work, strict=True))
+    for turns in (own, worker)
+  )
+  rate = _CHIP_IMAGES / _CHIP_SECONDS
+  cpu = statistics.median(t.cpu for t in worker)
+  return "\n".join([
+    "Microseconds of CPU per image: "
+    + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in stages.items()),
+    f"All but decode and resize, over these: {in_process:.1%} in process, {through:.1%} through a "
+    "decoding process",
+    f"Encoded bytes: {mean_bytes * 1e-6 / statistics.median(t.cpu for t in own):.0f} MB per "
+    "CPU-second",
+    f"A chip that takes {_CHIP_IMAGES} images in {1000 * _CHIP_SECONDS:.0f} ms (TPU v5e) needs "
+    f"{rate:.0f} images/s: {rate * cpu:.1f} cores like these",
+  ])
+
+
+def report_scaling(one: list[Turn], many: list[Turn], count: int) -> str:
+  """Returns what several processes do of that many times one."""
+  clock = statistics.median(
+    m.images_per_second / o.images_per_second / count for m, o in zip(many, one, strict=True)
+  )
+  cpu = statistics.median(o.cpu / m.cpu for m, o in zip(many, one, strict=True))
+  return (
+    f"{count} decoding processes: {clock:.2f} of {count} times one by the clock, which only an "
+    f"idle machine tells; {cpu:.2f} by CPU time"
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m input_pipeline.bench",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--data", default="", help="as config.data.path, or a folder of class folders")
+  add("--split", default="train", help="as config.data.train_split")
+  add("--images", type=int, default=1000, help="per turn, and at most so many different ones")
+  add("--rounds", type=int, default=5, help="turns of each contestant")
+  add("--batch-size", type=int, default=128)
+  add("--max-size", type=int, default=0, help="also measure what prepare --max-size makes")
+  add("--peers", action=argparse.BooleanOptionalAction, default=True, help="the installed ones too")
+  args = parser.parse_args(argv)
+  for name in ("images", "rounds", "batch_size"):
+    if getattr(args, name) < 1:
+      parser.error(f"--{name.replace('_', '-')} must be at least 1")
+  try:
+    with tempfile.TemporaryDirectory() as folder:
+      _run(args, folder)
+  except DataError as e:
+    print(f"bench: {e}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _run(args: argparse.Namespace, folder: str) -> None:
+  source = bench_data.open_data(args.data, args.split, args.images, folder)
+  sample = bench_data.Sample(source, args.images)
+  examples = sample.once()
+  mean_bytes = statistics.mean(len(e.image) for e in examples)
+  cores = len(os.sched_getaffinity(0))
+  print(
+    f"{len(examples)} images of {mean_bytes / 1000:.1f} kB, batches of {args.batch_size}, "
+    f"{args.rounds} rounds of {args.images}; {cores} cores of {_cpu_name()}, "
+    f"load {os.getloadavg()[0]:.1f}"
+  )
+  packages = ("simplejpeg", "opencv-python-headless", "pillow", "numpy", "grain", "array_record")
+  versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
+  print(f"Python {platform.python_version()}, {', '.join(versions)}")
+
+  own, timed, worker = "ours", "timed", "ours, through a decoding process"
+  many = f"ours, through {cores} decoding processes"
+  # Streamed data are measured as they are: a sample would have to be read record by record.
+  measured = source if isinstance(source, sources.StreamSource) else sample
+  mine = functools.partial(functools.partial, ours, measured, args.batch_size)
+  train = [
+    Contestant(own, mine(True)),
+    Contestant(timed, mine(True, timed=True)),
+    Contestant(worker, mine(True, 1), _AHEAD),
+  ]
+  if cores > 1:
+    train.append(Contestant(many, mine(True, cores), _AHEAD * cores))
+  if args.max_size:
+    small = bench_data.Sample(
+      bench_data.write_shard(folder, examples, args.max_size), args.images
+    )
+    make = functools.partial(ours, small, args.batch_size, True)
+    train.append(Contestant(f"ours, re-encoded with --max-size={args.max_size}", make))
+  evaluation = [Contestant(own, mine(False))]
+  if args.peers:
+    for contestants, task in ((train, "TRAIN"), (evaluation, "EVAL")):
+      for name, make in peers.installed(task):
+        make = functools.partial(make, examples, args.batch_size)
+        contestants.append(Contestant(name, make))
+
+  turns = race(train, args.images, args.batch_size, args.rounds)
+  stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
+  print("\nTraining: JPEG to batch, random box to 224 px, flip. Ratios of images per CPU-second.")
+  print(f"{report(turns)}\n\n{stages}")
+  if many in turns:
+    print(report_scaling(turns[worker], turns[many], cores))
+  if args.max_size:
+    effects = bench_data.pixel_effect(examples, small.once())
+    print(
+      f"--max-size={args.max_size} changes pixels by {effects[0]:.2f} of 255 levels on average in "
+      f"training, {effects[1]:.2f} in evaluation"
+    )
+  print("\nEvaluation: shorter side to 256 px, centre of 224 px.")
+  print(report(race(evaluation, args.images, args.batch_size, args.rounds)))
+
+
+def _cpu_name() -> str:
+  with contextlib.suppress(OSError, StopIteration):
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+      return next(line for line in f if line.startswith("model name")).split(":")[1].strip()
+  return platform.processor() or platform.machine()

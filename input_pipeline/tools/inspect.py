@@ -1,0 +1,343 @@
+"""Looks at data before a run does: what they are, whether they are whole, what the model will see.
+
+    python -m input_pipeline.inspect --data=DIR_OR_URL [--config=configs/X.py] [--config.data.field=value ...]
+
+It writes one picture of training images and evaluation crops with their labels, made by the loader with
+the crops and flips of the config (what else happens to them, as mixup, happens on the devices). For each
+split it prints the numbers of records, classes and bytes, formats and sizes of a sample, and checks that
+the data are what was written: the SHA-256 of every shard where a manifest has it; else it reads every
+record, with which ArrayRecord checks hashes of its own.
+
+Exit code: 0 the data are good; 1 they are not, with a sentence for each thing that is wrong; 2 the
+command line is wrong.
+"""
+
+import collections
+from concurrent import futures
+import dataclasses
+import functools
+import os
+import re
+import sys
+from typing import Callable, Container, Iterator, Sequence
+
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+import numpy as np
+
+from configs import base
+from input_pipeline.tools import checksums
+from input_pipeline.tools import contact_sheet
+from input_pipeline.prepare import shards as shards_lib
+from input_pipeline import sources
+from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import DataError
+from input_pipeline.errors import one_line
+from input_pipeline.order import InOrder
+from input_pipeline.prepare.progress import Progress
+from input_pipeline.records import Record
+from input_pipeline.sources import ShardedSource
+from input_pipeline.sources import Source
+from input_pipeline.sources import StreamSource
+
+_CHUNK = 256  # neighbouring records that one thread reads in a row
+_SHOWN = 10  # bad records and classes that are named
+_MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP"}
+
+
+class UsageError(Exception):
+  """The command line is wrong; the text, one sentence, says how."""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command; returns its exit code."""
+  try:
+    options = _parse(argv)
+  except UsageError as e:
+    print(f"inspect: {e}", file=sys.stderr)
+    return 2
+  if options.help:
+    print(f"{__doc__}\n{options.get_help()}")
+    return 0
+  logging.set_verbosity(logging.ERROR)  # bad records are counted and named here
+  try:
+    wrong = inspect(options)
+  except DataError as e:
+    wrong = [str(e)]
+  except KeyboardInterrupt:
+    print("inspect: interrupted.", file=sys.stderr)
+    return 130
+  for sentence in wrong:
+    print(f"inspect: {sentence}", file=sys.stderr)
+  return 1 if wrong else 0
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  """Returns the flags of a command line; raises UsageError if it is wrong."""
+  options = flags.FlagValues()  # of its own, as the trainer has a --config too
+  for define, name, default, text in (
+    (flags.DEFINE_string, "data", "", "Folder or URL; the same as --config.data.path."),
+    (flags.DEFINE_string, "split", "", "One split; both of the config if empty."),
+    (flags.DEFINE_boolean, "check", True, "Whether to check every byte."),
+    (flags.DEFINE_integer, "sample", 2000, "Records of a split that are decoded; 0 is all."),
+    (flags.DEFINE_string, "sheet", "contact_sheet.png", "Where the picture goes; empty is nowhere."),
+    (flags.DEFINE_integer, "images", 32, "Of each split on the picture."),
+    (flags.DEFINE_boolean, "help", False, "Shows this."),
+  ):
+    define(name, default, text, flag_values=options)
+  argv = list(argv)
+  help_text = "Run file, configs/base.py if none; single fields are set by --config.field=value."
+  config_flags.DEFINE_config_file("config", None, help_text, flag_values=options, sys_argv=argv)
+  if not any(argument.split("=")[0] == "--config" for argument in argv):
+    argv.insert(1, f"--config={base.__file__}")
+  try:
+    rest = options(argv)
+    options.config.to_dict()  # a file that cannot be loaded is told of when it is first used
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    # The last line says what is wrong; config_flags puts a whole trace in front of it.
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
+    unknown = re.fullmatch(r"[\"']*(\w+)[\"']*", lines[-1])  # all that is said of a field
+    said = f"the config has no field {unknown[1]}" if unknown else lines[-1].rstrip(".")
+    raise UsageError(f"{said}.") from e
+  if len(rest) > 1:
+    raise UsageError(f"{rest[1]!r} is no flag; give --data={rest[1]}?")
+  for name, least in (("sample", 0), ("images", 1)):
+    if options[name].value < least:
+      raise UsageError(f"--{name}={options[name].value} must be at least {least}.")
+  if options.sheet:
+    if not options.sheet.endswith(".png"):
+      raise UsageError(f"--sheet={options.sheet} must end in .png.")
+    if not os.path.isdir(os.path.dirname(options.sheet) or "."):
+      raise UsageError(f"--sheet={options.sheet} is in a folder that does not exist.")
+  if options.data:
+    options.config.data.path = options.data
+  data = options.config.data
+  if not data.path and data.kind != "synthetic" and not options.help:
+    raise UsageError("--data=DIR_OR_URL is needed.")
+  return options
+
+
+def inspect(options: flags.FlagValues) -> list[str]:
+  """Does the work of the command; returns one sentence for each thing that is wrong.
+
+  Raises:
+    DataError: the data cannot be opened.
+  """
+  data = options.config.data
+  if sources.order_of(data.kind, data.path) == "parquet":
+    raise DataError(
+      f"{data.path} is parquet, which has no checksums and no access by index; make shards of it "
+      "with `python -m input_pipeline.prepare --from` and look at those."
+    )
+  # Without a run file the base config stands for what the loader does, not for a model.
+  num_classes = options.config.model.num_classes
+  if options["config"].config_filename == base.__file__ and data.kind != "synthetic":
+    num_classes = None
+  splits = [options.split] if options.split else [data.train_split, data.eval_split]
+  opened = {split: sources.open_source(data, split, num_classes) for split in splits}
+  wrong = _write_sheet(options, opened) if options.sheet else []
+  for split, source in opened.items():
+    wrong += _inspect_split(options, split, source)
+  # A shard that cannot be opened is met more than once.
+  return list(dict.fromkeys(wrong))
+
+
+def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[str]:
+  """Writes the picture of these splits; returns why some are not on it."""
+  sections, wrong = [], []
+  for split, source in opened.items():
+    train = split == options.config.data.train_split
+    make = contact_sheet.training_section if train else contact_sheet.evaluation_section
+    try:
+      sections.append(make(source, options.config, options.images))
+    except DataError as e:
+      wrong.append(f"{split} cannot be shown: {e}")
+  if sections:
+    try:
+      contact_sheet.draw(sections)[0].save(options.sheet)
+    except OSError as e:
+      raise DataError(f"--sheet={options.sheet} cannot be written ({e.strerror}).") from e
+    print(f"{options.sheet}: images with their labels, as the model sees them", flush=True)
+  return wrong
+
+
+def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> list[str]:
+  """Prints what is in a split; returns what is wrong with it."""
+  wrong = []
+  shards = source.shards if isinstance(source, ShardedSource) else []
+  hashed = bool(shards) and all(shard.sha256 for shard in shards)
+  everything = range(len(source))
+  sample = everything
+  if 0 < options.sample < len(source):
+    chosen = np.random.default_rng(0).choice(len(source), options.sample, replace=False)
+    sample = frozenset(chosen.tolist())
+  read = everything if options.check and not hashed else sorted(sample)
+  with Progress(len(read), f"records of {split}") as progress:
+    found = _look(source, read, sample, progress.add)
+  for line in _report(split, source, found, len(sample)):
+    print(line, flush=True)
+  if found.bad:
+    wrong.append(
+      f"{len(found.bad):,} of {len(read):,} records of {split} that were read are bad, and would be "
+      f"replaced: {'; '.join(found.bad[:_SHOWN])}{' ...' if found.bad[_SHOWN:] else ''}."
+    )
+  wrong += sorted(found.broken)
+  if options.check and hashed:
+    with Progress(sum(shard.size for shard in shards), f"bytes of {split}") as progress:
+      differ = checksums.verify(source.folder, shards, progress.add)
+    good = len(shards) - len(differ)
+    print(f"  checksums  {good:,} of {len(shards):,} shards are right (SHA-256)", flush=True)
+    wrong += differ
+  elif options.check:
+    print(f"  checksums  none; {_count(len(found.sizes), len(read))} records could be read")
+  return wrong
+
+
+@dataclasses.dataclass
+class _Found:
+  """What some records are.
+
+  Attributes:
+    labels: how many records have which.
+    sizes: bytes of each image.
+    heights: pixels, of each that was decoded.
+    widths: likewise.
+    formats: how many of those are of which format.
+    kinds: how many of those are odd in which way; see shards.KINDS.
+    bad: why records are bad, a line for each.
+    broken: why shards cannot be read, a sentence for each.
+  """
+
+  labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  sizes: list[int] = dataclasses.field(default_factory=list)
+  heights: list[int] = dataclasses.field(default_factory=list)
+  widths: list[int] = dataclasses.field(default_factory=list)
+  formats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  bad: list[str] = dataclasses.field(default_factory=list)
+  broken: set[str] = dataclasses.field(default_factory=set)
+
+  def add(self, other: "_Found") -> None:
+    """Adds what other records are."""
+    for field in dataclasses.fields(self):
+      mine, more = getattr(self, field.name), getattr(other, field.name)
+      mine.extend(more) if isinstance(mine, list) else mine.update(more)
+
+
+def _look(
+  source: Source, indices: Sequence[int], decoded: Container[int], report: Callable[[int], None]
+) -> _Found:
+  """Reads records in threads, decodes those in `decoded`, and reports how many it has done."""
+  found = _Found()
+  with futures.ThreadPoolExecutor() as pool:
+    chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+    waiting = [pool.submit(_look_at, source, chunk, decoded) for chunk in chunks]
+    try:
+      for chunk, future in zip(chunks, waiting, strict=True):
+        found.add(future.result())
+        report(len(chunk))
+    finally:
+      pool.shutdown(cancel_futures=True)
+  return found
+
+
+def _read(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Callable[[], Record]]]:
+  """Yields each index with a function that returns its record; neighbours in a bucket by one request."""
+  if not isinstance(source, StreamSource) or indices[-1] - indices[0] >= len(indices):
+    for index in indices:
+      yield index, functools.partial(source.__getitem__, index)
+    return
+  order = InOrder([shard.count for shard in source.shards])
+  for run in order.runs((indices[0], len(indices))):
+    try:
+      answers = source.read_run(run)
+    except DataError as e:  # of a whole shard
+      yield run.first, functools.partial(_raise, e)
+      continue
+    for index, answer in enumerate(answers, run.first):
+      yield index, functools.partial(source.decode, index, answer)
+
+
+def _raise(error: Exception) -> Record:
+  raise error
+
+
+def _look_at(source: Source, indices: Sequence[int], decoded: Container[int]) -> _Found:
+  found = _Found()
+  for index, get in _read(source, indices):
+    try:
+      record = get()
+    except BadRecordError as e:
+      found.bad.append(one_line(str(e)))
+      continue
+    except DataError as e:
+      found.broken.add(str(e))
+      continue
+    found.labels[record.label] += 1
+    found.sizes.append(len(record.image))
+    if index in decoded:
+      rgb, kinds, reason = shards_lib.inspect(record.image, record.name)
+      if rgb is None:
+        found.bad.append(one_line(f"{record.name}: {reason}"))
+        continue
+      found.kinds.update(kinds)
+      found.heights.append(rgb.shape[0])
+      found.widths.append(rgb.shape[1])
+      found.formats[_MAGIC.get(record.image[:2], "other")] += 1
+  return found
+
+
+def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]:
+  """Returns lines for a person.
+
+  Args:
+    split: its name.
+    source: all of it.
+    found: what was read of it.
+    sample: how many of these were to be decoded.
+  """
+  read = len(found.sizes) + len(found.bad)
+  total = f"{len(source):,} records of {source.num_classes:,} classes"
+  labels, origin = found.labels, f" of the {read:,} read" if read < len(source) else ""
+  if isinstance(source, ShardedSource) and source.class_counts:
+    labels, origin = dict(enumerate(source.class_counts)), ""
+  if isinstance(source, ShardedSource) and all(shard.size for shard in source.shards):
+    size = sum(shard.size for shard in source.shards)
+    total += f", {size / 2**20:,.1f} MiB in {len(source.shards):,} shards"
+  else:
+    total += f", {sum(found.sizes) / 2**20:,.1f} MiB of images"
+    total += f" in the {read:,} that were read" if read < len(source) else ""
+  lines = [f"{split}: {total}"]
+  counts = [labels[label] for label in range(source.num_classes)]
+  lines.append(
+    f"  classes    {min(counts):,} to {max(counts):,} records each{origin}, "
+    f"median {np.median(counts):,g}"
+  )
+  ranked = sorted(range(source.num_classes), key=lambda label: (counts[label], label))
+  ends = [ranked] if len(ranked) <= 2 * _SHOWN else [ranked[:_SHOWN], ranked[-_SHOWN:]]
+  named = [", ".join(f"{source.class_names[i]} ({i}): {counts[i]:,}" for i in end) for end in ends]
+  lines.append(f"             {' ... '.join(named)}")
+  lines.append(f"  file bytes {_spread(found.sizes)}")
+  of = f", of {sample:,} that were decoded" if sample < len(source) else ""
+  lines.append(f"  height     {_spread(found.heights)} pixels{of}")
+  lines.append(f"  width      {_spread(found.widths)} pixels{of}")
+  formats = [f"{name} {_count(n, len(found.heights))}" for name, n in found.formats.most_common()]
+  lines.append(f"  formats    {', '.join(formats) or 'none'}{of}")
+  for kind, n in found.kinds.most_common():
+    share = _count(n, len(found.heights))
+    lines.append(f"             {kind.replace('_', ' ')} {share}: {shards_lib.KINDS[kind]}")
+  return lines
+
+
+def _count(part: int, whole: int) -> str:
+  return f"{part:,} ({part / max(whole, 1):.1%})"
+
+
+def _spread(values: Sequence[int]) -> str:
+  """Returns the smallest, the quantiles and the largest of values."""
+  if not values:
+    return "unknown"
+  names = ("least", "5 %", "median", "95 %", "most")
+  numbers = np.quantile(values, (0, 0.05, 0.5, 0.95, 1))
+  return ", ".join(f"{name} {number:,.0f}" for name, number in zip(names, numbers, strict=True))

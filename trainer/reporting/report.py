@@ -1,0 +1,298 @@
+"""One page about a run: its result, its curves, where the time went, what its config changes.
+
+    python -m trainer.report WORKDIR
+
+writes WORKDIR/report.html, a single file without links to anything, from what the run left in its
+workdir: `events/` (curves), `config.json` and, once it is finished, `final.json`.
+"""
+
+import argparse
+import base64
+from collections.abc import Mapping
+from collections.abc import Sequence
+import html
+import io
+import json
+import sys
+from typing import Any
+
+from etils import epath
+import ml_collections
+import numpy as np
+
+from configs import base
+from trainer import config as config_lib
+from trainer.reporting import events
+from trainer.workdir import storage
+from trainer.errors import ConfigError
+
+# Steps, values and wall times by name, as events.read_scalars returns them.
+Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+# Of different lightness too, for those who do not tell them apart by hue.
+_TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"
+# Title, factor of the values, and (scalar, legend, colour) of each curve.
+_PANELS = (
+    ("Loss", 1, (("train/loss", "train", _TRAIN), ("eval/loss", "eval", _EVAL))),
+    ("Accuracy, %", 100, (("train/top1", "train top-1", _TRAIN), ("eval/top1", "eval top-1", _EVAL),
+                          ("eval/top5", "eval top-5", _EVAL_2))),
+    ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
+    ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
+    ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
+    ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
+    ("Time of a step, ms", 1000, (("train/step_seconds_median", "median", _TRAIN),
+                                  ("train/step_seconds_p99", "99th percentile", _EVAL))),
+    ("Waiting for input, % of time", 100, (("train/input_wait", "", _TRAIN),)),
+    ("Goodput, % of time since the first start", 100, (("train/goodput", "", _TRAIN),)),
+)
+_CAUSES = {
+    "step": ("training steps", "#2563c9"),
+    "eval": ("evaluation", "#12906f"),
+    "compile": ("compilation", "#8a63c7"),
+    "checkpoint": ("checkpoints", "#e0a021"),
+    "input_wait": ("waiting for input", "#cf3f4f"),
+    "restart": ("restarts", "#1c2430"),
+    "other": ("other", "#9aa3af"),
+}
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2430;
+  background: #f6f7f9; margin: 0; padding: 32px 20px 56px; }
+main { max-width: 1060px; margin: 0 auto; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0; }
+h2 { font-size: 17px; margin: 34px 0 12px; }
+.muted { color: #5c6675; }
+.note { background: #fff5dc; border: 1px solid #efd79a; border-radius: 10px; padding: 10px 16px;
+  margin: 20px 0 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
+  margin-top: 20px; }
+.cards > div, .panels img, .box { background: #fff; border: 1px solid #e2e6ec;
+  border-radius: 10px; }
+.cards > div { padding: 12px 16px; }
+.cards b { display: block; font-size: 22px; line-height: 1.3; overflow-wrap: anywhere; }
+.cards .main b { color: #2563c9; font-size: 34px; line-height: 1.1; }
+.cards span { font-size: 13px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 12px; }
+.panels img { width: 100%; display: block; padding: 12px 10px 8px; }
+.box { padding: 16px; }
+.bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; gap: 1px; }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 22px; margin-top: 12px; font-size: 14px; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px;
+  margin-right: 7px; }
+.scroll { padding: 6px 0; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; padding: 6px 16px; border-bottom: 1px solid #eceff3;
+  overflow-wrap: anywhere; }
+tr:last-child td { border-bottom: 0; }
+th { color: #5c6675; font-weight: 500; }
+td { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
+"""
+
+
+def write_report(workdir: str) -> str:
+  """Writes the report of a run, finished or not.
+
+  Args:
+    workdir: folder of the run, local or gs://.
+
+  Returns:
+    The path of the report, WORKDIR/report.html; one that is already there is replaced.
+
+  Raises:
+    ValueError: if the run has logged nothing yet, or the folder is no workdir.
+    ConfigError: if it is a bucket that cannot be used.
+  """
+  directory = storage.path_of(workdir)
+  trouble = storage.problem(directory)
+  if trouble:
+    raise ConfigError(f"{directory} cannot be read: {trouble}.")
+  folder = directory / "events"
+  scalars = events.read_scalars(folder) if folder.exists() else {}
+  if not scalars:
+    raise ValueError(
+        f"{directory} has nothing to report: {folder} holds no event files with scalars.")
+  config, final = _read_json(directory / "config.json"), _read_json(directory / "final.json")
+  sections = [_headline(directory.name, config, final, scalars), _curves(scalars)]
+  if final is not None:
+    sections.append(_time(final["wall_seconds"], final["goodput"]))
+  if config is not None:
+    sections.append(_config_changes(config))
+  report = directory / "report.html"
+  storage.write_whole(
+      report,
+      "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+      f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
+      f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections)
+      + "\n</main>\n</body>\n</html>\n")
+  return str(report)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any] | None:
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _title(config: Mapping[str, Any] | None) -> str:
+  if config is None:
+    return "Training run"
+  names = {"resnet": "ResNet", "cifar_resnet": "CIFAR ResNet"}
+  model = config["model"]
+  width = "" if model["width"] == 1 else f", width {model['width']:g}"
+  return f"{names.get(model['name'], model['name'])}-{model['depth']}{width}"
+
+
+def _headline(name: str, config: Mapping[str, Any] | None, final: Mapping[str, Any] | None,
+              scalars: Scalars) -> str:
+  """Returns title and result, or how far the run is."""
+  last_step = max(int(steps[-1]) for steps, _, _ in scalars.values())
+  note = ""
+  if final is not None:
+    best = final["best"]
+    best = (f"top-1; best {best['top1']:.2%} at step {best['step']:,}"
+            if best and best["step"] != final["step"] else "top-1, the best of the run")
+    cards = [(f"{final['top1']:.2%}", best), (f"{final['top5']:.2%}", "top-5"),
+             (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
+             (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
+             (_duration(sum(_causes(final["wall_seconds"]).values())), "wall time"),
+             (f"{final['images_per_second']:,.0f}", "images per second"),
+             (_millions(final["params"]), "parameters"), (str(final["devices"]), "devices")]
+  else:
+    note = (f"<p class=\"note\">This run is not finished: there is no final result, and its last "
+            f"logged step is {last_step:,}.</p>")
+    cards = []
+    if "eval/top1" in scalars:
+      steps, values, _ = scalars["eval/top1"]
+      cards.append((f"{values[-1]:.2%}", f"top-1 at step {steps[-1]:,}, its last evaluation"))
+      best = int(np.argmax(values))
+      cards.append((f"{values[best]:.2%}", f"best top-1, at step {steps[best]:,}"))
+    cards.append((f"{last_step:,}", "steps so far"))
+    if "train/loss" in scalars:
+      cards.append((f"{scalars['train/loss'][1][-1]:.3f}", "training loss"))
+    if "train/images_per_second" in scalars:
+      cards.append((f"{scalars['train/images_per_second'][1][-1]:,.0f}", "images per second"))
+    if "train/goodput" in scalars:
+      cards.append((f"{scalars['train/goodput'][1][-1]:.1%}", "goodput"))
+  return (f"<h1>{html.escape(_title(config))}</h1>\n"
+          f"<div class=\"muted\">{html.escape(name)}</div>\n{note}"
+          "<div class=\"cards\">\n" + "\n".join(
+              f"<div{' class=main' if i == 0 else ''}><b>{html.escape(value)}</b>"
+              f"<span class=\"muted\">{html.escape(label)}</span></div>"
+              for i, (value, label) in enumerate(cards)) + "\n</div>")
+
+
+def _curves(scalars: Scalars) -> str:
+  """Returns a picture for each panel of which at least one curve was logged."""
+  pictures = []
+  for title, factor, curves in _PANELS:
+    curves = [(label, colour, scalars[name][0], factor * scalars[name][1])
+              for name, label, colour in curves if name in scalars]
+    if curves:
+      last = ", ".join(f"{label or 'last value'} {values[-1]:.4g}"
+                       for label, _, _, values in curves)
+      pictures.append(f"<img alt=\"{title}: {last}\" src=\"data:image/png;base64,"
+                      f"{base64.b64encode(_plot(title, curves)).decode()}\">")
+  return "<h2>Curves</h2>\n<div class=\"panels\">\n" + "\n".join(pictures) + "\n</div>"
+
+
+def _plot(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> bytes:
+  """Returns the PNG of curves (legend, colour, steps, values) over the step."""
+  # Imported here: a training process that ends badly has no use for it. The Agg canvas is asked for
+  # by name, so that neither a display nor matplotlib's global state takes part.
+  from matplotlib import ticker
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(5.4, 3.1), dpi=150, layout="constrained")
+  axes = figure.add_subplot()
+  for label, colour, steps, values in curves:
+    # A few points, as of evaluations, are worth a mark each; a long curve is not.
+    axes.plot(steps, values, color=colour, label=label, linewidth=1.6,
+              marker="o" if len(steps) <= 40 else None, markersize=3)
+  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1c2430")
+  axes.grid(color="#e8ebef", linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+  axes.tick_params(labelsize=9, colors="#5c6675", length=0)
+  if title != "Loss":
+    axes.set_ylim(bottom=0)  # noise is to look as small as it is; a loss may be far from 0 for good
+  axes.set_xlabel("step", fontsize=9, color="#5c6675")
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+  if any((np.abs(values) >= 10_000).any() for *_, values in curves):
+    axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+  if len(curves) > 1:
+    axes.legend(fontsize=9, frameon=False, labelcolor="#1c2430")
+  picture = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(picture)
+  return picture.getvalue()
+
+
+def _causes(wall_seconds: Mapping[str, float]) -> dict[str, float]:
+  """Returns the seconds of each cause, the longest first; a total is no cause."""
+  causes = {name: seconds for name, seconds in wall_seconds.items() if name != "total"}
+  return dict(sorted(causes.items(), key=lambda item: -item[1]))
+
+
+def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
+  """Returns a bar of the wall time by cause, and the share of it that went into steps that count."""
+  causes = _causes(wall_seconds)
+  total = sum(causes.values())
+  bar, legend = [], []
+  for cause, seconds in causes.items():
+    label, colour = _CAUSES.get(cause, (cause, "#9aa3af"))
+    share = seconds / total
+    bar.append(f"<div style=\"flex: {share:.6f} 0 0; background: {colour}\"></div>")
+    legend.append(f"<span><i style=\"background: {colour}\"></i>{html.escape(label)} "
+                  f"<span class=\"muted\">{_duration(seconds)}, {share:.1%}</span></span>")
+  starts = "one start" if goodput["starts"] == 1 else f"{goodput['starts']} starts"
+  return (f"<h2>Wall time by cause: goodput {goodput['share']:.1%}, {starts}</h2>\n"
+          f"<div class=\"box\"><div class=\"bar\">{''.join(bar)}</div>\n"
+          f"<div class=\"legend\">{''.join(legend)}</div></div>")
+
+
+def _config_changes(config: Mapping[str, Any]) -> str:
+  """Returns the fields in which the config differs from configs/base.py."""
+  ours = config_lib.flatten(ml_collections.ConfigDict(config))
+  defaults = config_lib.flatten(base.get_config())
+  rows = "".join(
+      f"<tr><td>{html.escape(field)}</td><td>{html.escape(_value(ours, field))}</td>"
+      f"<td class=\"muted\">{html.escape(_value(defaults, field))}</td></tr>\n"
+      for field in sorted({*defaults, *ours})
+      if field not in ours or field not in defaults or ours[field] != defaults[field])
+  if not rows:
+    return "<h2>Config</h2>\n<p>Nothing differs from configs/base.py.</p>"
+  return ("<h2>Config: what differs from configs/base.py</h2>\n<div class=\"box scroll\"><table>\n"
+          f"<tr><th>field</th><th>this run</th><th>base</th></tr>\n{rows}</table></div>")
+
+
+def _value(flat: Mapping[str, Any], field: str) -> str:
+  return json.dumps(flat[field]) if field in flat else "absent"
+
+
+def _duration(seconds: float) -> str:
+  """Returns seconds in the two units that matter: '48.2 s', '12 min 5 s', '3 h 20 min'."""
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes = int(seconds // 60)
+  if minutes < 60:
+    return f"{minutes} min {int(seconds % 60)} s"
+  return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _millions(number: int) -> str:
+  return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Writes the report of the workdir named in `arguments`; returns the exit code."""
+  parser = argparse.ArgumentParser(
+      prog="python -m trainer.report", description=__doc__.split("\n")[0])
+  parser.add_argument("workdir", help="folder of the run")
+  try:
+    print(write_report(parser.parse_args(arguments).workdir))
+  except (ValueError, ConfigError) as error:
+    print(error, file=sys.stderr)
+    return 2
+  return 0

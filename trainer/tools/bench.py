@@ -1,0 +1,235 @@
+"""What the trainer costs beside its steps, measured in one run each:
+
+    python -m trainer.bench loop      steps per second of `train()` over those of the bare jitted step
+    python -m trainer.bench save      time that a step loop loses to an asynchronous save, over the duration of the save
+    python -m trainer.bench startup   seconds to the first step of a second start over those of the first
+
+Options are listed by `--help` behind each of them.
+"""
+
+import argparse
+import collections
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Callable, Sequence
+
+from absl import logging
+from etils import epath
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from configs import base
+from input_pipeline import loader, sources
+from trainer import mesh as mesh_lib, train as train_lib
+from trainer.workdir.checkpoint import Checkpointer
+from trainer.pod.pod import Pod
+from trainer.state import TrainState
+from trainer.step import NOTHING
+
+
+def loop_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
+  """Returns the config of both sides."""
+  config = base.get_config()
+  config.global_batch_size = config.eval.batch_size = batch_size
+  config.total_epochs, config.total_steps = 0.0, steps
+  config.model.name, config.model.depth, config.model.width = "cifar_resnet", 8, 0.25
+  config.model.num_classes, config.model.dtype = 10, "float32"
+  config.data.kind, config.data.synthetic_examples = "synthetic", 8 * batch_size
+  config.data.image_size = config.data.eval_image_size = config.data.eval_resize = 16
+  config.optimizer.warmup_epochs = config.eval.every_epochs = 0.0
+  return config
+
+
+def loop_speed(config: ml_collections.ConfigDict) -> float:
+  """Returns steps per second of `train()`."""
+  with tempfile.TemporaryDirectory() as workdir:
+    seconds = train_lib.train(config, workdir)["wall_seconds"]
+  return config.total_steps / (seconds["step"] + seconds["input_wait"])
+
+
+def bare_speed(config: ml_collections.ConfigDict) -> float:
+  """Returns steps per second of the compiled step on one batch."""
+  program = train_lib.build(config, config.data.synthetic_examples)
+  train_step = train_lib.compile_train_step(config, program)
+  source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
+  with contextlib.closing(loader.train_batches(source, config.data, seed=config.seed,
+                                               global_batch_size=config.global_batch_size)) as host_batches:
+    host_batch = next(host_batches)
+  batch = mesh_lib.to_global(program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH})
+  requests = mesh_lib.flags(program.mesh, NOTHING)
+  state = program.init_state()
+  jax.block_until_ready((state, batch))
+  start = time.perf_counter()
+  for _ in range(config.total_steps):
+    state, metrics = train_step(state, batch, requests)
+  jax.block_until_ready((state, metrics))
+  return config.total_steps / (time.perf_counter() - start)
+
+
+def bench_loop(args: argparse.Namespace) -> None:
+  """Prints what the loop costs: steps per second of `train()` over those of the bare jitted step.
+
+  The net is tiny (CIFAR ResNet-8 of a quarter of the width on 16 px images), so that a step is short and whatever the
+  loop adds shows. `train()` runs in full, with logging, event files and prefetching, on synthetic batches that cost
+  nothing to make; the bare step gets one batch that is on the device already. Compiling, the last evaluation and the
+  last save are left out of both.
+  """
+  config = loop_config(args.batch_size, args.steps)
+  rounds = []
+  with tempfile.TemporaryDirectory() as compiled:
+    config.compilation_cache = compiled  # or every round would compile both sides again
+    for number in range(args.rounds):
+      loop, bare = loop_speed(config), bare_speed(config)
+      rounds.append((loop, bare))
+      print(f"round {number + 1:2}: train() {loop:7.1f} steps/s   bare step {bare:7.1f} steps/s   "
+            f"ratio {loop / bare:.3f}", flush=True)
+  # Whatever else the machine does can only slow a round down, so the fastest one of each side says most.
+  loop, bare = map(max, zip(*rounds))
+  print(f"fastest rounds: ratio {loop / bare:.3f}, a bare step takes {1000 / bare:.2f} ms, train() adds "
+        f"{1e6 * (1 / loop - 1 / bare):.0f} us; median ratio {statistics.median(l / b for l, b in rounds):.3f} "
+        f"({devices()}, batch {args.batch_size})")
+
+
+class StepLoop:
+  """Cheap steps that read, write and donate a whole training state, two of them queued as in `train()`."""
+
+  def __init__(self, state: TrainState, idle_seconds: float):
+    """Compiles the step.
+
+    Args:
+      state: what the steps go on from.
+      idle_seconds: pause of the host in each step, for an accelerator that works without it.
+    """
+    self.state = state
+    self._idle_seconds = idle_seconds
+    self._queued: collections.deque[jax.Array] = collections.deque()
+    self._step = jax.jit(
+        lambda state: (jax.tree.map(lambda x: x if x.dtype == jnp.int32 else 0.999 * x, state), state.step + 1),
+        donate_argnums=0)
+
+  def run(self) -> None:
+    """Takes a step."""
+    self.state, metrics = self._step(self.state)
+    self._queued.append(metrics)
+    time.sleep(self._idle_seconds)
+    if len(self._queued) > 2:
+      self._queued.popleft().block_until_ready()
+
+  def drain(self) -> None:
+    """Waits for all steps."""
+    self._queued.clear()
+    jax.block_until_ready(self.state)
+
+  def seconds_per_step(self, steps: int) -> float:
+    """Returns the mean over `steps` steps."""
+    self.drain()
+    start = time.perf_counter()
+    for _ in range(steps):
+      self.run()
+    self.drain()
+    return (time.perf_counter() - start) / steps
+
+
+def bench_save(args: argparse.Namespace) -> None:
+  """Prints what a step loop loses to the asynchronous save of a ResNet-50 with SGD momentum.
+
+  Lost is the time for which the loop stands still (hashing the leaves, copying them to the host, starting the save),
+  and with it what the steps beside the save take longer than without one: writing needs the processors of the host,
+  which may be the device as well.
+  """
+  config = base.get_config()
+  config.global_batch_size, config.checkpoint.keep_last = jax.device_count(), 1
+  program = train_lib.build(config, num_examples=1000)
+  loop = StepLoop(program.init_state(), args.idle_seconds)
+  items = loop.state.params, loop.state.batch_stats, loop.state.opt_state
+  values, size = (sum(getattr(x, what) for x in jax.tree.leaves(items)) for what in ("size", "nbytes"))
+  print(f"{values / 1e6:.0f} M values, {size / 1e6:.0f} MB; {devices()}", flush=True)
+  loop.seconds_per_step(3)
+  rounds = []
+  with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    checkpointer = Checkpointer(Pod(config.pod), epath.Path(folder), config, every_steps=0)
+    for number in range(args.rounds + 1):
+      quiet = loop.seconds_per_step(args.steps)
+      start, steps = time.perf_counter(), 0
+      checkpointer.save(number, loop.state, {"best": None, "wall_seconds": {}})
+      stall = time.perf_counter() - start
+      while not (epath.Path(folder) / "checkpoints" / str(number)).exists():
+        loop.run()
+        checkpointer.poll()
+        steps += 1
+      loop.drain()
+      whole = time.perf_counter() - start
+      checkpointer.poll(wait=True)
+      lost = whole - steps * quiet
+      print(f"{f'save {number:2}:' if number else 'first:  '} stood still {stall:.3f} s, lost {lost:.3f} s of "
+            f"{whole:.3f} s, ratios {stall / whole:.3f} and {lost / whole:.3f}; {steps} steps beside it, of "
+            f"{1000 * quiet:.1f} ms without it", flush=True)
+      if number:  # the first compiles the hashes, once in a process
+        rounds.append((stall / whole, lost / whole))
+    checkpointer.close()
+  stall, lost = map(statistics.median, zip(*rounds))
+  print(f"medians: the loop stands still for {stall:.3f} of a save and loses {lost:.3f} of it")
+
+
+def bench_startup(args: argparse.Namespace) -> None:
+  """Prints how much sooner the second start of a run takes its first step, with the programs that the first compiled.
+
+  Both are processes of `python -m trainer` with a ResNet-18 on synthetic images of 64 px, from the start of the
+  interpreter to the progress line of step 1. Nothing but the compilation cache is common to them.
+  """
+  seconds = []
+  with tempfile.TemporaryDirectory() as folder:
+    for number in range(2):
+      fields = {"model.depth": 18, "data.kind": "synthetic", "data.image_size": 64, "data.eval_image_size": 64,
+                "data.eval_resize": 64, "global_batch_size": 8, "eval.batch_size": 8, "total_epochs": 0.0,
+                "total_steps": 100, "optimizer.warmup_epochs": 0.0, "eval.every_epochs": 0.0, "log.every_steps": 1,
+                "compilation_cache": f"{folder}/compiled"}
+      command = [sys.executable, "-m", "trainer", f"--config={base.__file__}", f"--workdir={folder}/{number}",
+                 *[f"--config.{field}={value}" for field, value in fields.items()]]
+      environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+      start = time.perf_counter()
+      log = []
+      with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+          log.append(line)
+          if "step 1/100 " in line:
+            break
+        seconds.append(time.perf_counter() - start)
+        process.kill()
+      compiled = re.search(r"Compiled in ([0-9.]+) s", "".join(log))
+      if not compiled:
+        sys.exit("".join(log))
+      print(f"start {number + 1}: first step after {seconds[-1]:.1f} s, {compiled[1]} s of it to compile", flush=True)
+  print(f"ratio {seconds[1] / seconds[0]:.3f}")
+
+
+def devices() -> str:
+  """Returns what this process runs on."""
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  commands = parser.add_subparsers(required=True)
+
+  def add(name: str, function: Callable[[argparse.Namespace], None], **options: tuple[int | float | str, str]):
+    command = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+    command.set_defaults(function=function)
+    for option, (default, text) in options.items():
+      command.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default, help=text)
+
+  add("loop", bench_loop, steps=(1000, "steps of each side in each round"),
+      rounds=(6, "rounds, each of both sides in turn"), batch_size=(32, "images per step"))
+  add("save", bench_save, rounds=(5, "saves after the first"), steps=(10, "steps that are timed before each save"),
+      idle_seconds=(0.1, "pause of the host in each step"), folder=(tempfile.gettempdir(), "disk to be written to"))
+  add("startup", bench_startup)
+  args = parser.parse_args(arguments)
+  logging.set_verbosity(logging.WARNING)
+  args.function(args)
