@@ -25,7 +25,10 @@ def get_config():
   config.data.image_size = 112
   config.data.eval_image_size = 144  # objects are larger in training crops than in whole images
   config.data.eval_resize = 160
-  config.data.crop_area = (0.35, 1.0)  # a short run learns little from the tiny crops of the 90-epoch recipe
+  config.data.crop_area = (
+    0.35,
+    1.0,
+  )  # a short run learns little from the tiny crops of the 90-epoch recipe
 
   config.optimizer.lr_per_256 = 0.3
   config.optimizer.warmup_epochs = 3.0

@@ -6,8 +6,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
 from input_pipeline.errors import BadRecordError

@@ -8,28 +8,19 @@ streamed ones, which get the shuffle in lanes of `order.LaneShuffle`. Only parqu
 """
 
 import collections
+from collections.abc import Iterator, Sequence
 import math
 import sys
-from typing import Any, Iterator, Sequence
+from typing import Any
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 import grain
 import numpy as np
 
-from input_pipeline.sources import hf
-from input_pipeline.sources import hf_stream
-from input_pipeline.workers import processes
-from input_pipeline.workers import slots
 from input_pipeline.errors import DataError
-from input_pipeline.rows import Batch
-from input_pipeline.rows import EvalRows
-from input_pipeline.rows import Notes
-from input_pipeline.rows import Rows
-from input_pipeline.rows import TrainRows
-from input_pipeline.sources import Source
-from input_pipeline.sources import StreamSource
-from input_pipeline.sources import SyntheticSource
+from input_pipeline.rows import Batch, EvalRows, Notes, Rows, TrainRows
+from input_pipeline.sources import Source, StreamSource, SyntheticSource, hf, hf_stream
+from input_pipeline.workers import processes, slots
 
 _ENDLESS = 2**48  # steps
 _SLOTS_IN_FLIGHT = 6  # tasks of a process being written, waiting to be fetched, and in use
@@ -164,7 +155,9 @@ def train_batches(
   rows = TrainRows(source, data, global_batch_size, host, hosts, seed)
   logging.info(
     "Decoding in %s.",
-    f"{rows.workers} processes, {rows.threads} threads each" if rows.workers else f"{rows.threads} threads",
+    f"{rows.workers} processes, {rows.threads} threads each"
+    if rows.workers
+    else f"{rows.threads} threads",
   )
   if isinstance(source, hf.HfSource):
     batches = hf_stream.train(
@@ -187,7 +180,9 @@ def train_batches(
 def describe_order(source: Source, data: Any, *, global_batch_size: int, hosts: int) -> str:
   """Returns in which order training examples come, and what that costs in memory, for a person."""
   if isinstance(source, hf.HfSource):
-    return f"parquet, {data.hf_streams} row groups at once, shuffled in windows of {data.hf_window:,}"
+    return (
+      f"parquet, {data.hf_streams} row groups at once, shuffled in windows of {data.hf_window:,}"
+    )
   if not isinstance(source, StreamSource):
     return "a shuffle of all in each epoch"
   block = data.stream_window * data.stream_block

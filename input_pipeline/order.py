@@ -5,8 +5,9 @@ order here knows of hosts or processes, so none of them can change it, and any s
 the first.
 """
 
+from collections.abc import Sequence
 import functools
-from typing import NamedTuple, Protocol, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 

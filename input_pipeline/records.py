@@ -9,13 +9,9 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from google.protobuf import descriptor_pb2
-from google.protobuf import descriptor_pool
-from google.protobuf import message
-from google.protobuf import message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
+from input_pipeline.errors import BadRecordError, DataError
 
 # One record per chunk makes random access cheap, and JPEG does not compress any further.
 WRITER_OPTIONS = "group_size:1,uncompressed"

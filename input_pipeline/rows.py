@@ -2,27 +2,21 @@
 
 import abc
 import collections
+from collections.abc import Callable, Iterable, Iterator
 import functools
 import threading
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 from absl import logging
 import numpy as np
 
 from input_pipeline import image
-from input_pipeline.workers import processes
-from input_pipeline.workers import slots
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
-from input_pipeline.errors import one_line
-from input_pipeline.order import GlobalShuffle
-from input_pipeline.order import InOrder
-from input_pipeline.order import LaneShuffle
-from input_pipeline.order import WindowedOrder
+from input_pipeline.errors import BadRecordError, DataError, one_line
+from input_pipeline.order import GlobalShuffle, InOrder, LaneShuffle, WindowedOrder
 from input_pipeline.records import Record
-from input_pipeline.sources import Source
-from input_pipeline.sources import StreamSource
 from input_pipeline.remote.read_ahead import ReadAhead
+from input_pipeline.sources import Source, StreamSource
+from input_pipeline.workers import processes, slots
 
 Batch = dict[str, np.ndarray]
 
@@ -117,7 +111,10 @@ class Rows(abc.ABC):
     rows = -(-self._rows // self.parts)
     self.slots = slots.Slots((rows, self._size, self._size, 3), self.workers, count)
     logging.log_first_n(
-      logging.INFO, "Up to %.1f GiB of shared memory for decoded batches.", 1, self.slots.nbytes / 2**30
+      logging.INFO,
+      "Up to %.1f GiB of shared memory for decoded batches.",
+      1,
+      self.slots.nbytes / 2**30,
     )
 
   def close(self) -> None:

@@ -10,6 +10,7 @@ themselves, and whatever is left is killed. The exit code is that of the host th
 
 import argparse
 import collections
+from collections.abc import Sequence
 import os
 import queue
 import signal
@@ -18,20 +19,33 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Sequence
 
 _LAST_LINES = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
-  parser = argparse.ArgumentParser(prog="python -m launch.local_pod", description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog="python -m launch.local_pod",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--hosts", type=int, default=2, help="processes (default 2)")
-  parser.add_argument("--devices-per-host", type=int, default=1, help="CPU devices of each (default 1)")
-  parser.add_argument("--cpus", type=int, default=0, help="cores of this machine for each host (default 0: all for all)")
-  parser.add_argument("--grace", type=float, default=150.0,
-                      help="seconds for the other hosts to end when one has failed (default 150)")
+  parser.add_argument(
+    "--devices-per-host", type=int, default=1, help="CPU devices of each (default 1)"
+  )
+  parser.add_argument(
+    "--cpus",
+    type=int,
+    default=0,
+    help="cores of this machine for each host (default 0: all for all)",
+  )
+  parser.add_argument(
+    "--grace",
+    type=float,
+    default=150.0,
+    help="seconds for the other hosts to end when one has failed (default 150)",
+  )
   parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what each host runs")
   args = parser.parse_args(argv)
   command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -39,30 +53,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error("--hosts and --devices-per-host must be 1 or more")
   cores = sorted(os.sched_getaffinity(0))
   if not 0 <= args.cpus * args.hosts <= len(cores):
-    parser.error(f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this machine")
+    parser.error(
+      f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this machine"
+    )
   if not command:
     parser.error("give the command behind --")
-  shares = [cores[args.cpus * host:args.cpus * (host + 1)] or cores for host in range(args.hosts)]
+  shares = [cores[args.cpus * host : args.cpus * (host + 1)] or cores for host in range(args.hosts)]
   return _LocalPod(shares, args.devices_per_host, args.grace, command).run()
 
 
 class _LocalPod:
   """The processes of one run."""
 
-  def __init__(self, cores: Sequence[Sequence[int]], devices_per_host: int, grace: float, command: Sequence[str]):
+  def __init__(
+    self,
+    cores: Sequence[Sequence[int]],
+    devices_per_host: int,
+    grace: float,
+    command: Sequence[str],
+  ):
     """Starts a host for each entry of `cores`, on these cores."""
     hosts, self._grace = len(cores), grace
     self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
     self._last = [collections.deque(maxlen=_LAST_LINES) for _ in range(hosts)]
     port = _free_port()
     self._processes = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True,  # a Ctrl-C of the terminal must reach each host once, through us
-            env=os.environ | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(hosts),
-                              "JAX_PROCESS_ID": str(host), "JAX_NUM_CPU_DEVICES": str(devices_per_host),
-                              "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"})
-        for host in range(hosts)]
+      subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a Ctrl-C of the terminal must reach each host once, through us
+        env=os.environ
+        | {
+          "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+          "JAX_NUM_PROCESSES": str(hosts),
+          "JAX_PROCESS_ID": str(host),
+          "JAX_NUM_CPU_DEVICES": str(devices_per_host),
+          "JAX_PLATFORMS": "cpu",
+          "PYTHONUNBUFFERED": "1",
+        },
+      )
+      for host in range(hosts)
+    ]
     for host, process in enumerate(self._processes):
       os.sched_setaffinity(process.pid, cores[host])
       print(f"[{host}] started as process {process.pid}", flush=True)
@@ -100,15 +134,19 @@ class _LocalPod:
             first, deadline = (host, code), time.monotonic() + self._grace
         if time.monotonic() > deadline:
           left = [host for host, process in enumerate(self._processes) if process.poll() is None]
-          print(f"killing host {', '.join(map(str, left))}, still there {self._grace:g} s after host {first[0]} ended",
-                flush=True)
+          print(
+            f"killing host {', '.join(map(str, left))}, still there {self._grace:g} s after host {first[0]} ended",
+            flush=True,
+          )
           self._send(signal.SIGKILL)
           deadline = float("inf")
     finally:
       self._send(signal.SIGKILL)
     if first is None:
       return 0
-    print(f"host {first[0]} was the first to fail, with code {first[1]}; its last lines:", flush=True)
+    print(
+      f"host {first[0]} was the first to fail, with code {first[1]}; its last lines:", flush=True
+    )
     for line in self._last[first[0]]:
       print(f"  {line}", flush=True)
     return first[1] if first[1] > 0 else 128 - first[1]

@@ -20,8 +20,12 @@ from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("topology", None, "Chips of a slice, as the compiler calls them: v5e:4x4, v4:2x2x4, v6e:16x16.")
-flags.DEFINE_integer("slices", 1, "Number of such slices, joined by the data centre's network.", lower_bound=1)
+flags.DEFINE_string(
+  "topology", None, "Chips of a slice, as the compiler calls them: v5e:4x4, v4:2x2x4, v6e:16x16."
+)
+flags.DEFINE_integer(
+  "slices", 1, "Number of such slices, joined by the data centre's network.", lower_bound=1
+)
 
 # Only constants in the schedule depend on the number of examples, so that of ImageNet serves for any data.
 EXAMPLES = 1_281_167
@@ -38,14 +42,24 @@ def topology_devices(topology: str, slices: int) -> list:
     ConfigError: if libtpu is missing or does not know the topology.
   """
   if importlib.util.find_spec("libtpu") is None:
-    raise ConfigError("The compiler of TPUs is missing; install it with pip install -e '.[tpu]' (480 MB).")
+    raise ConfigError(
+      "The compiler of TPUs is missing; install it with pip install -e '.[tpu]' (480 MB)."
+    )
   # Keeps libtpu from looking for a TPU and its metadata server, of whatever type it says, and from its lock: several
   # compilers may run at once where there is no TPU to share.
-  os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                 "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
   from jax.experimental import topologies
+
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+    return topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, num_slices=slices
+    ).devices
   except Exception as error:
     raise ConfigError(f"--topology={topology}: {_first_line(error)}") from error
 
@@ -59,14 +73,22 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   devices = topology_devices(topology, slices)
   import jax  # after the environment is set
 
+  from trainer import config as config_lib
+  from trainer import mesh as mesh_lib
+  from trainer import train
   from trainer.tools import collectives
-  from trainer import config as config_lib, mesh as mesh_lib, train
+
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
   program = train.build(config, EXAMPLES, devices)
   hosts = len({device.process_index for device in devices})
-  _section("Mesh", [f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
-                    f"{slices} slice(s)"])
+  _section(
+    "Mesh",
+    [
+      f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
+      f"{slices} slice(s)"
+    ],
+  )
   _section("State", mesh_lib.describe_shardings(program.abstract_state))
   start = time.perf_counter()
   try:
@@ -74,8 +96,12 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
   seconds = time.perf_counter() - start
-  _section("Collectives of a step", collectives.describe(collectives.read(step.as_text())) or ["none"])
-  _section("Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis()))
+  _section(
+    "Collectives of a step", collectives.describe(collectives.read(step.as_text())) or ["none"]
+  )
+  _section(
+    "Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis())
+  )
   print(f"Compiled in {seconds:.0f} s.")
 
 
@@ -83,13 +109,15 @@ def _describe_memory(memory: Any) -> list[str]:
   """Returns the lines of a compiled step's `memory_analysis()`."""
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes
   parts = {
-      "arguments": (memory.argument_size_in_bytes, "the state and a batch"),
-      "outputs": (new, "metrics; the new state takes the place of the old"),
-      "temporary": (memory.temp_size_in_bytes, "activations, gradients"),
-      "program": (memory.generated_code_size_in_bytes, ""),
+    "arguments": (memory.argument_size_in_bytes, "the state and a batch"),
+    "outputs": (new, "metrics; the new state takes the place of the old"),
+    "temporary": (memory.temp_size_in_bytes, "activations, gradients"),
+    "program": (memory.generated_code_size_in_bytes, ""),
   }
   parts["in all"] = sum(size for size, _ in parts.values()), ""
-  return [f"{name:9} {size / 2**20:9.1f} MiB  {what}".rstrip() for name, (size, what) in parts.items()]
+  return [
+    f"{name:9} {size / 2**20:9.1f} MiB  {what}".rstrip() for name, (size, what) in parts.items()
+  ]
 
 
 def _section(title: str, lines: list[str]) -> None:

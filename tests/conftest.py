@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import simplejpeg
 
-
 # In the environment, because child processes must see it, and before anything imports jax.
 _cache = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ.update({
+os.environ.update(
+  {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": _cache.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-})
+  }
+)
 
 
 def pytest_unconfigure(config):
@@ -38,6 +39,23 @@ def shards(tmp_path_factory):
       path = folder / split / f"class{label}" / f"{i}.jpg"
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(simplejpeg.encode_jpeg(pixels))
-  subprocess.run([sys.executable, "-m", "input_pipeline.prepare", "--folder", folder, "--out", out, "--shards", "3",
-                  "--val-shards", "2", "--workers", "1"], check=True, capture_output=True)
+  subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "input_pipeline.prepare",
+      "--folder",
+      folder,
+      "--out",
+      out,
+      "--shards",
+      "3",
+      "--val-shards",
+      "2",
+      "--workers",
+      "1",
+    ],
+    check=True,
+    capture_output=True,
+  )
   return out

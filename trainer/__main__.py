@@ -9,7 +9,9 @@ from trainer.pod.preemption import StopRequest
 stop = StopRequest()
 if __name__ == "__main__":
   stop.install()
-  faulthandler.register(signal.SIGUSR1)  # writes where every thread is, also when all of them wait in C++
+  faulthandler.register(
+    signal.SIGUSR1
+  )  # writes where every thread is, also when all of them wait in C++
 
 import logging as python_logging
 import os
@@ -23,8 +25,14 @@ from trainer import command_line
 from trainer.errors import DONE, FAILED, Preempted, TrainerError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of everything that the run writes; a run goes on from what it finds there.")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir.")
+flags.DEFINE_string(
+  "workdir",
+  None,
+  "Folder of everything that the run writes; a run goes on from what it finds there.",
+)
+flags.DEFINE_enum(
+  "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir."
+)
 
 
 class _OnlyOurs(python_logging.Filter):
@@ -56,13 +64,16 @@ def main(argv: list[str]) -> int:
   logging.use_absl_handler()
   handler = logging.get_absl_handler()
   handler.addFilter(_OnlyOurs())
-  handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+  handler.setFormatter(
+    python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+  )
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   try:
     command_line.parse(argv, "--config=configs/X.py --workdir=DIR")
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
+
     run = {"train": train.train, "eval": train.evaluate_only}[FLAGS.mode]
     run(FLAGS.config, FLAGS.workdir, stop)
   except Preempted as error:

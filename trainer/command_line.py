@@ -6,7 +6,9 @@ from ml_collections import config_flags
 from trainer.errors import TrainerError
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Run file; single fields are set by --config.field=value.")
+config_flags.DEFINE_config_file(
+  "config", None, "Run file; single fields are set by --config.field=value."
+)
 
 
 def parse(argv: list[str], needed: str) -> None:

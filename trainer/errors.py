@@ -3,7 +3,9 @@
 DONE = 0
 FAILED = 2  # a rerun of the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command goes on from there
-HOST_LOST = 76  # another host, or the storage, is missing or silent; the same command on all hosts goes on
+HOST_LOST = (
+  76  # another host, or the storage, is missing or silent; the same command on all hosts goes on
+)
 
 
 class TrainerError(Exception):

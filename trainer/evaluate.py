@@ -1,8 +1,9 @@
 """Exact evaluation: every example counts once on any number of devices."""
 
 import collections
+from collections.abc import Callable, Iterator
 import contextlib
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,22 +14,39 @@ from trainer.errors import NonFiniteError
 from trainer.step import STOP
 
 BATCH = ("image", "label", "mask")
-_TOTALS = {"loss": np.float32, "top1": np.int32, "top5": np.int32, "examples": np.int32,
-           "request": np.int32}
+_TOTALS = {
+  "loss": np.float32,
+  "top1": np.int32,
+  "top5": np.int32,
+  "examples": np.int32,
+  "request": np.int32,
+}
 
 
 def abstract_totals(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of what `eval_step` adds to: replicated scalars."""
-  return {name: jax.ShapeDtypeStruct((), dtype, sharding=mesh_lib.replicated(mesh)) for name, dtype in _TOTALS.items()}
+  return {
+    name: jax.ShapeDtypeStruct((), dtype, sharding=mesh_lib.replicated(mesh))
+    for name, dtype in _TOTALS.items()
+  }
 
 
 def zero_totals(mesh: Mesh) -> dict[str, jax.Array]:
   """Returns `abstract_totals` with every number zero."""
-  return {name: jax.device_put(np.zeros((), x.dtype), x.sharding) for name, x in abstract_totals(mesh).items()}
+  return {
+    name: jax.device_put(np.zeros((), x.dtype), x.sharding)
+    for name, x in abstract_totals(mesh).items()
+  }
 
 
-def evaluate(eval_step: Callable[..., Any], mesh: Mesh, params: Any, batch_stats: Any,
-             host_batches: Iterator[dict[str, np.ndarray]], requests: Callable[[], jax.Array]) -> dict[str, Any] | None:
+def evaluate(
+  eval_step: Callable[..., Any],
+  mesh: Mesh,
+  params: Any,
+  batch_stats: Any,
+  host_batches: Iterator[dict[str, np.ndarray]],
+  requests: Callable[[], jax.Array],
+) -> dict[str, Any] | None:
   """Runs the model over a whole split.
 
   Args:

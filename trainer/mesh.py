@@ -6,14 +6,16 @@ inserts the collectives and the halos of convolutions.
 """
 
 import collections
+from collections.abc import Iterator, Sequence
 import concurrent.futures
 import itertools
 import math
 import re
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
@@ -23,7 +25,9 @@ from trainer.errors import ConfigError
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """Returns the mesh of `config.mesh`, with the axes `data`, `fsdp` and `space`.
 
   Devices come by slice, by process, then by number, the last axis first. So host h holds the h-th contiguous rows of
@@ -37,18 +41,26 @@ def make_mesh(mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
   Raises:
     ConfigError: if the axes do not make up the devices, or an axis but `data` would cross a border that it must not.
   """
-  devices = sorted(jax.devices() if devices is None else devices,
-                   key=lambda device: (_slice(device), device.process_index, device.id))
+  devices = sorted(
+    jax.devices() if devices is None else devices,
+    key=lambda device: (_slice(device), device.process_index, device.id),
+  )
   shape = config_lib.mesh_shape(mesh_config, len(devices))
   _, fsdp, space = shape
   for border, size in collections.Counter(_slice(device) for device in devices).items():
     if size % (fsdp * space):
-      raise ConfigError(f"config.mesh.fsdp x config.mesh.space is {fsdp * space}, which does not divide the "
-                        f"{size} devices of slice {border}.")
+      raise ConfigError(
+        f"config.mesh.fsdp x config.mesh.space is {fsdp * space}, which does not divide the "
+        f"{size} devices of slice {border}."
+      )
   for border, size in collections.Counter(device.process_index for device in devices).items():
     if size % space:
-      raise ConfigError(f"config.mesh.space is {space}, which does not divide the {size} devices of process {border}.")
-  return Mesh(np.array(devices).reshape(shape), (*BATCH_AXES, "space"), axis_types=(AxisType.Auto,) * 3)
+      raise ConfigError(
+        f"config.mesh.space is {space}, which does not divide the {size} devices of process {border}."
+      )
+  return Mesh(
+    np.array(devices).reshape(shape), (*BATCH_AXES, "space"), axis_types=(AxisType.Auto,) * 3
+  )
 
 
 def _slice(device: jax.Device) -> int:
@@ -80,9 +92,9 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
   # fsdp first: a shard of the update then lies within the shard of its parameter.
   update = ("fsdp", "data") if config.sharding.opt_state == "data" else params
   return (
-      ("params/", params),
-      ("(opt_state|ema/params)/", update),
-      ("", ()),  # the step, BN statistics and their averages
+    ("params/", params),
+    ("(opt_state|ema/params)/", update),
+    ("", ()),  # the step, BN statistics and their averages
   )
 
 
@@ -120,8 +132,12 @@ def scatter(sums: Any, shardings: Any) -> Any:
   In one step the compiler of TPUs (libtpu 0.0.42) scatters a sum over 4 or 8 chips of a slice, but over 16 and more
   makes it whole on each and cuts it. In two steps of few chips each it scatters both.
   """
-  over_fsdp = jax.tree.map(lambda x: NamedSharding(x.mesh, P(*[axes and "fsdp" for axes in x.spec])), shardings)
-  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(sums, over_fsdp), shardings)
+  over_fsdp = jax.tree.map(
+    lambda x: NamedSharding(x.mesh, P(*[axes and "fsdp" for axes in x.spec])), shardings
+  )
+  return jax.lax.with_sharding_constraint(
+    jax.lax.with_sharding_constraint(sums, over_fsdp), shardings
+  )
 
 
 def describe_shardings(state: Any) -> list[str]:
@@ -129,14 +145,20 @@ def describe_shardings(state: Any) -> list[str]:
   groups = collections.defaultdict(list)
   for path, leaf in jax.tree.leaves_with_path(state):
     part, *rest = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    groups[part, str(leaf.sharding.spec).replace("PartitionSpec", "P")].append((leaf, "/".join(rest)))
+    groups[part, str(leaf.sharding.spec).replace("PartitionSpec", "P")].append(
+      (leaf, "/".join(rest))
+    )
   lines = []
   for (part, spec), leaves in groups.items():
     total = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in leaves)
-    local = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, _ in leaves)
+    local = sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, _ in leaves
+    )
     largest, name = max(leaves, key=lambda item: item[0].size)
-    lines.append(f"{part:11} {spec}: {len(leaves)} leaves, {total / 2**20:.2f} MiB, {local / 2**20:.2f} on each device"
-                 + f"; largest {name} {list(largest.shape)}" * bool(name))
+    lines.append(
+      f"{part:11} {spec}: {len(leaves)} leaves, {total / 2**20:.2f} MiB, {local / 2**20:.2f} on each device"
+      + f"; largest {name} {list(largest.shape)}" * bool(name)
+    )
   return lines
 
 
@@ -151,25 +173,31 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
       return rows[(slice(start - first, stop - first), *index[1:])]
 
     # A third of the time of make_array_from_process_local_data, which first finds out what is known here.
-    return jax.make_array_from_callback((jax.process_count() * len(rows), *rows.shape[1:]),
-                                        batch_sharding(mesh, rows.ndim), shard)
+    return jax.make_array_from_callback(
+      (jax.process_count() * len(rows), *rows.shape[1:]), batch_sharding(mesh, rows.ndim), shard
+    )
 
   return {name: join(rows) for name, rows in batch.items()}
 
 
 def abstract_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape of `flags`."""
-  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
+  return jax.ShapeDtypeStruct(
+    (mesh.size,), np.int32, sharding=NamedSharding(mesh, P(mesh.axis_names))
+  )
 
 
 def flags(mesh: Mesh, value: int) -> jax.Array:
   """Returns int32 [number of devices] with `value` on the devices of this host; other hosts may hold another one."""
   like = abstract_flags(mesh)
-  return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.full(1, value, like.dtype))
+  return jax.make_array_from_callback(
+    like.shape, like.sharding, lambda index: np.full(1, value, like.dtype)
+  )
 
 
-def prefetch(mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: tuple[str, ...],
-             ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
+def prefetch(
+  mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: tuple[str, ...], ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches, with the next `ahead` already on their way to the devices.
 
   A thread waits for the host, so that a batch which is there is handed out while a later one is late. Transfers are

@@ -7,7 +7,9 @@ import ml_collections
 import optax
 
 
-def make_schedule(config: ml_collections.ConfigDict, *, warmup_steps: int, total_steps: int) -> optax.Schedule:
+def make_schedule(
+  config: ml_collections.ConfigDict, *, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, then one cosine (arXiv:1706.02677, arXiv:1608.03983)."""
   peak = config.optimizer.lr_per_256 * config.global_batch_size / 256
   end = peak * config.optimizer.final_lr_fraction
@@ -21,7 +23,9 @@ def decays(params: Any) -> Any:
   return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+  config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
   """Returns the gradient transformation of `config.optimizer`.
 
   sgd adds `weight_decay * params` to the gradient before the momentum, as the ImageNet recipes do; adamw decays apart
@@ -30,9 +34,13 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   opt = config.optimizer
   mask = None if opt.decay_bn_and_bias else decays
   if opt.name == "sgd":
-    rule = optax.chain(optax.add_decayed_weights(opt.weight_decay, mask=mask),
-                       optax.sgd(schedule, momentum=opt.momentum, nesterov=opt.nesterov))
+    rule = optax.chain(
+      optax.add_decayed_weights(opt.weight_decay, mask=mask),
+      optax.sgd(schedule, momentum=opt.momentum, nesterov=opt.nesterov),
+    )
   else:
-    rule = optax.adamw(schedule, b1=opt.b1, b2=opt.b2, eps=opt.eps, weight_decay=opt.weight_decay, mask=mask)
+    rule = optax.adamw(
+      schedule, b1=opt.b1, b2=opt.b2, eps=opt.eps, weight_decay=opt.weight_decay, mask=mask
+    )
   clip = optax.clip_by_global_norm(opt.clip_norm) if opt.clip_norm else optax.identity()
   return optax.chain(clip, rule)

@@ -1,6 +1,7 @@
 """The state of a run: abstract first, then born in place by one jitted function."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from flax import nnx, struct
 import jax
@@ -31,11 +32,16 @@ class TrainState:
 
   def for_eval(self) -> tuple[Any, Any]:
     """Returns the (params, batch_stats) that evaluation uses: the averaged ones where there are any."""
-    return (self.params, self.batch_stats) if self.ema is None else (self.ema["params"], self.ema["batch_stats"])
+    return (
+      (self.params, self.batch_stats)
+      if self.ema is None
+      else (self.ema["params"], self.ema["batch_stats"])
+    )
 
 
-def make_init(config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation,
-              shards: int) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+def make_init(
+  config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, shards: int
+) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
   """Returns the static part of the model, and a function to be jitted that makes the state of step 0 from the seed.
 
   Args:
@@ -45,7 +51,9 @@ def make_init(config: ml_collections.ConfigDict, optimizer: optax.GradientTransf
   """
 
   def init() -> TrainState:
-    model = models.create(config.model, rngs=nnx.Rngs(params=jax.random.key(config.seed)), shards=shards)
+    model = models.create(
+      config.model, rngs=nnx.Rngs(params=jax.random.key(config.seed)), shards=shards
+    )
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
     ema = {"params": params, "batch_stats": batch_stats} if config.optimizer.ema_decay else None
@@ -53,7 +61,11 @@ def make_init(config: ml_collections.ConfigDict, optimizer: optax.GradientTransf
 
   # A graph definition holds no arrays, so one traced without memory serves every later merge.
   graphdefs = []
-  jax.eval_shape(lambda: graphdefs.append(nnx.graphdef(models.create(config.model, rngs=nnx.Rngs(0), shards=shards))))
+  jax.eval_shape(
+    lambda: graphdefs.append(
+      nnx.graphdef(models.create(config.model, rngs=nnx.Rngs(0), shards=shards))
+    )
+  )
   return graphdefs[0], init
 
 
@@ -64,8 +76,10 @@ def fingerprints(tree: Any) -> dict[str, int]:
   MurmurHash3), so any change of one element changes its term; terms are summed modulo 2**32. Integer sums do not
   depend on their order, so the hash is the same on any mesh, sharding and number of hosts.
   """
-  hashes = {jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_hash(leaf)
-            for path, leaf in jax.tree.leaves_with_path(tree)}
+  hashes = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_hash(leaf)
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
   return {name: int(value) for name, value in jax.device_get(hashes).items()}
 
 
@@ -76,7 +90,10 @@ def _leaf_hash(x: jax.Array) -> jax.Array:
   position = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-  terms = [_mix(word.astype(jnp.uint32) ^ _mix(2 * position + jnp.uint32(index + 1))) for index, word in enumerate(words)]
+  terms = [
+    _mix(word.astype(jnp.uint32) ^ _mix(2 * position + jnp.uint32(index + 1)))
+    for index, word in enumerate(words)
+  ]
   return sum(jnp.sum(term, dtype=jnp.uint32) for term in terms)
 
 

@@ -1,6 +1,7 @@
 """The two functions that run on the devices: pure, to be jitted over the mesh."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 import jax
@@ -9,7 +10,8 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment, mesh as mesh_lib
+from trainer import augment
+from trainer import mesh as mesh_lib
 from trainer.models import norm
 from trainer.state import TrainState
 
@@ -23,9 +25,12 @@ NOTHING, SAVE, STOP = range(3)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
-    config: ml_collections.ConfigDict,
-    mesh: Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch, requests) -> (state, metrics).
 
   The batch holds `image` uint8 [N, S, S, 3] and `label` int32 [N]; requests is int32 [devices], what the host of each
@@ -39,12 +44,15 @@ def make_train_step(
   dtype = jnp.dtype(config.model.dtype)
   accumulation_steps = config.accumulation_steps
 
-  def loss_fn(params: Any, batch_stats: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+  def loss_fn(
+    params: Any, batch_stats: Any, batch: Batch
+  ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     model = nnx.merge(graphdef, params, batch_stats, copy=True)
     model.train()
     logits = model(augment.normalize(batch["image"], config.data, dtype))
-    targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype),
-                                  config.label_smoothing)
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype), config.label_smoothing
+    )
     loss = optax.softmax_cross_entropy(logits, targets).mean()
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
     return loss, (top1, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
@@ -53,7 +61,9 @@ def make_train_step(
     """Returns (loss, top1, gradients), each a mean over the batch, and the new BN statistics of each group."""
 
     def one(batch_stats: Any, batch: Batch) -> tuple[Any, Any]:
-      (loss, (top1, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_stats, batch)
+      (loss, (top1, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, batch_stats, batch
+      )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler of TPUs; in shards
       # it is scattered in each round.
       return (loss, top1, mesh_lib.scatter(grads, shards)), batch_stats
@@ -65,15 +75,22 @@ def make_train_step(
 
     if accumulation_steps == 1:
       return one(batch_stats, batch)
-    micro_batches = {name: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    micro_batches = {
+      name: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
+      for name, x in batch.items()
+    }
     shapes = jax.eval_shape(one, batch_stats, jax.tree.map(lambda x: x[0], micro_batches))
     # Averages start the same in all groups; the mean over groups may wait until the last micro-batch, being linear.
-    start = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
-             jax.tree.map(lambda x, new: jnp.broadcast_to(x, new.shape), batch_stats, shapes[1]))
+    start = (
+      jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
+      jax.tree.map(lambda x, new: jnp.broadcast_to(x, new.shape), batch_stats, shapes[1]),
+    )
     (total, batch_stats), _ = jax.lax.scan(accumulate, start, micro_batches)
     return jax.tree.map(lambda x: x / accumulation_steps, total), batch_stats
 
-  def train_step(state: TrainState, batch: Batch, requests: jax.Array) -> tuple[TrainState, jax.Array]:
+  def train_step(
+    state: TrainState, batch: Batch, requests: jax.Array
+  ) -> tuple[TrainState, jax.Array]:
     # Parameters are whole where they meet activations, and in shards where they are updated (sharding_rules). Said at
     # both places, the compiler gathers and scatters parameters, and never splits a convolution by channel.
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
@@ -86,17 +103,32 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       # While few steps are averaged the window grows with them, else the random start would linger (Adam's bias).
-      decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step)).astype(loss.dtype)
-      ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1.0 - decay)
-    metrics = jnp.stack([loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step),
-                         jnp.max(requests)])
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics.astype(loss.dtype)
+      decay = jnp.minimum(
+        config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step)
+      ).astype(loss.dtype)
+      ema = optax.incremental_update(
+        {"params": params, "batch_stats": batch_stats}, ema, 1.0 - decay
+      )
+    metrics = jnp.stack(
+      [
+        loss,
+        top1,
+        optax.tree.norm(grads),
+        optax.tree.norm(params),
+        schedule(state.step),
+        jnp.max(requests),
+      ]
+    )
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics.astype(
+      loss.dtype
+    )
 
   return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
-                   mesh: Mesh) -> Callable[[Any, Any, Batch, Batch, jax.Array], Batch]:
+def make_eval_step(
+  graphdef: nnx.GraphDef, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Callable[[Any, Any, Batch, Batch, jax.Array], Batch]:
   """Returns eval_step(params, batch_stats, totals, batch, requests) -> totals.
 
   The batch holds `image` uint8 [N, S, S, 3], `label` int32 [N] and `mask` bool [N], False on padding. Totals are
@@ -105,7 +137,9 @@ def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
   """
   dtype = jnp.dtype(config.model.dtype)
 
-  def eval_step(params: Any, batch_stats: Any, totals: Batch, batch: Batch, requests: jax.Array) -> Batch:
+  def eval_step(
+    params: Any, batch_stats: Any, totals: Batch, batch: Batch, requests: jax.Array
+  ) -> Batch:
     params = jax.lax.with_sharding_constraint(params, mesh_lib.replicated(mesh))
     model = nnx.merge(graphdef, params, batch_stats, copy=True)
     model.eval()
@@ -114,16 +148,20 @@ def make_eval_step(graphdef: nnx.GraphDef, config: ml_collections.ConfigDict,
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # How many classes come before the right one, equal logits in the order of classes. For a sort the compiler would
     # bring all logits to every device.
-    own, before = jnp.take_along_axis(logits, labels[:, None], 1), jnp.arange(logits.shape[-1]) < labels[:, None]
+    own, before = (
+      jnp.take_along_axis(logits, labels[:, None], 1),
+      jnp.arange(logits.shape[-1]) < labels[:, None],
+    )
     rank = jnp.sum((logits > own) | ((logits == own) & before), -1)
     new = {
-        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
-        "top1": jnp.sum(mask & (rank < 1)),
-        "top5": jnp.sum(mask & (rank < 5)),
-        "examples": jnp.sum(mask),
+      "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+      "top1": jnp.sum(mask & (rank < 1)),
+      "top5": jnp.sum(mask & (rank < 5)),
+      "examples": jnp.sum(mask),
     }
     # Sums of booleans are int64 where JAX runs in 64 bits.
-    return {name: totals[name] + value.astype(totals[name].dtype) for name, value in new.items()} | {
-        "request": jnp.maximum(totals["request"], jnp.max(requests))}
+    return {
+      name: totals[name] + value.astype(totals[name].dtype) for name, value in new.items()
+    } | {"request": jnp.maximum(totals["request"], jnp.max(requests))}
 
   return eval_step

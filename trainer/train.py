@@ -1,5 +1,6 @@
 """The story of a run: open the data, build the program, find the newest checkpoint, compile, train, evaluate, report."""
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -7,7 +8,7 @@ import json
 import os
 import pathlib
 import time
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 from absl import logging
 from clu import parameter_overview
@@ -20,17 +21,20 @@ import numpy as np
 import optax
 
 from input_pipeline import loader, sources
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, step as step_lib
-from trainer.reporting import flops, report
-from trainer.workdir import storage
-from trainer.workdir.checkpoint import Checkpointer
-from trainer.reporting.clock import WallClock
+from trainer import config as config_lib
+from trainer import evaluate
+from trainer import mesh as mesh_lib
+from trainer import step as step_lib
 from trainer.errors import CheckpointError, ConfigError, Preempted, TrainerError
 from trainer.optimizer import make_optimizer, make_schedule
 from trainer.pod.pod import Pod
+from trainer.reporting import flops, report
+from trainer.reporting.clock import WallClock
+from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState, make_init
 from trainer.step import NOTHING, SAVE, STOP
-from trainer.reporting.telemetry import Telemetry
+from trainer.workdir import storage
+from trainer.workdir.checkpoint import Checkpointer
 
 TRAIN_BATCH = ("image", "label")
 
@@ -60,7 +64,9 @@ class Program:
     return jax.jit(self.init, out_shardings=self.state_shardings())()
 
 
-def build(config: ml_collections.ConfigDict, num_examples: int, devices: Sequence[jax.Device] | None = None) -> Program:
+def build(
+  config: ml_collections.ConfigDict, num_examples: int, devices: Sequence[jax.Device] | None = None
+) -> Program:
   """Builds the program of a validated config for a training split of `num_examples`, on `devices` instead of all."""
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   lengths = config_lib.durations(config, num_examples)
@@ -69,38 +75,65 @@ def build(config: ml_collections.ConfigDict, num_examples: int, devices: Sequenc
   graphdef, init = make_init(config, optimizer, mesh_lib.batch_shards(mesh))
   shapes = jax.eval_shape(init)
   abstract_state = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
-      mesh_lib.state_shardings(config, mesh, shapes))
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    mesh_lib.state_shardings(config, mesh, shapes),
+  )
   return Program(mesh, lengths, graphdef, schedule, optimizer, init, abstract_state)
 
 
 def compile_train_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
   """Compiles (state, batch, requests) -> (state, metrics); the state is donated."""
-  train_step = step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config, program.mesh)
+  train_step = step_lib.make_train_step(
+    program.graphdef, program.optimizer, program.schedule, config, program.mesh
+  )
   out_shardings = (program.state_shardings(), mesh_lib.replicated(program.mesh))
   jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-  batch = _abstract_batch(program.mesh, config.global_batch_size, config.data.image_size, TRAIN_BATCH)
+  batch = _abstract_batch(
+    program.mesh, config.global_batch_size, config.data.image_size, TRAIN_BATCH
+  )
   options = TPU_OPTIONS if program.mesh.devices.flat[0].platform == "tpu" else None
-  return jitted.lower(program.abstract_state, batch, mesh_lib.abstract_flags(program.mesh)).compile(options)
+  return jitted.lower(program.abstract_state, batch, mesh_lib.abstract_flags(program.mesh)).compile(
+    options
+  )
 
 
 def compile_eval_step(config: ml_collections.ConfigDict, program: Program) -> Callable[..., Any]:
   """Compiles (params, batch_stats, totals, batch, requests) -> totals."""
-  jitted = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh),
-                   out_shardings=mesh_lib.replicated(program.mesh))
-  batch = _abstract_batch(program.mesh, config.eval.batch_size, config.data.eval_image_size, evaluate.BATCH)
-  return jitted.lower(*program.abstract_state.for_eval(), evaluate.abstract_totals(program.mesh), batch,
-                      mesh_lib.abstract_flags(program.mesh)).compile()
+  jitted = jax.jit(
+    step_lib.make_eval_step(program.graphdef, config, program.mesh),
+    out_shardings=mesh_lib.replicated(program.mesh),
+  )
+  batch = _abstract_batch(
+    program.mesh, config.eval.batch_size, config.data.eval_image_size, evaluate.BATCH
+  )
+  return jitted.lower(
+    *program.abstract_state.for_eval(),
+    evaluate.abstract_totals(program.mesh),
+    batch,
+    mesh_lib.abstract_flags(program.mesh),
+  ).compile()
 
 
-def _abstract_batch(mesh: Mesh, batch_size: int, size: int, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-  kinds = {"image": ((batch_size, size, size, 3), np.uint8), "label": ((batch_size,), np.int32),
-           "mask": ((batch_size,), np.bool_)}
-  return {name: jax.ShapeDtypeStruct(*kinds[name], sharding=mesh_lib.batch_sharding(mesh, len(kinds[name][0])))
-          for name in names}
+def _abstract_batch(
+  mesh: Mesh, batch_size: int, size: int, names: tuple[str, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  kinds = {
+    "image": ((batch_size, size, size, 3), np.uint8),
+    "label": ((batch_size,), np.int32),
+    "mask": ((batch_size,), np.bool_),
+  }
+  return {
+    name: jax.ShapeDtypeStruct(
+      *kinds[name], sharding=mesh_lib.batch_sharding(mesh, len(kinds[name][0]))
+    )
+    for name in names
+  }
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def train(
+  config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
   """Trains to the end of the run, from wherever its workdir is.
 
   Args:
@@ -120,8 +153,13 @@ def train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bo
     return _train(config, workdir, stop, pod, clock)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod,
-           clock: WallClock) -> dict[str, Any]:
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  stop: Callable[[], bool],
+  pod: Pod,
+  clock: WallClock,
+) -> dict[str, Any]:
   workdir, train_source, eval_source, program = _open(config, workdir, pod)
   lengths, mesh = program.lengths, program.mesh
   logging.info("%s", describe(config, program, train_source, eval_source))
@@ -156,15 +194,34 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     jax.block_until_ready(state)
   logging.info("Compiled in %.1f s.", clock.read()["compile"] - compiled_before)
 
-  host_batches = loader.train_batches(train_source, config.data, seed=config.seed, first_step=first_step, host=pod.host,
-                                      hosts=pod.hosts, global_batch_size=config.global_batch_size,
-                                      positions=meta.get("positions"))
+  host_batches = loader.train_batches(
+    train_source,
+    config.data,
+    seed=config.seed,
+    first_step=first_step,
+    host=pod.host,
+    hosts=pod.hosts,
+    global_batch_size=config.global_batch_size,
+    positions=meta.get("positions"),
+  )
   flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
-  telemetry = Telemetry(workdir, config, clock, first_step=first_step, total_steps=lengths.total,
-                        steps_per_epoch=lengths.per_epoch, seconds_at_peak=flops.seconds_at_peak(
-                            program.graphdef, *program.abstract_state.for_eval(), image_size=config.data.image_size,
-                            batch_size=config.global_batch_size, devices=mesh.devices.flatten()), exchange=pod.exchange,
-                        reads=lambda: host_batches.reads)
+  telemetry = Telemetry(
+    workdir,
+    config,
+    clock,
+    first_step=first_step,
+    total_steps=lengths.total,
+    steps_per_epoch=lengths.per_epoch,
+    seconds_at_peak=flops.seconds_at_peak(
+      program.graphdef,
+      *program.abstract_state.for_eval(),
+      image_size=config.data.image_size,
+      batch_size=config.global_batch_size,
+      devices=mesh.devices.flatten(),
+    ),
+    exchange=pod.exchange,
+    reads=lambda: host_batches.reads,
+  )
 
   def is_eval_step(step: int) -> bool:
     return step == lengths.total or bool(lengths.eval_every and step % lengths.eval_every == 0)
@@ -176,8 +233,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     """Returns the result, or None if a host asks for a stop."""
     nonlocal best
     pod.at(f"evaluation of step {step}")
-    eval_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size, host=pod.host,
-                                       hosts=pod.hosts)
+    eval_batches = loader.eval_batches(
+      eval_source, config.data, batch_size=config.eval.batch_size, host=pod.host, hosts=pod.hosts
+    )
     with clock("eval"), contextlib.closing(eval_batches):
       result = evaluate.evaluate(eval_step, mesh, *state.for_eval(), eval_batches, requests)
     if result:
@@ -190,7 +248,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
   def meta_now() -> dict[str, Any]:
     position = host_batches.position(step)
     # With None the step says where the data go on, on all hosts or on none.
-    positions = position and [at for _, at in sorted(pod.gather(f"positions of step {step}", position).items())]
+    positions = position and [
+      at for _, at in sorted(pod.gather(f"positions of step {step}", position).items())
+    ]
     return {"best": best, "wall_seconds": clock.read(), "positions": positions}
 
   batches = mesh_lib.prefetch(mesh, host_batches, TRAIN_BATCH)
@@ -228,7 +288,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
     with clock("checkpoint"):
       checkpointer.save_and_wait(step, state, meta_now())
     if step < lengths.total or result is None:
-      raise Preempted(f"Stopped and saved at step {step} of {lengths.total}; the same command goes on from there.")
+      raise Preempted(
+        f"Stopped and saved at step {step} of {lengths.total}; the same command goes on from there."
+      )
   finally:
     batches.close()
     host_batches.close()
@@ -237,46 +299,65 @@ def _train(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], b
 
   seconds = clock.since_first_start()
   final = result | {
-      "step": step,
-      "epochs": step / lengths.per_epoch,
-      "best": best,
-      "params": count_params(program),
-      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-      "images_per_second": step * config.global_batch_size / (seconds["step"] + seconds["input_wait"]),
-      "bad_records": host_batches.bad_records,
-      "reads": dict(host_batches.reads),
-      "wall_seconds": seconds | {"total": sum(seconds.values())},
-      "goodput": {"share": clock.goodput(), "starts": clock.starts},
+    "step": step,
+    "epochs": step / lengths.per_epoch,
+    "best": best,
+    "params": count_params(program),
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "images_per_second": step
+    * config.global_batch_size
+    / (seconds["step"] + seconds["input_wait"]),
+    "bad_records": host_batches.bad_records,
+    "reads": dict(host_batches.reads),
+    "wall_seconds": seconds | {"total": sum(seconds.values())},
+    "goodput": {"share": clock.goodput(), "starts": clock.starts},
   }
   write_json(finished, final)
-  logging.info("Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.", 100 * final["top1"],
-               100 * final["top5"], final["examples"], final["epochs"], 100 * final["goodput"]["share"])
+  logging.info(
+    "Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.",
+    100 * final["top1"],
+    100 * final["top5"],
+    final["examples"],
+    final["epochs"],
+    100 * final["goodput"]["share"],
+  )
   if pod.host == 0:
     try:
       logging.info("Curves: %s", report.write_report(str(workdir)))
     except Exception as error:  # whatever it is, the run is complete
-      logging.warning("No report was written (%s); try: python -m trainer.report %s", storage.first_line(error),
-                      workdir)
+      logging.warning(
+        "No report was written (%s); try: python -m trainer.report %s",
+        storage.first_line(error),
+        workdir,
+      )
   return final
 
 
-def _open(config: ml_collections.ConfigDict, workdir: str,
-          pod: Pod) -> tuple[epath.Path, sources.Source, sources.Source, Program]:
+def _open(
+  config: ml_collections.ConfigDict, workdir: str, pod: Pod
+) -> tuple[epath.Path, sources.Source, sources.Source, Program]:
   """Returns the folder of the run, its training and evaluation examples, and its program."""
   path = open_workdir(workdir, pod)
   use_compilation_cache(config, path)
-  train_source, eval_source = (sources.open_source(config.data, split, config.model.num_classes)
-                               for split in (config.data.train_split, config.data.eval_split))
-  seen = pod.gather("data", [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)])
+  train_source, eval_source = (
+    sources.open_source(config.data, split, config.model.num_classes)
+    for split in (config.data.train_split, config.data.eval_split)
+  )
+  seen = pod.gather(
+    "data", [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)]
+  )
   for host, theirs in seen.items():
     if theirs != seen[0]:
-      raise ConfigError(f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all hosts "
-                        "the same files, and a data set of the hub with its @REVISION.")
+      raise ConfigError(
+        f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all hosts "
+        "the same files, and a data set of the hub with its @REVISION."
+      )
   return path, train_source, eval_source, build(config, len(train_source))
 
 
-def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
-                  stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def evaluate_only(
+  config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a workdir on `config.data.eval_split`, and writes `eval.json`.
 
   Returns:
@@ -289,28 +370,43 @@ def evaluate_only(config: ml_collections.ConfigDict, workdir: str,
     return _evaluate_only(config, workdir, stop, pod)
 
 
-def _evaluate_only(config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool],
-                   pod: Pod) -> dict[str, Any]:
+def _evaluate_only(
+  config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool], pod: Pod
+) -> dict[str, Any]:
   directory, _, eval_source, program = _open(config, workdir, pod)
   checkpointer = Checkpointer(pod, directory, config, every_steps=0)
   restored = checkpointer.restore_newest(program.abstract_state)
   checkpointer.close()
   if restored is None:
-    raise CheckpointError(f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir.")
+    raise CheckpointError(
+      f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir."
+    )
   state, meta = restored
-  host_batches = loader.eval_batches(eval_source, config.data, batch_size=config.eval.batch_size,
-                                     host=pod.host, hosts=pod.hosts)
+  host_batches = loader.eval_batches(
+    eval_source, config.data, batch_size=config.eval.batch_size, host=pod.host, hosts=pod.hosts
+  )
   flags = {request: mesh_lib.flags(program.mesh, request) for request in (NOTHING, STOP)}
   pod.at("evaluation")
   with contextlib.closing(host_batches):
-    result = evaluate.evaluate(compile_eval_step(config, program), program.mesh, *state.for_eval(), host_batches,
-                               lambda: flags[STOP if stop() else NOTHING])
+    result = evaluate.evaluate(
+      compile_eval_step(config, program),
+      program.mesh,
+      *state.for_eval(),
+      host_batches,
+      lambda: flags[STOP if stop() else NOTHING],
+    )
   if result is None:
     raise Preempted("Stopped during the evaluation; the same command starts it again.")
   result = {"step": meta["step"]} | result
   write_json(directory / "eval.json", result)
-  logging.info("Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.", result["step"],
-               100 * result["top1"], 100 * result["top5"], result["loss"], result["examples"])
+  logging.info(
+    "Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.",
+    result["step"],
+    100 * result["top1"],
+    100 * result["top5"],
+    result["loss"],
+    result["examples"],
+  )
   return result
 
 
@@ -326,13 +422,24 @@ def join_pod(config: ml_collections.ConfigDict, stop: Callable[[], bool]) -> Ite
     if pod.host:
       logging.set_verbosity(logging.WARNING)  # one host tells the story, all tell what goes wrong
     mine = config_lib.flatten(config) | {"jax version": jax.__version__, "source code": code_hash()}
-    digests = pod.gather("config", hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())
+    digests = pod.gather(
+      "config", hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    )
     if len(set(digests.values())) > 1:
       for host, theirs in pod.gather("differing config", mine).items():
-        field = next((field for field in sorted(mine.keys() | theirs.keys()) if mine.get(field) != theirs.get(field)), "")
+        field = next(
+          (
+            field
+            for field in sorted(mine.keys() | theirs.keys())
+            if mine.get(field) != theirs.get(field)
+          ),
+          "",
+        )
         if field:
-          raise ConfigError(f"Host {host} has {field} = {theirs.get(field)!r}, host {pod.host} has {mine.get(field)!r}; "
-                            "start all hosts with the same code and the same flags.")
+          raise ConfigError(
+            f"Host {host} has {field} = {theirs.get(field)!r}, host {pod.host} has {mine.get(field)!r}; "
+            "start all hosts with the same code and the same flags."
+          )
     config_lib.check_split(config, num_devices=jax.device_count())
     yield pod
 
@@ -368,17 +475,23 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     if not storage.is_failure(error):
       raise
     reason = getattr(error, "strerror", None) or storage.first_line(error)
-    raise ConfigError(f"--workdir {path} cannot be written by host {pod.host}: {reason}.") from error
+    raise ConfigError(
+      f"--workdir {path} cannot be written by host {pod.host}: {reason}."
+    ) from error
   if seen != written:
-    raise ConfigError(f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or a "
-                      "folder that all hosts mount.")
+    raise ConfigError(
+      f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or a "
+      "folder that all hosts mount."
+    )
   return path
 
 
 def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
   """Tells JAX where `config.compilation_cache` keeps compiled programs, unless the environment has told it."""
   if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = workdir / "compiled" if config.compilation_cache == "workdir" else config.compilation_cache
+    folder = (
+      workdir / "compiled" if config.compilation_cache == "workdir" else config.compilation_cache
+    )
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and seconds together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -397,8 +510,9 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise TrainerError(f"{path} could not be written ({storage.first_line(error)}); run the same command "
-                         "again.") from error
+      raise TrainerError(
+        f"{path} could not be written ({storage.first_line(error)}); run the same command again."
+      ) from error
 
 
 def count_params(program: Program) -> int:
@@ -406,23 +520,36 @@ def count_params(program: Program) -> int:
   return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
 
 
-def describe(config: ml_collections.ConfigDict, program: Program, train_source: sources.Source,
-             eval_source: sources.Source) -> str:
+def describe(
+  config: ml_collections.ConfigDict,
+  program: Program,
+  train_source: sources.Source,
+  eval_source: sources.Source,
+) -> str:
   """Returns what is about to run, for the log."""
   lengths, devices = program.lengths, jax.devices()
-  overview = parameter_overview.get_parameter_overview(program.abstract_state.params, include_stats=False)
-  return "\n".join([
+  overview = parameter_overview.get_parameter_overview(
+    program.abstract_state.params, include_stats=False
+  )
+  return "\n".join(
+    [
       "This run:",
       f"  model     {config.model.name} {config.model.depth}, width {config.model.width:g}, "
       f"{count_params(program):,} parameters, {config.model.num_classes} classes, {config.model.dtype}",
       f"  data      {config.data.path or config.data.kind}: {len(train_source):,} to train, {len(eval_source):,} to evaluate, "
       f"at {config.data.image_size} and {config.data.eval_image_size} px",
-      "  order     " + loader.describe_order(train_source, config.data, global_batch_size=config.global_batch_size,
-                                            hosts=jax.process_count()),
+      "  order     "
+      + loader.describe_order(
+        train_source,
+        config.data,
+        global_batch_size=config.global_batch_size,
+        hosts=jax.process_count(),
+      ),
       f"  length    {lengths.total:,} steps of {config.global_batch_size}, {lengths.total / lengths.per_epoch:.2f} epochs, "
       f"warm-up {lengths.warmup:,}, evaluation every {lengths.eval_every or lengths.total:,}",
       f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
       f"{jax.process_count()} process(es)",
       *[f"  {line}" for line in mesh_lib.describe_shardings(program.abstract_state)],
       overview,
-  ])
+    ]
+  )

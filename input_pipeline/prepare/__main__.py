@@ -15,6 +15,7 @@ then within each shard: a shard holds whole row groups.
 
 import argparse
 import collections
+from collections.abc import Iterator, Sequence
 import contextlib
 import itertools
 import os
@@ -22,16 +23,15 @@ import re
 import shutil
 import signal
 import sys
-from typing import Any, Iterator, Sequence
+from typing import Any
 
-from input_pipeline.prepare import hf as hf_inputs
-from input_pipeline.prepare import archives as inputs
-from input_pipeline.prepare import output as outputs
-from input_pipeline.prepare import pool
-from input_pipeline.workers import processes
 from input_pipeline import records
-from input_pipeline.prepare import shards
 from input_pipeline.errors import DataError
+from input_pipeline.prepare import archives as inputs
+from input_pipeline.prepare import hf as hf_inputs
+from input_pipeline.prepare import output as outputs
+from input_pipeline.prepare import pool, shards
+from input_pipeline.workers import processes
 
 # Wanted size of a shard: large enough to be copied well, and 1,024 of them hold ImageNet.
 _SHARD_BYTES = 128 << 20

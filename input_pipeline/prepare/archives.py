@@ -1,12 +1,13 @@
 """What `prepare` reads: every image of a tar, a folder or ImageNet's archives; unpacks nothing."""
 
 import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import io
 import os
 import tarfile
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -230,8 +231,10 @@ def from_digits(seed: int) -> Inputs:
     DataError: scikit-learn is not installed.
   """
   try:
-    from sklearn import datasets  # an extra, wanted for nothing else
-    from sklearn import model_selection
+    from sklearn import (
+      datasets,  # an extra, wanted for nothing else
+      model_selection,
+    )
   except ImportError as e:
     raise DataError("--digits needs scikit-learn: pip install resnet-pod[smoke].") from e
   import cv2

@@ -1,15 +1,15 @@
 """What `prepare --from hf:...` reads: row groups of parquet, some of them for each shard."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from input_pipeline.sources import catalog
-from input_pipeline.sources import hf
 from input_pipeline.errors import DataError
 from input_pipeline.prepare.archives import Images
+from input_pipeline.sources import catalog, hf
 
 PREFIX = hf.PREFIX
 

@@ -2,6 +2,7 @@
 
 import abc
 import base64
+from collections.abc import Iterator
 import contextlib
 import fcntl
 import hashlib
@@ -9,11 +10,11 @@ import json
 import os
 import shutil
 import tempfile
-from typing import Any, Iterator
+from typing import Any
 
 from input_pipeline import records
-from input_pipeline.remote import fsspec as remote
 from input_pipeline.errors import DataError
+from input_pipeline.remote import fsspec as remote
 
 _BUCKET = "gs://"
 

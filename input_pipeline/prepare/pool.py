@@ -1,15 +1,16 @@
 """The processes of `prepare`: they make shards in parallel and show how far they are."""
 
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import process
 import contextlib
 import multiprocessing
-from typing import Any, Iterator, Sequence
+from typing import Any
 
-from input_pipeline.workers import processes
-from input_pipeline.prepare import shards
 from input_pipeline.errors import DataError
+from input_pipeline.prepare import shards
 from input_pipeline.prepare.progress import Progress
+from input_pipeline.workers import processes
 
 _counter = None  # in a worker: images done, shared by all of them
 

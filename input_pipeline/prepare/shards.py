@@ -1,21 +1,20 @@
 """One shard of `prepare`: reads its images, looks at each, writes all or nothing."""
 
 import collections
+from collections.abc import Callable
 import hashlib
 import io
 import os
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 import simplejpeg
 
-from input_pipeline import image
+from input_pipeline import image, records
+from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.prepare import output as outputs
-from input_pipeline import records
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 from input_pipeline.prepare.archives import Images
 
 JOURNAL = ".journal"  # folder in the output: one file per finished shard, and what was asked for

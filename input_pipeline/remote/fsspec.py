@@ -1,10 +1,11 @@
 """Files elsewhere, through fsspec: with time limits and tries, and no secret in a message."""
 
+from collections.abc import Callable
 import os
 import random
 import re
 import threading
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -12,7 +13,9 @@ from input_pipeline.errors import DataError
 
 T = TypeVar("T")
 
-_REQUEST_SECONDS = 60.0  # for one request; gcsfs tries six times, with pauses of half a minute in all
+_REQUEST_SECONDS = (
+  60.0  # for one request; gcsfs tries six times, with pauses of half a minute in all
+)
 _TRIES = {
   "http": 6,
   "https": 6,
@@ -58,7 +61,9 @@ def limit_requests() -> None:
   limit = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
   gcs = fsspec.config.conf.setdefault("gcs", {})
   gcs.setdefault("requests_timeout", limit)
-  gcs.setdefault("use_listings_cache", False)  # it would hide what TensorStore and other hosts write
+  gcs.setdefault(
+    "use_listings_cache", False
+  )  # it would hide what TensorStore and other hosts write
   for scheme in ("http", "https"):
     fsspec.config.conf.setdefault(scheme, {}).setdefault("client_kwargs", {"timeout": limit})
 

@@ -1,19 +1,16 @@
 """Reads the records of an order ahead of the steps that need them."""
 
+from collections.abc import Callable
 from concurrent import futures
 import functools
 import threading
 import time
-from typing import Callable
 
 import numpy as np
 
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
-from input_pipeline.order import Run
-from input_pipeline.order import WindowedOrder
-from input_pipeline.workers.threads import CLOSE_SECONDS
-from input_pipeline.workers.threads import Threads
+from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.order import Run, WindowedOrder
+from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
 Read = Callable[[Run], list[bytes | BadRecordError]]
 

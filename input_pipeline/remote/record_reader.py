@@ -9,20 +9,20 @@ Format: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_f
 index and the postscript https://github.com/google/array_record/blob/main/cpp/layout.proto.
 """
 
+from collections.abc import Iterator
 import contextlib
 import os
 import struct
 import tempfile
 import threading
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 from array_record.python import array_record_module
 import numpy as np
 import zstandard
 
+from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.remote.tensorstore import Bucket
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 
 _BLOCK = 1 << 16  # bytes; every block of a file begins with a header
 _BLOCK_HEADER, _CHUNK_HEADER = 24, 40  # bytes
@@ -80,7 +80,9 @@ class RemoteShard:
     start, end = int(index.starts[chunks[0]]), int(index.starts[chunks[1] + 1])
     data = self._bucket.read(self._name, start, end)
     with _sparse_file(index.size, [*index.parts, (start, data)]) as path:
-      reader = array_record_module.ArrayRecordReader(path, _OPTIONS, file_reader_buffer_size=_BUFFER)
+      reader = array_record_module.ArrayRecordReader(
+        path, _OPTIONS, file_reader_buffer_size=_BUFFER
+      )
       try:
         return reader.read(list(range(first, stop)))
       except (RuntimeError, ValueError, IndexError):
@@ -88,7 +90,9 @@ class RemoteShard:
       finally:
         reader.close()
 
-  def _read_one(self, reader: array_record_module.ArrayRecordReader, i: int) -> bytes | BadRecordError:
+  def _read_one(
+    self, reader: array_record_module.ArrayRecordReader, i: int
+  ) -> bytes | BadRecordError:
     try:
       return reader.read([i])[0]
     except (RuntimeError, ValueError, IndexError) as e:  # a wrong checksum
@@ -179,7 +183,11 @@ def _without_headers(data: bytes, position: int, in_block: int, size: int) -> tu
     if not part:
       raise ValueError("it ends too early")
     parts.append(part)
-    position, size, in_block = position + len(part), size - len(part), (in_block + len(part)) % _BLOCK
+    position, size, in_block = (
+      position + len(part),
+      size - len(part),
+      (in_block + len(part)) % _BLOCK,
+    )
   return b"".join(parts), position
 
 

@@ -5,6 +5,7 @@ broken connections, answers that are cut or slow, is met here and counted.
 """
 
 import collections
+from collections.abc import Callable
 import dataclasses
 import os
 import queue
@@ -12,7 +13,7 @@ import random
 import re
 import threading
 import time
-from typing import Any, Callable
+from typing import Any
 
 from absl import logging
 import tensorstore as ts
@@ -22,8 +23,13 @@ from input_pipeline.errors import DataError
 SCHEMES = ("gs", "s3", "http", "https", "file")
 
 # Worth another try; the rest (PERMISSION_DENIED, OUT_OF_RANGE, ...) stays what it is.
-_TRANSIENT = re.compile(r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|CANCELLED")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 20.0  # seconds between tries: doubled, and drawn at random below
+_TRANSIENT = re.compile(
+  r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|CANCELLED"
+)
+_FIRST_PAUSE, _LONGEST_PAUSE = (
+  0.2,
+  20.0,
+)  # seconds between tries: doubled, and drawn at random below
 _NO_RETRIES = {"max_retries": 0}  # ours are counted, and know when to give up
 
 
@@ -188,7 +194,9 @@ class Bucket:
         hedging = len(sent) == 1 and not failed
         wait = end - time.monotonic()
         try:
-          answer = answers.get(timeout=max(0, min(wait, self._patience.hedge_seconds) if hedging else wait))
+          answer = answers.get(
+            timeout=max(0, min(wait, self._patience.hedge_seconds) if hedging else wait)
+          )
         except queue.Empty:
           if not hedging or time.monotonic() >= end:
             raise TimeoutError(f"no answer within {self._patience.timeout_seconds:g} s") from None

@@ -5,28 +5,25 @@ source[7]  # Record(image=b"...", label=3, name="n01440764_18.JPEG")
 """
 
 import bisect
+from collections.abc import Sequence
 import itertools
 import os
 import resource
 import threading
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 from array_record.python import array_record_module
 import numpy as np
 import simplejpeg
 
-from input_pipeline.remote import tensorstore as bucket_lib
-from input_pipeline.sources import catalog
-from input_pipeline.sources import hf
 from input_pipeline import records
-from input_pipeline.remote.tensorstore import Bucket
-from input_pipeline.remote.tensorstore import Patience
-from input_pipeline.remote.tensorstore import has_scheme
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
+from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.order import Run
 from input_pipeline.records import Record
+from input_pipeline.remote import tensorstore as bucket_lib
 from input_pipeline.remote.record_reader import RemoteShard
+from input_pipeline.remote.tensorstore import Bucket, Patience, has_scheme
+from input_pipeline.sources import catalog, hf
 
 KINDS = ("auto", "array_record", "stream", "folder", "hf", "synthetic")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -267,7 +264,9 @@ def open_source(data: Any, split: str, num_classes: int | None) -> Source:
     source = hf.open_source(path, split, num_classes)
   elif order == "lanes":
     path = _checked_url(data.path) if has_scheme(data.path) else _local_folder(data.path)
-    patience = Patience(data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds)
+    patience = Patience(
+      data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds
+    )
     bucket = Bucket(path, patience)
     source = StreamSource(bucket, catalog.read(bucket, split))
   else:

@@ -1,8 +1,9 @@
 """What a folder of shards says of itself: the manifest of `prepare`, or what TFDS writes."""
 
+from collections.abc import Sequence
 import json
 import os
-from typing import Any, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from input_pipeline import records
 from input_pipeline.errors import DataError
@@ -95,9 +96,7 @@ def read(folder: Folder, split: str) -> Split:
   listed_in = TFDS_INFO if manifest is None else records.MANIFEST
   for name, _, size, _ in found.shards if sizes is not None else ():
     if name not in sizes:
-      raise DataError(
-        f"{folder.path_of(name)} is missing, but {listed_in} lists it; {found.mend}."
-      )
+      raise DataError(f"{folder.path_of(name)} is missing, but {listed_in} lists it; {found.mend}.")
     if None not in (size, sizes[name]) and sizes[name] != size:
       raise DataError(
         f"{folder.path_of(name)} has {sizes[name]:,} bytes, but {listed_in} says {size:,}; "
@@ -137,9 +136,7 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
     splits = manifest["splits"]
     split = find_split(split, list(splits), folder.path_of(""))
     found = splits[split]
-    shards = [
-      Shard(s["file"], s["examples"], s["bytes"], s.get("sha256")) for s in found["shards"]
-    ]
+    shards = [Shard(s["file"], s["examples"], s["bytes"], s.get("sha256")) for s in found["shards"]]
     classes = list(manifest["classes"])
     return split, Split(shards, classes, _PREPARE, found.get("class_counts"))
   except (KeyError, TypeError) as e:

@@ -5,6 +5,7 @@ of the environment (HF_TOKEN). They are read by row group, which is what a shard
 neighbouring images or some hundreds, in one request as a rule.
 """
 
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 import copy
 import hashlib
@@ -12,12 +13,12 @@ import logging
 import os
 import re
 import threading
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
-from input_pipeline.sources import catalog
-from input_pipeline.remote import fsspec as remote
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
+from input_pipeline.remote import fsspec as remote
+from input_pipeline.sources import catalog
 
 PREFIX = "hf:"
 _FOOTER_THREADS = 32

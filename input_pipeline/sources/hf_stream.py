@@ -8,22 +8,22 @@ a row group.
 """
 
 import collections
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import functools
 import itertools
 import threading
 import time
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 from absl import logging
 import numpy as np
 
-from input_pipeline.workers import processes
 from input_pipeline.errors import DataError
-from input_pipeline.sources.hf import HfSource, RowGroup
-from input_pipeline.workers.threads import CLOSE_SECONDS
-from input_pipeline.workers.threads import Threads
 from input_pipeline.records import Record
+from input_pipeline.sources.hf import HfSource, RowGroup
+from input_pipeline.workers import processes
+from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
 Position = dict[str, Any]  # JSON-able
 Pick = Callable[[int], Record]  # gives an example for 0, those after it in its window for more

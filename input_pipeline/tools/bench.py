@@ -13,6 +13,7 @@ Peers are used if they can be imported: `pip install tensorflow-cpu nvidia-dali-
 
 import argparse
 import collections
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import importlib.metadata
@@ -24,16 +25,13 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 from configs import base
-
-from input_pipeline.tools import bench_data
-from input_pipeline import image
-from input_pipeline import loader
-from input_pipeline.tools import rivals as peers
-from input_pipeline import sources
+from input_pipeline import image, loader, sources
 from input_pipeline.errors import DataError
+from input_pipeline.tools import bench_data
+from input_pipeline.tools import rivals as peers
 
 _CHIP_IMAGES, _CHIP_SECONDS = 128, 0.070  # per step of a TPU v5e
 _SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has nothing more to do ahead
@@ -216,9 +214,7 @@ def report(turns: dict[str, list[Turn]]) -> str:
   return "\n".join(lines)
 
 
-def report_stages(
-  timed: list[Turn], own: list[Turn], worker: list[Turn], mean_bytes: float
-) -> str:
+def report_stages(timed: list[Turn], own: list[Turn], worker: list[Turn], mean_bytes: float) -> str:
   """Returns where the time goes, what comes on top of decode and resize, and what a chip needs."""
   stages = {s: statistics.median(t.stages[s] for t in timed) for s in timed[0].stages}
   work = [t.stages["decode"] + t.stages["resize"] for t in timed]
@@ -228,16 +224,18 @@ def report_stages(
   )
   rate = _CHIP_IMAGES / _CHIP_SECONDS
   cpu = statistics.median(t.cpu for t in worker)
-  return "\n".join([
-    "Microseconds of CPU per image: "
-    + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in stages.items()),
-    f"All but decode and resize, over these: {in_process:.1%} in process, {through:.1%} through a "
-    "decoding process",
-    f"Encoded bytes: {mean_bytes * 1e-6 / statistics.median(t.cpu for t in own):.0f} MB per "
-    "CPU-second",
-    f"A chip that takes {_CHIP_IMAGES} images in {1000 * _CHIP_SECONDS:.0f} ms (TPU v5e) needs "
-    f"{rate:.0f} images/s: {rate * cpu:.1f} cores like these",
-  ])
+  return "\n".join(
+    [
+      "Microseconds of CPU per image: "
+      + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in stages.items()),
+      f"All but decode and resize, over these: {in_process:.1%} in process, {through:.1%} through a "
+      "decoding process",
+      f"Encoded bytes: {mean_bytes * 1e-6 / statistics.median(t.cpu for t in own):.0f} MB per "
+      "CPU-second",
+      f"A chip that takes {_CHIP_IMAGES} images in {1000 * _CHIP_SECONDS:.0f} ms (TPU v5e) needs "
+      f"{rate:.0f} images/s: {rate * cpu:.1f} cores like these",
+    ]
+  )
 
 
 def report_scaling(one: list[Turn], many: list[Turn], count: int) -> str:
@@ -308,9 +306,7 @@ def _run(args: argparse.Namespace, folder: str) -> None:
   if cores > 1:
     train.append(Contestant(many, mine(True, cores), _AHEAD * cores))
   if args.max_size:
-    small = bench_data.Sample(
-      bench_data.write_shard(folder, examples, args.max_size), args.images
-    )
+    small = bench_data.Sample(bench_data.write_shard(folder, examples, args.max_size), args.images)
     make = functools.partial(ours, small, args.batch_size, True)
     train.append(Contestant(f"ours, re-encoded with --max-size={args.max_size}", make))
   evaluation = [Contestant(own, mine(False))]
@@ -337,7 +333,6 @@ def _run(args: argparse.Namespace, folder: str) -> None:
 
 
 def _cpu_name() -> str:
-  with contextlib.suppress(OSError, StopIteration):
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-      return next(line for line in f if line.startswith("model name")).split(":")[1].strip()
+  with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as f:
+    return next(line for line in f if line.startswith("model name")).split(":")[1].strip()
   return platform.processor() or platform.machine()

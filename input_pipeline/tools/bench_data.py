@@ -1,21 +1,19 @@
 """The images that `input_pipeline.bench` measures with."""
 
+from collections.abc import Sequence
 import io
 import os
 import pathlib
 import statistics
-from typing import Sequence
 
-from PIL import Image
 from array_record.python import array_record_module
-from configs import base
 import numpy as np
+from PIL import Image
 
-from input_pipeline.sources import catalog
-from input_pipeline import image
-from input_pipeline import records
+from configs import base
+from input_pipeline import image, records, sources
 from input_pipeline.prepare import shards
-from input_pipeline import sources
+from input_pipeline.sources import catalog
 
 _IMAGENET = 1_281_167  # examples; what is few is repeated to as many, for shuffling few costs more
 
@@ -102,9 +100,7 @@ def pixel_effect(
   data = base.get_config().data
   augmentation = (224, data.crop_area, data.crop_aspect, False)
   for i, pair in enumerate(zip(before, after, strict=True)):
-    views = [
-      image.train_view(e.image, np.random.default_rng(i), *augmentation) for e in pair
-    ]
+    views = [image.train_view(e.image, np.random.default_rng(i), *augmentation) for e in pair]
     train.append(np.abs(np.subtract(*views, dtype=np.int16)).mean())
     views = [image.eval_view(e.image, 256, 224) for e in pair]
     evaluated.append(np.abs(np.subtract(*views, dtype=np.int16)).mean())

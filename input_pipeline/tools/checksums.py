@@ -1,12 +1,11 @@
 """Shards against the checksums that `prepare` wrote down, on a disk or in a bucket."""
 
+from collections.abc import Callable, Sequence
 from concurrent import futures
 import hashlib
-from typing import Callable, Sequence
 
+from input_pipeline.remote.tensorstore import Bucket, Changed
 from input_pipeline.sources import catalog
-from input_pipeline.remote.tensorstore import Bucket
-from input_pipeline.remote.tensorstore import Changed
 
 _PIECE = 8 << 20  # bytes of one read from a bucket
 

@@ -1,13 +1,12 @@
 """A picture of images as the model sees them, each with the name and number of its label."""
 
+from collections.abc import Sequence
 import contextlib
 import math
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageFont
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from input_pipeline import loader
 from input_pipeline.records import Record

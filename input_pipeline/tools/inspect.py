@@ -13,33 +13,27 @@ command line is wrong.
 """
 
 import collections
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
 import os
 import re
 import sys
-from typing import Callable, Container, Iterator, Sequence
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 from ml_collections import config_flags
 import numpy as np
 
 from configs import base
-from input_pipeline.tools import checksums
-from input_pipeline.tools import contact_sheet
-from input_pipeline.prepare import shards as shards_lib
 from input_pipeline import sources
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
-from input_pipeline.errors import one_line
+from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.order import InOrder
+from input_pipeline.prepare import shards as shards_lib
 from input_pipeline.prepare.progress import Progress
 from input_pipeline.records import Record
-from input_pipeline.sources import ShardedSource
-from input_pipeline.sources import Source
-from input_pipeline.sources import StreamSource
+from input_pipeline.sources import ShardedSource, Source, StreamSource
+from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
 _SHOWN = 10  # bad records and classes that are named
@@ -81,7 +75,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     (flags.DEFINE_string, "split", "", "One split; both of the config if empty."),
     (flags.DEFINE_boolean, "check", True, "Whether to check every byte."),
     (flags.DEFINE_integer, "sample", 2000, "Records of a split that are decoded; 0 is all."),
-    (flags.DEFINE_string, "sheet", "contact_sheet.png", "Where the picture goes; empty is nowhere."),
+    (
+      flags.DEFINE_string,
+      "sheet",
+      "contact_sheet.png",
+      "Where the picture goes; empty is nowhere.",
+    ),
     (flags.DEFINE_integer, "images", 32, "Of each split on the picture."),
     (flags.DEFINE_boolean, "help", False, "Shows this."),
   ):

@@ -5,16 +5,17 @@ TensorFlow and DALI are imported where they are used, in a process of their own.
 """
 
 import collections
+from collections.abc import Callable, Iterator, Sequence
 import importlib.metadata
 import importlib.util
 import io
 import itertools
 import os
 import tempfile
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
-from PIL import Image
 import numpy as np
+from PIL import Image
 
 from input_pipeline import image
 from input_pipeline.records import Record
@@ -101,8 +102,10 @@ def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) ->
     return tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
 
   def view(message):
-    features = {"image": tf.io.FixedLenFeature([], tf.string),
-                "label": tf.io.FixedLenFeature([], tf.int64)}
+    features = {
+      "image": tf.io.FixedLenFeature([], tf.string),
+      "label": tf.io.FixedLenFeature([], tf.int64),
+    }
     parsed = tf.io.parse_single_example(message, features)
     data = parsed["image"]
     pixels = tf.io.decode_and_crop_jpeg(data, box(data), channels=3)
@@ -155,8 +158,12 @@ def _dali(examples, batch_size: int, train: bool, normalise: bool) -> Made:
     data, labels = fn.readers.file(files=files, labels=[e.label for e in examples])
     if train:
       pixels = fn.decoders.image_random_crop(
-        data, device="cpu", random_area=list(_AREA), random_aspect_ratio=list(_ASPECT),
-        adjust_orientation=False)
+        data,
+        device="cpu",
+        random_area=list(_AREA),
+        random_aspect_ratio=list(_ASPECT),
+        adjust_orientation=False,
+      )
       pixels = fn.resize(pixels, size=[_SIZE, _SIZE])
       mirror = fn.random.coin_flip()
     else:
@@ -165,11 +172,18 @@ def _dali(examples, batch_size: int, train: bool, normalise: bool) -> Made:
       mirror = 0
     if normalise:
       pixels = fn.crop_mirror_normalize(
-        pixels, crop=(_SIZE, _SIZE), mirror=mirror, mean=list(_MEAN), std=list(_STD),
-        dtype=types.FLOAT, output_layout="HWC")
+        pixels,
+        crop=(_SIZE, _SIZE),
+        mirror=mirror,
+        mean=list(_MEAN),
+        std=list(_STD),
+        dtype=types.FLOAT,
+        output_layout="HWC",
+      )
     else:
       pixels = fn.crop_mirror_normalize(
-        pixels, crop=(_SIZE, _SIZE), mirror=mirror, dtype=types.UINT8, output_layout="HWC")
+        pixels, crop=(_SIZE, _SIZE), mirror=mirror, dtype=types.UINT8, output_layout="HWC"
+      )
     return pixels, labels
 
   running = pipeline()

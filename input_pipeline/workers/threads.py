@@ -1,11 +1,12 @@
 """Threads that read and decode ahead."""
 
+from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import queue
 import threading
 import time
-from typing import Any, Callable
+from typing import Any
 
 CLOSE_SECONDS = 5.0  # given at the end to threads that wait for a server
 

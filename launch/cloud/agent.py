@@ -18,6 +18,7 @@ looks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import fcntl
 import glob
@@ -34,8 +35,8 @@ import sys
 import tarfile
 import time
 import traceback
+from typing import Any
 import urllib.request
-from typing import Any, Iterator
 
 CRASHED = 1
 HOST_LOST = 76  # of trainer.errors: the same command on all hosts goes on from the last checkpoint
@@ -52,8 +53,9 @@ _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 def metadata(path: str) -> str | None:
   """Returns a value of the machine's metadata server, or None where there is none."""
   server = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
-  request = urllib.request.Request(f"http://{server}/computeMetadata/v1/instance/{path}",
-                                   headers={"Metadata-Flavor": "Google"})
+  request = urllib.request.Request(
+    f"http://{server}/computeMetadata/v1/instance/{path}", headers={"Metadata-Flavor": "Google"}
+  )
   try:
     with urllib.request.urlopen(request, timeout=2) as reply:
       return reply.read().decode()
@@ -72,7 +74,12 @@ def identity(home: pathlib.Path) -> dict[str, Any]:
   if number is None:
     found = re.search(r"MEGASCALE_SLICE_ID:\s*'?(\d+)", metadata("attributes/tpu-env") or "")
     number = found.group(1) if found else "0"
-  known = {"slice": int(number), "worker": int(worker or 0), "hostname": socket.gethostname(), "boot": boot}
+  known = {
+    "slice": int(number),
+    "worker": int(worker or 0),
+    "hostname": socket.gethostname(),
+    "boot": boot,
+  }
   if worker is not None:  # else the metadata server did not answer, or this is no TPU VM
     write_json(path, known)
   return known
@@ -133,8 +140,15 @@ def is_free(path: pathlib.Path) -> bool:
 def gcloud(*words: str, seconds: float = 120.0) -> str:
   """Runs gcloud on this host, as its service account; RuntimeError with its last line if it fails."""
   try:
-    done = subprocess.run(["gcloud", *words, "--quiet"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=seconds, check=False)
+    done = subprocess.run(
+      ["gcloud", *words, "--quiet"],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      timeout=seconds,
+      check=False,
+    )
   except (OSError, subprocess.TimeoutExpired) as error:
     raise RuntimeError(f"gcloud {' '.join(words[:4])}: {error}") from error
   if done.returncode:
@@ -176,14 +190,24 @@ class Host:
     beginning = state["phase"] == "installing" and now < state["started"] + _BEGIN_SECONDS
     if state["phase"] in ("installing", "running") and not beginning and not self.alive():
       rebooted = state["boot"] != self.me["boot"]
-      report.update(phase="ended", ended=now, code=HOST_LOST if rebooted else CRASHED,
-                    trouble="the host was restarted" if rebooted else "the trainer is gone and left no exit code")
+      report.update(
+        phase="ended",
+        ended=now,
+        code=HOST_LOST if rebooted else CRASHED,
+        trouble="the host was restarted"
+        if rebooted
+        else "the trainer is gone and left no exit code",
+      )
     report.update(progress(self.log()) if state["attempt"] else progress(None))
-    guard = (self.home / "guard.trouble")
+    guard = self.home / "guard.trouble"
     if not report["trouble"] and guard.exists():
       report["trouble"] = guard.read_text()[:300]
-    return dict(report, stop_requested=(self.home / "stop").exists(), preempted=(self.home / "preempted").exists(),
-                deadline=number_in(self.home / "deadline"))
+    return dict(
+      report,
+      stop_requested=(self.home / "stop").exists(),
+      preempted=(self.home / "preempted").exists(),
+      deadline=number_in(self.home / "deadline"),
+    )
 
   def contacted(self) -> None:
     (self.home / "contact").touch()
@@ -203,8 +227,15 @@ class Host:
           (self.home / flag).unlink()
       folder = self.home / f"attempt-{attempt}"
       folder.mkdir(exist_ok=True)
-      write_json(self.home / "state.json", {"attempt": attempt, "phase": "installing", "started": time.time(),
-                                            "boot": self.me["boot"]})
+      write_json(
+        self.home / "state.json",
+        {
+          "attempt": attempt,
+          "phase": "installing",
+          "started": time.time(),
+          "boot": self.me["boot"],
+        },
+      )
       self.leave_behind("supervise", folder / "supervisor.log")
 
   def keep_guard(self) -> None:
@@ -219,7 +250,9 @@ class Host:
       if state["attempt"] is not None and state["attempt"] < attempt:
         self.end_trainer(_END_SECONDS)
         if self.state()["phase"] != "ended":
-          self.change(phase="ended", code=CRASHED, ended=time.time(), trouble="ended for the next attempt")
+          self.change(
+            phase="ended", code=CRASHED, ended=time.time(), trouble="ended for the next attempt"
+          )
 
   def take_limits(self, name: str) -> None:
     """Fetches what an attempt is, and until when the slice may stay: a later `up` may have given it more time."""
@@ -233,8 +266,14 @@ class Host:
   def leave_behind(self, verb: str, log: pathlib.Path) -> None:
     """Starts this file again as a process that stays when the connection ends."""
     with open(log, "ab") as output:
-      subprocess.Popen([sys.executable, os.path.abspath(__file__), self.url, verb], stdin=subprocess.DEVNULL, cwd="/",
-                       stdout=output, stderr=output, start_new_session=True)
+      subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), self.url, verb],
+        stdin=subprocess.DEVNULL,
+        cwd="/",
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+      )
 
   def signal_trainer(self, number: int) -> None:
     state = self.state()
@@ -277,8 +316,16 @@ class Host:
       try:
         with open(self.log(), "ab") as log:
           command, folder, environment = self.prepare(log)
-          trainer = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                     stderr=log, start_new_session=True, pass_fds=[lock])
+          trainer = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[lock],
+          )
         self.change(phase="running", pid=trainer.pid, running=time.time())
         if (self.home / "stop").exists():
           self.ask_to_end()
@@ -286,7 +333,10 @@ class Host:
       except Exception as error:  # whatever it is, it must be told: nobody is there to see it
         if trainer:
           trainer.kill()
-        code, trouble = CRASHED, str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        code, trouble = (
+          CRASHED,
+          str(error).splitlines()[0][:300] if str(error) else type(error).__name__,
+        )
         with open(self.log(), "a") as log:
           log.write(f"agent: {trouble}\n{traceback.format_exc()}")
       ended = {"phase": "ended", "code": code, "ended": time.time(), "trouble": trouble}
@@ -306,22 +356,36 @@ class Host:
       shutil.rmtree(partial, ignore_errors=True)
       partial.mkdir(parents=True)
       archive = partial.with_suffix(".tar.gz")
-      gcloud("storage", "cp", f"{self.url}/launch/code-{spec['code']}.tar.gz", str(archive), seconds=300)
+      gcloud(
+        "storage", "cp", f"{self.url}/launch/code-{spec['code']}.tar.gz", str(archive), seconds=300
+      )
       with tarfile.open(archive) as tar:
         tar.extractall(partial, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
       partial.rename(code)
     environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONPATH=str(code))
     environment.update(read_environment(self.home / "env"))
     for name, secret in spec["secrets"].items():
-      environment[name] = gcloud("secrets", "versions", "access", "latest", f"--secret={secret}",
-                                 f"--project={spec['project']}")
+      environment[name] = gcloud(
+        "secrets",
+        "versions",
+        "access",
+        "latest",
+        f"--secret={secret}",
+        f"--project={spec['project']}",
+      )
     python = spec["python"] or install(code, log)
     return [python, "-m", "trainer", *spec["argv"]], str(code), environment
 
   def upload(self, path: pathlib.Path, name: str, seconds: float = 300.0) -> bool:
     """Copies a file into the logs of its attempt in the bucket."""
     try:
-      gcloud("storage", "cp", str(path), f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}", seconds=seconds)
+      gcloud(
+        "storage",
+        "cp",
+        str(path),
+        f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}",
+        seconds=seconds,
+      )
       return True
     except RuntimeError as error:
       print(f"{time.ctime()}: {error}", file=sys.stderr, flush=True)
@@ -357,7 +421,9 @@ class Host:
     reason = self.why_remove()
     self.since = (self.since or now) if reason else None
     # Host 0 removes the slice; the others do where it does not.
-    if reason and now > max(self.next_delete, self.since + (-1 if self.name == "0-0" else 2 * _SAVE_SECONDS)):
+    if reason and now > max(
+      self.next_delete, self.since + (-1 if self.name == "0-0" else 2 * _SAVE_SECONDS)
+    ):
       self.remove(reason)
       self.next_delete = time.time() + 60
 
@@ -390,10 +456,21 @@ class Host:
     self.upload(self.log(), f"host-{self.name}.log")
     self.beat(reason)
     try:
-      gcloud("compute", "tpus", "queued-resources", "delete", self.run, f"--project={spec['project']}",
-             f"--zone={spec['zone']}", "--force", "--async")
+      gcloud(
+        "compute",
+        "tpus",
+        "queued-resources",
+        "delete",
+        self.run,
+        f"--project={spec['project']}",
+        f"--zone={spec['zone']}",
+        "--force",
+        "--async",
+      )
     except RuntimeError as error:
-      (self.home / "guard.trouble").write_text(f"the slice should be gone ({reason}) and cannot remove itself: {error}")
+      (self.home / "guard.trouble").write_text(
+        f"the slice should be gone ({reason}) and cannot remove itself: {error}"
+      )
       print(f"{time.ctime()}: {error}", file=sys.stderr, flush=True)
 
   def tail(self, lines: int, follow: bool) -> None:
@@ -422,8 +499,11 @@ def progress(log: pathlib.Path | None) -> dict[str, Any]:
     found = list(_PROGRESS.finditer(file.read()))
   if not found:
     return none
-  return {"step": int(found[-1].group(1)), "total": int(found[-1].group(2)),
-          "progress": found[-1].group(0).decode(errors="replace")[:300]}
+  return {
+    "step": int(found[-1].group(1)),
+    "total": int(found[-1].group(2)),
+    "progress": found[-1].group(0).decode(errors="replace")[:300],
+  }
 
 
 def read_environment(path: pathlib.Path) -> dict[str, str]:
@@ -431,7 +511,9 @@ def read_environment(path: pathlib.Path) -> dict[str, str]:
   if not path.exists():
     return {}
   path.chmod(0o600)
-  lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+  lines = [
+    line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")
+  ]
   return dict(line.split("=", 1) for line in lines)
 
 
@@ -442,9 +524,30 @@ def install(code: pathlib.Path, log: Any) -> str:
   with locked(folder.with_suffix(".lock"), 1800):
     if (folder / "complete").exists():
       return str(folder / "bin" / "python")
-    version = re.search(r"--python-version[ =](\S+)", lock.read_text()).group(1)  # of the command in its first lines
-    pip = [sys.executable, "-m", "pip", "install", "--user", "--quiet", "--require-hashes", "-r", str(tool)]
-    sync = ["uv", "pip", "sync", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", str(lock)]
+    version = re.search(r"--python-version[ =](\S+)", lock.read_text()).group(
+      1
+    )  # of the command in its first lines
+    pip = [
+      sys.executable,
+      "-m",
+      "pip",
+      "install",
+      "--user",
+      "--quiet",
+      "--require-hashes",
+      "-r",
+      str(tool),
+    ]
+    sync = [
+      "uv",
+      "pip",
+      "sync",
+      "--quiet",
+      "--python",
+      str(folder / "bin" / "python"),
+      "--require-hashes",
+      str(lock),
+    ]
     steps = [pip, ["uv", "venv", "--quiet", "--clear", "--python", version, str(folder)], sync]
     if shutil.which("uv", path=_path_with_uv()):
       del steps[0]
@@ -461,13 +564,20 @@ def _path_with_uv() -> str:
 def run_step(step: list[str], log: Any) -> None:
   """Runs a step of the installation, three times at most, for registries that are busy."""
   for pause in (5, 20, None):
-    code = subprocess.call(step, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                           env=dict(os.environ, PATH=_path_with_uv(), PIP_BREAK_SYSTEM_PACKAGES="1"))
+    code = subprocess.call(
+      step,
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=log,
+      env=dict(os.environ, PATH=_path_with_uv(), PIP_BREAK_SYSTEM_PACKAGES="1"),
+    )
     if code == 0:
       return
     if pause:
       time.sleep(pause)
-  raise RuntimeError(f"installation failed: {' '.join(step[:4])} ... ended with code {code}; its words are in the log")
+  raise RuntimeError(
+    f"installation failed: {' '.join(step[:4])} ... ended with code {code}; its words are in the log"
+  )
 
 
 def free_devices() -> None:
@@ -476,8 +586,13 @@ def free_devices() -> None:
   if not devices:
     return
   for number in (signal.SIGTERM, signal.SIGKILL):
-    holders = subprocess.run(["sudo", "-n", "lsof", "-t", *devices], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             universal_newlines=True, check=False).stdout.split()
+    holders = subprocess.run(
+      ["sudo", "-n", "lsof", "-t", *devices],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      check=False,
+    ).stdout.split()
     if not holders:
       break
     subprocess.call(["sudo", "-n", "kill", f"-{int(number)}", *holders])

@@ -36,11 +36,15 @@ class Bundle:
 def _git(*words: str, index: str | None = None) -> str:
   environment = dict(os.environ) | ({"GIT_INDEX_FILE": index} if index else {})
   try:
-    done = subprocess.run(["git", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+      ["git", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
   except OSError as error:
     raise UsageError(f"git cannot be run ({error.strerror}); the code is shipped by it.") from error
   if done.returncode:
-    raise UsageError(f"git {words[0]} failed in {ROOT}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    raise UsageError(
+      f"git {words[0]} failed in {ROOT}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+    )
   return done.stdout.strip()
 
 
@@ -69,8 +73,10 @@ def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pa
   archive, diff = folder / f"code-{bundle.tree}.tar.gz", folder / f"dirty-{bundle.tree}.diff"
   _git("archive", "--format=tar.gz", f"--output={archive}", bundle.tree)
   if archive.stat().st_size > _MAX_BYTES:
-    raise UsageError(f"The code is {archive.stat().st_size >> 20} MiB as an archive; keep data out of git and of "
-                     f"{', '.join(_FOLDERS)} (.gitignore).")
+    raise UsageError(
+      f"The code is {archive.stat().st_size >> 20} MiB as an archive; keep data out of git and of "
+      f"{', '.join(_FOLDERS)} (.gitignore)."
+    )
   _git("diff", "--binary", f"--output={diff}", bundle.commit, bundle.tree)
   return archive, diff
 

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 import dataclasses
 import getpass
 import os
@@ -24,71 +25,105 @@ import re
 import signal
 import subprocess
 import sys
-from typing import NoReturn, Sequence
+from typing import NoReturn
 
 from launch.cloud import bundle, commands, doctor, dry, prepare, verbs
 from launch.cloud.gcloud import GcloudError
 from launch.cloud.run import noted
-from launch.cloud.settings import Place, Settings, UsageError, check, check_place, check_run, duration, label
+from launch.cloud.settings import (
+  Place,
+  Settings,
+  UsageError,
+  check,
+  check_place,
+  check_run,
+  duration,
+  label,
+)
 
 USAGE, ERROR = 2, 1
 _DURATIONS = {
-    "max-wait": "in the queue, without a slice", "poll": "between two looks",
-    "stall": "without a new step, before stacks are taken and the trainer is started again",
-    "unreachable": "without an answer of a host, before the slice is replaced",
-    "start-limit": "for hosts to answer, to install, and to come back from repair",
-    "provision-limit": "in the state PROVISIONING", "exit-grace": "for the other hosts to end when one has",
-    "idle": "without trainer and launcher, before the slice removes itself",
-    "backoff": "first pause when there is no capacity", "call-limit": "for one line of gcloud"
+  "max-wait": "in the queue, without a slice",
+  "poll": "between two looks",
+  "stall": "without a new step, before stacks are taken and the trainer is started again",
+  "unreachable": "without an answer of a host, before the slice is replaced",
+  "start-limit": "for hosts to answer, to install, and to come back from repair",
+  "provision-limit": "in the state PROVISIONING",
+  "exit-grace": "for the other hosts to end when one has",
+  "idle": "without trainer and launcher, before the slice removes itself",
+  "backoff": "first pause when there is no capacity",
+  "call-limit": "for one line of gcloud",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-
   def error(self, message: str) -> NoReturn:
-    raise UsageError(f"{message[:1].upper()}{message[1:]}. launch/tpu {self.prog.split()[-1]} --help tells more.")
+    raise UsageError(
+      f"{message[:1].upper()}{message[1:]}. launch/tpu {self.prog.split()[-1]} --help tells more."
+    )
 
 
 def parser() -> argparse.ArgumentParser:
   """Returns the parser of the whole command line."""
-  top = _Parser(prog="launch/tpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False)
+  top = _Parser(
+    prog="launch/tpu",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
   verbs_ = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
-  def verb(name: str, run: str | None = "required", as_json: bool = True) -> argparse.ArgumentParser:
+  def verb(
+    name: str, run: str | None = "required", as_json: bool = True
+  ) -> argparse.ArgumentParser:
     one = verbs_.add_parser(name, allow_abbrev=False, prog=f"launch/tpu {name}")
     if run:
       one.add_argument("run", metavar="RUN", nargs=None if run == "required" else "?", default="")
     where = one.add_argument_group(
-        "where; what is not given is taken from the environment, or as it was for this run before")
+      "where; what is not given is taken from the environment, or as it was for this run before"
+    )
     where.add_argument("--project", help="or CLOUDSDK_CORE_PROJECT, or gcloud's own default")
     where.add_argument("--zone", help="or CLOUDSDK_COMPUTE_ZONE")
     where.add_argument("--bucket", metavar="gs://B[/FOLDER]", help="or TPU_BUCKET")
     where.add_argument("--owner", help="whose runs these are (default: your user name)")
-    one.add_argument("--dry-run", action="store_true", help="prints the lines of gcloud and runs none")
+    one.add_argument(
+      "--dry-run", action="store_true", help="prints the lines of gcloud and runs none"
+    )
     if as_json:
       one.add_argument("--json", action="store_true", help="one JSON object a line")
     return one
 
   up = verb("up")
   _add_slice(up)
-  up.add_argument("--no-watch", action="store_true", help="ends when the trainer runs; nobody restarts it then")
-  up.add_argument("--take-over", action="store_true", help="drives the run even if another launcher does")
+  up.add_argument(
+    "--no-watch", action="store_true", help="ends when the trainer runs; nobody restarts it then"
+  )
+  up.add_argument(
+    "--take-over", action="store_true", help="drives the run even if another launcher does"
+  )
   watch = verb("watch")
-  watch.add_argument("--take-over", action="store_true", help="drives the run even if another launcher does")
+  watch.add_argument(
+    "--take-over", action="store_true", help="drives the run even if another launcher does"
+  )
   verb("status")
   logs = verb("logs", as_json=False)
   logs.add_argument("--worker", default="0", metavar="N|all")
   logs.add_argument("--slice", type=int, default=0, metavar="N")
-  logs.add_argument("--attempt", type=int, metavar="N", help="of an earlier attempt, from the bucket")
+  logs.add_argument(
+    "--attempt", type=int, metavar="N", help="of an earlier attempt, from the bucket"
+  )
   logs.add_argument("--lines", type=int, default=50, metavar="N")
   logs.add_argument("-f", "--follow", action="store_true", help="and all that come")
   verb("stop")
   down = verb("down", run="optional")
-  down.add_argument("--all", action="store_true", help="everything of yours in the zone, also what no run knows of")
+  down.add_argument(
+    "--all", action="store_true", help="everything of yours in the zone, also what no run knows of"
+  )
   verb("list", run=None)
   doctor_ = verb("doctor", run="optional")
-  doctor_.add_argument("--type", default="", metavar="TYPE", help="also whether the zone has it, as in v5litepod-64")
+  doctor_.add_argument(
+    "--type", default="", metavar="TYPE", help="also whether the zone has it, as in v5litepod-64"
+  )
   doctor_.add_argument("--service-account", default="")
   prepare.add_arguments(verb("prepare", as_json=False))
   return top
@@ -100,33 +135,73 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
   what.add_argument("--slices", type=int, default=1, metavar="N")
   kind = what.add_mutually_exclusive_group()
   for name in ("on-demand", "spot", "reserved"):
-    kind.add_argument(f"--{name}", dest="capacity", action="store_const", const=name, default="on-demand")
-  what.add_argument("--runtime-version", default="", help="image of the hosts (default: by the type)")
-  what.add_argument("--service-account", default="", help="of the hosts (default: the project's Compute Engine one)")
+    kind.add_argument(
+      f"--{name}", dest="capacity", action="store_const", const=name, default="on-demand"
+    )
+  what.add_argument(
+    "--runtime-version", default="", help="image of the hosts (default: by the type)"
+  )
+  what.add_argument(
+    "--service-account", default="", help="of the hosts (default: the project's Compute Engine one)"
+  )
   what.add_argument("--network", default="")
   what.add_argument("--subnetwork", default="")
-  what.add_argument("--internal-ips", action="store_true", help="no external addresses; implies --iap; needs Cloud NAT")
+  what.add_argument(
+    "--internal-ips",
+    action="store_true",
+    help="no external addresses; implies --iap; needs Cloud NAT",
+  )
   what.add_argument("--iap", action="store_true", help="ssh through Identity-Aware Proxy")
-  what.add_argument("--autocheckpoint", action="store_true", help="the trainer is told before host maintenance (alpha)")
+  what.add_argument(
+    "--autocheckpoint",
+    action="store_true",
+    help="the trainer is told before host maintenance (alpha)",
+  )
   what.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
   limits = up.add_argument_group("limits: durations as in 90s, 15m, 6h, 2d")
-  limits.add_argument("--max-hours", type=float, metavar="H",
-                      help="that slices of this run may exist, over all attempts; "
-                      "holds with this machine off, too")
+  limits.add_argument(
+    "--max-hours",
+    type=float,
+    metavar="H",
+    help="that slices of this run may exist, over all attempts; holds with this machine off, too",
+  )
   for name, text in _DURATIONS.items():
     default = getattr(Settings, name.replace("-", "_"))
-    limits.add_argument(f"--{name}", type=duration, default=default, metavar="TIME",
-                        help=f"{text} (default {default:g} s)")
+    limits.add_argument(
+      f"--{name}",
+      type=duration,
+      default=default,
+      metavar="TIME",
+      help=f"{text} (default {default:g} s)",
+    )
   limits.add_argument("--keep", action="store_true", help="leaves the slice when the run has ended")
-  limits.add_argument("--dollars-per-chip-hour", type=float, default=0.0, metavar="X", help="shows the cost in dollars")
+  limits.add_argument(
+    "--dollars-per-chip-hour",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="shows the cost in dollars",
+  )
   host = up.add_argument_group("the trainer")
-  host.add_argument("--env-file", default="", metavar="FILE", help="lines NAME=VALUE, copied to the hosts by scp; "
-                    "for what must not be on a command line")
-  host.add_argument("--secret", action="append", default=[], metavar="NAME=SECRET",
-                    help="a variable of the trainer, from "
-                    "Secret Manager, read on the hosts")
-  host.add_argument("--python", default="", metavar="PATH",
-                    help="of an image that has all that is needed: installs nothing")
+  host.add_argument(
+    "--env-file",
+    default="",
+    metavar="FILE",
+    help="lines NAME=VALUE, copied to the hosts by scp; for what must not be on a command line",
+  )
+  host.add_argument(
+    "--secret",
+    action="append",
+    default=[],
+    metavar="NAME=SECRET",
+    help="a variable of the trainer, from Secret Manager, read on the hosts",
+  )
+  host.add_argument(
+    "--python",
+    default="",
+    metavar="PATH",
+    help="of an image that has all that is needed: installs nothing",
+  )
 
 
 def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
@@ -134,14 +209,24 @@ def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
   known = noted(args.run) if re.fullmatch(r"[-a-z0-9]+", getattr(args, "run", "")) else None
 
   def one(name: str, *variables: str) -> str:
-    given = getattr(args, name) or next((os.environ[key] for key in variables if os.environ.get(key)), "")
+    given = getattr(args, name) or next(
+      (os.environ[key] for key in variables if os.environ.get(key)), ""
+    )
     return given or (getattr(known.place, name) if known else "")
 
-  place = Place(getattr(args, "run", ""), one("project", "CLOUDSDK_CORE_PROJECT"),
-                one("zone", "CLOUDSDK_COMPUTE_ZONE"), one("bucket", "TPU_BUCKET").rstrip("/"))
+  place = Place(
+    getattr(args, "run", ""),
+    one("project", "CLOUDSDK_CORE_PROJECT"),
+    one("zone", "CLOUDSDK_COMPUTE_ZONE"),
+    one("bucket", "TPU_BUCKET").rstrip("/"),
+  )
   if not place.project:
     place = dataclasses.replace(place, project=_default_project())
-  for name, example in (("project", "my-project"), ("zone", "us-west4-a"), ("bucket", "gs://my-bucket")):
+  for name, example in (
+    ("project", "my-project"),
+    ("zone", "us-west4-a"),
+    ("bucket", "gs://my-bucket"),
+  ):
     if not getattr(place, name) and (name != "bucket" or needs_bucket):
       raise UsageError(f"--{name} is needed, as in --{name}={example}.")
   return place
@@ -149,8 +234,14 @@ def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
 
 def _default_project() -> str:
   try:
-    done = subprocess.run([os.environ.get("TPU_GCLOUD", "gcloud"), *commands.default_project()[1:]],
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30, check=False)
+    done = subprocess.run(
+      [os.environ.get("TPU_GCLOUD", "gcloud"), *commands.default_project()[1:]],
+      capture_output=True,
+      text=True,
+      stdin=subprocess.DEVNULL,
+      timeout=30,
+      check=False,
+    )
   except (OSError, subprocess.TimeoutExpired):
     return ""
   return done.stdout.strip()
@@ -182,14 +273,35 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
     raise UsageError(f"--env-file {args.env_file} cannot be read.")
   if args.env_file and os.stat(args.env_file).st_mode & 0o077:
     raise UsageError(f"--env-file {args.env_file} can be read by others; chmod 600 it.")
-  pairs = {name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")}
+  pairs = {
+    name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")
+  }
   durations = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _DURATIONS}
-  settings = check(Settings(
-      _place(args), _owner(args), args.type, args.slices, args.capacity, args.runtime_version, args.service_account,
-      args.network, args.subnetwork, args.internal_ips, args.iap or args.internal_ips, args.autocheckpoint,
-      pairs["label"], os.path.abspath(args.env_file) if args.env_file else "", pairs["secret"], args.python, args.keep,
-      tuple(argv), args.dollars_per_chip_hour,
-      max_seconds=args.max_hours * 3600 if args.max_hours is not None else None, **durations))
+  settings = check(
+    Settings(
+      _place(args),
+      _owner(args),
+      args.type,
+      args.slices,
+      args.capacity,
+      args.runtime_version,
+      args.service_account,
+      args.network,
+      args.subnetwork,
+      args.internal_ips,
+      args.iap or args.internal_ips,
+      args.autocheckpoint,
+      pairs["label"],
+      os.path.abspath(args.env_file) if args.env_file else "",
+      pairs["secret"],
+      args.python,
+      args.keep,
+      tuple(argv),
+      args.dollars_per_chip_hour,
+      max_seconds=args.max_hours * 3600 if args.max_hours is not None else None,
+      **durations,
+    )
+  )
   for word in settings.argv:
     if word.startswith("--config=") and not (bundle.ROOT / word[9:].split(":")[0]).is_file():
       raise UsageError(f"{word} is no file of {bundle.ROOT}, which is what hosts get.")
@@ -214,7 +326,10 @@ def main(argv: Sequence[str]) -> int:
     print(f"launch/tpu: {error}", file=sys.stderr)
     return USAGE
   except GcloudError as error:
-    print(f"launch/tpu: {' '.join(error.line[:5])}: {error}\nlaunch/tpu doctor looks for the reason.", file=sys.stderr)
+    print(
+      f"launch/tpu: {' '.join(error.line[:5])}: {error}\nlaunch/tpu doctor looks for the reason.",
+      file=sys.stderr,
+    )
     return ERROR
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
@@ -225,7 +340,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: list[str]) -> int:
   end = argv.index("--") if "--" in argv else len(argv)
   args, unknown = parser().parse_known_args(argv[:end])
-  trainer = unknown + argv[end + 1:]
+  trainer = unknown + argv[end + 1 :]
   if args.verb != "up" and trainer:
     raise UsageError(f"launch/tpu {args.verb} does not know {trainer[0]}.")
   if args.verb == "up":
@@ -236,7 +351,9 @@ def _run(argv: list[str]) -> int:
   if args.verb == "prepare":
     plan = prepare.plan(args, check_place(_place(args)))
     return dry.show(prepare.lines(plan)) if args.dry_run else prepare.run(plan)
-  needs_run = args.verb in ("watch", "status", "logs", "stop") or args.verb == "down" and not args.all
+  needs_run = args.verb in ("watch", "status", "logs", "stop") or (
+    args.verb == "down" and not args.all
+  )
   if needs_run:
     check_run(args.run)
   place = _place(args, needs_bucket=needs_run or args.verb == "doctor")
@@ -252,10 +369,16 @@ def _run_verb(args: argparse.Namespace, place: Place) -> int:
     request = verbs.LogRequest(args.worker, args.slice, args.attempt, args.lines, args.follow)
     return dry.show(dry.logs(place, request)) if args.dry_run else verbs.logs(place, request)
   if args.verb == "doctor":
-    wanted = doctor.Wanted(dataclasses.replace(place, run=args.run), _owner(args), args.type, args.service_account)
+    wanted = doctor.Wanted(
+      dataclasses.replace(place, run=args.run), _owner(args), args.type, args.service_account
+    )
     return dry.show(doctor.lines(wanted)) if args.dry_run else doctor.run(wanted, args.json)
   if args.verb == "down":
-    return dry.show(dry.down(place, args.all)) if args.dry_run else verbs.down(place, _owner(args), args.all, args.json)
+    return (
+      dry.show(dry.down(place, args.all))
+      if args.dry_run
+      else verbs.down(place, _owner(args), args.all, args.json)
+    )
   if args.verb == "list":
     return dry.show(dry.listing(place)) if args.dry_run else verbs.listing(place, args.json)
   if args.dry_run:

@@ -6,9 +6,9 @@ in what is missing from wherever it finds it. Lines are joined by shlex for a pe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 import shlex
-from typing import Iterator
 
 from launch.cloud.settings import LAUNCHER, Place, Settings
 
@@ -23,22 +23,42 @@ def _where(place: Place) -> Line:
 
 def create(settings: Settings, attempt: int, wait: float) -> Line:
   """Asks for the slices of an attempt; the request ends by itself after `wait` seconds in the queue."""
-  labels = [("run", settings.run), ("owner", settings.owner), ("attempt", str(attempt)), ("launcher", LAUNCHER),
-            *settings.labels]
+  labels = [
+    ("run", settings.run),
+    ("owner", settings.owner),
+    ("attempt", str(attempt)),
+    ("launcher", LAUNCHER),
+    *settings.labels,
+  ]
   # autocheckpoint is alpha only; all else is GA, whose --spot and --reserved send what the service expects.
   track = ["gcloud", "alpha", "compute", "tpus"] if settings.autocheckpoint else _TPUS
-  nodes = [f"--node-id={settings.run}"] if settings.slices == 1 else [
-      f"--node-count={settings.slices}", f"--node-prefix={settings.run}"]
-  named = [("service-account", settings.service_account), ("network", settings.network),
-           ("subnetwork", settings.subnetwork)]
-  return [*track, "queued-resources", "create", settings.run, *nodes, f"--accelerator-type={settings.type}",
-          f"--runtime-version={settings.runtime_version}",
-          *([f"--{settings.capacity}"] if settings.capacity != "on-demand" else []),
-          *([f"--{name}={value}" for name, value in named if value]),
-          *(["--internal-ips"] if settings.internal_ips else []),
-          *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
-          "--labels=" + ",".join(f"{key}={value}" for key, value in labels),
-          f"--valid-until-duration={max(60, round(wait))}s", "--async", *_where(settings.place)]
+  nodes = (
+    [f"--node-id={settings.run}"]
+    if settings.slices == 1
+    else [f"--node-count={settings.slices}", f"--node-prefix={settings.run}"]
+  )
+  named = [
+    ("service-account", settings.service_account),
+    ("network", settings.network),
+    ("subnetwork", settings.subnetwork),
+  ]
+  return [
+    *track,
+    "queued-resources",
+    "create",
+    settings.run,
+    *nodes,
+    f"--accelerator-type={settings.type}",
+    f"--runtime-version={settings.runtime_version}",
+    *([f"--{settings.capacity}"] if settings.capacity != "on-demand" else []),
+    *([f"--{name}={value}" for name, value in named if value]),
+    *(["--internal-ips"] if settings.internal_ips else []),
+    *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
+    "--labels=" + ",".join(f"{key}={value}" for key, value in labels),
+    f"--valid-until-duration={max(60, round(wait))}s",
+    "--async",
+    *_where(settings.place),
+  ]
 
 
 def describe(place: Place) -> Line:
@@ -68,8 +88,10 @@ def delete_node(place: Place, node: str) -> Line:
 
 def _hosts(slice_number: int | None, worker: int | None) -> Line:
   # Never a range of workers: where all of one fail, gcloud ends with 0.
-  return [f"--node={'all' if slice_number is None else slice_number}",
-          f"--worker={'all' if worker is None else worker}"]
+  return [
+    f"--node={'all' if slice_number is None else slice_number}",
+    f"--worker={'all' if worker is None else worker}",
+  ]
 
 
 def agent(place: Place, sha: str, *words: str) -> str:
@@ -77,28 +99,60 @@ def agent(place: Place, sha: str, *words: str) -> str:
   name, folder = f"agent-{sha}.py", shlex.quote(f"tpu/{place.run}")
   fetch = shlex.join(["gcloud", "storage", "cp", f"{place.url}/launch/{name}", name, "--quiet"])
   verb = shlex.join(["python3", name, place.url, *words])
-  return (f"mkdir -p {folder} && cd {folder} && (test -f {name} || {fetch} 1>&2) && {verb} || "
-          'echo "tpu-agent-failed $(hostname)"')
+  return (
+    f"mkdir -p {folder} && cd {folder} && (test -f {name} || {fetch} 1>&2) && {verb} || "
+    'echo "tpu-agent-failed $(hostname)"'
+  )
 
 
-def ssh(settings: Settings, command: str, slice_number: int | None = None, worker: int | None = None) -> Line:
+def ssh(
+  settings: Settings, command: str, slice_number: int | None = None, worker: int | None = None
+) -> Line:
   """Runs a command line on hosts, 64 at a time; it may be run again after a lost connection."""
-  return [*_TPUS, "queued-resources", "ssh", settings.run, *_hosts(slice_number, worker), "--batch-size=64",
-          "--ssh-flag=-oBatchMode=yes", "--ssh-flag=-oConnectTimeout=15", "--ssh-flag=-oServerAliveInterval=15",
-          f"--command={command}", *(["--tunnel-through-iap"] if settings.iap else []), *_where(settings.place)]
+  return [
+    *_TPUS,
+    "queued-resources",
+    "ssh",
+    settings.run,
+    *_hosts(slice_number, worker),
+    "--batch-size=64",
+    "--ssh-flag=-oBatchMode=yes",
+    "--ssh-flag=-oConnectTimeout=15",
+    "--ssh-flag=-oServerAliveInterval=15",
+    f"--command={command}",
+    *(["--tunnel-through-iap"] if settings.iap else []),
+    *_where(settings.place),
+  ]
 
 
 def copy_environment(settings: Settings) -> Line:
   """Copies the file of secrets to every host, past command lines, labels, metadata and the bucket."""
-  return [*_TPUS, "queued-resources", "scp", settings.env_file, f"{settings.run}:tpu/{settings.run}/env",
-          *_hosts(None, None), *(["--tunnel-through-iap"] if settings.iap else []), *_where(settings.place)]
+  return [
+    *_TPUS,
+    "queued-resources",
+    "scp",
+    settings.env_file,
+    f"{settings.run}:tpu/{settings.run}/env",
+    *_hosts(None, None),
+    *(["--tunnel-through-iap"] if settings.iap else []),
+    *_where(settings.place),
+  ]
 
 
 def upload(place: Place, path: str, url: str, generation: str | None = None) -> Line:
   """Copies a file to the bucket; with `generation` only if that is the one which is there ("0": none)."""
   condition = [f"--if-generation-match={generation}"] if generation is not None else []
-  return ["gcloud", "storage", "cp", path, url, *condition, "--print-created-message", f"--project={place.project}",
-          "--quiet"]
+  return [
+    "gcloud",
+    "storage",
+    "cp",
+    path,
+    url,
+    *condition,
+    "--print-created-message",
+    f"--project={place.project}",
+    "--quiet",
+  ]
 
 
 def read(place: Place, url: str) -> Line:
@@ -108,8 +162,16 @@ def read(place: Place, url: str) -> Line:
 
 def object_generation(place: Place, url: str) -> Line:
   """Reads which generation of an object is there."""
-  return ["gcloud", "storage", "objects", "describe", url, "--format=json(generation)", f"--project={place.project}",
-          "--quiet"]
+  return [
+    "gcloud",
+    "storage",
+    "objects",
+    "describe",
+    url,
+    "--format=json(generation)",
+    f"--project={place.project}",
+    "--quiet",
+  ]
 
 
 def list_objects(place: Place, url: str) -> Line:
@@ -138,20 +200,42 @@ def default_project() -> Line:
 def services(place: Place) -> Line:
   """Lists the enabled APIs of a project."""
   return [
-      "gcloud", "services", "list", "--format=json(config.name)", "--enabled", f"--project={place.project}", "--quiet"
+    "gcloud",
+    "services",
+    "list",
+    "--format=json(config.name)",
+    "--enabled",
+    f"--project={place.project}",
+    "--quiet",
   ]
 
 
 def bucket(place: Place) -> Line:
   """Reads where a bucket lies."""
-  return ["gcloud", "storage", "buckets", "describe", "/".join(place.bucket.split("/")[:3]), "--format=json",
-          f"--project={place.project}", "--quiet"]
+  return [
+    "gcloud",
+    "storage",
+    "buckets",
+    "describe",
+    "/".join(place.bucket.split("/")[:3]),
+    "--format=json",
+    f"--project={place.project}",
+    "--quiet",
+  ]
 
 
 def bucket_policy(place: Place) -> Line:
   """Reads who may do what with a bucket."""
-  return ["gcloud", "storage", "buckets", "get-iam-policy", "/".join(place.bucket.split("/")[:3]), "--format=json",
-          f"--project={place.project}", "--quiet"]
+  return [
+    "gcloud",
+    "storage",
+    "buckets",
+    "get-iam-policy",
+    "/".join(place.bucket.split("/")[:3]),
+    "--format=json",
+    f"--project={place.project}",
+    "--quiet",
+  ]
 
 
 def project_policy(place: Place) -> Line:
@@ -161,7 +245,14 @@ def project_policy(place: Place) -> Line:
 
 def project_number(place: Place) -> Line:
   """Reads the number in the name of the default service account."""
-  return ["gcloud", "projects", "describe", place.project, "--format=json(projectNumber)", "--quiet"]
+  return [
+    "gcloud",
+    "projects",
+    "describe",
+    place.project,
+    "--format=json(projectNumber)",
+    "--quiet",
+  ]
 
 
 def accelerator_types(place: Place) -> Line:
@@ -171,8 +262,17 @@ def accelerator_types(place: Place) -> Line:
 
 def quotas(place: Place) -> Line:
   """Lists the TPU quotas of a project."""
-  return ["gcloud", "beta", "quotas", "info", "list", "--service=tpu.googleapis.com", f"--project={place.project}",
-          "--format=json", "--quiet"]
+  return [
+    "gcloud",
+    "beta",
+    "quotas",
+    "info",
+    "list",
+    "--service=tpu.googleapis.com",
+    f"--project={place.project}",
+    "--format=json",
+    "--quiet",
+  ]
 
 
 def shell(line: Line) -> str:
@@ -183,26 +283,65 @@ def shell(line: Line) -> str:
 def every_line() -> Iterator[Line]:
   """Yields each line in each variant, with values that are hard to quote where a value may be any text."""
   place = Place("run-1", "my-project", "us-central2-b", "gs://my-bucket/some/folder")
-  base = Settings(place, owner="me", type="v4-32", runtime_version="tpu-ubuntu2204-base", max_seconds=3600)
+  base = Settings(
+    place, owner="me", type="v4-32", runtime_version="tpu-ubuntu2204-base", max_seconds=3600
+  )
   for slices in (1, 2):
     for capacity in ("on-demand", "spot", "reserved"):
       for autocheckpoint in (False, True) if capacity != "spot" else (False,):
-        settings = dataclasses.replace(base, slices=slices, capacity=capacity, autocheckpoint=autocheckpoint)
+        settings = dataclasses.replace(
+          base, slices=slices, capacity=capacity, autocheckpoint=autocheckpoint
+        )
         yield create(settings, 3, 6 * 3600)
-        yield create(dataclasses.replace(
-            settings, service_account="sa@my-project.iam.gserviceaccount.com", network="net", subnetwork="sub",
-            internal_ips=True, labels=(("team", "vision"),)), 1, 1)
-  yield from (describe(place), list_queued(place), list_nodes(place), delete(place), delete_node(place, "run-1-0"))
+        yield create(
+          dataclasses.replace(
+            settings,
+            service_account="sa@my-project.iam.gserviceaccount.com",
+            network="net",
+            subnetwork="sub",
+            internal_ips=True,
+            labels=(("team", "vision"),),
+          ),
+          1,
+          1,
+        )
+  yield from (
+    describe(place),
+    list_queued(place),
+    list_nodes(place),
+    delete(place),
+    delete_node(place, "run-1-0"),
+  )
   for iap in (False, True):
     settings = dataclasses.replace(base, iap=iap, env_file="/home/a b/my $(secret)'s.env")
     for hosts in ((None, None), (0, 0), (1, 17)):
-      for words in (("status",), ("end", "3"), ("start", "3"), ("stop",), ("stacks",), ("tail", "30"),
-                    ("follow", "30")):
+      for words in (
+        ("status",),
+        ("end", "3"),
+        ("start", "3"),
+        ("stop",),
+        ("stacks",),
+        ("tail", "30"),
+        ("follow", "30"),
+      ):
         yield ssh(settings, agent(place, "0123456789ab", *words), *hosts)
     yield copy_environment(settings)
   for generation in (None, "0", "1764000000000000"):
     yield upload(place, "/tmp/a b/run.json", f"{place.url}/run.json", generation)
-  yield from (read(place, f"{place.url}/run.json"), object_generation(place, f"{place.url}/run.json"),
-              list_objects(place, f"{place.url}/logs/**"))
-  yield from (version(), account(), default_project(), services(place), bucket(place), bucket_policy(place),
-              project_policy(place), project_number(place), accelerator_types(place), quotas(place))
+  yield from (
+    read(place, f"{place.url}/run.json"),
+    object_generation(place, f"{place.url}/run.json"),
+    list_objects(place, f"{place.url}/logs/**"),
+  )
+  yield from (
+    version(),
+    account(),
+    default_project(),
+    services(place),
+    bucket(place),
+    bucket_policy(place),
+    project_policy(place),
+    project_number(place),
+    accelerator_types(place),
+    quotas(place),
+  )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import re
 import subprocess
 import sys
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from launch.cloud import commands
 from launch.cloud.gcloud import Gcloud, GcloudError
@@ -41,9 +42,19 @@ class Finding:
 def lines(wanted: Wanted) -> list[commands.Line]:
   """Returns what `run` runs."""
   place = wanted.place
-  return [commands.version(), commands.account(), commands.services(place), commands.accelerator_types(place),
-          commands.quotas(place), commands.bucket(place), commands.bucket_policy(place), commands.project_number(place),
-          commands.project_policy(place), commands.list_queued(place), commands.list_nodes(place)]
+  return [
+    commands.version(),
+    commands.account(),
+    commands.services(place),
+    commands.accelerator_types(place),
+    commands.quotas(place),
+    commands.bucket(place),
+    commands.bucket_policy(place),
+    commands.project_number(place),
+    commands.project_policy(place),
+    commands.list_queued(place),
+    commands.list_nodes(place),
+  ]
 
 
 def run(wanted: Wanted, as_json: bool, gcloud: Gcloud | None = None) -> int:
@@ -64,15 +75,24 @@ def run(wanted: Wanted, as_json: bool, gcloud: Gcloud | None = None) -> int:
 def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   """Looks at one thing after the other."""
   checks: list[tuple[str, Callable[[Wanted, Gcloud], Iterator[Finding]]]] = [
-      ("gcloud", _version), ("account", _account), ("APIs", _services), ("accelerator", _accelerator),
-      ("quota", _quota), ("bucket", _bucket), ("service account", _service_account), ("ssh", _ssh),
-      ("left over", _stale)]
+    ("gcloud", _version),
+    ("account", _account),
+    ("APIs", _services),
+    ("accelerator", _accelerator),
+    ("quota", _quota),
+    ("bucket", _bucket),
+    ("service account", _service_account),
+    ("ssh", _ssh),
+    ("left over", _stale),
+  ]
   for about, check in checks:
     try:
       yield from check(wanted, gcloud)
     except GcloudError as error:
-      advice = {"auth": "gcloud auth login",
-                "permission": f"you may not look: {commands.shell(error.line)}"}.get(error.kind, "")
+      advice = {
+        "auth": "gcloud auth login",
+        "permission": f"you may not look: {commands.shell(error.line)}",
+      }.get(error.kind, "")
       yield Finding(about, False, f"could not be checked: {error}", advice)
       if error.kind in ("auth", "not_installed"):
         return
@@ -83,8 +103,12 @@ def _version(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   found = gcloud.json(commands.version()).get("Google Cloud SDK", "")
   number = int(found.split(".")[0]) if found.split(".")[0].isdigit() else 0
   good = number >= _TESTED
-  yield Finding("gcloud", good, f"Google Cloud SDK {found}",
-                "" if good else f"older than {_TESTED}, which this was tested with: gcloud components update")
+  yield Finding(
+    "gcloud",
+    good,
+    f"Google Cloud SDK {found}",
+    "" if good else f"older than {_TESTED}, which this was tested with: gcloud components update",
+  )
 
 
 def _account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -97,11 +121,19 @@ def _account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
 
 
 def _services(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
-  enabled = {entry.get("config", {}).get("name") for entry in gcloud.json(commands.services(wanted.place)) or []}
+  enabled = {
+    entry.get("config", {}).get("name")
+    for entry in gcloud.json(commands.services(wanted.place)) or []
+  }
   missing = [name for name in _SERVICES if name not in enabled]
-  yield Finding("APIs", not missing,
-                f"not enabled: {', '.join(missing)}" if missing else "enabled: " + ", ".join(_SERVICES),
-                f"gcloud services enable {' '.join(missing)} --project={wanted.place.project}" if missing else "")
+  yield Finding(
+    "APIs",
+    not missing,
+    f"not enabled: {', '.join(missing)}" if missing else "enabled: " + ", ".join(_SERVICES),
+    f"gcloud services enable {' '.join(missing)} --project={wanted.place.project}"
+    if missing
+    else "",
+  )
 
 
 def _accelerator(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -110,9 +142,15 @@ def _accelerator(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   found = gcloud.json(commands.accelerator_types(wanted.place)) or []
   names = sorted({entry.get("type") or entry["name"].rsplit("/", 1)[-1] for entry in found})
   good = wanted.type in names
-  yield Finding("accelerator", good, f"{wanted.type} {'is' if good else 'is not'} offered in {wanted.place.zone}",
-                "" if good else "there are: " + (", ".join(names) or "none; take a zone of "
-                                                 "https://cloud.google.com/tpu/docs/regions-zones"))
+  yield Finding(
+    "accelerator",
+    good,
+    f"{wanted.type} {'is' if good else 'is not'} offered in {wanted.place.zone}",
+    ""
+    if good
+    else "there are: "
+    + (", ".join(names) or "none; take a zone of https://cloud.google.com/tpu/docs/regions-zones"),
+  )
 
 
 def _quota(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -123,19 +161,31 @@ def _quota(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     name = entry.get("quotaId", "")
     for dimension in entry.get("dimensionsInfos", []):
       value = int(dimension.get("details", {}).get("value", 0))
-      if wanted.place.zone in dimension.get("applicableLocations", []) and "tpu" in name.lower() and value:
+      if (
+        wanted.place.zone in dimension.get("applicableLocations", [])
+        and "tpu" in name.lower()
+        and value
+      ):
         found[name] = value
   mine = {name: value for name, value in found.items() if word in name.lower()} if word else found
-  yield Finding("quota", bool(mine), ", ".join(f"{name} {value}" for name, value in sorted(mine.items())) or
-                f"none for {wanted.type or 'TPUs'} in {wanted.place.zone}",
-                "" if mine else "ask for it: https://console.cloud.google.com/iam-admin/quotas, service Cloud TPU API")
+  yield Finding(
+    "quota",
+    bool(mine),
+    ", ".join(f"{name} {value}" for name, value in sorted(mine.items()))
+    or f"none for {wanted.type or 'TPUs'} in {wanted.place.zone}",
+    ""
+    if mine
+    else "ask for it: https://console.cloud.google.com/iam-admin/quotas, service Cloud TPU API",
+  )
 
 
 def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place, region = wanted.place, wanted.place.zone.rpartition("-")[0]
   name = "/".join(place.bucket.split("/")[:3])
-  make = (f"gcloud storage buckets create {name} --project={place.project} --location={region} "
-          "--uniform-bucket-level-access")
+  make = (
+    f"gcloud storage buckets create {name} --project={place.project} --location={region} "
+    "--uniform-bucket-level-access"
+  )
   try:
     location = str(gcloud.json(commands.bucket(place)).get("location", "")).lower()
   except GcloudError as error:
@@ -145,8 +195,12 @@ def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     return
   multi = location in ("us", "eu", "asia") and region.startswith(location.replace("eu", "europe"))
   good = location == region or multi
-  yield Finding("bucket", good, f"{name} is in {location}, and the zone in {region}",
-                "" if good else f"reading ImageNet across regions is slow and is charged for; {make}")
+  yield Finding(
+    "bucket",
+    good,
+    f"{name} is in {location}, and the zone in {region}",
+    "" if good else f"reading ImageNet across regions is slow and is charged for; {make}",
+  )
 
 
 def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -159,24 +213,50 @@ def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   bucket = _roles(gcloud.json(commands.bucket_policy(place)), account) | project
   good = bool(project & {"roles/tpu.admin", "roles/owner", "roles/editor"})
   yield Finding(
-      "service account", good, f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit",
-      "" if good else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
-      f"--member=serviceAccount:{account}")
+    "service account",
+    good,
+    f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit",
+    ""
+    if good
+    else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
+    f"--member=serviceAccount:{account}",
+  )
   name = "/".join(place.bucket.split("/")[:3])
-  for roles, role, what in (({"roles/storage.objectUser", "roles/storage.objectAdmin", "roles/storage.admin"},
-                             "roles/storage.objectUser", "read and write objects of"),
-                            ({"roles/storage.legacyBucketReader", "roles/storage.legacyBucketWriter",
-                              "roles/storage.legacyBucketOwner", "roles/storage.admin"},
-                             "roles/storage.legacyBucketReader", "ask for the kind of")):
+  for roles, role, what in (
+    (
+      {"roles/storage.objectUser", "roles/storage.objectAdmin", "roles/storage.admin"},
+      "roles/storage.objectUser",
+      "read and write objects of",
+    ),
+    (
+      {
+        "roles/storage.legacyBucketReader",
+        "roles/storage.legacyBucketWriter",
+        "roles/storage.legacyBucketOwner",
+        "roles/storage.admin",
+      },
+      "roles/storage.legacyBucketReader",
+      "ask for the kind of",
+    ),
+  ):
     good = bool(bucket & roles)
-    yield Finding("service account", good, f"{account} {'may' if good else 'may not'} {what} {name}",
-                  "" if good else f"gcloud storage buckets add-iam-policy-binding {name} --role={role} "
-                                  f"--member=serviceAccount:{account}")
+    yield Finding(
+      "service account",
+      good,
+      f"{account} {'may' if good else 'may not'} {what} {name}",
+      ""
+      if good
+      else f"gcloud storage buckets add-iam-policy-binding {name} --role={role} "
+      f"--member=serviceAccount:{account}",
+    )
 
 
 def _roles(policy: dict[str, Any], account: str) -> set[str]:
-  return {binding["role"] for binding in policy.get("bindings", [])
-          if f"serviceAccount:{account}" in binding.get("members", []) and "condition" not in binding}
+  return {
+    binding["role"]
+    for binding in policy.get("bindings", [])
+    if f"serviceAccount:{account}" in binding.get("members", []) and "condition" not in binding
+  }
 
 
 def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -184,37 +264,63 @@ def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   del wanted, gcloud
   key = "~/.ssh/google_compute_engine"
   try:
-    done = subprocess.run(["ssh-add", "-l"], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10,
-                          check=False)
+    done = subprocess.run(
+      ["ssh-add", "-l"],
+      capture_output=True,
+      text=True,
+      stdin=subprocess.DEVNULL,
+      timeout=10,
+      check=False,
+    )
   except (OSError, subprocess.TimeoutExpired) as error:
     yield Finding("ssh", False, f"ssh-add cannot be run: {error}", "install OpenSSH")
     return
   if done.returncode == 0 and not re.search(r"google_compute_engine", done.stdout):
-    yield Finding("ssh", False, "the ssh-agent does not have gcloud's key",
-                  f"ssh-add {key}   (gcloud makes it at the first ssh)")
+    yield Finding(
+      "ssh",
+      False,
+      "the ssh-agent does not have gcloud's key",
+      f"ssh-add {key}   (gcloud makes it at the first ssh)",
+    )
   else:
-    yield Finding("ssh", True, "gcloud's key is in the ssh-agent" if done.returncode == 0 else
-                  "no ssh-agent has keys, so gcloud takes its own; that must have no passphrase")
+    yield Finding(
+      "ssh",
+      True,
+      "gcloud's key is in the ssh-agent"
+      if done.returncode == 0
+      else "no ssh-agent has keys, so gcloud takes its own; that must have no passphrase",
+    )
 
 
 def _stale(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place = wanted.place
   listed = {
-      value["name"].rsplit("/", 1)[-1]: queued_of(value) for value in gcloud.json(commands.list_queued(place)) or []
+    value["name"].rsplit("/", 1)[-1]: queued_of(value)
+    for value in gcloud.json(commands.list_queued(place)) or []
   }
   dead = [
-      name for name, one in listed.items() if one.state in ("SUSPENDED", "FAILED") and one.owner in ("", wanted.owner)
+    name
+    for name, one in listed.items()
+    if one.state in ("SUSPENDED", "FAILED") and one.owner in ("", wanted.owner)
   ]
   for name in dead:
-    yield Finding("left over", False, f"queued resource {name} is {listed[name].state} and counts against quota",
-                  f"launch/tpu down {name} --project={place.project} --zone={place.zone}")
+    yield Finding(
+      "left over",
+      False,
+      f"queued resource {name} is {listed[name].state} and counts against quota",
+      f"launch/tpu down {name} --project={place.project} --zone={place.zone}",
+    )
   orphans = []
   for node in gcloud.json(commands.list_nodes(place)) or []:
     name, labels = node["name"].rsplit("/", 1)[-1], node.get("labels", {})
     holder = (node.get("queuedResource") or "").rsplit("/", 1)[-1] or labels.get("run", name)
     if holder not in listed and labels.get("owner", wanted.owner) == wanted.owner:
       orphans.append(name)
-      yield Finding("left over", False, f"no queued resource holds the node {name}",
-                    commands.shell(commands.delete_node(place, name)))
+      yield Finding(
+        "left over",
+        False,
+        f"no queued resource holds the node {name}",
+        commands.shell(commands.delete_node(place, name)),
+      )
   if not dead and not orphans:
     yield Finding("left over", True, f"nothing of yours in {place.zone}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 import pathlib
 import tempfile
 import time
-from typing import Any, Callable
+from typing import Any
 
 from launch.cloud import bundle, commands, states
 from launch.cloud.gcloud import FATAL, Gcloud, GcloudError
@@ -23,8 +24,15 @@ _LAST_LINES = 30
 class Driver:
   """One launcher that drives one run."""
 
-  def __init__(self, gcloud: Gcloud, store: Store, run: Run, screen: Screen,
-               clock: Callable[[], float] = time.time, sleep: Callable[[float], None] = time.sleep):
+  def __init__(
+    self,
+    gcloud: Gcloud,
+    store: Store,
+    run: Run,
+    screen: Screen,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+  ):
     self._gcloud, self._store, self.run, self._screen = gcloud, store, run, screen
     self._clock, self._sleep = clock, sleep
     self._looker = Looker(gcloud, run.settings, clock)
@@ -75,7 +83,9 @@ class Driver:
       running = [report for report in world.reports if report.phase == "running"]
       if until_running and action.kind == "wait" and 0 < self.run.memory.hosts == len(running):
         return states.DONE
-      steady = action.kind == "wait" and not any(report.phase == "installing" for report in world.reports)
+      steady = action.kind == "wait" and not any(
+        report.phase == "installing" for report in world.reports
+      )
       self._sleep(self.settings.poll if steady else min(_SOON, self.settings.poll))
 
   def _act(self, action: Action, world: World) -> int | None:
@@ -91,8 +101,12 @@ class Driver:
     states.acted(action, memory, settings, self._clock())
     self.run.event(f"{action.kind}: {action.reason}", self._clock())
     if action.kind == "finish":
-      self.run.result = {"code": action.code, "reason": action.reason, "time": round(self._clock(), 1),
-                         "complete": action.reason == states.COMPLETE}
+      self.run.result = {
+        "code": action.code,
+        "reason": action.reason,
+        "time": round(self._clock(), 1),
+        "complete": action.reason == states.COMPLETE,
+      }
       self.run.driver = None
       self._store.write(self.run, driving=False)
       return action.code
@@ -116,7 +130,9 @@ class Driver:
     memory, settings = self.run.memory, self.settings
     waited = self._clock() - (memory.waiting_since or self._clock())
     try:
-      self._gcloud.run(commands.create(settings, memory.attempt, settings.max_wait - waited), tries=1)
+      self._gcloud.run(
+        commands.create(settings, memory.attempt, settings.max_wait - waited), tries=1
+      )
       return None
     except GcloudError as error:
       if error.kind == "exists":  # our own first try, or another's, which the next look tells
@@ -124,7 +140,9 @@ class Driver:
       self._say(f"the request failed: {error}")
       memory.requested = None
       if error.kind == "quota":
-        return self._give_up(states.NO_CAPACITY, f"{error}; ask for more quota, or take another zone or type")
+        return self._give_up(
+          states.NO_CAPACITY, f"{error}; ask for more quota, or take another zone or type"
+        )
       if error.kind in (*FATAL, "not_found"):
         return self._give_up(states.ERROR, str(error))
       states.refused(memory, settings, self._clock())
@@ -148,13 +166,21 @@ class Driver:
   def _end_earlier(self, world: World) -> bool:
     """Ends earlier attempts on all hosts, before one of them starts another: its trainer would meet an old one."""
     attempt = self.run.memory.attempt
-    if all(report.phase in ("none", "ended") or report.attempt == attempt for report in world.reports):
+    if all(
+      report.phase in ("none", "ended") or report.attempt == attempt for report in world.reports
+    ):
       return True
     reports, trouble = self._looker.ask("end", str(attempt))
-    left = [report.name for report in reports if report.phase not in ("none", "ended") and report.attempt != attempt]
+    left = [
+      report.name
+      for report in reports
+      if report.phase not in ("none", "ended") and report.attempt != attempt
+    ]
     if len(reports) == self.run.memory.hosts and not left:
       return True
-    self._say(f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. {trouble}")
+    self._say(
+      f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. {trouble}"
+    )
     return False
 
   def _ship_attempt(self) -> None:
@@ -171,7 +197,9 @@ class Driver:
     """Puts the code into the bucket, unless it is there, and notes it as that of the run."""
     with tempfile.TemporaryDirectory() as folder:
       for path in bundle.pack(code, pathlib.Path(folder)):
-        upload_new(self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}")
+        upload_new(
+          self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}"
+        )
     self.run.code, self.run.commit, self.run.dirty = code.tree, code.commit, code.dirty
     self._write()
 
@@ -184,7 +212,9 @@ class Driver:
 
   def _show_last_lines(self, action: Action) -> None:
     lines = self._looker.last_lines(action.blame, self.run.memory.attempt, _LAST_LINES)
-    self._screen.lines([f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)])
+    self._screen.lines(
+      [f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)]
+    )
 
   def _show(self, world: World, action: Action) -> None:
     self._screen.show(View.of(self.run, world, action))
@@ -205,10 +235,21 @@ class Driver:
 def attempt_spec(run: Run, now: float) -> dict[str, Any]:
   """Returns what hosts have to know of the next attempt; read by launch/cloud/agent.py."""
   settings, place = run.settings, run.settings.place
-  deadline = None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
-  return {"attempt": run.memory.attempt, "run": place.run, "project": place.project, "zone": place.zone,
-          "argv": settings.argv, "code": run.code, "secrets": dict(settings.secrets), "python": settings.python,
-          "deadline": deadline, "idle": None if settings.keep else settings.idle}
+  deadline = (
+    None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
+  )
+  return {
+    "attempt": run.memory.attempt,
+    "run": place.run,
+    "project": place.project,
+    "zone": place.zone,
+    "argv": settings.argv,
+    "code": run.code,
+    "secrets": dict(settings.secrets),
+    "python": settings.python,
+    "deadline": deadline,
+    "idle": None if settings.keep else settings.idle,
+  }
 
 
 def begin(run: Run, settings: Settings, now: float) -> None:
@@ -255,14 +296,21 @@ def leave(run: Run, store: Store) -> list[str]:
   except (GcloudError, TakenOver):
     pass  # another launcher may take over a little later, when our sign of life is old
   settings, name = run.settings, run.settings.run
-  ends = [] if settings.keep else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
+  ends = (
+    []
+    if settings.keep
+    else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
+  )
   if settings.max_seconds is not None:
-    ends.append(f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing")
+    ends.append(
+      f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing"
+    )
   stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
   return [
-      f"Left. {stays} ({View.chips_text(settings)}).",
-      *([f"It removes itself {', or '.join(ends)}."] if ends else []),
-      "Nobody restarts it after a preemption until one of these is typed:",
-      f"  launch/tpu watch {name}    goes on looking after it", f"  launch/tpu stop {name}     saves, ends the trainer",
-      f"  launch/tpu down {name}     removes everything that is paid for"
+    f"Left. {stays} ({View.chips_text(settings)}).",
+    *([f"It removes itself {', or '.join(ends)}."] if ends else []),
+    "Nobody restarts it after a preemption until one of these is typed:",
+    f"  launch/tpu watch {name}    goes on looking after it",
+    f"  launch/tpu stop {name}     saves, ends the trainer",
+    f"  launch/tpu down {name}     removes everything that is paid for",
   ]

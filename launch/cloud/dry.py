@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
 import tempfile
 import time
-from typing import Iterable
 
 from launch.cloud import bundle, commands, verbs
 from launch.cloud.commands import Line
@@ -50,13 +50,24 @@ def up(settings: Settings) -> list[Line]:
   run = Run(settings, code=tree.tree, commit=tree.commit, dirty=tree.dirty)
   (folder / "run.json").write_text(json.dumps(run.to_json()))
   (folder / "attempt-1.json").write_text(json.dumps(attempt_spec(run, time.time())))
-  shipped = [commands.upload(place, str(path), f"{launch}/{path.name}", "0") for path in bundle.pack(tree, folder)]
-  return [*_read_run(place), commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
-          commands.upload(place, str(bundle.AGENT), f"{launch}/agent-{bundle.agent_sha()}.py", "0"), *shipped,
-          commands.describe(place), commands.create(settings, 1, settings.max_wait), *_look(settings),
-          commands.upload(place, str(folder / "attempt-1.json"), f"{launch}/attempt-1.json"),
-          *([commands.copy_environment(settings)] if settings.env_file else []), _agent(settings, "start", "1"),
-          *_look(settings), commands.delete(place)]
+  shipped = [
+    commands.upload(place, str(path), f"{launch}/{path.name}", "0")
+    for path in bundle.pack(tree, folder)
+  ]
+  return [
+    *_read_run(place),
+    commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
+    commands.upload(place, str(bundle.AGENT), f"{launch}/agent-{bundle.agent_sha()}.py", "0"),
+    *shipped,
+    commands.describe(place),
+    commands.create(settings, 1, settings.max_wait),
+    *_look(settings),
+    commands.upload(place, str(folder / "attempt-1.json"), f"{launch}/attempt-1.json"),
+    *([commands.copy_environment(settings)] if settings.env_file else []),
+    _agent(settings, "start", "1"),
+    *_look(settings),
+    commands.delete(place),
+  ]
 
 
 def watch(place: Place) -> list[Line]:
@@ -82,12 +93,22 @@ def logs(place: Place, request: verbs.LogRequest) -> list[Line]:
   folder = f"{place.url}/logs/attempt-{request.attempt or 1}"
   hosts = "*" if worker is None else f"{request.slice}-{worker}"
   agent = f"agent-{bundle.agent_sha()}.py"
-  live = [commands.describe(place), commands.upload(place, str(bundle.AGENT), f"{place.url}/launch/{agent}", "0"),
-          commands.ssh(_settings(place), commands.agent(place, bundle.agent_sha(), *words),
-                       None if worker is None else request.slice, worker)]
-  return [*_read_run(place), *([] if request.attempt else live),
-          commands.list_objects(place, f"{folder}/host-{hosts}.log"),
-          commands.read(place, f"{folder}/host-{'0-0' if worker is None else hosts}.log")]
+  live = [
+    commands.describe(place),
+    commands.upload(place, str(bundle.AGENT), f"{place.url}/launch/{agent}", "0"),
+    commands.ssh(
+      _settings(place),
+      commands.agent(place, bundle.agent_sha(), *words),
+      None if worker is None else request.slice,
+      worker,
+    ),
+  ]
+  return [
+    *_read_run(place),
+    *([] if request.attempt else live),
+    commands.list_objects(place, f"{folder}/host-{hosts}.log"),
+    commands.read(place, f"{folder}/host-{'0-0' if worker is None else hosts}.log"),
+  ]
 
 
 def down(place: Place, everything: bool) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 import os
 import re
@@ -9,32 +10,54 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Any, Callable
+from typing import Any
 
 from launch.cloud.commands import Line, shell
 
 # A status of the API, as in "ERROR: (gcloud.compute.x) NOT_FOUND: ...", and a code, as in "HTTPError 404: ...".
 _STATUS = {
-    "ALREADY_EXISTS": "exists", "NOT_FOUND": "not_found", "PERMISSION_DENIED": "permission", "UNAUTHENTICATED": "auth",
-    "INVALID_ARGUMENT": "bad_request", "FAILED_PRECONDITION": "bad_request", "OUT_OF_RANGE": "bad_request",
-    "UNIMPLEMENTED": "bad_request", "UNAVAILABLE": "unavailable", "INTERNAL": "unavailable", "ABORTED": "unavailable",
-    "CANCELLED": "unavailable", "DEADLINE_EXCEEDED": "unavailable", "UNKNOWN": "unavailable"}
+  "ALREADY_EXISTS": "exists",
+  "NOT_FOUND": "not_found",
+  "PERMISSION_DENIED": "permission",
+  "UNAUTHENTICATED": "auth",
+  "INVALID_ARGUMENT": "bad_request",
+  "FAILED_PRECONDITION": "bad_request",
+  "OUT_OF_RANGE": "bad_request",
+  "UNIMPLEMENTED": "bad_request",
+  "UNAVAILABLE": "unavailable",
+  "INTERNAL": "unavailable",
+  "ABORTED": "unavailable",
+  "CANCELLED": "unavailable",
+  "DEADLINE_EXCEEDED": "unavailable",
+  "UNKNOWN": "unavailable",
+}
 _HTTP = {
-    "400": "bad_request", "401": "auth", "403": "permission", "404": "not_found", "409": "exists", "412": "precondition"
+  "400": "bad_request",
+  "401": "auth",
+  "403": "permission",
+  "404": "not_found",
+  "409": "exists",
+  "412": "precondition",
 }
 # What a service that refuses for want of something says; the first that is found counts.
-_EXHAUSTED = (("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"), ("quota", r"[Qq]uota"),
-              ("capacity", r"capacity|[Ss]tockout|resources"))
+_EXHAUSTED = (
+  ("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"),
+  ("quota", r"[Qq]uota"),
+  ("capacity", r"capacity|[Ss]tockout|resources"),
+)
 # What gcloud says of itself.
 _WORDS = (
-    ("auth", r"active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
-    ("precondition", r"pre-conditions|PreconditionFailed"),
-    ("not_found", r"matched no objects|[Nn]ot found|does not exist"),
-    ("permission", r"does not have .*(access|permission)|[Ff]orbidden"),
-    ("exists", r"already exists"),
-    ("bad_request", r"unrecognized arguments|must be specified|Invalid (value|choice)|Bad syntax"),
-    ("unavailable", r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is unreachable"
-                    r"|Service Unavailable"),
+  ("auth", r"active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
+  ("precondition", r"pre-conditions|PreconditionFailed"),
+  ("not_found", r"matched no objects|[Nn]ot found|does not exist"),
+  ("permission", r"does not have .*(access|permission)|[Ff]orbidden"),
+  ("exists", r"already exists"),
+  ("bad_request", r"unrecognized arguments|must be specified|Invalid (value|choice)|Bad syntax"),
+  (
+    "unavailable",
+    r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is unreachable"
+    r"|Service Unavailable",
+  ),
 )
 TRANSIENT = ("unavailable", "throttled", "timeout")
 FATAL = ("permission", "auth", "bad_request", "not_installed")  # asked again it will be the same
@@ -60,7 +83,7 @@ def classify(stderr: str) -> str:
   # Not only at the start of a line: before it stand the dots of a progress bar.
   status = re.search(r"ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr)
   code = re.search(r"\bHTTPError (\d+)(.*)", stderr)
-  if status and status[1] == "RESOURCE_EXHAUSTED" or code and code[1] == "429":
+  if (status and status[1] == "RESOURCE_EXHAUSTED") or (code and code[1] == "429"):
     said = _without_names((status or code)[2])
     return next((kind for kind, pattern in _EXHAUSTED if re.search(pattern, said)), "throttled")
   if status and status[1] in _STATUS:
@@ -86,8 +109,12 @@ def sentence(stderr: str, code: int) -> str:
 class Gcloud:
   """The gcloud of this machine."""
 
-  def __init__(self, limit: float = 120.0, log: Callable[[str], None] = lambda line: None,
-               sleep: Callable[[float], None] = time.sleep):
+  def __init__(
+    self,
+    limit: float = 120.0,
+    log: Callable[[str], None] = lambda line: None,
+    sleep: Callable[[float], None] = time.sleep,
+  ):
     """Makes one that ends a line after `limit` seconds and tells `log` of lines that fail and are run again."""
     self.limit, self._log, self._sleep = limit, log, sleep
     self._program = os.environ.get("TPU_GCLOUD", "gcloud")
@@ -122,7 +149,9 @@ class Gcloud:
     try:
       return json.loads(output or "null")
     except ValueError as error:
-      raise GcloudError("unknown", line, f"gcloud printed no JSON ({error}): {output[:200]}") from error
+      raise GcloudError(
+        "unknown", line, f"gcloud printed no JSON ({error}): {output[:200]}"
+      ) from error
 
   def hosts(self, line: Line) -> tuple[list[str], str]:
     """Runs a line on hosts; returns what they printed, of however many, and what was said of those that failed."""
@@ -139,15 +168,28 @@ class Gcloud:
 
   def _once(self, line: Line) -> tuple[str, str]:
     try:
-      process = subprocess.Popen([self._program, *line[1:]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+      process = subprocess.Popen(
+        [self._program, *line[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+      )
     except OSError as error:
-      raise GcloudError("not_installed", line, f"{self._program} cannot be run ({error.strerror}); install the Google "
-                        "Cloud CLI: https://cloud.google.com/sdk/docs/install") from error
+      raise GcloudError(
+        "not_installed",
+        line,
+        f"{self._program} cannot be run ({error.strerror}); install the Google "
+        "Cloud CLI: https://cloud.google.com/sdk/docs/install",
+      ) from error
     output: list[str] = []
     errors: list[str] = []
-    readers = [threading.Thread(target=into.extend, args=(stream,), daemon=True)
-               for into, stream in ((output, process.stdout), (errors, process.stderr))]
+    readers = [
+      threading.Thread(target=into.extend, args=(stream,), daemon=True)
+      for into, stream in ((output, process.stdout), (errors, process.stderr))
+    ]
     for reader in readers:
       reader.start()
     try:
@@ -162,7 +204,9 @@ class Gcloud:
       reader.join(5)
     printed, said = "".join(output), "".join(errors)
     if code is None:
-      raise GcloudError("timeout", line, f"no answer within {self.limit:g} s: {shell(line)[:200]}", printed)
+      raise GcloudError(
+        "timeout", line, f"no answer within {self.limit:g} s: {shell(line)[:200]}", printed
+      )
     if code:
       raise GcloudError(classify(said), line, sentence(said, code), printed)
     return printed, said

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 import dataclasses
 import json
 import pathlib
 import re
 import time
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from launch.cloud import bundle, commands
 from launch.cloud.gcloud import Gcloud, GcloudError
@@ -21,33 +22,54 @@ def queued_of(value: dict[str, Any]) -> Queued:
   labels = specs[0].get("node", {}).get("labels", {}) if specs else {}
   state = value.get("state", {})
   error = state.get("failedData", {}).get("error", {})
-  return Queued(state.get("state", "UNKNOWN"), int(error.get("code", 0)), error.get("message", ""),
-                labels.get("owner", ""), labels.get("run", ""))
+  return Queued(
+    state.get("state", "UNKNOWN"),
+    int(error.get("code", 0)),
+    error.get("message", ""),
+    labels.get("owner", ""),
+    labels.get("run", ""),
+  )
 
 
 def node_of(value: dict[str, Any]) -> Node:
   """Reads a node of the TPU API v2."""
   announced = value.get("upcomingMaintenance") or {}
-  maintenance = f"{announced.get('type', 'maintenance')} {announced.get('windowStartTime', '')}" if announced else ""
-  return Node(value["name"].rsplit("/", 1)[-1], value.get("state", "UNKNOWN"), value.get("health") or "HEALTHY",
-              max(1, len(value.get("networkEndpoints", []))), maintenance.strip())
+  maintenance = (
+    f"{announced.get('type', 'maintenance')} {announced.get('windowStartTime', '')}"
+    if announced
+    else ""
+  )
+  return Node(
+    value["name"].rsplit("/", 1)[-1],
+    value.get("state", "UNKNOWN"),
+    value.get("health") or "HEALTHY",
+    max(1, len(value.get("networkEndpoints", []))),
+    maintenance.strip(),
+  )
 
 
 def report_of(value: dict[str, Any]) -> Report:
   """Reads what an agent says; what this version does not know is left out."""
   known = {field.name for field in dataclasses.fields(Report)}
-  return Report(**{name: entry for name, entry in value.items() if name in known and entry is not None})
+  return Report(
+    **{name: entry for name, entry in value.items() if name in known and entry is not None}
+  )
 
 
 def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, Any]]:
   """Returns the nodes of a run, slice 0 first."""
+
   def number(value: dict[str, Any]) -> int | None:
     name = value["name"].rsplit("/", 1)[-1]
     found = re.fullmatch(rf"{re.escape(run)}(?:-(\d+))?", name)
     return int(found[1] or 0) if found else None
 
   # By label where there is one: a run named "a" must not take the node of a run named "a-1".
-  mine = [value for value in listed if number(value) is not None and value.get("labels", {}).get("run", run) == run]
+  mine = [
+    value
+    for value in listed
+    if number(value) is not None and value.get("labels", {}).get("run", run) == run
+  ]
   return sorted(mine, key=number)
 
 
@@ -82,22 +104,41 @@ class Looker:
       if error.kind != "not_found":
         raise
       queued = None
-    if queued and (queued.owner or self.settings.owner, queued.run or place.run) != (self.settings.owner, place.run):
-      raise UsageError(f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run {queued.run}; "
-                       "take another name.")
+    if queued and (queued.owner or self.settings.owner, queued.run or place.run) != (
+      self.settings.owner,
+      place.run,
+    ):
+      raise UsageError(
+        f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run {queued.run}; "
+        "take another name."
+      )
     if not queued or queued.state != "ACTIVE":
-      lost = memory.active or queued is None and memory.started is not None
-      return World(self._clock(), queued, heartbeat=self.heartbeat() if lost else None,
-                   reports=self.left_behind(memory.attempt) if queued is None and memory.started else ())
+      lost = memory.active or (queued is None and memory.started is not None)
+      return World(
+        self._clock(),
+        queued,
+        heartbeat=self.heartbeat() if lost else None,
+        reports=self.left_behind(memory.attempt) if queued is None and memory.started else (),
+      )
     # Of an earlier life with more slices something may be left over, which `down` removes.
-    names = [place.run] if self.settings.slices == 1 else [f"{place.run}-{i}" for i in range(self.settings.slices)]
+    names = (
+      [place.run]
+      if self.settings.slices == 1
+      else [f"{place.run}-{i}" for i in range(self.settings.slices)]
+    )
     listed = map(node_of, nodes_of_run(self._gcloud.json(commands.list_nodes(place)), place.run))
     nodes = tuple(node for node in listed if node.name in names)
     reports: tuple[Report, ...] = ()
     if len(nodes) == self.settings.slices and all(node.state == "READY" for node in nodes):
       reports, trouble = self.ask("status")
-    silent = not reports and memory.missing and self._clock() - min(memory.missing.values()) > self.settings.poll
-    return World(self._clock(), queued, nodes, reports, self.heartbeat() if silent else None, trouble)
+    silent = (
+      not reports
+      and memory.missing
+      and self._clock() - min(memory.missing.values()) > self.settings.poll
+    )
+    return World(
+      self._clock(), queued, nodes, reports, self.heartbeat() if silent else None, trouble
+    )
 
   def ship_agent(self) -> None:
     """Puts the agent into the bucket, unless it is there: hosts fetch it from there."""
@@ -109,7 +150,8 @@ class Looker:
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
     """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
     lines, trouble = self._gcloud.hosts(
-        commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words)))
+      commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words))
+    )
     reports, failed = {}, []
     for line in lines:
       if line.startswith('{"') and '"tpu_agent"' in line:
@@ -125,7 +167,9 @@ class Looker:
       return self.ask(*words)
     if failed:
       trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
-    return tuple(sorted(reports.values(), key=lambda report: (report.slice, report.worker))), trouble
+    return tuple(
+      sorted(reports.values(), key=lambda report: (report.slice, report.worker))
+    ), trouble
 
   def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
     """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
@@ -136,7 +180,9 @@ class Looker:
       return found[-lines:]
     url = f"{self.settings.place.url}/logs/attempt-{attempt}/host-{host}.log"
     try:
-      return self._gcloud.run(commands.read(self.settings.place, url), tries=1).splitlines()[-lines:]
+      return self._gcloud.run(commands.read(self.settings.place, url), tries=1).splitlines()[
+        -lines:
+      ]
     except GcloudError as error:
       return [str(error)]
 
@@ -151,7 +197,9 @@ class Looker:
 
   def _objects(self, pattern: str) -> list[dict[str, Any]]:
     try:
-      text = self._gcloud.run(commands.read(self.settings.place, f"{self.settings.place.url}/{pattern}"))
+      text = self._gcloud.run(
+        commands.read(self.settings.place, f"{self.settings.place.url}/{pattern}")
+      )
     except GcloudError as error:
       if error.kind != "not_found":
         raise

@@ -14,8 +14,11 @@ from launch.cloud.gcloud import Gcloud
 from launch.cloud.settings import LAUNCHER, Place, UsageError, describe_seconds, duration, label
 
 SCRIPT = bundle.ROOT / "launch" / "prepare_imagenet.sh"
-_ARGUMENTS = ("--imagenet-train=ILSVRC2012_img_train.tar", "--imagenet-val=ILSVRC2012_img_val.tar",
-              "--devkit=ILSVRC2012_devkit_t12.tar.gz")
+_ARGUMENTS = (
+  "--imagenet-train=ILSVRC2012_img_train.tar",
+  "--imagenet-val=ILSVRC2012_img_val.tar",
+  "--devkit=ILSVRC2012_devkit_t12.tar.gz",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +39,36 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of the verb."""
   parser.add_argument("--source", required=True, metavar="gs://B/F", help="where the archives are")
-  parser.add_argument("--out", required=True, metavar="gs://B/F",
-                      help="where the shards go: --config.data.path of a run")
-  parser.add_argument("--machine", default="n2-standard-32", help="more cores decode faster (default n2-standard-32)")
-  parser.add_argument("--disk-gb", type=int, default=500, help="for archives and shards (default 500)")
-  parser.add_argument("--service-account", default="", help="default: the project's Compute Engine one")
-  parser.add_argument("--max-time", type=duration, default=12 * 3600.0, metavar="TIME",
-                      help="after which the cloud deletes the machine, whatever it does (default 12h)")
   parser.add_argument(
-      "--argument", action="append", default=[], metavar="WORD", help="of input_pipeline.prepare, instead of "
-      "those for the archives of ILSVRC2012; as in --argument=--folder=images")
+    "--out",
+    required=True,
+    metavar="gs://B/F",
+    help="where the shards go: --config.data.path of a run",
+  )
+  parser.add_argument(
+    "--machine", default="n2-standard-32", help="more cores decode faster (default n2-standard-32)"
+  )
+  parser.add_argument(
+    "--disk-gb", type=int, default=500, help="for archives and shards (default 500)"
+  )
+  parser.add_argument(
+    "--service-account", default="", help="default: the project's Compute Engine one"
+  )
+  parser.add_argument(
+    "--max-time",
+    type=duration,
+    default=12 * 3600.0,
+    metavar="TIME",
+    help="after which the cloud deletes the machine, whatever it does (default 12h)",
+  )
+  parser.add_argument(
+    "--argument",
+    action="append",
+    default=[],
+    metavar="WORD",
+    help="of input_pipeline.prepare, instead of "
+    "those for the archives of ILSVRC2012; as in --argument=--folder=images",
+  )
 
 
 def plan(args: argparse.Namespace, place: Place) -> Plan:
@@ -55,7 +78,9 @@ def plan(args: argparse.Namespace, place: Place) -> Plan:
     UsageError: naming the argument that is wrong.
   """
   for name in ("source", "out"):
-    if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+[a-z0-9](/[-_.a-zA-Z0-9]+)*/?", getattr(args, name)):
+    if not re.fullmatch(
+      r"gs://[a-z0-9][-_.a-z0-9]+[a-z0-9](/[-_.a-zA-Z0-9]+)*/?", getattr(args, name)
+    ):
       raise UsageError(f"--{name} {getattr(args, name)!r} must be gs://BUCKET/FOLDER.")
   if not re.fullmatch(r"[a-z0-9-]+", args.machine):
     raise UsageError(f"--machine {args.machine!r} is no machine type.")
@@ -65,24 +90,45 @@ def plan(args: argparse.Namespace, place: Place) -> Plan:
     raise UsageError(f"--service-account {args.service_account!r} cannot be one.")
   if any("\n" in word for word in args.argument):
     raise UsageError("--argument must be one line.")
-  return Plan(place, label(args.owner or "me"), args.source.rstrip("/"), args.out.rstrip("/"), args.machine,
-              args.disk_gb, args.service_account, args.max_time,
-              tuple(args.argument) or _ARGUMENTS)
+  return Plan(
+    place,
+    label(args.owner or "me"),
+    args.source.rstrip("/"),
+    args.out.rstrip("/"),
+    args.machine,
+    args.disk_gb,
+    args.service_account,
+    args.max_time,
+    tuple(args.argument) or _ARGUMENTS,
+  )
 
 
 def create(wanted: Plan) -> Line:
   """Makes the machine; the cloud itself deletes it after the time limit."""
   place = wanted.place
   metadata = {"prepare-url": place.url, "prepare-source": wanted.source, "prepare-out": wanted.out}
-  return ["gcloud", "compute", "instances", "create", place.run, f"--machine-type={wanted.machine}",
-          "--image-family=debian-12", "--image-project=debian-cloud", f"--boot-disk-size={wanted.disk_gb}GB",
-          "--boot-disk-type=pd-ssd", "--scopes=cloud-platform",
-          *([f"--service-account={wanted.service_account}"] if wanted.service_account else []),
-          f"--max-run-duration={round(wanted.max_seconds)}s", "--instance-termination-action=DELETE",
-          "--metadata=" + ",".join(f"{key}={value}" for key, value in metadata.items()),
-          f"--metadata-from-file=startup-script={SCRIPT}",
-          f"--labels=run={place.run},owner={wanted.owner},launcher={LAUNCHER}", f"--project={place.project}",
-          f"--zone={place.zone}", "--quiet"]
+  return [
+    "gcloud",
+    "compute",
+    "instances",
+    "create",
+    place.run,
+    f"--machine-type={wanted.machine}",
+    "--image-family=debian-12",
+    "--image-project=debian-cloud",
+    f"--boot-disk-size={wanted.disk_gb}GB",
+    "--boot-disk-type=pd-ssd",
+    "--scopes=cloud-platform",
+    *([f"--service-account={wanted.service_account}"] if wanted.service_account else []),
+    f"--max-run-duration={round(wanted.max_seconds)}s",
+    "--instance-termination-action=DELETE",
+    "--metadata=" + ",".join(f"{key}={value}" for key, value in metadata.items()),
+    f"--metadata-from-file=startup-script={SCRIPT}",
+    f"--labels=run={place.run},owner={wanted.owner},launcher={LAUNCHER}",
+    f"--project={place.project}",
+    f"--zone={place.zone}",
+    "--quiet",
+  ]
 
 
 def lines(wanted: Plan) -> list[Line]:
@@ -96,8 +142,10 @@ def _uploads(wanted: Plan, folder: pathlib.Path) -> list[Line]:
   place = wanted.place
   archive, _ = bundle.pack(bundle.look(), folder)
   (folder / "arguments").write_text("".join(f"{word}\n" for word in wanted.arguments))
-  return [commands.upload(place, str(archive), f"{place.url}/code.tar.gz"),
-          commands.upload(place, str(folder / "arguments"), f"{place.url}/arguments")]
+  return [
+    commands.upload(place, str(archive), f"{place.url}/code.tar.gz"),
+    commands.upload(place, str(folder / "arguments"), f"{place.url}/arguments"),
+  ]
 
 
 def run(wanted: Plan) -> int:
@@ -108,9 +156,11 @@ def run(wanted: Plan) -> int:
       gcloud.run(line)
   gcloud.run(create(wanted), tries=1)
   log = commands.shell(commands.read(place, f"{place.url}/prepare.log"))
-  print(f"The machine {place.run} prepares {wanted.out}. It deletes itself at the end, after "
-        f"{describe_seconds(wanted.max_seconds)} at the latest.\n"
-        f"  its end:    {log}\n"
-        f"  meanwhile:  gcloud compute instances get-serial-port-output {place.run} --project={place.project} "
-        f"--zone={place.zone}")
+  print(
+    f"The machine {place.run} prepares {wanted.out}. It deletes itself at the end, after "
+    f"{describe_seconds(wanted.max_seconds)} at the latest.\n"
+    f"  its end:    {log}\n"
+    f"  meanwhile:  gcloud compute instances get-serial-port-output {place.run} --project={place.project} "
+    f"--zone={place.zone}"
+  )
   return 0

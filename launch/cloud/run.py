@@ -7,6 +7,7 @@ minutes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -15,8 +16,8 @@ import re
 import socket
 import tempfile
 import time
+from typing import Any
 import uuid
-from typing import Any, Callable
 
 from launch.cloud import commands
 from launch.cloud.gcloud import Gcloud, GcloudError
@@ -34,7 +35,10 @@ class TakenOver(Exception):
 
 def state_folder() -> pathlib.Path:
   """Returns where this machine keeps notes of runs."""
-  return pathlib.Path(os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local/state") / "resnet-pod"
+  return (
+    pathlib.Path(os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local/state")
+    / "resnet-pod"
+  )
 
 
 def note(settings: Settings) -> None:
@@ -69,15 +73,29 @@ class Run:
   def to_json(self) -> dict[str, Any]:
     place = self.settings.place
     return {
-        "run": place.run, "owner": self.settings.owner, "project": place.project, "zone": place.zone,
-        "bucket": place.bucket, "settings": self.settings.to_json(), "memory": self.memory.to_json(),
-        "attempt": self.memory.attempt
-    } | {name: getattr(self, name) for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")}
+      "run": place.run,
+      "owner": self.settings.owner,
+      "project": place.project,
+      "zone": place.zone,
+      "bucket": place.bucket,
+      "settings": self.settings.to_json(),
+      "memory": self.memory.to_json(),
+      "attempt": self.memory.attempt,
+    } | {
+      name: getattr(self, name)
+      for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
+    }
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> Run:
-    return cls(Settings.from_json(value["settings"]), Memory.from_json(value["memory"]), **{
-        name: value[name] for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")})
+    return cls(
+      Settings.from_json(value["settings"]),
+      Memory.from_json(value["memory"]),
+      **{
+        name: value[name]
+        for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
+      },
+    )
 
   def event(self, what: str, now: float) -> None:
     """Notes what happened, once in a row."""
@@ -104,7 +122,9 @@ class Store:
     """
     for _ in range(5):
       try:
-        generation = str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+        generation = str(
+          self._gcloud.json(commands.object_generation(self._place, self.url))["generation"]
+        )
         text = self._gcloud.run(commands.read(self._place, f"{self.url}#{generation}"))
       except GcloudError as error:
         if error.kind != "not_found":
@@ -119,8 +139,9 @@ class Store:
         return Run.from_json(json.loads(text))
       except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
-            "or move it away.") from error
+          f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
+          "or move it away."
+        ) from error
     raise GcloudError("unavailable", [], f"{self.url} changes all the time")
 
   def _is_there(self) -> bool:
@@ -150,19 +171,26 @@ class Store:
       json.dump(run.to_json(), file, indent=1)
       file.flush()
       try:
-        created = self._gcloud.run(commands.upload(self._place, file.name, self.url, self._generation))
+        created = self._gcloud.run(
+          commands.upload(self._place, file.name, self.url, self._generation)
+        )
       except GcloudError as error:
         if error.kind != "precondition":
           raise
         # Of a write of ours that was answered with an error and done all the same?
-        generation = str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+        generation = str(
+          self._gcloud.json(commands.object_generation(self._place, self.url))["generation"]
+        )
         there = json.loads(self._gcloud.run(commands.read(self._place, f"{self.url}#{generation}")))
         if there != json.loads(json.dumps(run.to_json())):
           raise TakenOver(_describe_driver(there.get("driver"))) from error
         created = f"#{generation}"
     found = re.search(r"#(\d+)", created)
-    self._generation = found[1] if found else str(
-        self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+    self._generation = (
+      found[1]
+      if found
+      else str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
+    )
     self._written, self._beat = text, now + _BEAT
 
   def other_driver(self, run: Run) -> str | None:
@@ -187,7 +215,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def _describe_driver(driver: dict[str, Any] | None) -> str:
-  return f"the launcher on {driver['host']} (process {driver['pid']})" if driver else "another command"
+  return (
+    f"the launcher on {driver['host']} (process {driver['pid']})" if driver else "another command"
+  )
 
 
 def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:

@@ -54,26 +54,48 @@ class View:
     """Puts together what is known."""
     settings, memory = run.settings, run.memory
     reports = world.reports or ((report_of(world.heartbeat),) if world.heartbeat else ())
-    report = max((entry for entry in reports if entry.step is not None), key=lambda entry: entry.step, default=None)
+    report = max(
+      (entry for entry in reports if entry.step is not None),
+      key=lambda entry: entry.step,
+      default=None,
+    )
     line = report.progress if report else ""
     step_ms, eta = _number(r"step ([\d.]+) ms", line), re.search(r"ETA (.+)$", line)
-    seconds, chips, price = memory.seconds(), settings_lib.chips(settings), settings.dollars_per_chip_hour
+    seconds, chips, price = (
+      memory.seconds(),
+      settings_lib.chips(settings),
+      settings.dollars_per_chip_hour,
+    )
     chip_hours = seconds / 3600 * chips if chips else None
     nodes = [
-        f"{node.name} {node.state} {node.health}" + (f", announced: {node.maintenance}" if node.maintenance else "")
-        for node in world.nodes
+      f"{node.name} {node.state} {node.health}"
+      + (f", announced: {node.maintenance}" if node.maintenance else "")
+      for node in world.nodes
     ]
     return cls(
-        run=settings.run, what=f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
-        state=world.queued.state if world.queued else "none", nodes=tuple(nodes),
-        hosts=f"{len(world.reports)} of {memory.hosts}", attempt=memory.attempt, doing=action.reason if action else "",
-        step=report.step if report else memory.step, total=report.total if report else None,
-        loss=_number(r"loss ([\d.]+)", line), images_per_second=_number(r"(\d+) img/s", line),
-        eta=eta[1] if eta else None,
-        goodput=min(1.0, report.step * step_ms / 1000 / seconds) if report and step_ms and seconds else None,
-        slice_seconds=seconds, max_seconds=settings.max_seconds, chip_hours=chip_hours,
-        cost=chip_hours * price if chip_hours is not None and price else None, result=run.result,
-        events=tuple(run.events[-5:]), now=world.now)
+      run=settings.run,
+      what=f"{settings.slices} x {settings.type} {settings.capacity}, {settings.place.zone}",
+      state=world.queued.state if world.queued else "none",
+      nodes=tuple(nodes),
+      hosts=f"{len(world.reports)} of {memory.hosts}",
+      attempt=memory.attempt,
+      doing=action.reason if action else "",
+      step=report.step if report else memory.step,
+      total=report.total if report else None,
+      loss=_number(r"loss ([\d.]+)", line),
+      images_per_second=_number(r"(\d+) img/s", line),
+      eta=eta[1] if eta else None,
+      goodput=min(1.0, report.step * step_ms / 1000 / seconds)
+      if report and step_ms and seconds
+      else None,
+      slice_seconds=seconds,
+      max_seconds=settings.max_seconds,
+      chip_hours=chip_hours,
+      cost=chip_hours * price if chip_hours is not None and price else None,
+      result=run.result,
+      events=tuple(run.events[-5:]),
+      now=world.now,
+    )
 
   @staticmethod
   def chips_text(settings: Settings) -> str:
@@ -81,7 +103,11 @@ class View:
     chips = settings_lib.chips(settings)
     if not chips:
       return f"{settings.slices} x {settings.type}"
-    price = f", ${chips * settings.dollars_per_chip_hour:.2f} an hour" if settings.dollars_per_chip_hour else ""
+    price = (
+      f", ${chips * settings.dollars_per_chip_hour:.2f} an hour"
+      if settings.dollars_per_chip_hour
+      else ""
+    )
     return f"{chips} chip-hours an hour{price}"
 
   def summary(self) -> str:
@@ -106,20 +132,24 @@ class View:
     if self.step is None:
       training = "no step yet"
     else:
-      done = f"step {self.step:,}" + (f" of {self.total:,} ({100 * self.step / self.total:.1f}%)" if self.total else "")
+      done = f"step {self.step:,}" + (
+        f" of {self.total:,} ({100 * self.step / self.total:.1f}%)" if self.total else ""
+      )
       rest = [
-          f"loss {self.loss:.4f}" if self.loss is not None else "",
-          f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
-          f"ETA {self.eta}" if self.eta else "",
-          f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else ""
+        f"loss {self.loss:.4f}" if self.loss is not None else "",
+        f"{self.images_per_second:,.0f} img/s" if self.images_per_second else "",
+        f"ETA {self.eta}" if self.eta else "",
+        f"goodput {100 * self.goodput:.0f}%" if self.goodput is not None else "",
       ]
       training = "  ".join([done, *filter(None, rest)])
-    lines = [f"{self.run}: {self.what}   {_clock(self.now)}",
-             f"  slice    {self.state}" + (f"; {self.hosts} hosts answer" if self.nodes else ""),
-             *(f"           {node}" for node in self.nodes),
-             f"  attempt  {self.attempt}: {self.doing}",
-             f"  training {training}",
-             f"  cost     {self._cost()}"]
+    lines = [
+      f"{self.run}: {self.what}   {_clock(self.now)}",
+      f"  slice    {self.state}" + (f"; {self.hosts} hosts answer" if self.nodes else ""),
+      *(f"           {node}" for node in self.nodes),
+      f"  attempt  {self.attempt}: {self.doing}",
+      f"  training {training}",
+      f"  cost     {self._cost()}",
+    ]
     return lines + [f"  {_clock(event['time'])} {event['what']}" for event in self.events]
 
   def to_json(self) -> dict[str, Any]:
@@ -138,7 +168,9 @@ def _clock(seconds: float) -> str:
 class Screen:
   """Where a run is shown."""
 
-  def __init__(self, log: pathlib.Path | None = None, as_json: bool = False, output: TextIO | None = None):
+  def __init__(
+    self, log: pathlib.Path | None = None, as_json: bool = False, output: TextIO | None = None
+  ):
     """Shows on `output` (the standard one by default), and keeps plain lines in `log`."""
     self._output = output or sys.stdout
     self._live = self._output.isatty() and not as_json
@@ -154,7 +186,9 @@ class Screen:
       self._print(json.dumps(view.to_json()))
       return
     # Ages in the reason change at every look, and are not news.
-    news = re.sub(r"([\d.]+ (s|min|h)\b ?)+", "", view.doing) + str((view.step, view.attempt, view.state))
+    news = re.sub(r"([\d.]+ (s|min|h)\b ?)+", "", view.doing) + str(
+      (view.step, view.attempt, view.state)
+    )
     if news != self._last:
       self._last = news
       self._plain(f"{_clock(view.now)} {view.summary()}", shown=self._live)
@@ -191,5 +225,5 @@ class Screen:
   def _draw(self, lines: list[str]) -> None:
     self._erase()
     width = shutil.get_terminal_size().columns
-    self._print("\n".join(line[:width - 1] for line in lines))
+    self._print("\n".join(line[: width - 1] for line in lines))
     self._drawn = len(lines)

@@ -91,12 +91,12 @@ class Generation:
 
 
 _GENERATIONS = {
-    "v2": Generation("tpu-ubuntu2204-base", 2),
-    "v3": Generation("tpu-ubuntu2204-base", 2),
-    "v4": Generation("tpu-ubuntu2204-base", 2),
-    "v5litepod": Generation("v2-alpha-tpuv5-lite", 1),
-    "v5p": Generation("v2-alpha-tpuv5", 2),
-    "v6e": Generation("v2-alpha-tpuv6e", 1),
+  "v2": Generation("tpu-ubuntu2204-base", 2),
+  "v3": Generation("tpu-ubuntu2204-base", 2),
+  "v4": Generation("tpu-ubuntu2204-base", 2),
+  "v5litepod": Generation("v2-alpha-tpuv5-lite", 1),
+  "v5p": Generation("v2-alpha-tpuv5", 2),
+  "v6e": Generation("v2-alpha-tpuv6e", 1),
 }
 
 
@@ -140,7 +140,8 @@ def check_run(name: str) -> str:
   """
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
     raise UsageError(
-        f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -.")
+      f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -."
+    )
   return name
 
 
@@ -151,12 +152,16 @@ def check_place(place: Place) -> Place:
     UsageError: naming the part that cannot.
   """
   check_run(place.run)
-  for name, value, pattern in (("project", place.project, r"[a-z][-a-z0-9.:]{2,61}[a-z0-9]"),
-                               ("zone", place.zone, r"[a-z]+-[a-z]+\d+-[a-z]"),
-                               ("bucket", place.bucket, r"gs://[a-z0-9][-_.a-z0-9]+[a-z0-9](/[-_.a-zA-Z0-9]+)*")):
+  for name, value, pattern in (
+    ("project", place.project, r"[a-z][-a-z0-9.:]{2,61}[a-z0-9]"),
+    ("zone", place.zone, r"[a-z]+-[a-z]+\d+-[a-z]"),
+    ("bucket", place.bucket, r"gs://[a-z0-9][-_.a-z0-9]+[a-z0-9](/[-_.a-zA-Z0-9]+)*"),
+  ):
     if not re.fullmatch(pattern, value):
-      raise UsageError(f"--{name} {value!r} is not the name of a {name}"
-                       f"{', as in gs://BUCKET or gs://BUCKET/FOLDER' if name == 'bucket' else ''}.")
+      raise UsageError(
+        f"--{name} {value!r} is not the name of a {name}"
+        f"{', as in gs://BUCKET or gs://BUCKET/FOLDER' if name == 'bucket' else ''}."
+      )
   return place
 
 
@@ -177,24 +182,33 @@ def check(settings: Settings) -> Settings:
   if not settings.runtime_version:
     kind = generation(settings.type)
     if not kind:
-      raise UsageError(f"--type {settings.type}: give --runtime-version as well; it is known for "
-                       f"{', '.join(_GENERATIONS)} only.")
+      raise UsageError(
+        f"--type {settings.type}: give --runtime-version as well; it is known for "
+        f"{', '.join(_GENERATIONS)} only."
+      )
     settings = dataclasses.replace(settings, runtime_version=kind.runtime_version)
   if settings.slices < 1:
     raise UsageError(f"--slices {settings.slices} must be 1 or more.")
   if len(f"{settings.run}-{settings.slices - 1}") > 40 and settings.slices > 1:
-    raise UsageError(f"The run name {settings.run} is too long for {settings.slices} slices; their names add a number.")
+    raise UsageError(
+      f"The run name {settings.run} is too long for {settings.slices} slices; their names add a number."
+    )
   if settings.capacity == "on-demand" and settings.max_seconds is None:
     raise UsageError(
-        "--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts.")
+      "--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts."
+    )
   if settings.autocheckpoint and settings.capacity == "spot":
-    raise UsageError("--autocheckpoint is for the maintenance of --on-demand and --reserved slices; the trainer saves "
-                     "by itself when a --spot slice is taken.")
-  for name, value, pattern in (("runtime-version", settings.runtime_version, r"[-a-z0-9.]+"),
-                               ("service-account", settings.service_account, r"([^@\s,=]+@[^@\s,=]+)?"),
-                               ("network", settings.network, r"[-a-z0-9/._]*"),
-                               ("subnetwork", settings.subnetwork, r"[-a-z0-9/._]*"),
-                               ("python", settings.python, r"(/[^\0\n]*)?")):
+    raise UsageError(
+      "--autocheckpoint is for the maintenance of --on-demand and --reserved slices; the trainer saves "
+      "by itself when a --spot slice is taken."
+    )
+  for name, value, pattern in (
+    ("runtime-version", settings.runtime_version, r"[-a-z0-9.]+"),
+    ("service-account", settings.service_account, r"([^@\s,=]+@[^@\s,=]+)?"),
+    ("network", settings.network, r"[-a-z0-9/._]*"),
+    ("subnetwork", settings.subnetwork, r"[-a-z0-9/._]*"),
+    ("python", settings.python, r"(/[^\0\n]*)?"),
+  ):
     if not re.fullmatch(pattern, value):
       raise UsageError(f"--{name} {value!r} cannot be one.")
   for key, value in settings.labels:
@@ -203,9 +217,13 @@ def check(settings: Settings) -> Settings:
     if key in ("run", "owner", "attempt", "launcher"):
       raise UsageError(f"--label {key} is one of the launcher's own.")
   for name, secret in settings.secrets:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(r"[A-Za-z0-9_-]+", secret):
-      raise UsageError(f"--secret {name}={secret}: give NAME=SECRET, the name of a variable and of a secret in Secret "
-                       "Manager, never its value.")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(
+      r"[A-Za-z0-9_-]+", secret
+    ):
+      raise UsageError(
+        f"--secret {name}={secret}: give NAME=SECRET, the name of a variable and of a secret in Secret "
+        "Manager, never its value."
+      )
   for word in settings.argv:
     if not word.startswith("--"):
       raise UsageError(f"{word!r} is no flag of the trainer; write --flag=value.")
@@ -214,7 +232,11 @@ def check(settings: Settings) -> Settings:
     raise UsageError("The trainer needs --config=configs/X.py.")
   for word in settings.argv:
     if word.startswith("--workdir=") and not re.match(r"--workdir=(gs://|/)", word):
-      raise UsageError(f"{word}: hosts need a bucket, or a folder that all of them mount, as an absolute path.")
+      raise UsageError(
+        f"{word}: hosts need a bucket, or a folder that all of them mount, as an absolute path."
+      )
   if "--workdir" not in flags:
-    settings = dataclasses.replace(settings, argv=(*settings.argv, f"--workdir={settings.place.url}/workdir"))
+    settings = dataclasses.replace(
+      settings, argv=(*settings.argv, f"--workdir={settings.place.url}/workdir")
+    )
   return settings

@@ -12,12 +12,24 @@ from typing import Any
 
 from launch.cloud.settings import Settings, describe_seconds
 
-DONE, ERROR, NO_CAPACITY, CRASHED, COST = 0, 1, 3, 4, 5  # exit codes of the launcher; 2 is a wrong argument
-FAILED, PREEMPTED, HOST_LOST = 2, 75, 76  # exit codes of the trainer; 0 is done, and all others are a crash
+DONE, ERROR, NO_CAPACITY, CRASHED, COST = (
+  0,
+  1,
+  3,
+  4,
+  5,
+)  # exit codes of the launcher; 2 is a wrong argument
+FAILED, PREEMPTED, HOST_LOST = (
+  2,
+  75,
+  76,
+)  # exit codes of the trainer; 0 is done, and all others are a crash
 COMPLETE = "the run is complete"
 MAX_CRASHES = 3
 _DELETE_AGAIN = 30.0  # seconds for a delete to show, before it is sent again
-MAX_IN_VAIN = 3  # starts in a row that ask to be run again and reach no new step, before the slice is replaced
+MAX_IN_VAIN = (
+  3  # starts in a row that ask to be run again and reach no new step, before the slice is replaced
+)
 
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
 LEAVING = ("SUSPENDING", "DELETING")
@@ -108,11 +120,15 @@ class Memory:
   state_since: float = 0.0
   not_before: float = 0.0  # of the next request
   refusals: int = 0  # in a row, for want of capacity
-  slices: list[list[float]] = dataclasses.field(default_factory=list)  # [from, last seen] of each that was ACTIVE
+  slices: list[list[float]] = dataclasses.field(
+    default_factory=list
+  )  # [from, last seen] of each that was ACTIVE
   active: bool = False  # the last of them is
   answered: bool = False  # some host of it has answered
   hosts: int = 0  # of it
-  missing: dict[str, float] = dataclasses.field(default_factory=dict)  # host, since when it does not answer
+  missing: dict[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # host, since when it does not answer
   unready_since: float | None = None  # a node is not READY and HEALTHY
   ended_since: float | None = None  # some trainer has ended
   step: int | None = None  # the highest that was seen
@@ -184,9 +200,12 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
   memory.slices[-1][1] = now
   memory.waiting_since, memory.refusals = None, 0
   ready = len(world.nodes) >= settings.slices and all(
-      node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes)
+    node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes
+  )
   memory.unready_since = None if ready else memory.unready_since or now
-  names = [f"{number}-{worker}" for number, node in enumerate(world.nodes) for worker in range(node.hosts)]
+  names = [
+    f"{number}-{worker}" for number, node in enumerate(world.nodes) for worker in range(node.hosts)
+  ]
   if not names:
     return
   memory.hosts = len(names)
@@ -232,7 +251,9 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
   if queued.state in QUEUED:
     waited = now - memory.waiting_since
     if waited > settings.max_wait:
-      return Action("delete", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY)
+      return Action(
+        "delete", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY
+      )
     return Action("wait", f"in the queue ({queued.state}) for {describe_seconds(waited)}")
   if queued.state == "ACTIVE":
     return _active(world, memory, settings)
@@ -302,30 +323,47 @@ def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
 
 def _absent(world: World, memory: Memory, settings: Settings) -> Action:
   now, beat = world.now, world.heartbeat or {}
-  removing = beat.get("removing") if memory.started and beat.get("attempt") == memory.attempt else None
-  if memory.started and memory.hosts and len(world.reports) >= memory.hosts:  # they have ended, if nobody looked
+  removing = (
+    beat.get("removing") if memory.started and beat.get("attempt") == memory.attempt else None
+  )
+  if (
+    memory.started and memory.hosts and len(world.reports) >= memory.hosts
+  ):  # they have ended, if nobody looked
     verdict = _judge(world, memory, settings)
     # A slice that was taken away may have crashed on its way.
-    if verdict.code in (DONE, CRASHED) and (not verdict.crash or removing == "idle") and not _stopped(world):
+    if (
+      verdict.code in (DONE, CRASHED)
+      and (not verdict.crash or removing == "idle")
+      and not _stopped(world)
+    ):
       return dataclasses.replace(verdict, kind="finish")
     if verdict.crash and removing == "idle":
       return dataclasses.replace(verdict, kind="create")
   if _spent(memory, settings):
     return Action("finish", _cost_reason(memory), COST)
   if memory.requested:
-    if now - memory.requested < 120 and not memory.started:  # a moment ago, and maybe not listed yet
+    if (
+      now - memory.requested < 120 and not memory.started
+    ):  # a moment ago, and maybe not listed yet
       return Action("wait", "the request was sent")
     if removing == "deadline":
       return Action("finish", _cost_reason(memory), COST)
     if not removing:
       return Action(
-          "finish", "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
-          "again goes on with a new one", ERROR)
+        "finish",
+        "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
+        "again goes on with a new one",
+        ERROR,
+      )
   waited = now - (memory.waiting_since or now)
   if waited > settings.max_wait:
-    return Action("finish", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY)
+    return Action(
+      "finish", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY
+    )
   if now < memory.not_before:
-    return Action("wait", f"no capacity; asking again in {describe_seconds(memory.not_before - now)}")
+    return Action(
+      "wait", f"no capacity; asking again in {describe_seconds(memory.not_before - now)}"
+    )
   return Action("create", "there is no slice", attempt=next_attempt(memory))
 
 
@@ -333,7 +371,11 @@ def _failed(queued: Queued) -> Action:
   """Tells a request that can succeed later from one that cannot, by google.rpc.Code."""
   message = queued.message or "the request failed"
   if "quota" in message.lower():
-    return Action("delete", f"{message.rstrip('.')}. Ask for more quota, or take another zone or type", NO_CAPACITY)
+    return Action(
+      "delete",
+      f"{message.rstrip('.')}. Ask for more quota, or take another zone or type",
+      NO_CAPACITY,
+    )
   if queued.code in (3, 5, 7, 9, 11, 12, 16):
     return Action("delete", f"the request was refused: {message}", ERROR)
   return Action("delete", f"no capacity: {message}", capacity=True)
@@ -347,27 +389,38 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
   unready = now - memory.unready_since if memory.unready_since else 0
   if len(world.nodes) < settings.slices:
     if unready > 120:
-      return Action("delete", f"{settings.slices - len(world.nodes)} of {settings.slices} slices are gone")
+      return Action(
+        "delete", f"{settings.slices - len(world.nodes)} of {settings.slices} slices are gone"
+      )
     return Action("wait", world.trouble or "the slices are not listed yet")
   for node in world.nodes:
-    if node.state != "READY" or node.health in UNHEALTHY and not world.reports:
+    if node.state != "READY" or (node.health in UNHEALTHY and not world.reports):
       what = f"{node.name} is {node.state} {node.health} for {describe_seconds(unready)}"
-      return (Action("delete", what) if unready > settings.start_limit else Action("wait", what))
+      return Action("delete", what) if unready > settings.start_limit else Action("wait", what)
   if memory.missing:
     action = _missing(world, memory, settings)
     if action:
       return action
 
   behind = [report for report in world.reports if (report.attempt or 0) < memory.attempt]
-  if behind and memory.missing:  # what may still run there would be met by a trainer that is started now
-    return Action("wait", f"attempt {memory.attempt} waits for host {', '.join(memory.missing)} to answer")
+  if (
+    behind and memory.missing
+  ):  # what may still run there would be met by a trainer that is started now
+    return Action(
+      "wait", f"attempt {memory.attempt} waits for host {', '.join(memory.missing)} to answer"
+    )
   if behind or memory.started is None:
     waited = now - (memory.started or now)
     trouble = next((f": {report.trouble}" for report in behind if report.trouble), "")
     if waited > settings.start_limit:
-      return Action("delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}")
-    return Action("start", f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
-                  attempt=memory.attempt)
+      return Action(
+        "delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}"
+      )
+    return Action(
+      "start",
+      f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
+      attempt=memory.attempt,
+    )
   return _started(world, memory, settings)
 
 
@@ -379,9 +432,13 @@ def _missing(world: World, memory: Memory, settings: Settings) -> Action | None:
   why = f" ({world.trouble})" if world.trouble else ""
   if memory.started is None:
     if silence <= settings.start_limit:
-      return Action("wait", f"{memory.hosts - len(memory.missing)} of {memory.hosts} hosts answer{why}")
+      return Action(
+        "wait", f"{memory.hosts - len(memory.missing)} of {memory.hosts} hosts answer{why}"
+      )
     if not memory.answered:
-      return Action("delete", f"no host answers ssh{why}; is port 22 open to you, or --iap needed?", ERROR)
+      return Action(
+        "delete", f"no host answers ssh{why}; is port 22 open to you, or --iap needed?", ERROR
+      )
     return Action("delete", what)
   if silence <= settings.unreachable:
     return Action("wait", what + why) if not world.reports else None
@@ -400,10 +457,15 @@ def _started(world: World, memory: Memory, settings: Settings) -> Action:
     left = memory.hosts - len(ended)
     if memory.missing:  # a start would be in vain
       return Action(
-          "wait", f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
-          "answer")
+        "wait",
+        f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
+        "answer",
+      )
     if left and now - memory.ended_since < settings.exit_grace:
-      return Action("wait", f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end")
+      return Action(
+        "wait",
+        f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end",
+      )
     if any(report.preempted for report in ended) and now - memory.ended_since < settings.exit_grace:
       return Action("wait", "the machines are about to be taken away")
     return _judge(world, memory, settings)
@@ -415,7 +477,10 @@ def _started(world: World, memory: Memory, settings: Settings) -> Action:
       return _crashed(memory, settings, installing[0], 1, f"host {installing[0]} still installs")
     return Action("wait", f"{len(installing)} of {memory.hosts} hosts install")
   # The first step of a process is compiled first.
-  silence, limit = now - memory.step_at, settings.stall if memory.step_at > memory.started else 2 * settings.stall
+  silence, limit = (
+    now - memory.step_at,
+    settings.stall if memory.step_at > memory.started else 2 * settings.stall,
+  )
   if silence > limit and world.reports:
     what = f"no new step for {describe_seconds(silence)}"
     if memory.stacks_at is None:
@@ -430,24 +495,38 @@ def _stopped(world: World) -> bool:
 
 def _judge(world: World, memory: Memory, settings: Settings) -> Action:
   """Decides by the exit codes of hosts that have ended."""
-  ended = sorted((report for report in world.reports if report.phase == "ended"), key=lambda report: report.ended or 0)
+  ended = sorted(
+    (report for report in world.reports if report.phase == "ended"),
+    key=lambda report: report.ended or 0,
+  )
   codes = {report.code for report in ended}
   if codes == {0}:
     return _end(settings, DONE, COMPLETE)
   failed = [report for report in ended if report.code == FAILED]
   if failed:
-    return _end(settings, CRASHED, f"host {failed[0].name} says that a rerun will not mend it", failed[0].name)
+    return _end(
+      settings, CRASHED, f"host {failed[0].name} says that a rerun will not mend it", failed[0].name
+    )
   crashed = [report for report in ended if report.code not in (DONE, PREEMPTED, HOST_LOST)]
   if _stopped(world):
     return Action("finish", f"stopped at step {memory.step}; the slice is kept", DONE)
   if crashed:
     first = crashed[0]
     what = f"host {first.name} was the first to crash, with code {first.code}"
-    return _crashed(memory, settings, first.name, first.code, f"{what}: {first.trouble}" if first.trouble else what)
+    return _crashed(
+      memory,
+      settings,
+      first.name,
+      first.code,
+      f"{what}: {first.trouble}" if first.trouble else what,
+    )
   if memory.in_vain >= MAX_IN_VAIN:
     return Action("delete", f"{memory.in_vain} starts in a row made no step; taking another slice")
-  return Action("start", f"the trainer ended with code {max(codes)} and goes on from its last checkpoint",
-                attempt=memory.attempt + 1)
+  return Action(
+    "start",
+    f"the trainer ended with code {max(codes)} and goes on from its last checkpoint",
+    attempt=memory.attempt + 1,
+  )
 
 
 def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, what: str) -> Action:
@@ -455,10 +534,13 @@ def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, wh
   crash = {"attempt": memory.attempt, "step": step, "code": code, "host": host}
   where = f"at step {step}" if step is not None else "before the first step"
   if any(earlier["step"] == step for earlier in memory.crashes):
-    return dataclasses.replace(_end(settings, CRASHED, f"{what}, for the second time {where}", host), crash=crash)
+    return dataclasses.replace(
+      _end(settings, CRASHED, f"{what}, for the second time {where}", host), crash=crash
+    )
   if len(memory.crashes) >= MAX_CRASHES:
-    return dataclasses.replace(_end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host),
-                               crash=crash)
+    return dataclasses.replace(
+      _end(settings, CRASHED, f"{what}, {where}, after {MAX_CRASHES} restarts", host), crash=crash
+    )
   return Action("start", f"{what}, {where}", attempt=memory.attempt + 1, crash=crash, blame=host)
 
 

@@ -49,26 +49,39 @@ def _read(place: Place, gcloud: Gcloud) -> Run:
 
 def _same_owner(run: Run, owner: str) -> None:
   if run.settings.owner != owner:
-    raise UsageError(f"The run {run.settings.run} in {run.settings.place.bucket} belongs to {run.settings.owner}; take "
-                     f"another name, or say --owner={run.settings.owner}.")
+    raise UsageError(
+      f"The run {run.settings.run} in {run.settings.place.bucket} belongs to {run.settings.owner}; take "
+      f"another name, or say --owner={run.settings.owner}."
+    )
 
 
 def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> int:
   """Begins a run, or goes on with it."""
   gcloud = _gcloud(settings.call_limit)
-  store, tree, screen = Store(gcloud, settings.place), bundle.look(), _screen(settings.place, as_json)
+  store, tree, screen = (
+    Store(gcloud, settings.place),
+    bundle.look(),
+    _screen(settings.place, as_json),
+  )
   run = store.read()
   if run:
     _same_owner(run, settings.owner)
     _same_slice(gcloud, run.settings, settings)
     result = run.result
     if result and result.get("complete") and run.settings.argv == settings.argv:
-      screen.lines([f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in "
-                    f"{settings.place.url}."])
+      screen.lines(
+        [
+          f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in "
+          f"{settings.place.url}."
+        ]
+      )
       return states.DONE
     if run.code != tree.tree and run.memory.active:
-      print(f"The code here ({tree.tree}) is not that of the run ({run.code}); a later attempt will have it. "
-            f"launch/tpu stop {settings.run}, and this line again, to have it now.", file=sys.stderr)
+      print(
+        f"The code here ({tree.tree}) is not that of the run ({run.code}); a later attempt will have it. "
+        f"launch/tpu stop {settings.run}, and this line again, to have it now.",
+        file=sys.stderr,
+      )
   note(settings)
   run = run or Run(settings)
   return _drive(gcloud, store, run, settings, screen, take_over, tree, no_watch)
@@ -76,9 +89,12 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
 
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
   """Refuses to forget a slice of another kind or place, which would be paid for without end."""
+
   def slices(settings: Settings) -> str:
     place = settings.place
-    return f"{settings.slices} x {settings.type} {settings.capacity} in {place.zone} of {place.project}"
+    return (
+      f"{settings.slices} x {settings.type} {settings.capacity} in {place.zone} of {place.project}"
+    )
 
   if slices(before) == slices(now):
     return
@@ -88,8 +104,10 @@ def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
     if error.kind != "not_found":
       raise
     return
-  raise UsageError(f"{now.run} still has {slices(before)}; first: launch/tpu down {now.run} "
-                   f"--project={before.place.project} --zone={before.place.zone}")
+  raise UsageError(
+    f"{now.run} still has {slices(before)}; first: launch/tpu down {now.run} "
+    f"--project={before.place.project} --zone={before.place.zone}"
+  )
 
 
 def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
@@ -101,19 +119,33 @@ def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
     raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up begins one.")
   _same_owner(run, owner)
   if run.result:
-    screen.lines([f"{place.run} has ended: {run.result['reason']}. launch/tpu up begins another attempt."])
+    screen.lines(
+      [f"{place.run} has ended: {run.result['reason']}. launch/tpu up begins another attempt."]
+    )
     return run.result["code"]
   gcloud.limit = run.settings.call_limit
   return _drive(gcloud, store, run, run.settings, screen, take_over)
 
 
-def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: Screen, take_over: bool,
-           code: bundle.Bundle | None = None, no_watch: bool = False) -> int:
+def _drive(
+  gcloud: Gcloud,
+  store: Store,
+  run: Run,
+  settings: Settings,
+  screen: Screen,
+  take_over: bool,
+  code: bundle.Bundle | None = None,
+  no_watch: bool = False,
+) -> int:
   while True:
     other = None if take_over else store.other_driver(run)
     try:
       if other:
-        screen.lines([f"{other} drives {settings.run}; this one only shows it (--take-over drives it from here)."])
+        screen.lines(
+          [
+            f"{other} drives {settings.run}; this one only shows it (--take-over drives it from here)."
+          ]
+        )
         result = follow(store, run, screen, time.sleep)
         if result is not None:
           return result
@@ -142,7 +174,11 @@ def _drive(gcloud: Gcloud, store: Store, run: Run, settings: Settings, screen: S
 
 def _what_next(run: Run) -> list[str]:
   place, code = run.settings.place, run.result["code"]
-  lines = [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"] if run.memory.started else []
+  lines = (
+    [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"]
+    if run.memory.started
+    else []
+  )
   if run.memory.active:
     lines.append(f"  the slice is still there: launch/tpu down {place.run}")
   if code == states.CRASHED:
@@ -159,16 +195,29 @@ def status(place: Place, owner: str, as_json: bool) -> int:
   states.remember(world, run.memory, run.settings)
   view = View.of(run, world, None)
   if as_json:
-    print(json.dumps(view.to_json() | {"reports": [dataclasses.asdict(report) for report in world.reports],
-                                       "driver": run.driver, "wanted": run.wanted}))
+    print(
+      json.dumps(
+        view.to_json()
+        | {
+          "reports": [dataclasses.asdict(report) for report in world.reports],
+          "driver": run.driver,
+          "wanted": run.wanted,
+        }
+      )
+    )
     return states.DONE
   print("\n".join(view.block()))
   for report in world.reports:
     code = f", code {report.code}" if report.code is not None else ""
-    print(f"  host {report.name}: attempt {report.attempt} {report.phase}{code}, step {report.step}"
-          f"{f': {report.trouble}' if report.trouble else ''}")
+    print(
+      f"  host {report.name}: attempt {report.attempt} {report.phase}{code}, step {report.step}"
+      f"{f': {report.trouble}' if report.trouble else ''}"
+    )
   driver = Store(gcloud, place).other_driver(run)
-  print(f"  {driver or 'no launcher'} looks after it" + (f"; ended: {run.result['reason']}" if run.result else ""))
+  print(
+    f"  {driver or 'no launcher'} looks after it"
+    + (f"; ended: {run.result['reason']}" if run.result else "")
+  )
   return states.DONE
 
 
@@ -194,22 +243,37 @@ def stop(place: Place, owner: str, as_json: bool) -> int:
       break
     if time.monotonic() > deadline:
       names = ", ".join(left) or "none"
-      screen.lines([f"{len(reports)} of {hosts} hosts answer, and of them {names} has not ended within "
-                    f"{_STOP_SECONDS:g} s. {trouble}"])
+      screen.lines(
+        [
+          f"{len(reports)} of {hosts} hosts answer, and of them {names} has not ended within "
+          f"{_STOP_SECONDS:g} s. {trouble}"
+        ]
+      )
       return states.ERROR
     verb = "status" if len(reports) == hosts else "stop"
     time.sleep(min(5.0, run.settings.poll))
   step = max((report.step or 0 for report in reports), default=0)
   while run and not store.other_driver(run) and run.result is None:
     states.remember(dataclasses.replace(world, reports=reports), run.memory, run.settings)
-    run.result = {"code": states.DONE, "reason": f"stopped at step {step}; the slice is kept", "time": time.time()}
+    run.result = {
+      "code": states.DONE,
+      "reason": f"stopped at step {step}; the slice is kept",
+      "time": time.time(),
+    }
     try:
       store.write(run, driving=False)
-    except TakenOver:  # by a launcher that has just begun, or by the last words of one that has just left
+    except (
+      TakenOver
+    ):  # by a launcher that has just begun, or by the last words of one that has just left
       run = store.read()
-  screen.lines([f"{place.run}: saved and stopped at step {step}. The slice stays and is paid for "
-                f"({View.chips_text(looker.settings)}).", f"  launch/tpu down {place.run}   removes it",
-                "  launch/tpu up ...    the same line as before goes on"])
+  screen.lines(
+    [
+      f"{place.run}: saved and stopped at step {step}. The slice stays and is paid for "
+      f"({View.chips_text(looker.settings)}).",
+      f"  launch/tpu down {place.run}   removes it",
+      "  launch/tpu up ...    the same line as before goes on",
+    ]
+  )
   return states.DONE
 
 
@@ -228,8 +292,12 @@ def logs(place: Place, request: LogRequest) -> int:
   if queued and queued.state == "ACTIVE" and run.memory.started:
     Looker(gcloud, run.settings).ship_agent()
     words = ("follow" if request.follow else "tail", str(request.lines))
-    line = commands.ssh(run.settings, commands.agent(place, bundle.agent_sha(), *words),
-                        None if worker is None else request.slice, worker)
+    line = commands.ssh(
+      run.settings,
+      commands.agent(place, bundle.agent_sha(), *words),
+      None if worker is None else request.slice,
+      worker,
+    )
     try:
       return gcloud.attach(line)
     except KeyboardInterrupt:
@@ -240,7 +308,7 @@ def logs(place: Place, request: LogRequest) -> int:
   found = gcloud.run(commands.list_objects(place, f"{folder}/host-{hosts}.log")).split()
   for url in found:
     name = re.search(r"host-(\d+-\d+)\.log$", url)[1]
-    for text in gcloud.run(commands.read(place, url)).splitlines()[-request.lines:]:
+    for text in gcloud.run(commands.read(place, url)).splitlines()[-request.lines :]:
       print(f"[{name}] {text}")
   return states.DONE
 
@@ -268,8 +336,12 @@ def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
           told.add(name)
           _delete(gcloud, commands.delete_node(place, name))
     if time.monotonic() > deadline:
-      screen.lines([f"Still there after {describe_seconds(_GONE_SECONDS)}: {', '.join([*queued, *nodes])}. Look at the "
-                    "console; the same line again tries again."])
+      screen.lines(
+        [
+          f"Still there after {describe_seconds(_GONE_SECONDS)}: {', '.join([*queued, *nodes])}. Look at the "
+          "console; the same line again tries again."
+        ]
+      )
       return states.ERROR
     time.sleep(3.0)
 
@@ -300,9 +372,14 @@ def _delete(gcloud: Gcloud, line: commands.Line) -> None:
       raise
 
 
-def _what_is_there(gcloud: Gcloud, place: Place, owner: str, everything: bool) -> tuple[dict[str, str], dict[str, str]]:
+def _what_is_there(
+  gcloud: Gcloud, place: Place, owner: str, everything: bool
+) -> tuple[dict[str, str], dict[str, str]]:
   """Returns queued resources and nodes to remove, by name, with their states."""
-  listed, nodes = gcloud.json(commands.list_queued(place)) or [], gcloud.json(commands.list_nodes(place)) or []
+  listed, nodes = (
+    gcloud.json(commands.list_queued(place)) or [],
+    gcloud.json(commands.list_nodes(place)) or [],
+  )
   queued = {}
   for value in listed:
     name, one = value["name"].rsplit("/", 1)[-1], queued_of(value)
@@ -313,10 +390,18 @@ def _what_is_there(gcloud: Gcloud, place: Place, owner: str, everything: bool) -
         raise UsageError(f"The queued resource {name} belongs to {one.owner}.")
       queued[name] = one.state
   if everything:
-    mine = [node for node in nodes if node.get("labels", {}).get("owner") == owner
-            and node.get("labels", {}).get("launcher") == LAUNCHER]
+    mine = [
+      node
+      for node in nodes
+      if node.get("labels", {}).get("owner") == owner
+      and node.get("labels", {}).get("launcher") == LAUNCHER
+    ]
   else:
-    mine = [node for node in nodes_of_run(nodes, place.run) if node.get("labels", {}).get("owner", owner) == owner]
+    mine = [
+      node
+      for node in nodes_of_run(nodes, place.run)
+      if node.get("labels", {}).get("owner", owner) == owner
+    ]
   return queued, {node["name"].rsplit("/", 1)[-1]: node.get("state", "UNKNOWN") for node in mine}
 
 
@@ -333,24 +418,46 @@ def listing(place: Place, as_json: bool) -> int:
     name, one, labels = value["name"].rsplit("/", 1)[-1], queued_of(value), _labels(value)
     specs = value.get("tpu", {}).get("nodeSpec", [])
     node = specs[0].get("node", {}) if specs else {}
-    note = "dead, and counts against quota: launch/tpu down" if one.state in ("SUSPENDED", "FAILED") else ""
-    rows.append({"kind": "queued resource", "name": name, "state": one.state, "type": node.get("acceleratorType", ""),
-                 "owner": one.owner, "attempt": labels.get("attempt", ""), "created": value.get("createTime", ""),
-                 "note": note})
+    note = (
+      "dead, and counts against quota: launch/tpu down"
+      if one.state in ("SUSPENDED", "FAILED")
+      else ""
+    )
+    rows.append(
+      {
+        "kind": "queued resource",
+        "name": name,
+        "state": one.state,
+        "type": node.get("acceleratorType", ""),
+        "owner": one.owner,
+        "attempt": labels.get("attempt", ""),
+        "created": value.get("createTime", ""),
+        "note": note,
+      }
+    )
     held.add(name)
   for value in gcloud.json(commands.list_nodes(place)) or []:
     name, labels = value["name"].rsplit("/", 1)[-1], value.get("labels", {})
     holder = (value.get("queuedResource") or "").rsplit("/", 1)[-1] or labels.get("run", name)
-    rows.append({
-        "kind": "node", "name": name, "state": value.get("state", ""), "type": value.get("acceleratorType", ""),
-        "owner": labels.get("owner", ""), "attempt": labels.get("attempt", ""), "created": value.get("createTime", ""),
-        "note": "" if holder in held else "no queued resource holds it: launch/tpu down"
-    })
+    rows.append(
+      {
+        "kind": "node",
+        "name": name,
+        "state": value.get("state", ""),
+        "type": value.get("acceleratorType", ""),
+        "owner": labels.get("owner", ""),
+        "attempt": labels.get("attempt", ""),
+        "created": value.get("createTime", ""),
+        "note": "" if holder in held else "no queued resource holds it: launch/tpu down",
+      }
+    )
   if as_json:
     print("\n".join(json.dumps(row) for row in rows))
     return states.DONE
   columns = list(rows[0]) if rows else []
-  widths = {column: max(len(column), *(len(str(row[column])) for row in rows)) for column in columns}
+  widths = {
+    column: max(len(column), *(len(str(row[column])) for row in rows)) for column in columns
+  }
   for row in [{column: column for column in columns}, *rows] if rows else []:
     print("  ".join(str(row[column]).ljust(widths[column]) for column in columns).rstrip())
   print(f"{len(rows)} in {place.zone}" if rows else f"nothing in {place.zone}")

@@ -6,16 +6,16 @@ import json
 import os
 import pathlib
 
-from PIL import Image
 from absl import logging
 from array_record.python import array_record_module
-from configs import base
-from input_pipeline.prepare import __main__ as prepare
-from input_pipeline import records
-from input_pipeline import sources
 import ml_collections
 import numpy as np
+from PIL import Image
 import pytest
+
+from configs import base
+from input_pipeline import records, sources
+from input_pipeline.prepare import __main__ as prepare
 
 _SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 

@@ -18,21 +18,16 @@ import pathlib
 import resource
 import sys
 
-from PIL import Image
 from absl import logging
 from array_record.python import array_record_module
-from configs import base
-from input_pipeline import image
-from input_pipeline import loader
-from input_pipeline import records
-from input_pipeline import sources
-from input_pipeline.errors import BadRecordError
 import numpy as np
+from PIL import Image
 import psutil
 
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import picture
-from tests.input_pipeline.conftest import rotated
+from configs import base
+from input_pipeline import image, loader, records, sources
+from input_pipeline.errors import BadRecordError
+from tests.input_pipeline.conftest import encoded, picture, rotated
 
 _CLASSES = 10
 _BATCH = 16
@@ -177,7 +172,9 @@ def memory_in_use() -> int:
   return psutil.Process().memory_info().rss
 
 
-def read_all(batches: loader.BatchIterator, steps: int, growth: list[int]) -> list[tuple[bool, bool]]:
+def read_all(
+  batches: loader.BatchIterator, steps: int, growth: list[int]
+) -> list[tuple[bool, bool]]:
   """Returns which rows were bad and which are grey; adds the growth of memory after a fifth, in MiB."""
   flags = []
   with contextlib.closing(batches):

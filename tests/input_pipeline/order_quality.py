@@ -5,9 +5,10 @@ On the size of ImageNet, 1,281,167 examples of 1,000 classes in 1,024 shards, fo
 
 import argparse
 
+import numpy as np
+
 from configs import base
 from input_pipeline import order
-import numpy as np
 
 _COUNTS = [len(part) for part in np.array_split(np.arange(1_281_167), 1024)]
 _BATCH = 1024
@@ -37,24 +38,36 @@ def describe(name: str, indices: np.ndarray, next_epoch: np.ndarray) -> str:
     place[order_] = np.arange(len(order_))
   epochs = np.abs(places[0] - places[1]).mean() / len(indices)
   neighbours = np.mean(places[0][:-1] // _BATCH == places[0][1:] // _BATCH)
-  return (f"{name:34} {np.mean(classes):6.1f} {np.std(classes):5.1f}   {np.mean(shards):6.1f}   {moved:.4f}   "
-          f"{epochs:.4f}   {neighbours:.5f}")
+  return (
+    f"{name:34} {np.mean(classes):6.1f} {np.std(classes):5.1f}   {np.mean(shards):6.1f}   {moved:.4f}   "
+    f"{epochs:.4f}   {neighbours:.5f}"
+  )
 
 
 def main() -> None:
   data = base.get_config().data
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   for name in ("lanes", "block", "window"):
     parser.add_argument(f"--{name}", type=int, default=data[f"stream_{name}"])
   args = parser.parse_args()
-  lanes = order.LaneShuffle(_COUNTS, 0, _BATCH, lanes=args.lanes, block=args.block, window=args.window)
+  lanes = order.LaneShuffle(
+    _COUNTS, 0, _BATCH, lanes=args.lanes, block=args.block, window=args.window
+  )
   rng = np.random.default_rng(0)
   total = sum(_COUNTS)
-  print("If the shards were sorted by class, which is the worst case; those of `prepare` are shuffled.")
+  print(
+    "If the shards were sorted by class, which is the worst case; those of `prepare` are shuffled."
+  )
   print(f"{'':34} classes/batch    shards   distance from  epoch to  neighbours in")
   print(f"{'':34}   mean    sd  /batch    its place     epoch   the same batch")
   print(describe("uniform shuffle", rng.permutation(total), rng.permutation(total)))
-  print(describe(f"{args.lanes} lanes x {args.window} blocks of {args.block}", epoch(lanes, 0), epoch(lanes, 1)))
+  print(
+    describe(
+      f"{args.lanes} lanes x {args.window} blocks of {args.block}", epoch(lanes, 0), epoch(lanes, 1)
+    )
+  )
 
 
 if __name__ == "__main__":

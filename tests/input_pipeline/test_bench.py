@@ -5,15 +5,13 @@ import itertools
 import os
 import re
 
-from input_pipeline.tools import bench
-from input_pipeline.tools import bench_data
-from input_pipeline.tools import rivals as peers
-from input_pipeline import records
 import numpy as np
 import pytest
 
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import picture
+from input_pipeline import records
+from input_pipeline.tools import bench, bench_data
+from input_pipeline.tools import rivals as peers
+from tests.input_pipeline.conftest import encoded, picture
 
 
 def _turn(milliseconds, images_per_second=1.0, **stages):

@@ -10,13 +10,10 @@ from absl import logging
 import numpy as np
 import pytest
 
-from input_pipeline.sources import hf
-from input_pipeline import loader
-from input_pipeline import sources
+from input_pipeline import loader, sources
 from input_pipeline.errors import DataError
-from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import picture
+from input_pipeline.sources import hf
+from tests.input_pipeline.conftest import data_config, encoded, picture
 
 datasets = pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 

@@ -14,17 +14,15 @@ import requests
 from input_pipeline import records
 from input_pipeline.remote import fsspec as remote
 from tests.input_pipeline import fake_hub
-from tests.input_pipeline.conftest import contents
-from tests.input_pipeline.conftest import failure
-from tests.input_pipeline.conftest import hashes
-from tests.input_pipeline.conftest import manifest_of
-from tests.input_pipeline.conftest import run_prepare
-from tests.input_pipeline.test_hf import parquet  # noqa: F401 a fixture
-from tests.input_pipeline.test_hf import assert_same
-from tests.input_pipeline.test_hf import train
-from tests.input_pipeline.test_hf import write_parquet
-from tests.trainer.shared import free_port
+from tests.input_pipeline.conftest import contents, failure, hashes, manifest_of, run_prepare
+from tests.input_pipeline.test_hf import (
+  assert_same,
+  parquet,  # noqa: F401 a fixture
+  train,
+  write_parquet,
+)
 from tests.trainer.bucket_server import serving
+from tests.trainer.shared import free_port
 
 pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 

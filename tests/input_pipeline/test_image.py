@@ -6,16 +6,14 @@ import struct
 import subprocess
 import sys
 
-from PIL import Image
-from input_pipeline import image
-from input_pipeline.prepare import shards
-from input_pipeline.errors import BadRecordError
 import numpy as np
+from PIL import Image
 import pytest
 
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import picture
-from tests.input_pipeline.conftest import rotated
+from input_pipeline import image
+from input_pipeline.errors import BadRecordError
+from input_pipeline.prepare import shards
+from tests.input_pipeline.conftest import encoded, picture, rotated
 
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
@@ -118,7 +116,9 @@ def test_what_is_said_of_a_bad_image_is_always_the_same():
 
 
 def test_odd_metadata_make_no_noise():
-  exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # five entries, and the end of the first is missing
+  exif = (
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # five entries, and the end of the first is missing
+  )
   odd = encoded(picture(0), mode="CMYK", exif=exif)
   with pytest.warns(UserWarning, match="Corrupt EXIF data"):
     _with_pillow(odd)

@@ -4,18 +4,20 @@ import io
 import sys
 import tarfile
 
-from input_pipeline import image
 import numpy as np
 import pytest
 import scipy.io
 
-from tests.input_pipeline.conftest import contents
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import failure
-from tests.input_pipeline.conftest import hashes
-from tests.input_pipeline.conftest import manifest_of
-from tests.input_pipeline.conftest import picture
-from tests.input_pipeline.conftest import run_prepare
+from input_pipeline import image
+from tests.input_pipeline.conftest import (
+  contents,
+  encoded,
+  failure,
+  hashes,
+  manifest_of,
+  picture,
+  run_prepare,
+)
 
 
 def add(tar, name, data):

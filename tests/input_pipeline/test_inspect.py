@@ -6,24 +6,22 @@ import shutil
 import subprocess
 import sys
 
-from PIL import Image
-from configs import base
-from input_pipeline.tools import checksums
-from input_pipeline.tools import contact_sheet
-from input_pipeline.tools import inspect
-from input_pipeline import loader
-from input_pipeline import records
-from input_pipeline import sources
 import numpy as np
+from PIL import Image
 import pytest
 
+from configs import base
+from input_pipeline import loader, records, sources
+from input_pipeline.tools import checksums, contact_sheet, inspect
 from tests.input_pipeline import web
-from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import manifest_of
-from tests.input_pipeline.conftest import picture
-from tests.input_pipeline.conftest import tfds_folder
+from tests.input_pipeline.conftest import (
+  data_config,
+  encoded,
+  make_folder,
+  manifest_of,
+  picture,
+  tfds_folder,
+)
 
 
 @pytest.fixture
@@ -32,7 +30,13 @@ def look(tmp_path, capsys):
 
   def run(path, *flags):
     sheet = "" if any(flag.startswith("--sheet") for flag in flags) else tmp_path / "sheet.png"
-    argv = ["inspect", f"--data={path}", "--images=8", *flags, *([f"--sheet={sheet}"] if sheet else [])]
+    argv = [
+      "inspect",
+      f"--data={path}",
+      "--images=8",
+      *flags,
+      *([f"--sheet={sheet}"] if sheet else []),
+    ]
     capsys.readouterr()
     code = inspect.main([str(argument) for argument in argv])
     out, err = capsys.readouterr()
@@ -106,15 +110,19 @@ def shown(sheet, section, places):
   size = section.images.shape[1]
   zoom = max(1, 112 // size)
   pixels = np.asarray(sheet)
-  return np.stack([
-    pixels[top : top + size * zoom : zoom, left : left + size * zoom : zoom]
-    for left, top in places
-  ])
+  return np.stack(
+    [
+      pixels[top : top + size * zoom : zoom, left : left + size * zoom : zoom]
+      for left, top in places
+    ]
+  )
 
 
 @pytest.mark.parametrize("size", [32, 120])
 def test_the_picture_shows_the_batches_of_the_run(look, shards, tmp_path, size):
-  flags = [f"--config.data.{name}={size}" for name in ("image_size", "eval_image_size", "eval_resize")]
+  flags = [
+    f"--config.data.{name}={size}" for name in ("image_size", "eval_image_size", "eval_resize")
+  ]
   code, out, _ = look(shards, *flags, "--config.seed=3")
   assert code == 0
   assert "sheet.png: images with their labels" in out

@@ -10,22 +10,14 @@ import subprocess
 import sys
 import time
 
-from input_pipeline.sources import catalog
-from input_pipeline import image
-from input_pipeline import loader
-from input_pipeline import records
-from input_pipeline import rows
-from input_pipeline import sources
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 import numpy as np
 import psutil
 import pytest
 
-from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import picture
+from input_pipeline import image, loader, records, rows, sources
+from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.sources import catalog
+from tests.input_pipeline.conftest import data_config, encoded, make_folder, picture
 
 _BATCH = 8
 
@@ -432,5 +424,7 @@ def test_values_of_evaluation_that_do_not_fit_are_named():
     evaluate(memory(3), data_config(""), batch=10, hosts=4)
   data = data_config("")
   data.eval_resize = 15
-  with pytest.raises(DataError, match="config.data.eval_resize=15 is smaller than .*eval_image_size=16"):
+  with pytest.raises(
+    DataError, match="config.data.eval_resize=15 is smaller than .*eval_image_size=16"
+  ):
     evaluate(memory(3), data)

@@ -9,26 +9,27 @@ import subprocess
 import sys
 import time
 
-from PIL import Image
-from input_pipeline import image
-from input_pipeline.prepare import output as outputs
-from input_pipeline.prepare import __main__ as prepare
-from input_pipeline.prepare import progress
-from input_pipeline import records
-from input_pipeline.prepare import shards as shards_lib
 import numpy as np
+from PIL import Image
 import psutil
 import pytest
 
-from tests.input_pipeline.conftest import contents
-from tests.input_pipeline.conftest import encoded
-from tests.input_pipeline.conftest import failure
-from tests.input_pipeline.conftest import hashes
-from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import manifest_of
-from tests.input_pipeline.conftest import picture
-from tests.input_pipeline.conftest import rotated
-from tests.input_pipeline.conftest import run_prepare
+from input_pipeline import image, records
+from input_pipeline.prepare import __main__ as prepare
+from input_pipeline.prepare import output as outputs
+from input_pipeline.prepare import progress
+from input_pipeline.prepare import shards as shards_lib
+from tests.input_pipeline.conftest import (
+  contents,
+  encoded,
+  failure,
+  hashes,
+  make_folder,
+  manifest_of,
+  picture,
+  rotated,
+  run_prepare,
+)
 
 
 def test_the_untouched_files_come_back_in_another_order(folder, shards):

@@ -2,8 +2,9 @@
 
 import os
 
-from input_pipeline.workers import processes
 import pytest
+
+from input_pipeline.workers import processes
 
 
 @pytest.mark.parametrize(

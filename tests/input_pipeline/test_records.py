@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-from input_pipeline import records
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 import pytest
+
+from input_pipeline import records
+from input_pipeline.errors import BadRecordError, DataError
 
 
 @pytest.mark.parametrize("image", [b"", b"x", bytes(range(256)) * 1000])
@@ -68,7 +68,9 @@ def test_json_that_is_torn_is_named(tmp_path):
 
 def test_no_module_imports_tensorflow_torch_or_the_trainer():
   modules = "errors threads records remote outputs hf hf_inputs hf_stream rows catalog bucket remote_shard order stream sources image slots loader processes"
-  modules += " progress inputs shards pool prepare checksums contact_sheet inspect bench bench_data peers"
+  modules += (
+    " progress inputs shards pool prepare checksums contact_sheet inspect bench bench_data peers"
+  )
   program = (
     "import importlib, sys\n"
     f"for name in {modules.split()}: importlib.import_module('input_pipeline.' + name)\n"

@@ -4,10 +4,10 @@ import gc
 import os
 import pickle
 
-from input_pipeline.workers import slots
 import numpy as np
 import pytest
 
+from input_pipeline.workers import slots
 from tests.input_pipeline import test_loader
 
 

@@ -6,17 +6,12 @@ import resource
 import shutil
 import time
 
-from input_pipeline.sources import catalog
-from input_pipeline import records
-from input_pipeline import sources
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 import pytest
 
-from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import tfds_folder
-from tests.input_pipeline.conftest import write_shard
+from input_pipeline import records, sources
+from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.sources import catalog
+from tests.input_pipeline.conftest import data_config, make_folder, tfds_folder, write_shard
 
 
 def open_source(path, split="train", num_classes=3, **fields):
@@ -138,7 +133,8 @@ def test_more_shards_than_files_that_may_be_open(shards):
   resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
   try:
     sources.ArrayRecordSource(
-      catalog.LocalFolder(str(shards)), catalog.Split([catalog.Shard("never opened", 1, 1)] * 500, ["a"], "mend it")
+      catalog.LocalFolder(str(shards)),
+      catalog.Split([catalog.Shard("never opened", 1, 1)] * 500, ["a"], "mend it"),
     )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1000, before[1])
   finally:
@@ -316,7 +312,9 @@ def test_a_manifest_that_is_no_object_is_named(copied):
 
 def test_what_is_wrong_with_a_tfds_folder_is_named(tmp_path):
   root = tfds_folder(tmp_path / "1", fileFormat="tfrecord")
-  with pytest.raises(DataError, match="written by TFDS as tfrecord; prepare it with .*convert_format"):
+  with pytest.raises(
+    DataError, match="written by TFDS as tfrecord; prepare it with .*convert_format"
+  ):
     open_source(root, num_classes=2)
   root = tfds_folder(tmp_path / "2")
   (root / "imagenet2012-train.array_record-00001-of-00002").unlink()

@@ -9,26 +9,17 @@ import threading
 import time
 
 from array_record.python import array_record_module
-from input_pipeline.remote import tensorstore as bucket
-from input_pipeline import loader
-from input_pipeline import order
-from input_pipeline import records
-from input_pipeline.remote import record_reader as remote_shard
-from input_pipeline import sources
-from input_pipeline.remote import read_ahead as stream
-from input_pipeline.errors import BadRecordError
-from input_pipeline.errors import DataError
 import numpy as np
 import pytest
 
+from input_pipeline import loader, order, records, sources
+from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.remote import read_ahead as stream
+from input_pipeline.remote import record_reader as remote_shard
+from input_pipeline.remote import tensorstore as bucket
 from tests.input_pipeline import web
-from tests.input_pipeline.conftest import data_config
-from tests.input_pipeline.conftest import make_folder
-from tests.input_pipeline.conftest import run_prepare
-from tests.input_pipeline.test_loader import digest
-from tests.input_pipeline.test_loader import evaluate
-from tests.input_pipeline.test_loader import joined
-from tests.input_pipeline.test_loader import take
+from tests.input_pipeline.conftest import data_config, make_folder, run_prepare
+from tests.input_pipeline.test_loader import digest, evaluate, joined, take
 
 _BATCH = 16
 _TRAIN, _VAL = 373, 101
@@ -252,7 +243,9 @@ def test_a_bad_record_is_replaced_whoever_reads_it(data_folder, tmp_path):
   place = data.find(image[100:200])
   data[place] ^= 1
   file.write_bytes(data)
-  whole, one_host = (steps(path, 24, max_bad_fraction=0.1) for path in (data_folder, tmp_path / "copy"))
+  whole, one_host = (
+    steps(path, 24, max_bad_fraction=0.1) for path in (data_folder, tmp_path / "copy")
+  )
   bad = np.concatenate([batch["bad"] for batch in one_host])
   assert bad.sum() >= 1
   images = [np.concatenate([batch["image"] for batch in run]) for run in (whole, one_host)]
@@ -271,7 +264,9 @@ def test_shards_of_other_writers_are_read(tmp_path, options):
       writer.write(record)
     writer.close()
     for size in (None, (tmp_path / "shard").stat().st_size):
-      shard = remote_shard.RemoteShard(bucket.Bucket(str(tmp_path)), "shard", count, size, "mend it")
+      shard = remote_shard.RemoteShard(
+        bucket.Bucket(str(tmp_path)), "shard", count, size, "mend it"
+      )
       for _ in range(3):
         first, last = sorted(rng.integers(0, count, 2).tolist())
         assert shard.read(first, last + 1) == written[first : last + 1]
@@ -292,7 +287,9 @@ def test_a_record_with_a_wrong_checksum_is_told_from_its_neighbours(tmp_path):
 
 
 def test_lanes_must_divide_the_batch(data_folder):
-  with pytest.raises(DataError, match="global_batch_size=16 must be a multiple of .*stream_lanes=5"):
+  with pytest.raises(
+    DataError, match="global_batch_size=16 must be a multiple of .*stream_lanes=5"
+  ):
     steps(data_folder, 1, stream_lanes=5)
 
 

@@ -52,8 +52,11 @@ class Server(http.server.ThreadingHTTPServer):
 
   def environment(self) -> dict[str, str]:
     """What makes TensorStore and array_record take this server for Google's."""
-    return {"TENSORSTORE_GCS_HTTP_URL": self.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url}
+    return {
+      "TENSORSTORE_GCS_HTTP_URL": self.url,
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+      "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
+    }
 
   def draw_fault(self) -> str | None:
     """Returns what is to go wrong with a request."""
@@ -97,13 +100,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.wfile.close()
       os.close(self.connection.detach())
       self.close_connection = True
-      return
+      return None
     if fault == "refuse":
       return self._answer(self.server.random.choice((429, 503)), b"")
     file = self.server.folder / name
     if not file.is_file():
       return self._answer(404, b"")
-    size, range_ = file.stat().st_size, re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+    size, range_ = (
+      file.stat().st_size,
+      re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")),
+    )
     first, last = range_.groups() if range_ else ("0", "")
     start = int(first) if first else max(0, size - int(last))
     stop = min(int(last) + 1, size) if first and last else size

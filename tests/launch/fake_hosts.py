@@ -15,7 +15,9 @@ import psutil
 from tests.launch import fake_ssh
 
 
-def serve(handler: type[http.server.BaseHTTPRequestHandler], owner: object) -> http.server.ThreadingHTTPServer:
+def serve(
+  handler: type[http.server.BaseHTTPRequestHandler], owner: object
+) -> http.server.ThreadingHTTPServer:
   """Serves `owner`, as the handler's `server.owner`, at a free port of loopback."""
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
   server.daemon_threads, server.owner = True, owner
@@ -30,12 +32,16 @@ def install(root: pathlib.Path) -> None:
     (root / folder).mkdir()
     for name in names:
       program = root / folder / name
-      program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{fake_ssh.__file__}" "{root}" {name} "$@"\n')
+      program.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -IS "{fake_ssh.__file__}" "{root}" {name} "$@"\n'
+      )
       program.chmod(program.stat().st_mode | stat.S_IXUSR)
   keys = root / "home" / ".ssh"
   keys.mkdir(parents=True)
   (keys / "google_compute_engine").write_text("private key")
-  (keys / "google_compute_engine.pub").write_text("ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAAgQ== user@laptop\n")
+  (keys / "google_compute_engine.pub").write_text(
+    "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAAAgQ== user@laptop\n"
+  )
 
 
 class Host:
@@ -55,15 +61,20 @@ class Host:
     self.folder.mkdir()
     self._metadata = serve(_Metadata, self)
     self._environment = environment | {
-        "HOME": str(self.folder), "USER": "user", "TPU_WORKER_ID": str(worker),
-        "PATH": f"{root / 'host-bin'}{os.pathsep}{os.environ['PATH']}",
-        "GCE_METADATA_HOST": f"127.0.0.1:{self._metadata.server_port}"}
+      "HOME": str(self.folder),
+      "USER": "user",
+      "TPU_WORKER_ID": str(worker),
+      "PATH": f"{root / 'host-bin'}{os.pathsep}{os.environ['PATH']}",
+      "GCE_METADATA_HOST": f"127.0.0.1:{self._metadata.server_port}",
+    }
     self.connect("up")
 
   def connect(self, link: str) -> None:
     """Sets how it can be reached."""
     self.link = link
-    fake_ssh.write(self._published, {"folder": str(self.folder), "environment": self._environment, "link": link})
+    fake_ssh.write(
+      self._published, {"folder": str(self.folder), "environment": self._environment, "link": link}
+    )
 
   def processes(self) -> list[psutil.Process]:
     """Returns those that run in it: they inherit its HOME."""
@@ -98,10 +109,15 @@ class Host:
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
-
   def do_GET(self):  # pylint: disable=invalid-name
-    host, path = self.server.owner, self.path.partition("?")[0].removeprefix("/computeMetadata/v1/instance/")
-    answer = {"preempted": str(host.preempted).upper(), "attributes/agent-worker-number": str(host.worker)}.get(path)
+    host, path = (
+      self.server.owner,
+      self.path.partition("?")[0].removeprefix("/computeMetadata/v1/instance/"),
+    )
+    answer = {
+      "preempted": str(host.preempted).upper(),
+      "attributes/agent-worker-number": str(host.worker),
+    }.get(path)
     if answer is None or self.headers.get("Metadata-Flavor") != "Google":
       self.send_error(HTTPStatus.NOT_FOUND)
       return

@@ -43,11 +43,16 @@ def _connect(root, target):
 def _ssh(root, arguments):
   """ssh [options] USER@ADDRESS [--] COMMAND ..."""
   _, (target, *command) = getopt.getopt(
-      arguments, "1246AaCfGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:")
+    arguments, "1246AaCfGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:"
+  )
   host = _connect(root, target)
   command = command[1:] if command[:1] == ["--"] else command
-  return subprocess.call(["bash", "-c", " ".join(command)], cwd=host["folder"], env=host["environment"],
-                         start_new_session=True)
+  return subprocess.call(
+    ["bash", "-c", " ".join(command)],
+    cwd=host["folder"],
+    env=host["environment"],
+    start_new_session=True,
+  )
 
 
 def _scp(root, arguments):
@@ -88,5 +93,11 @@ def _print_key(root, arguments):
 
 
 if __name__ == "__main__":
-  _PROGRAMS = {"ssh": _ssh, "scp": _scp, "sudo": _sudo, "ssh-keygen": _print_key, "ssh-add": _print_key}
+  _PROGRAMS = {
+    "ssh": _ssh,
+    "scp": _scp,
+    "sudo": _sudo,
+    "ssh-keygen": _print_key,
+    "ssh-add": _print_key,
+  }
   sys.exit(_PROGRAMS[sys.argv[2]](sys.argv[1], sys.argv[3:]))

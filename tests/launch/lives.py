@@ -1,5 +1,6 @@
 """Whole lives of runs: the real launcher, gcloud and trainer, against the cloud of fake_cloud.py."""
 
+from collections.abc import Iterator
 import contextlib
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Iterator
+from typing import Any
 import urllib.parse
 
 import psutil
@@ -37,8 +38,14 @@ class Process:
   def __init__(self, words: list[str], environment: dict[str, str]):
     # A shell in the background ignores Ctrl-C, and so would all that it starts.
     self._process = subprocess.Popen(
-        [ROOT / "launch" / "tpu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+      [ROOT / "launch" / "tpu", *words],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment,
+      start_new_session=True,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     self.log, self.ended, self._lines = "", False, threading.Condition()
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -60,7 +67,9 @@ class Process:
   def finish(self, limit: float = LIMIT) -> int:
     """Returns its exit code."""
     with self._lines:
-      assert self._lines.wait_for(lambda: self.ended, timeout=limit), f"no end within {limit} s:\n{self.log[-5000:]}"
+      assert self._lines.wait_for(lambda: self.ended, timeout=limit), (
+        f"no end within {limit} s:\n{self.log[-5000:]}"
+      )
     return self._process.wait()
 
   def interrupt(self) -> None:
@@ -70,7 +79,10 @@ class Process:
   def kill(self) -> None:
     """Ends it as a power cut would, with every gcloud that it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
-      for process in [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]:
+      for process in [
+        psutil.Process(self._process.pid),
+        *psutil.Process(self._process.pid).children(recursive=True),
+      ]:
         with contextlib.suppress(psutil.NoSuchProcess):
           process.kill()
     self._process.wait()
@@ -119,16 +131,22 @@ class Bed:
 
   def names(self, prefix: str = "") -> list[str]:
     """Lists objects of the run."""
-    listed = requests.get(f"{self.bucket.url}/storage/v1/b/bucket/o?prefix=run/{prefix}", timeout=60).json()
+    listed = requests.get(
+      f"{self.bucket.url}/storage/v1/b/bucket/o?prefix=run/{prefix}", timeout=60
+    ).json()
     return [entry["name"].removeprefix("run/") for entry in listed.get("items", [])]
 
   def checkpoints(self) -> list[int]:
     """Lists the steps of whole checkpoints."""
-    found = [re.search(r"/checkpoints/(\d+)/commit_success.txt$", name) for name in self.names("workdir/checkpoints/")]
+    found = [
+      re.search(r"/checkpoints/(\d+)/commit_success.txt$", name)
+      for name in self.names("workdir/checkpoints/")
+    ]
     return sorted(int(match[1]) for match in found if match)
 
   def wait_for_checkpoint(self, step: int = 1) -> int:
     """Returns the newest when there is one at or after `step`; a launcher that ends before that will not bring it."""
+
     def newest() -> int | None:
       found = max(self.checkpoints(), default=0)
       last = self._started[-1]
@@ -147,7 +165,12 @@ class Bed:
 
   def trainers(self) -> list[psutil.Process]:
     """Returns the trainers that run."""
-    return [process for host in self.hosts() for process in host.processes() if "trainer" in process.cmdline()]
+    return [
+      process
+      for host in self.hosts()
+      for process in host.processes()
+      if "trainer" in process.cmdline()
+    ]
 
   def started(self, attempt: int, worker: int) -> int:
     """Returns how many trainers an attempt has had on a host of the first slice, by their log."""
@@ -169,7 +192,9 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
   for name in ("bucket", "cloud"):
     (folder / name).mkdir()
   with bucket_server.serving(folder / "bucket") as bucket:
-    storage = bucket.environment | {"CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{bucket.url}/storage/v1/"}
+    storage = bucket.environment | {
+      "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{bucket.url}/storage/v1/"
+    }
     shared = ("JAX_COMPILATION", "JAX_PERSISTENT")
     compiled = {name: value for name, value in os.environ.items() if name.startswith(shared)}
     flags = {"XLA_FLAGS": XLA_FLAGS, "TMPDIR": str(folder)}
@@ -181,9 +206,25 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
         made.close()
 
 
-def up(*words: str, accelerator_type: str = "v4-16", capacity: str = "--spot", steps: int = 40) -> list[str]:
+def up(
+  *words: str, accelerator_type: str = "v4-16", capacity: str = "--spot", steps: int = 40
+) -> list[str]:
   """Returns the words that train the tiny net, with pauses of seconds where there are minutes."""
-  return ["up", NAME, f"--type={accelerator_type}", capacity, f"--zone={ZONE}", "--bucket=gs://bucket",
-          f"--python={sys.executable}", "--poll=4s", "--backoff=1s", "--idle=1h",
-          f"--config={pathlib.Path(tiny.__file__).relative_to(ROOT)}", "--config.data.kind=synthetic",
-          f"--config.total_steps={steps}", "--config.log.every_steps=10", "--config.checkpoint.every_steps=50", *words]
+  return [
+    "up",
+    NAME,
+    f"--type={accelerator_type}",
+    capacity,
+    f"--zone={ZONE}",
+    "--bucket=gs://bucket",
+    f"--python={sys.executable}",
+    "--poll=4s",
+    "--backoff=1s",
+    "--idle=1h",
+    f"--config={pathlib.Path(tiny.__file__).relative_to(ROOT)}",
+    "--config.data.kind=synthetic",
+    f"--config.total_steps={steps}",
+    "--config.log.every_steps=10",
+    "--config.checkpoint.every_steps=50",
+    *words,
+  ]

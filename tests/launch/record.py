@@ -26,8 +26,9 @@ class Terminal:
   def __init__(self, command: list[str], environment: dict[str, str]):
     self._main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    self.process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment,
-                                    start_new_session=True)
+    self.process = subprocess.Popen(
+      command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True
+    )
     os.close(side)
     self.lines = [""]
     threading.Thread(target=self._read, daemon=True).start()
@@ -42,7 +43,7 @@ class Terminal:
       *pieces, rest = re.split(r"(\n|\x1b\[\d*[FJ])", rest)
       for piece in pieces:
         if up := re.fullmatch(r"\x1b\[(\d+)F", piece):
-          self.lines = [*self.lines[:len(self.lines) - 1 - int(up[1])], ""]
+          self.lines = [*self.lines[: len(self.lines) - 1 - int(up[1])], ""]
         elif piece == "\n":
           self.lines.append("")
         elif not piece.startswith("\x1b"):
@@ -51,11 +52,16 @@ class Terminal:
 
 def main() -> None:
   with tempfile.TemporaryDirectory() as folder, lives.bed(pathlib.Path(folder)) as bed:
-    command = [str(lives.ROOT / "launch/tpu"), *lives.up("--max-hours=2", "--owner=me", "--poll=2s", steps=1000)]
+    command = [
+      str(lives.ROOT / "launch/tpu"),
+      *lives.up("--max-hours=2", "--owner=me", "--poll=2s", steps=1000),
+    ]
     terminal = Terminal(command, bed.environment)
     bed.wait_for_checkpoint()
     bed.cloud.preempt(lives.NAME)
-    lives.wait_until(lambda: re.search(r"attempt  2: training\n.*step [\d,]+ of", "\n".join(terminal.lines)))
+    lives.wait_until(
+      lambda: re.search(r"attempt  2: training\n.*step [\d,]+ of", "\n".join(terminal.lines))
+    )
     print("\n".join(f"    {line}".rstrip() for line in terminal.lines[-22:]))
     terminal.process.terminate()
     terminal.process.wait()

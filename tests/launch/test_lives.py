@@ -41,8 +41,10 @@ def assert_complete(bed, log, steps, attempts=1):
   assert attempt >= attempts, log
   assert bed.json("workdir/final.json")["step"] == steps
   assert not bed.cloud.resources and not bed.cloud.nodes, log
-  assert {f"logs/attempt-{attempt}/{kind}" for kind in ("host-0-0.log", "host-0-1.log", "exit-0-0.json",
-                                                         "exit-0-1.json")} <= set(bed.names("logs/"))
+  assert {
+    f"logs/attempt-{attempt}/{kind}"
+    for kind in ("host-0-0.log", "host-0-1.log", "exit-0-0.json", "exit-0-1.json")
+  } <= set(bed.names("logs/"))
 
 
 @pytest.fixture(scope="session")
@@ -51,20 +53,43 @@ def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("undisturbed")
   words = [word for word in up(steps=LONG) if word.startswith("--config")]
   flags = {"XLA_FLAGS": lives.XLA_FLAGS}
-  subprocess.run([sys.executable, "-m", "launch.local_pod", "--hosts=2", "--", sys.executable, "-m", "trainer",
-                  f"--workdir={workdir}", *words], check=True, env=os.environ | flags, cwd=lives.ROOT,
-                 stdout=subprocess.DEVNULL)
+  subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "launch.local_pod",
+      "--hosts=2",
+      "--",
+      sys.executable,
+      "-m",
+      "trainer",
+      f"--workdir={workdir}",
+      *words,
+    ],
+    check=True,
+    env=os.environ | flags,
+    cwd=lives.ROOT,
+    stdout=subprocess.DEVNULL,
+  )
   return fingerprints(workdir, LONG)
 
 
 # What is refused at once; cheap, for no trainer runs.
 
+
 def test_a_quota_that_is_used_up(bed):
-  bed.cloud.refuse(CREATE, 429, "RESOURCE_EXHAUSTED", "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI' has "
-                   "been exceeded. Limit: 32 in zone us-central2-b.")
+  bed.cloud.refuse(
+    CREATE,
+    429,
+    "RESOURCE_EXHAUSTED",
+    "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI' has "
+    "been exceeded. Limit: 32 in zone us-central2-b.",
+  )
   code, log = bed.run(*up())
   assert code == NO_CAPACITY, log
-  assert "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI'" in log and "Traceback" not in log
+  assert (
+    "Quota limit 'TPUV4sPreemptiblePodPerProjectPerZoneForTPUAPI'" in log and "Traceback" not in log
+  )
   assert calls(bed, CREATE) == 1
 
 
@@ -99,6 +124,7 @@ def test_never_granted(bed):
 
 # Preemption.
 
+
 @slow
 @pytest.mark.parametrize("notice, stale", [(0, 2), (10, 0)], ids=["in an instant", "with a notice"])
 def test_preempted(bed, undisturbed, notice, stale):
@@ -108,7 +134,9 @@ def test_preempted(bed, undisturbed, notice, stale):
   assert bed.json("run.json")["result"] is None
   assert process.finish() == DONE, process.log
   assert_complete(bed, process.log, LONG, attempts=2)
-  assert "Going on from checkpoint" in bed.read(f"logs/attempt-{bed.json('run.json')['attempt']}/host-0-0.log")
+  assert "Going on from checkpoint" in bed.read(
+    f"logs/attempt-{bed.json('run.json')['attempt']}/host-0-0.log"
+  )
   assert bed.fingerprints(LONG) == undisturbed
   assert calls(bed, CREATE) == 2
 
@@ -131,21 +159,31 @@ def test_two_slices_preempted(bed):
   bed.cloud.preempt(NAME)
   assert process.finish() == DONE, process.log
   assert bed.json("workdir/final.json")["step"] == LONG
-  assert "logs/attempt-2/host-0-0.log" in bed.names("logs/") and "logs/attempt-2/host-1-0.log" in bed.names("logs/")
+  assert "logs/attempt-2/host-0-0.log" in bed.names(
+    "logs/"
+  ) and "logs/attempt-2/host-1-0.log" in bed.names("logs/")
   assert not bed.cloud.resources and not bed.cloud.nodes
 
 
 # The service, and the way to the hosts.
 
+
 @slow
 def test_a_service_that_is_down_and_busy_for_a_while(bed):
-  bed.cloud.refuse(CREATE, 503, "UNAVAILABLE", "The service is currently unavailable.", times=1, too_late=True)
+  bed.cloud.refuse(
+    CREATE, 503, "UNAVAILABLE", "The service is currently unavailable.", times=1, too_late=True
+  )
   process = bed.start(*up(steps=LONG))
   bed.wait_for_checkpoint()
   look = "^GET .*/(queuedResources|nodes)"
   bed.cloud.refuse(look, 503, "UNAVAILABLE", "The service is currently unavailable.", times=12)
-  bed.cloud.refuse(look, 429, "RESOURCE_EXHAUSTED", "Quota exceeded for quota metric 'Read requests' and limit 'Read "
-                   "requests per minute'", times=4)
+  bed.cloud.refuse(
+    look,
+    429,
+    "RESOURCE_EXHAUSTED",
+    "Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute'",
+    times=4,
+  )
   bed.bucket.refuse("^POST .*run.json|^POST .*uploadType", 503)
   time.sleep(30)
   bed.bucket.answer()
@@ -155,8 +193,15 @@ def test_a_service_that_is_down_and_busy_for_a_while(bed):
 
 @slow
 def test_a_dead_host_costs_the_slice(bed, undisturbed):
-  process = bed.start(*up("--unreachable=30s", "--exit-grace=20s", "--call-limit=20s", "--config.pod.timeout_seconds=8",
-                          steps=LONG))
+  process = bed.start(
+    *up(
+      "--unreachable=30s",
+      "--exit-grace=20s",
+      "--call-limit=20s",
+      "--config.pod.timeout_seconds=8",
+      steps=LONG,
+    )
+  )
   bed.wait_for_checkpoint()
   bed.cloud.set_link(NAME, 1, "down", dead=True)
   assert process.finish() == DONE, process.log
@@ -182,11 +227,14 @@ def test_a_host_that_cannot_be_reached_for_a_while_goes_on(bed, undisturbed, lin
 
 # The trainer.
 
+
 @slow
 def test_a_trainer_that_is_killed_is_started_again(bed, undisturbed):
   process = bed.start(*up("--config.pod.timeout_seconds=8", steps=LONG))
   bed.wait_for_checkpoint()
-  trainer = next(process for process in bed.hosts()[1].processes() if "trainer" in process.cmdline())
+  trainer = next(
+    process for process in bed.hosts()[1].processes() if "trainer" in process.cmdline()
+  )
   trainer.kill()
   assert process.finish() == DONE, process.log
   assert "host 0-1 was the first to crash, with code -9" in process.log
@@ -202,7 +250,11 @@ def test_a_trainer_that_always_crashes_is_given_up(bed, tmp_path):
   python.chmod(0o755)
   code, log = bed.run(*up(f"--python={python}"))
   assert code == CRASHED, log
-  assert "no such chip" in log and "code 134" in log and "for the second time before the first step" in log
+  assert (
+    "no such chip" in log
+    and "code 134" in log
+    and "for the second time before the first step" in log
+  )
   assert not bed.cloud.resources and not bed.cloud.nodes
 
 
@@ -230,9 +282,19 @@ def test_a_trainer_that_stands_still_is_started_again(bed, undisturbed):
 
 # The launcher.
 
+
 @slow
-@pytest.mark.parametrize("stage", ["attempt 1, there is no slice", "in the queue", "PROVISIONING", "starting attempt 1",
-                                   "training", "the run is complete"])
+@pytest.mark.parametrize(
+  "stage",
+  [
+    "attempt 1, there is no slice",
+    "in the queue",
+    "PROVISIONING",
+    "starting attempt 1",
+    "training",
+    "the run is complete",
+  ],
+)
 def test_a_launcher_that_is_killed_is_started_again(bed, stage):
   killed = bed.start(*up())
   killed.wait_for(stage)
@@ -249,7 +311,7 @@ def test_ctrl_c_leaves_the_run_alone_and_secrets_stay_secret(bed, tmp_path):
   file = tmp_path / "a file"
   file.write_text("# comment\nFROM_FILE=another $secret\n")
   file.chmod(0o600)
-  left = bed.start(*up(f"--env-file={file}", "--secret=FROM_MANAGER=key", steps=10 ** 6))
+  left = bed.start(*up(f"--env-file={file}", "--secret=FROM_MANAGER=key", steps=10**6))
   bed.wait_for_checkpoint()
   left.interrupt()
   assert left.finish(60) == LEFT and f"launch/tpu down {NAME}" in left.log
@@ -257,11 +319,18 @@ def test_ctrl_c_leaves_the_run_alone_and_secrets_stay_secret(bed, tmp_path):
   assert len(trainers) == 2
   for trainer in trainers:
     environment = trainer.environ()
-    assert environment["FROM_FILE"] == "another $secret" and environment["FROM_MANAGER"] == "the secret key"
-  written = left.log + "".join(map(bed.read, ["run.json", "launch/attempt-1.json", *bed.names("logs/")]))
+    assert (
+      environment["FROM_FILE"] == "another $secret"
+      and environment["FROM_MANAGER"] == "the secret key"
+    )
+  written = left.log + "".join(
+    map(bed.read, ["run.json", "launch/attempt-1.json", *bed.names("logs/")])
+  )
   assert "another $secret" not in written and "the secret key" not in written
   code, log = bed.run("down", NAME)
-  assert code == DONE and not bed.hosts() and not any(trainer.is_running() for trainer in trainers), log
+  assert (
+    code == DONE and not bed.hosts() and not any(trainer.is_running() for trainer in trainers)
+  ), log
 
 
 @slow
@@ -292,9 +361,10 @@ def test_two_launchers_of_one_run(bed):
 
 # Money.
 
+
 @slow
 def test_the_cost_limit_saves_and_removes(bed):
-  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
+  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10**6))
   assert code == COST, log
   assert not bed.cloud.resources and not bed.cloud.nodes
   assert bed.checkpoints() and "--max-hours" in log
@@ -302,30 +372,34 @@ def test_the_cost_limit_saves_and_removes(bed):
 
 @slow
 def test_the_cost_limit_holds_without_a_launcher(bed):
-  launcher = bed.start(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
+  launcher = bed.start(*up("--max-hours=0.05", capacity="--on-demand", steps=10**6))
   bed.wait_for_checkpoint()
   launcher.kill()
   wait_until(lambda: not bed.cloud.nodes)
-  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10 ** 6))
+  code, log = bed.run(*up("--max-hours=0.05", capacity="--on-demand", steps=10**6))
   assert code == COST, log
   assert calls(bed, CREATE) == 1
 
 
 @slow
 def test_stop_saves_and_keeps_and_down_leaves_nothing(bed):
-  launcher = bed.start(*up(steps=10 ** 6))
+  launcher = bed.start(*up(steps=10**6))
   bed.wait_for_checkpoint()
   code, log = bed.run("stop", NAME)
   assert code == DONE, log
   assert launcher.finish() == DONE, launcher.log
   assert not bed.trainers() and len(bed.cloud.nodes) == 1
   stopped = max(bed.checkpoints())
-  again = bed.start(*up(steps=10 ** 6))
+  again = bed.start(*up(steps=10**6))
   bed.wait_for_checkpoint(stopped + 1)
   log = (bed.hosts()[0].folder / "tpu" / NAME / "attempt-2" / "host.log").read_text()
   assert f"Going on from checkpoint {stopped}" in log
-  bed.cloud.add_node(f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"})
-  bed.cloud.add_node("other", lives.ZONE, {"run": "other", "owner": "root", "launcher": "resnet-pod"})
+  bed.cloud.add_node(
+    f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"}
+  )
+  bed.cloud.add_node(
+    "other", lives.ZONE, {"run": "other", "owner": "root", "launcher": "resnet-pod"}
+  )
   code, log = bed.run("down", NAME)
   assert code == DONE, log
   assert list(bed.cloud.nodes) == ["other"] and not bed.cloud.resources

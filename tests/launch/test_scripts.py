@@ -10,20 +10,32 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = ["launch/smoke.sh", "tests/run.sh", ".ci/run"]
-SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+SHELLCHECK = shutil.which(
+  "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+)
 
 
 @pytest.fixture
 def clone(tmp_path):
   """The repository without its .venv, in a folder with a space in its name."""
   target = tmp_path / "a clone"
-  shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data", "__pycache__", "*.egg-info"))
+  shutil.copytree(
+    ROOT,
+    target,
+    ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data", "__pycache__", "*.egg-info"),
+  )
   return target
 
 
 def run(script, **environment):
-  return subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd="/", stdin=subprocess.DEVNULL,
-                        env=os.environ | environment)
+  return subprocess.run(
+    ["bash", str(script)],
+    capture_output=True,
+    text=True,
+    cwd="/",
+    stdin=subprocess.DEVNULL,
+    env=os.environ | environment,
+  )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -33,8 +45,16 @@ def test_syntax(script):
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck, of the extra [test], is not installed")
 def test_shellcheck():
-  scripts = sorted({*ROOT.glob("launch/*.sh"), ROOT / "launch/tpu", ROOT / "tests/run.sh", ROOT / ".ci/run"})
-  result = subprocess.run([SHELLCHECK, "--external-sources", *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
+  scripts = sorted(
+    {*ROOT.glob("launch/*.sh"), ROOT / "launch/tpu", ROOT / "tests/run.sh", ROOT / ".ci/run"}
+  )
+  result = subprocess.run(
+    [SHELLCHECK, "--external-sources", *scripts],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+  )
   assert result.returncode == 0, result.stdout
 
 
@@ -58,5 +78,7 @@ def test_without_a_network(clone, script):
 
 
 def test_help_of_the_smoke_run():
-  result = subprocess.run(["bash", ROOT / "launch/smoke.sh", "--help"], capture_output=True, text=True, check=True)
+  result = subprocess.run(
+    ["bash", ROOT / "launch/smoke.sh", "--help"], capture_output=True, text=True, check=True
+  )
   assert "--fresh" in result.stdout

@@ -24,7 +24,9 @@ from tests.trainer.shared import free_port
 
 def _generation(storage, request):
   with contextlib.suppress(NotFound):
-    return storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])["generation"]
+    return storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])[
+      "generation"
+    ]
   return "0"
 
 
@@ -38,11 +40,20 @@ def _insert(request, response, storage):
   """With the condition on which TensorStore and gcloud replace an object, which the emulator does not know."""
   wanted = request.query.get("ifGenerationMatch")
   if wanted:
-    name = request.query.get("name") or [request.data.get("meta", request.data)["name"]]  # gcloud's is in the body
+    name = request.query.get("name") or [
+      request.data.get("meta", request.data)["name"]
+    ]  # gcloud's is in the body
     request.params["object_id"] = name[0]
   if wanted and wanted[0] != _generation(storage, request):
     response.status = HTTPStatus.PRECONDITION_FAILED
-    response.json({"error": {"code": 412, "message": "At least one of the pre-conditions you specified did not hold."}})
+    response.json(
+      {
+        "error": {
+          "code": 412,
+          "message": "At least one of the pre-conditions you specified did not hold.",
+        }
+      }
+    )
     return
   objects.insert(request, response, storage)
 
@@ -62,25 +73,40 @@ def _layout(request, response, storage):
 
 _BUCKET, _OBJECT = r"/b/(?P<bucket_name>[-.\w]+)/o", r"/(?P<object_id>.*[^/]+)"
 server.HANDLERS = (
-    (rf"^/storage/v1{_BUCKET}{_OBJECT}/moveTo/o/(?P<dest_object_id>.*[^/]+)$", {"POST": _move}),
-    (r"^/storage/v1/b/[-.\w]+/(storageLayout|managedFolders)$", {"GET": _layout}),
-    (rf"^(/resumable)?/upload/storage/v1{_BUCKET}$", {"POST": _insert, "PUT": objects.upload_partial}),
-    (rf"^/download/storage/v1{_BUCKET}{_OBJECT}$", {"GET": _download}),
-    (rf"^/storage/v1{_BUCKET}{_OBJECT}$", {"GET": lambda request, response, storage: (
-        _download if request.query.get("alt") == ["media"] else objects.get)(request, response, storage),
-        "DELETE": objects.delete, "PATCH": objects.patch}),
-    *server.HANDLERS)
+  (rf"^/storage/v1{_BUCKET}{_OBJECT}/moveTo/o/(?P<dest_object_id>.*[^/]+)$", {"POST": _move}),
+  (r"^/storage/v1/b/[-.\w]+/(storageLayout|managedFolders)$", {"GET": _layout}),
+  (
+    rf"^(/resumable)?/upload/storage/v1{_BUCKET}$",
+    {"POST": _insert, "PUT": objects.upload_partial},
+  ),
+  (rf"^/download/storage/v1{_BUCKET}{_OBJECT}$", {"GET": _download}),
+  (
+    rf"^/storage/v1{_BUCKET}{_OBJECT}$",
+    {
+      "GET": lambda request, response, storage: (
+        _download if request.query.get("alt") == ["media"] else objects.get
+      )(request, response, storage),
+      "DELETE": objects.delete,
+      "PATCH": objects.patch,
+    },
+  ),
+  *server.HANDLERS,
+)
 
 
 class _Handler(server.RequestHandler):
-  wbufsize = -1  # headers and body in one packet, for the second would wait for the client's word on the first
+  wbufsize = (
+    -1
+  )  # headers and body in one packet, for the second would wait for the client's word on the first
   faults: pathlib.Path
   refused: pathlib.Path
 
   def parse_request(self):
     if not super().parse_request():
       return False
-    if self.headers.get("Content-Type", "").startswith("multipart/"):  # gcloud's boundary is in the wrong quotes
+    if self.headers.get("Content-Type", "").startswith(
+      "multipart/"
+    ):  # gcloud's boundary is in the wrong quotes
       self.headers.replace_header("Content-Type", self.headers["Content-Type"].replace("'", '"'))
     faults = json.loads(self.faults.read_text())
     line = f"{self.command} {self.path}"
@@ -89,7 +115,9 @@ class _Handler(server.RequestHandler):
     self.rfile.read(int(self.headers.get("Content-Length", 0)))
     with self.refused.open("a") as file:
       file.write(line + "\n")
-    body = json.dumps({"error": {"code": faults["status"], "message": "refused by the test"}}).encode()
+    body = json.dumps(
+      {"error": {"code": faults["status"], "message": "refused by the test"}}
+    ).encode()
     self.send_response(faults["status"])
     self.send_header("Content-Type", "application/json")
     self.send_header("Content-Length", str(len(body)))
@@ -110,12 +138,17 @@ class Server:
     self._faults, self._refused = folder / "faults.json", folder / "refused"
     self.answer()
     self.process = subprocess.Popen(
-        [sys.executable, "-m", "tests.trainer.bucket_server", str(port), self._faults, self._refused],
-        cwd=pathlib.Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      [sys.executable, "-m", "tests.trainer.bucket_server", str(port), self._faults, self._refused],
+      cwd=pathlib.Path(__file__).parents[2],
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
     self.url = f"http://127.0.0.1:{port}"
-    self.environment = {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url,
-                        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
+    self.environment = {
+      "STORAGE_EMULATOR_HOST": self.url,
+      "TENSORSTORE_GCS_HTTP_URL": self.url,
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+    }
     while True:
       with contextlib.suppress(requests.ConnectionError):
         requests.get(self.url, timeout=10)

@@ -10,6 +10,7 @@ bit. Needs two cores and, for thirty events, about half an hour.
 """
 
 import argparse
+from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Sequence
 
 import psutil
 
@@ -42,14 +42,33 @@ class Pod:
   """One start of all hosts."""
 
   def __init__(self, workdir: pathlib.Path, hosts: int, total_steps: int):
-    command = [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--grace={LIMIT}", "--", sys.executable,
-               "-m", "trainer", f"--config={tiny.__file__}", f"--workdir={workdir}", "--config.data.kind=synthetic",
-               f"--config.total_steps={total_steps}", f"--config.log.every_steps={EVERY}",
-               "--config.checkpoint.keep_last=100000", f"--config.checkpoint.every_steps={EVERY}",
-               f"--config.pod.timeout_seconds={SILENCE}"]
+    command = [
+      sys.executable,
+      "-m",
+      "launch.local_pod",
+      f"--hosts={hosts}",
+      f"--grace={LIMIT}",
+      "--",
+      sys.executable,
+      "-m",
+      "trainer",
+      f"--config={tiny.__file__}",
+      f"--workdir={workdir}",
+      "--config.data.kind=synthetic",
+      f"--config.total_steps={total_steps}",
+      f"--config.log.every_steps={EVERY}",
+      "--config.checkpoint.keep_last=100000",
+      f"--config.checkpoint.every_steps={EVERY}",
+      f"--config.pod.timeout_seconds={SILENCE}",
+    ]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                     env=os.environ | {"XLA_FLAGS": flags})
+    self._process = subprocess.Popen(
+      command,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ | {"XLA_FLAGS": flags},
+    )
     self.log, self._lines = "", threading.Condition()
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -64,14 +83,19 @@ class Pod:
 
   def wait_for(self, pattern: str, limit: float) -> None:
     with self._lines:
-      if not self._lines.wait_for(lambda: re.search(pattern, self.log) or self.log.endswith("END"), timeout=limit):
+      if not self._lines.wait_for(
+        lambda: re.search(pattern, self.log) or self.log.endswith("END"), timeout=limit
+      ):
         raise AssertionError(f"{pattern!r} did not come within {limit} s:\n{self.log[-3000:]}")
 
   def pids(self) -> list[int]:
     return [int(pid) for pid in re.findall(r"started as process (\d+)", self.log)]
 
   def codes(self) -> dict[int, int]:
-    return {int(host): int(code) for host, code in re.findall(r"\[(\d+)\] ended with code (-?\d+)", self.log)}
+    return {
+      int(host): int(code)
+      for host, code in re.findall(r"\[(\d+)\] ended with code (-?\d+)", self.log)
+    }
 
   def finish(self, limit: float) -> dict[int, int]:
     """Returns the exit code of each host when all are gone, and makes sure that they are."""
@@ -90,13 +114,20 @@ class Pod:
 
 def checkpoints(workdir: pathlib.Path) -> list[int]:
   folder = workdir / "checkpoints"
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+  return (
+    sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    if folder.exists()
+    else []
+  )
 
 
 def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
   """Harms a checkpoint in one of the ways that disks and killed processes do."""
   folder = workdir / "checkpoints" / str(step)
-  data = max((path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  data = max(
+    (path for path in (folder / "params").rglob("*") if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
   kind = rng.choice(["lost item", "cut file", "wrong byte"])
   if kind == "lost item":
     shutil.rmtree(folder / "opt_state")
@@ -109,7 +140,9 @@ def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
   return kind
 
 
-def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[int] = HOSTS) -> None:
+def chaos(
+  folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[int] = HOSTS
+) -> None:
   """Trains through the events and checks everything.
 
   Args:
@@ -132,7 +165,9 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[i
       pod.wait_for(r"step \d+/\d+ ", 240)
       came = time.monotonic() - began
       if before:
-        assert f"Going on from checkpoint {before} of" in pod.log, f"not from {before}:\n{pod.log[-3000:]}"
+        assert f"Going on from checkpoint {before} of" in pod.log, (
+          f"not from {before}:\n{pod.log[-3000:]}"
+        )
       assert ("is damaged" in pod.log) == bool(harmed), pod.log[-3000:]
       if event != "end":
         pod.wait_for(f"step {EVERY * (before // EVERY + rng.randint(2, 4))}/", 240)
@@ -145,7 +180,9 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[i
             pod.wait_for(rf"\[{other}\] ended with", LIMIT)
           os.kill(pod.pids()[victim], signal.SIGKILL)
         codes = pod.finish(LIMIT)
-        assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) <= {76}, f"{codes}\n{pod.log[-3000:]}"
+        assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) <= {76}, (
+          f"{codes}\n{pod.log[-3000:]}"
+        )
       elif event != "end":
         os.kill(pod.pids()[victim], signal.SIGTERM)
         assert set(pod.finish(LIMIT).values()) == {75}, pod.log[-3000:]
@@ -162,16 +199,23 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[i
     reached = max(map(int, re.findall(r"step (\d+)/", pod.log)))
     newest = max(checkpoints(workdir))
     # A killed host may take the save that is in flight with it, and the one that its last steps asked for.
-    assert newest > reached - 2 * EVERY, f"step {reached} was reached, but {newest} is the newest checkpoint"
+    assert newest > reached - 2 * EVERY, (
+      f"step {reached} was reached, but {newest} is the newest checkpoint"
+    )
     harmed, note = None, f"host {victim} of {hosts}" if event != "end" else f"{hosts} hosts"
     if event == "damage":
       note = f"{damage(workdir, newest, rng)} of checkpoint {newest}"
       harmed, newest = newest, checkpoints(workdir)[-2]
       stretches[-1][2].pop(harmed, None)
     elif event == "resize":
-      note = f"{hosts} -> {(hosts := rng.choice([count for count in counts if count != hosts]))} hosts"
-    print(f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, step {reached}, "
-          f"checkpoint {newest}", flush=True)
+      note = (
+        f"{hosts} -> {(hosts := rng.choice([count for count in counts if count != hosts]))} hosts"
+      )
+    print(
+      f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, step {reached}, "
+      f"checkpoint {newest}",
+      flush=True,
+    )
 
   final = json.loads((workdir / "final.json").read_text())
   assert final["step"] == total
@@ -187,9 +231,13 @@ def chaos(folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[i
       time.sleep(0.2)
     pod.stop()
     for step in periodic:
-      assert fingerprints(quiet, step) == seen[step], f"checkpoint {step} on {hosts} hosts is not that of a quiet run"
-    print(f"{hosts} hosts, steps {first} to {max(periodic)}: {len(periodic)} checkpoints are those of a quiet run, bit for bit",
-          flush=True)
+      assert fingerprints(quiet, step) == seen[step], (
+        f"checkpoint {step} on {hosts} hosts is not that of a quiet run"
+      )
+    print(
+      f"{hosts} hosts, steps {first} to {max(periodic)}: {len(periodic)} checkpoints are those of a quiet run, bit for bit",
+      flush=True,
+    )
     shutil.rmtree(quiet)
   print(f"{len(events)} events, {total} steps, top1 {100 * final['top1']:.1f} %; nothing was lost.")
 
@@ -198,7 +246,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--events", type=int, default=30)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--folder", type=pathlib.Path, help="kept for a look; a temporary one otherwise")
+  parser.add_argument(
+    "--folder", type=pathlib.Path, help="kept for a look; a temporary one otherwise"
+  )
   args = parser.parse_args()
   rng = random.Random(args.seed)
   events = [rng.choice(EVENTS) for _ in range(args.events)]

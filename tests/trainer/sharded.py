@@ -1,7 +1,7 @@
 """Process of test_sharding.py: runs the tiny net on virtual devices in every way to shard it, and prints JSON.
 
-    JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded float32|float64 family ...
-    JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
+JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded float32|float64 family ...
+JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
 """
 
 import collections
@@ -14,11 +14,14 @@ import jax
 import numpy as np
 
 from tests.trainer import tiny
-from trainer.tools import collectives
-from trainer import config as config_lib, evaluate, mesh as mesh_lib, train as train_lib
-from trainer.workdir.checkpoint import Checkpointer
+from trainer import config as config_lib
+from trainer import evaluate
+from trainer import mesh as mesh_lib
+from trainer import train as train_lib
 from trainer.pod.pod import Pod
 from trainer.step import METRICS, NOTHING
+from trainer.tools import collectives
+from trainer.workdir.checkpoint import Checkpointer
 
 STEPS = 10
 FSDP = {"mesh.fsdp": 2, "sharding.params": "fsdp"}
@@ -30,19 +33,36 @@ GROUP = {"model.bn_group": "8"}
 
 # Name: (devices, what differs from the default). Those of one family compute the same numbers.
 FAMILIES = {
-    "global": {"1": (1, {}), "8": (8, {}), "fsdp": (8, FSDP), "space": (8, SPACE), "update": (8, UPDATE),
-               "all": (8, ALL)},
-    "group": {"1": (1, GROUP), "2": (2, GROUP), "4": (4, GROUP), "8": (8, GROUP), "all": (8, GROUP | ALL)},
-    "device": {"number": (1, {"model.bn_group": "4"}), "device": (8, {"model.bn_group": "device"}),
-               "half": (8, {"model.bn_group": "2"})},
-    "accumulation": {"1": (1, ACCUMULATE), "8": (8, ACCUMULATE), "all": (8, ACCUMULATE | ALL)},
-    "accumulation of groups": {"1": (1, ACCUMULATE | {"model.bn_group": "2"}),
-                               "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
-                               "device": (4, ACCUMULATE | {"model.bn_group": "device"})},
-    # A batch in one go, and in four, where groups make both the same but for the order of the running averages.
-    "one": {"1": (1, {"model.bn_group": "1"})},
-    "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
-    "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
+  "global": {
+    "1": (1, {}),
+    "8": (8, {}),
+    "fsdp": (8, FSDP),
+    "space": (8, SPACE),
+    "update": (8, UPDATE),
+    "all": (8, ALL),
+  },
+  "group": {
+    "1": (1, GROUP),
+    "2": (2, GROUP),
+    "4": (4, GROUP),
+    "8": (8, GROUP),
+    "all": (8, GROUP | ALL),
+  },
+  "device": {
+    "number": (1, {"model.bn_group": "4"}),
+    "device": (8, {"model.bn_group": "device"}),
+    "half": (8, {"model.bn_group": "2"}),
+  },
+  "accumulation": {"1": (1, ACCUMULATE), "8": (8, ACCUMULATE), "all": (8, ACCUMULATE | ALL)},
+  "accumulation of groups": {
+    "1": (1, ACCUMULATE | {"model.bn_group": "2"}),
+    "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
+    "device": (4, ACCUMULATE | {"model.bn_group": "device"}),
+  },
+  # A batch in one go, and in four, where groups make both the same but for the order of the running averages.
+  "one": {"1": (1, {"model.bn_group": "1"})},
+  "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
+  "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
 }
 
 
@@ -61,8 +81,11 @@ def batches():
   rng, rows = np.random.default_rng(0), 32 // jax.process_count()
   mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
   for _ in range(STEPS):
-    batch = {"image": rng.integers(0, 256, (32, 16, 16, 3), np.uint8), "label": rng.integers(0, 6, 32, np.int32),
-             "mask": np.arange(32) < 29}
+    batch = {
+      "image": rng.integers(0, 256, (32, 16, 16, 3), np.uint8),
+      "label": rng.integers(0, 6, 32, np.int32),
+      "mask": np.arange(32) < 29,
+    }
     yield {name: x[mine] for name, x in batch.items()}
 
 
@@ -73,8 +96,14 @@ def number_of_each(compiled):
 
 def kernel_bytes(tree):
   """Returns {leaf: [bytes on the first device, bytes in all]} of the leaves with more than one dimension."""
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): [leaf.addressable_shards[0].data.nbytes, leaf.nbytes]
-          for path, leaf in jax.tree.leaves_with_path(tree) if leaf.ndim > 1}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): [
+      leaf.addressable_shards[0].data.nbytes,
+      leaf.nbytes,
+    ]
+    for path, leaf in jax.tree.leaves_with_path(tree)
+    if leaf.ndim > 1
+  }
 
 
 def start(program, host_state=None):
@@ -101,16 +130,22 @@ def run(dtype, num_devices, overrides, host_state=None):
     batch = {name: batch[name] for name in train_lib.TRAIN_BATCH}
     state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing)
     metrics.append(np.asarray(step_metrics).tolist())
-  for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
-    assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
+  for leaf, abstract in zip(
+    jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
+  ):
+    assert (
+      leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
+    )
   return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
-      "eval": evaluate.evaluate(eval_step, program.mesh, *state.for_eval(), batches(), lambda: nothing),
-      "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
-      "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
-      "train_collectives": number_of_each(train_step),
-      "eval_collectives": number_of_each(eval_step),
-      "momentum": kernel_bytes(state.opt_state),
-      "params": kernel_bytes(state.params),
+    "eval": evaluate.evaluate(
+      eval_step, program.mesh, *state.for_eval(), batches(), lambda: nothing
+    ),
+    "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
+    "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
+    "train_collectives": number_of_each(train_step),
+    "eval_collectives": number_of_each(eval_step),
+    "momentum": kernel_bytes(state.opt_state),
+    "params": kernel_bytes(state.params),
   }, host_state
 
 
@@ -122,7 +157,9 @@ def move_checkpoints(dtype):
     return config, train_lib.build(config, 64, jax.devices()[:num_devices])
 
   def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+      np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
   config, program = build(8, ALL)
   state = start(program)
@@ -131,12 +168,18 @@ def move_checkpoints(dtype):
     checkpointer = Checkpointer(Pod(config.pod), epath.Path(folder), config, 0)
     checkpointer.save_and_wait(0, state, {"best": None, "wall_seconds": {}})
     checkpointer.close()
-    for name, (num_devices, overrides) in {"1": (1, {}), "fsdp": (8, FSDP), "update": (8, UPDATE)}.items():
+    for name, (num_devices, overrides) in {
+      "1": (1, {}),
+      "fsdp": (8, FSDP),
+      "update": (8, UPDATE),
+    }.items():
       config, program = build(num_devices, overrides)
       checkpointer = Checkpointer(Pod(config.pod), epath.Path(folder), config, 0)
       restored, _ = checkpointer.restore_newest(program.abstract_state)
       checkpointer.close()
-      placed = jax.tree.map(lambda x, abstract: x.sharding == abstract.sharding, restored, program.abstract_state)
+      placed = jax.tree.map(
+        lambda x, abstract: x.sharding == abstract.sharding, restored, program.abstract_state
+      )
       moved[name] = same(restored, state) and all(jax.tree.leaves(placed))
   return moved
 

@@ -6,7 +6,9 @@ import socket
 
 def fingerprints(workdir, step):
   """Returns the hash of every leaf at a step, as the checkpoint holds them."""
-  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprints"]
+  return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())[
+    "fingerprints"
+  ]
 
 
 def free_port():

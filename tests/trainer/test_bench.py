@@ -18,7 +18,9 @@ def test_loop(capsys):
 
 def test_save(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(bench, "base", tiny)  # a net that is saved in a moment
-  bench.main(["save", "--rounds", "1", "--steps", "2", "--idle-seconds", "0.0", "--folder", str(tmp_path)])
+  bench.main(
+    ["save", "--rounds", "1", "--steps", "2", "--idle-seconds", "0.0", "--folder", str(tmp_path)]
+  )
   out = capsys.readouterr().out
   assert "first:" in out and "save  1:" in out and "medians: the loop stands still for" in out
   assert not list(tmp_path.iterdir())
@@ -27,6 +29,11 @@ def test_save(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_startup():
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  out = subprocess.run([sys.executable, "-m", "trainer.bench", "startup"], env=environment, check=True,
-                       stdout=subprocess.PIPE, text=True).stdout
+  out = subprocess.run(
+    [sys.executable, "-m", "trainer.bench", "startup"],
+    env=environment,
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  ).stdout
   assert "start 2: first step after" in out and "ratio" in out

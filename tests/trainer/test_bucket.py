@@ -19,13 +19,21 @@ from tests.trainer import bucket_server, tiny
 from tests.trainer.shared import fingerprints
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
+from trainer import train as train_lib
+from trainer.errors import (
+  FAILED,
+  HOST_LOST,
+  PREEMPTED,
+  CheckpointError,
+  ConfigError,
+  Preempted,
+  StorageError,
+  TrainerError,
+)
+from trainer.pod.pod import Pod
 from trainer.reporting import events, report
 from trainer.workdir import storage
-from trainer import train as train_lib
 from trainer.workdir.checkpoint import Checkpointer
-from trainer.errors import (CheckpointError, ConfigError, FAILED, HOST_LOST, PREEMPTED, Preempted, StorageError,
-                            TrainerError)
-from trainer.pod.pod import Pod
 
 ALONE = Pod(tiny.get_config().pod)
 ANY_WRITE = "^(POST|PUT)"
@@ -34,8 +42,16 @@ OF_ARRAYS = "^POST .*(ocdbt|manifest)"  # written by TensorStore
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-  with bucket_server.serving(tmp_path_factory.mktemp("server")) as server, pytest.MonkeyPatch.context() as patch:
-    for name, value in server.environment.items():  # of this process too, and for TensorStore before it is first used
+  with (
+    bucket_server.serving(tmp_path_factory.mktemp("server")) as server,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    for (
+      name,
+      value,
+    ) in (
+      server.environment.items()
+    ):  # of this process too, and for TensorStore before it is first used
       patch.setenv(name, value)
       patch.setitem(ENVIRONMENT, name, value)
     yield server
@@ -51,13 +67,20 @@ def workdir(server, request):
 @pytest.fixture(scope="module")
 def program():
   config = tiny.get_config()
-  config.data.kind, config.checkpoint.keep_last, config.checkpoint.retry_seconds = "synthetic", 2, 0.1
+  config.data.kind, config.checkpoint.keep_last, config.checkpoint.retry_seconds = (
+    "synthetic",
+    2,
+    0.1,
+  )
   return config, train_lib.build(config, num_examples=64)
 
 
 def objects(folder):
-  return {f"{root}/{name}".removeprefix(f"{folder}".removeprefix("gs://")).removeprefix("/")
-          for root, _, names in folder.walk() for name in names}
+  return {
+    f"{root}/{name}".removeprefix(f"{folder}".removeprefix("gs://")).removeprefix("/")
+    for root, _, names in folder.walk()
+    for name in names
+  }
 
 
 def open_checkpointer(workdir, program):
@@ -81,15 +104,23 @@ def whole(workdir):
   return sorted(ocp.utils.checkpoint_steps(workdir / "checkpoints"))
 
 
-def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(workdir, tmp_path, config, capsys):
+def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(
+  workdir, tmp_path, config, capsys
+):
   config.total_steps, config.checkpoint.every_steps, config.checkpoint.keep_last = 12, 6, 1
   with pytest.raises(Preempted):
     train_lib.train(config, str(workdir), StopAt(9))
   final = train_lib.train(config, str(workdir))
   train_lib.train(config, str(tmp_path))
   assert fingerprints(workdir, 12) == fingerprints(epath.Path(tmp_path), 12)
-  assert {p.name for p in workdir.iterdir()} == {"checkpoints", "config.json", "events", "final.json", "report.html",
-                                                "starts.json"}
+  assert {p.name for p in workdir.iterdir()} == {
+    "checkpoints",
+    "config.json",
+    "events",
+    "final.json",
+    "report.html",
+    "starts.json",
+  }
   assert whole(workdir) == [12]
   assert json.loads((workdir / "final.json").read_text()) == final
   assert json.loads((workdir / "config.json").read_text())["total_steps"] == 12
@@ -130,8 +161,17 @@ def test_damaged_checkpoints_are_set_aside(workdir, program):
   checkpointer.set_best(1)
   save(checkpointer, program, 1, 2, 3)
   checkpointer.close()
-  flipped, lost = (max((workdir / "checkpoints" / step / name for name in objects(workdir / "checkpoints" / step)
-                        if "/d/" in name), key=lambda path: path.stat().length) for step in ("2", "3"))
+  flipped, lost = (
+    max(
+      (
+        workdir / "checkpoints" / step / name
+        for name in objects(workdir / "checkpoints" / step)
+        if "/d/" in name
+      ),
+      key=lambda path: path.stat().length,
+    )
+    for step in ("2", "3")
+  )
   data = bytearray(flipped.read_bytes())
   data[len(data) // 2] ^= 1
   flipped.write_bytes(bytes(data))
@@ -141,8 +181,12 @@ def test_damaged_checkpoints_are_set_aside(workdir, program):
   state, meta = checkpointer.restore_newest(program[1].abstract_state)
   assert meta["step"] == 1
   jax.tree.map(np.testing.assert_array_equal, state.params, make_state(program, 1).params)
-  assert {aside.name.split("-")[0]: objects(aside) for aside in (workdir / "damaged").iterdir()} == before
-  assert whole(workdir) == [1] and {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"1"}
+  assert {
+    aside.name.split("-")[0]: objects(aside) for aside in (workdir / "damaged").iterdir()
+  } == before
+  assert whole(workdir) == [1] and {
+    name.split("/")[0] for name in objects(workdir / "checkpoints")
+  } == {"1"}
   save(checkpointer, program, 2)
   assert whole(workdir) == [1, 2]
   checkpointer.close()
@@ -165,7 +209,8 @@ def test_a_server_that_is_busy_for_a_while_delays_a_save(server, workdir, progra
 
 
 def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
-    server, workdir, program, monkeypatch, caplog):
+  server, workdir, program, monkeypatch, caplog
+):
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     assert context["gcs_request_retries"] == storage._RETRIES
     monkeypatch.setitem(context, "gcs_request_retries", {"max_retries": 1})
@@ -174,18 +219,27 @@ def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
   server.refuse(OF_ARRAYS, 503)
   checkpointer.save(2, make_state(program, 2), META)
   checkpointer.poll(wait=True)
-  assert "step 2 could not be saved" in caplog.text and "newest whole checkpoint is that of step 1" in caplog.text
+  assert (
+    "step 2 could not be saved" in caplog.text
+    and "newest whole checkpoint is that of step 1" in caplog.text
+  )
   time.sleep(0.2)
-  assert checkpointer.wanted() and (workdir / "checkpoints" / "2").exists() and whole(workdir) == [1]
+  assert (
+    checkpointer.wanted() and (workdir / "checkpoints" / "2").exists() and whole(workdir) == [1]
+  )
   server.refuse("/b/bucket[?]", 503)
   monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
   checkpointer.save(3, make_state(program, 3), META)
   assert "step 3 could not be saved (bucket bucket cannot be reached" in caplog.text
-  with pytest.raises(CheckpointError, match="checkpoint of step 4 could not be written .* is that of step 1"):
+  with pytest.raises(
+    CheckpointError, match="checkpoint of step 4 could not be written .* is that of step 1"
+  ):
     save(checkpointer, program, 4)
   server.answer()
   save(checkpointer, program, 4)
-  assert whole(workdir) == [1, 4] and {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"1", "4"}
+  assert whole(workdir) == [1, 4] and {
+    name.split("/")[0] for name in objects(workdir / "checkpoints")
+  } == {"1", "4"}
   checkpointer.close()
 
 
@@ -206,21 +260,33 @@ def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, progra
   checkpointer.close()
 
 
-@pytest.mark.parametrize("name, match, status, words", [
+@pytest.mark.parametrize(
+  "name, match, status, words",
+  [
     ("gs://no-such-bucket/run", "^$", 200, "there is no bucket no-such-bucket"),
-    ("gs://bucket/run", "/b/bucket[?]", 403, "closed to these credentials, which need storage.buckets.get"),
+    (
+      "gs://bucket/run",
+      "/b/bucket[?]",
+      403,
+      "closed to these credentials, which need storage.buckets.get",
+    ),
     ("gs://bucket/run", ANY_WRITE, 403, "cannot be written by host 0: OSError: Forbidden"),
     ("gs://bucket/run", "/b/bucket[?]", 503, "bucket bucket cannot be reached"),
     ("gs://B/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
     ("s3://bucket/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
-])
-def test_a_bucket_that_cannot_be_used_is_one_sentence(server, config, monkeypatch, name, match, status, words):
+  ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_sentence(
+  server, config, monkeypatch, name, match, status, words
+):
   monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
   server.refuse(match, status)
   with pytest.raises(ConfigError) as refusal:
     train_lib.train(config, name)
   server.answer()
-  assert words in str(refusal.value) and name in str(refusal.value) and "\n" not in str(refusal.value)
+  assert (
+    words in str(refusal.value) and name in str(refusal.value) and "\n" not in str(refusal.value)
+  )
 
 
 def test_a_silent_server_is_not_waited_for(server, config, monkeypatch):
@@ -233,7 +299,9 @@ def test_a_silent_server_is_not_waited_for(server, config, monkeypatch):
 
 def test_a_missing_extra_is_named(config, monkeypatch):
   find_spec = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name)
+  )
   with pytest.raises(ConfigError, match=r"gcsfs is missing; run: pip install -e '\.\[gcs\]'"):
     train_lib.train(config, "gs://bucket/run")
 
@@ -276,10 +344,20 @@ get_config = tiny.get_config
 
 def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_path):
   (tmp_path / "config.py").write_text(IMPATIENT)
-  command = trainer("gs://bucket/run", "total_steps=600", "log.every_steps=100", "checkpoint.every_steps=200",
-                    "checkpoint.retry_seconds=2", config=tmp_path / "config.py")
-  with bucket_server.serving(tmp_path) as server, subprocess.Popen(
-      command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | server.environment) as process:
+  command = trainer(
+    "gs://bucket/run",
+    "total_steps=600",
+    "log.every_steps=100",
+    "checkpoint.every_steps=200",
+    "checkpoint.retry_seconds=2",
+    config=tmp_path / "config.py",
+  )
+  with (
+    bucket_server.serving(tmp_path) as server,
+    subprocess.Popen(
+      command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | server.environment
+    ) as process,
+  ):
     log = ""
     for line in process.stderr:
       log += line
@@ -290,12 +368,16 @@ def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_pat
   assert process.returncode == FAILED, log
   assert "could not be saved" in log and "Training goes on" in log and "step 600/600" in log
   assert "Traceback" not in log
-  assert "The checkpoint of step 600 could not be written to gs://bucket/run/checkpoints" in log.splitlines()[-1]
+  assert (
+    "The checkpoint of step 600 could not be written to gs://bucket/run/checkpoints"
+    in log.splitlines()[-1]
+  )
 
 
 def test_a_wrong_bucket_on_the_command_line(server):
-  result = subprocess.run(trainer("gs://no-such-bucket/run"), capture_output=True, text=True, env=ENVIRONMENT,
-                          timeout=60)
+  result = subprocess.run(
+    trainer("gs://no-such-bucket/run"), capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+  )
   assert result.returncode == FAILED and "Traceback" not in result.stderr
   assert "there is no bucket no-such-bucket" in result.stderr.splitlines()[-1]
 

@@ -10,10 +10,10 @@ import pytest
 
 from tests.trainer import tiny
 from trainer import train as train_lib
-from trainer.workdir.checkpoint import Checkpointer
 from trainer.errors import ConfigError
 from trainer.pod.pod import Pod
 from trainer.state import fingerprints
+from trainer.workdir.checkpoint import Checkpointer
 
 ALONE = Pod(tiny.get_config().pod)
 
@@ -32,7 +32,9 @@ def make_state(program, step):
 
 def save(checkpointer, program, steps, **meta):
   for step in steps:
-    checkpointer.save_and_wait(step, make_state(program, step), {"best": None, "wall_seconds": {}} | meta)
+    checkpointer.save_and_wait(
+      step, make_state(program, step), {"best": None, "wall_seconds": {}} | meta
+    )
 
 
 def open_checkpointer(workdir, program, every_steps=0):
@@ -116,7 +118,9 @@ def restore_damaged(workdir, program, caplog):
   jax.tree.map(np.testing.assert_array_equal, state.params, make_state(program, 10).params)
   assert kept(workdir) == [10]
   assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["20"]
-  assert any("20 is damaged" in r.getMessage() and "set aside" in r.getMessage() for r in caplog.records)
+  assert any(
+    "20 is damaged" in r.getMessage() and "set aside" in r.getMessage() for r in caplog.records
+  )
 
 
 @pytest.fixture
@@ -142,8 +146,10 @@ def test_empty_folder(workdir, program, caplog):
 
 def payload(workdir, item):
   """Returns the largest file of an item: the one with the numbers in it."""
-  return max((p for p in (workdir / "checkpoints" / "20" / item).rglob("*") if p.is_file()),
-             key=lambda p: p.stat().st_size)
+  return max(
+    (p for p in (workdir / "checkpoints" / "20" / item).rglob("*") if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
 
 
 @pytest.mark.parametrize("item", ITEMS)

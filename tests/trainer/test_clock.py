@@ -16,7 +16,9 @@ from trainer.reporting import clock as clock_lib
 def now(monkeypatch):
   """The time, to be set: [seconds]."""
   now = [1000.0]
-  monkeypatch.setattr(clock_lib, "time", types.SimpleNamespace(time=lambda: now[0] + 1e9, monotonic=lambda: now[0]))
+  monkeypatch.setattr(
+    clock_lib, "time", types.SimpleNamespace(time=lambda: now[0] + 1e9, monotonic=lambda: now[0])
+  )
   return now
 
 
@@ -30,8 +32,15 @@ def test_causes_of_one_process(now):
   with clock("checkpoint"):
     now[0] += 8
   assert clock.start(None) == {"first_start": 1e9 + 1000, "starts": 1}
-  assert clock.since_first_start() == {"compile": 30, "input_wait": 0, "step": 60, "eval": 0, "checkpoint": 8,
-                                       "other": 2, "restart": 0}
+  assert clock.since_first_start() == {
+    "compile": 30,
+    "input_wait": 0,
+    "step": 60,
+    "eval": 0,
+    "checkpoint": 8,
+    "other": 2,
+    "restart": 0,
+  }
   assert clock.goodput() == pytest.approx(0.6)
 
 
@@ -65,13 +74,19 @@ def test_killed_before_its_first_checkpoint(now):
   assert second.goodput() == pytest.approx(0.1)
 
 
-def test_killed_resumed_and_stopped_the_causes_sum_up_to_the_time_since_the_first_start(tmp_path, shards):
-  args = test_run.command(tmp_path, shards, "total_steps=400", "checkpoint.every_steps=20", "log.every_steps=50")
+def test_killed_resumed_and_stopped_the_causes_sum_up_to_the_time_since_the_first_start(
+  tmp_path, shards
+):
+  args = test_run.command(
+    tmp_path, shards, "total_steps=400", "checkpoint.every_steps=20", "log.every_steps=50"
+  )
   starts, pause = tmp_path / "starts.json", 1.0
   began = time.time()
-  waits = ((signal.SIGKILL, lambda: starts.exists()),
-           (signal.SIGKILL, lambda: list((tmp_path / "checkpoints").glob("?0"))),
-           (signal.SIGTERM, lambda: json.loads(starts.read_text())["starts"] == 3))
+  waits = (
+    (signal.SIGKILL, lambda: starts.exists()),
+    (signal.SIGKILL, lambda: list((tmp_path / "checkpoints").glob("?0"))),
+    (signal.SIGTERM, lambda: json.loads(starts.read_text())["starts"] == 3),
+  )
   for number, reached in waits:
     with subprocess.Popen(args, stderr=subprocess.DEVNULL) as process:
       while not reached() and process.poll() is None:

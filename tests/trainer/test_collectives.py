@@ -73,33 +73,43 @@ _xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_program_of_cpu():
-  result = subprocess.run([sys.executable, "-c", CPU_PROGRAM], capture_output=True, text=True,
-                          env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"})
+  result = subprocess.run(
+    [sys.executable, "-c", CPU_PROGRAM],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+  )
   assert result.returncode == 0, result.stderr
   assert sorted(json.loads(result.stdout)) == [
-      ["all-gather", 4, 256, False], ["all-reduce", 2, 64, True], ["collective-permute", 4, 64, False],
-      ["reduce-scatter", 4, 256, False]]
+    ["all-gather", 4, 256, False],
+    ["all-reduce", 2, 64, True],
+    ["collective-permute", 4, 64, False],
+    ["reduce-scatter", 4, 256, False],
+  ]
 
 
 def test_program_of_tpu():
   assert collectives.read(TPU_PROGRAM) == [
-      Collective("reduce-scatter", 4, 64 * 64 * 2, False),
-      Collective("all-gather", 4, 64 * 64 * 4, False),
-      Collective("collective-permute", 2, 4 * 8 * 4, True),
-      Collective("all-reduce", 2, 96 * 4 + 64 * 2, False),
-      Collective("all-gather", 2, 4 * 8 * 4, False),
-      Collective("all-reduce between slices", 3, 4 * 8 * 4, False),
-      Collective("all-reduce", 4, 3, False),
+    Collective("reduce-scatter", 4, 64 * 64 * 2, False),
+    Collective("all-gather", 4, 64 * 64 * 4, False),
+    Collective("collective-permute", 2, 4 * 8 * 4, True),
+    Collective("all-reduce", 2, 96 * 4 + 64 * 2, False),
+    Collective("all-gather", 2, 4 * 8 * 4, False),
+    Collective("all-reduce between slices", 3, 4 * 8 * 4, False),
+    Collective("all-reduce", 4, 3, False),
   ]
 
 
-@pytest.mark.parametrize("axes, devices", [
+@pytest.mark.parametrize(
+  "axes, devices",
+  [
     ("mesh['a'=4,'b'=8] {'b'}", 8),
     ("mesh['a'=4,'b'=8] {'a','b':(2)4}", 16),
     ("mesh['a'=1,'b'=2,'c'=4], device_ids=([2,4]T(1,0)) {'b'}", 2),
     ("[4,8]<=[8,4]T(1,0)", 8),
     ("{{0,3,6}}", 3),
-])
+  ],
+)
 def test_every_way_to_write_groups(axes, devices):
   line = f"  %all-reduce = f32[]{{:T(128)}} all-reduce(%x), channel_id=1, replica_groups={axes}, to_apply=%add"
   assert collectives.read(line) == [Collective("all-reduce", devices, 4, False)]
@@ -107,10 +117,15 @@ def test_every_way_to_write_groups(axes, devices):
 
 def test_description_adds_up_by_kind_and_devices():
   mebibyte = 2**20
-  assert collectives.describe([
-      Collective("all-reduce", 4, mebibyte, False), Collective("all-gather", 4, 3 * mebibyte, False),
-      Collective("all-reduce", 4, mebibyte // 2, False), Collective("all-reduce", 2, mebibyte, True)]) == [
-          "all-gather                over 4 devices: 1, 3.00 MiB",
-          "all-reduce                over 2 devices: 1, 1.00 MiB; 1 of them in loops, counted once",
-          "all-reduce                over 4 devices: 2, 1.50 MiB",
-      ]
+  assert collectives.describe(
+    [
+      Collective("all-reduce", 4, mebibyte, False),
+      Collective("all-gather", 4, 3 * mebibyte, False),
+      Collective("all-reduce", 4, mebibyte // 2, False),
+      Collective("all-reduce", 2, mebibyte, True),
+    ]
+  ) == [
+    "all-gather                over 4 devices: 1, 3.00 MiB",
+    "all-reduce                over 2 devices: 1, 1.00 MiB; 1 of them in loops, counted once",
+    "all-reduce                over 4 devices: 2, 1.50 MiB",
+  ]

@@ -6,10 +6,15 @@ import pathlib
 import pytest
 
 from configs import base
-from trainer import config as config_lib, train as train_lib
+from trainer import config as config_lib
+from trainer import train as train_lib
 from trainer.errors import ConfigError
 
-RUN_FILES = sorted(p.stem for p in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+RUN_FILES = sorted(
+  p.stem
+  for p in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
+  if p.stem != "__init__"
+)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
@@ -24,7 +29,9 @@ def test_run_files_only_override(name):
   assert config_lib.flatten(config).keys() == config_lib.flatten(base.get_config()).keys()
 
 
-@pytest.mark.parametrize("field, value, words", [
+@pytest.mark.parametrize(
+  "field, value, words",
+  [
     ("model.name", "vgg", ["config.model.name", "resnet", "cifar_resnet", "vgg"]),
     ("model.depth", 51, ["config.model.depth", "18", "50", "200", "51"]),
     ("model.dtype", "int8", ["config.model.dtype", "bfloat16", "int8"]),
@@ -32,7 +39,11 @@ def test_run_files_only_override(name):
     ("model.bn_momentum", 1.0, ["config.model.bn_momentum", "[0, 1)"]),
     ("global_batch_size", 0, ["config.global_batch_size", "1 or more"]),
     ("global_batch_size", 1023, ["config.global_batch_size", "1023", "8 devices", "1024"]),
-    ("accumulation_steps", 3, ["config.global_batch_size", "8 devices times config.accumulation_steps = 3", "1032"]),
+    (
+      "accumulation_steps",
+      3,
+      ["config.global_batch_size", "8 devices times config.accumulation_steps = 3", "1032"],
+    ),
     ("accumulation_steps", 0, ["config.accumulation_steps", "1 or more"]),
     ("mesh.data", 0, ["config.mesh.data", "-1"]),
     ("mesh.data", 4, ["config.mesh.data", "config.mesh.fsdp", "config.mesh.space", "8 devices"]),
@@ -56,7 +67,8 @@ def test_run_files_only_override(name):
     ("total_epochs", 0.0, ["config.total_epochs", "config.total_steps", "both 0"]),
     ("optimizer.warmup_steps", -1, ["config.optimizer.warmup_steps", "negative"]),
     ("eval.every_steps", 7, ["config.eval.every_epochs", "config.eval.every_steps"]),
-])
+  ],
+)
 def test_out_of_range_is_refused_by_name(field, value, words):
   config = base.get_config()
   config.update_from_flattened_dict({field: value})
@@ -71,7 +83,9 @@ def test_out_of_range_is_refused_by_name(field, value, words):
 def test_unknown_field_is_refused_with_the_nearest_name():
   config = base.get_config().unlock()
   config.optimizer.momentun = 0.9
-  with pytest.raises(ConfigError, match=r"config\.optimizer\.momentun.*did you mean config\.optimizer\.momentum\?"):
+  with pytest.raises(
+    ConfigError, match=r"config\.optimizer\.momentun.*did you mean config\.optimizer\.momentum\?"
+  ):
     config_lib.validate(config)
 
 
@@ -82,9 +96,17 @@ def test_missing_field_is_refused():
     config_lib.validate(config)
 
 
-@pytest.mark.parametrize("section, name, value", [
-    ("model", "depth", "50"), ("model", "depth", 50.0), ("data", "flip", 1), ("data", "workers", True),
-    ("optimizer", "lr_per_256", "0.1"), ("data", "mean", ("a", "b", "c"))])
+@pytest.mark.parametrize(
+  "section, name, value",
+  [
+    ("model", "depth", "50"),
+    ("model", "depth", 50.0),
+    ("data", "flip", 1),
+    ("data", "workers", True),
+    ("optimizer", "lr_per_256", "0.1"),
+    ("data", "mean", ("a", "b", "c")),
+  ],
+)
 def test_wrong_type_is_refused(section, name, value):
   config = base.get_config().unlock()
   with config[section].ignore_type():
@@ -99,7 +121,9 @@ def test_durations_in_steps():
   config.total_epochs, config.optimizer.warmup_epochs, config.eval.every_epochs = 3.0, 0.5, 1.0
   config.checkpoint.every_steps = 7
   lengths = config_lib.durations(config, num_examples=1050)
-  assert lengths == config_lib.Durations(total=32, warmup=5, eval_every=10, checkpoint_every=7, per_epoch=10.5)
+  assert lengths == config_lib.Durations(
+    total=32, warmup=5, eval_every=10, checkpoint_every=7, per_epoch=10.5
+  )
 
 
 def test_warmup_longer_than_the_run_is_refused():
@@ -109,14 +133,33 @@ def test_warmup_longer_than_the_run_is_refused():
     config_lib.durations(config, num_examples=10_000)
 
 
-@pytest.mark.parametrize("field, value, refused", [
-    ("model.depth", 18, True), ("seed", 1, True), ("global_batch_size", 512, True), ("optimizer.momentum", 0.8, True),
-    ("total_epochs", 100.0, True), ("data.crop_area", (0.2, 1.0), True), ("label_smoothing", 0.0, True),
-    ("mesh.fsdp", 4, False), ("sharding.opt_state", "data", False), ("accumulation_steps", 4, True),
+@pytest.mark.parametrize(
+  "field, value, refused",
+  [
+    ("model.depth", 18, True),
+    ("seed", 1, True),
+    ("global_batch_size", 512, True),
+    ("optimizer.momentum", 0.8, True),
+    ("total_epochs", 100.0, True),
+    ("data.crop_area", (0.2, 1.0), True),
+    ("label_smoothing", 0.0, True),
+    ("mesh.fsdp", 4, False),
+    ("sharding.opt_state", "data", False),
+    ("accumulation_steps", 4, True),
     ("model.bn_group", "32", True),
-    ("data.workers", 7, False), ("data.path", "elsewhere", False), ("log.every_steps", 3, False),
-    ("checkpoint.keep_last", 9, False), ("data.stream_requests", 9, False), ("data.stream_window", 9, True),
-    ("data.kind", "stream", True), ("data.path", "gs://bucket/x", True), ("eval.batch_size", 64, False), ("data.eval_image_size", 288, False), ("data.eval_split", "test", False)])
+    ("data.workers", 7, False),
+    ("data.path", "elsewhere", False),
+    ("log.every_steps", 3, False),
+    ("checkpoint.keep_last", 9, False),
+    ("data.stream_requests", 9, False),
+    ("data.stream_window", 9, True),
+    ("data.kind", "stream", True),
+    ("data.path", "gs://bucket/x", True),
+    ("eval.batch_size", 64, False),
+    ("data.eval_image_size", 288, False),
+    ("data.eval_split", "test", False),
+  ],
+)
 def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   config = base.get_config()
   saved = config_lib.flatten(config)
@@ -130,12 +173,27 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   assert named in str(error.value) and "runs/a" in str(error.value)
 
 
-@pytest.mark.parametrize("overrides, words", [
-    ({"mesh.space": 8, "data.image_size": 100}, ["config.data.image_size is 100", "config.mesh.space = 8"]),
-    ({"mesh.space": 2, "global_batch_size": 1022}, ["config.global_batch_size", "config.mesh.space = 2", "1024"]),
-    ({"model.bn_group": "32", "global_batch_size": 768 // 2}, ["config.model.bn_group is 32", "12 groups", "8 parts"]),
-    ({"accumulation_steps": 2, "model.bn_group": "1024"}, ["config.model.bn_group", "512 examples of a micro-batch"]),
-])
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
+    (
+      {"mesh.space": 8, "data.image_size": 100},
+      ["config.data.image_size is 100", "config.mesh.space = 8"],
+    ),
+    (
+      {"mesh.space": 2, "global_batch_size": 1022},
+      ["config.global_batch_size", "config.mesh.space = 2", "1024"],
+    ),
+    (
+      {"model.bn_group": "32", "global_batch_size": 768 // 2},
+      ["config.model.bn_group is 32", "12 groups", "8 parts"],
+    ),
+    (
+      {"accumulation_steps": 2, "model.bn_group": "1024"},
+      ["config.model.bn_group", "512 examples of a micro-batch"],
+    ),
+  ],
+)
 def test_what_does_not_split_evenly_is_refused_by_name(overrides, words):
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
@@ -145,20 +203,34 @@ def test_what_does_not_split_evenly_is_refused_by_name(overrides, words):
     assert word in str(error.value)
 
 
-@pytest.mark.parametrize("overrides", [
-    {"mesh.fsdp": 2, "sharding.params": "fsdp"}, {"mesh.space": 2, "global_batch_size": 1020, "eval.batch_size": 4},
-    {"model.bn_group": "device"}, {"model.bn_group": "64", "accumulation_steps": 2}, {"model.bn_group": "512"},
-])
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    {"mesh.fsdp": 2, "sharding.params": "fsdp"},
+    {"mesh.space": 2, "global_batch_size": 1020, "eval.batch_size": 4},
+    {"model.bn_group": "device"},
+    {"model.bn_group": "64", "accumulation_steps": 2},
+    {"model.bn_group": "512"},
+  ],
+)
 def test_what_splits_evenly_is_taken(overrides):
   config = base.get_config()
   config.update_from_flattened_dict(overrides)
   config_lib.check_split(config, num_devices=8)
 
 
-@pytest.mark.parametrize("field, environment, expected", [
-    ("workdir", None, "WORKDIR/compiled"), ("gs://bucket/compiled", None, "gs://bucket/compiled"),
-    ("", None, None), ("workdir", "elsewhere", None)])
-def test_where_compiled_programs_are_kept(config, monkeypatch, tmp_path, field, environment, expected):
+@pytest.mark.parametrize(
+  "field, environment, expected",
+  [
+    ("workdir", None, "WORKDIR/compiled"),
+    ("gs://bucket/compiled", None, "gs://bucket/compiled"),
+    ("", None, None),
+    ("workdir", "elsewhere", None),
+  ],
+)
+def test_where_compiled_programs_are_kept(
+  config, monkeypatch, tmp_path, field, environment, expected
+):
   settings = {}
   monkeypatch.setattr(train_lib.jax.config, "update", settings.__setitem__)
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -166,4 +238,6 @@ def test_where_compiled_programs_are_kept(config, monkeypatch, tmp_path, field, 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment)
   config.compilation_cache = field
   train_lib.use_compilation_cache(config, tmp_path)
-  assert settings.get("jax_compilation_cache_dir") == (expected and expected.replace("WORKDIR", str(tmp_path)))
+  assert settings.get("jax_compilation_cache_dir") == (
+    expected and expected.replace("WORKDIR", str(tmp_path))
+  )

@@ -13,15 +13,19 @@ import pytest
 from tensorboardX import record_writer
 
 from trainer.reporting import events
-
-from clu import metric_writers  # after trainer.events
+from clu import metric_writers  # isort: skip  (trainer.reporting.events makes it importable)
 
 
 def in_fresh_process(code, *arguments):
   """Runs code in a new interpreter: what one import leaves behind hides what another lacks."""
-  return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-                        capture_output=True, text=True, timeout=120, check=False,
-                        env={**os.environ, "JAX_PLATFORMS": "cpu"})
+  return subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )
 
 
 def write(logdir, scalars_by_step):
@@ -32,7 +36,8 @@ def write(logdir, scalars_by_step):
 
 
 def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
-  result = in_fresh_process("""
+  result = in_fresh_process(
+    """
       import sys, time
       from trainer.reporting import events
       from clu import metric_writers, periodic_actions
@@ -52,7 +57,9 @@ def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
       writer.close()
       loaded = {name.split(".")[0] for name in sys.modules}
       assert not loaded & {"tensorflow", "torch", "tensorboard", "matplotlib"}, loaded
-      """, tmp_path)
+      """,
+    tmp_path,
+  )
   assert result.returncode == 0, result.stderr
   scalars = events.read_scalars(tmp_path)
   steps, values, wall_times = scalars["train/loss"]
@@ -110,7 +117,8 @@ def test_writer_has_the_whole_interface_of_clu():
     theirs = inspect.signature(getattr(interface, name)).parameters
     ours = inspect.signature(getattr(events.SummaryWriter, name)).parameters
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.values()], name
+      (p.name, p.kind, p.default) for p in theirs.values()
+    ], name
 
 
 def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
@@ -129,9 +137,10 @@ def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
   assert list(scalars) == ["loss", "nan", "one"]
   assert scalars["loss"][1] == [2.0] and np.isnan(scalars["nan"][1]).all()
   writer.close()
-  file, = tmp_path.iterdir()
-  written = {value.tag: value for event in events._events(epath.Path(file))
-             for value in event.summary.value}
+  (file,) = tmp_path.iterdir()
+  written = {
+    value.tag: value for event in events._events(epath.Path(file)) for value in event.summary.value
+  }
   assert b"| optimizer.name | sgd |" in written["hparams/text_summary"].tensor.string_val[0]
   assert written["note/text_summary"].tensor.string_val[0] == b"**hello**"
   assert sum(written["weights"].histo.bucket) == 100
@@ -168,7 +177,7 @@ def test_later_file_wins_where_a_resumed_run_repeats_steps(tmp_path, monkeypatch
 @pytest.mark.parametrize("missing", [1, 4, 5, 20, 40])
 def test_torn_last_record_is_left_out(tmp_path, missing):
   write(tmp_path, {step: {"train/loss": float(step)} for step in range(5)})
-  path, = tmp_path.iterdir()
+  (path,) = tmp_path.iterdir()
   path.write_bytes(path.read_bytes()[:-missing])
   steps, values, _ = events.read_scalars(tmp_path)["train/loss"]
   np.testing.assert_array_equal(steps, values)
@@ -180,7 +189,7 @@ def test_torn_last_record_is_left_out(tmp_path, missing):
 
 def test_flipped_bit_ends_the_file(tmp_path):
   write(tmp_path, {step: {"loss": float(step)} for step in range(5)})
-  path, = tmp_path.iterdir()
+  (path,) = tmp_path.iterdir()
   data = bytearray(path.read_bytes())
   data[-5] ^= 1
   path.write_bytes(data)
@@ -199,8 +208,9 @@ def test_folders_without_scalars(tmp_path):
 def test_a_bucket_holds_what_was_flushed(tmp_path, monkeypatch):
   # A folder in the place of the bucket: etils, not tensorboardX, is to do the writing.
   real = epath.Path
-  monkeypatch.setattr(events.epath, "Path",
-                      lambda path: real(str(path).replace("gs://bucket", str(tmp_path))))
+  monkeypatch.setattr(
+    events.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path)))
+  )
   writer = events.SummaryWriter("gs://bucket")
   assert isinstance(writer._events._py_recordio_writer._writer, events._BucketFile)
   assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events._BucketFiles)

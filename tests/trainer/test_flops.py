@@ -5,8 +5,8 @@ import types
 import pytest
 
 from configs import base
-from trainer.reporting import flops
 from trainer import train as train_lib
+from trainer.reporting import flops
 
 
 def program_of(name, depth, size):
@@ -16,12 +16,15 @@ def program_of(name, depth, size):
   return train_lib.build(config, num_examples=1000)
 
 
-@pytest.mark.parametrize("name, depth, size, multiply_adds", [
+@pytest.mark.parametrize(
+  "name, depth, size, multiply_adds",
+  [
     # torchvision's "GFLOPS" of its weights, which are multiply-adds: docs.pytorch.org/vision/stable/models.html
     ("resnet", 18, 224, 1.81e9),
     ("resnet", 50, 224, 4.09e9),
     ("resnet", 152, 224, 11.51e9),
-])
+  ],
+)
 def test_forward_flops_are_the_published_ones(name, depth, size, multiply_adds):
   program = program_of(name, depth, size)
   count = flops.forward_flops(program.graphdef, *program.abstract_state.for_eval(), size)
@@ -33,7 +36,9 @@ def device(kind, *coords, slice_index=0):
 
 
 def test_peak_counts_chips_and_not_cores():
-  assert flops.peak([device("TPU v5 lite", x, y, 0) for x in range(4) for y in range(4)]) == 16 * 197e12
+  assert (
+    flops.peak([device("TPU v5 lite", x, y, 0) for x in range(4) for y in range(4)]) == 16 * 197e12
+  )
   cores = [device("TPU v3", x, 0, 0) for x in range(4) for _ in range(2)]
   assert flops.peak(cores) == 4 * 123e12
   assert flops.peak([device("TPU v4", 0, 0, 0, slice_index=i) for i in range(2)]) == 2 * 275e12
@@ -42,13 +47,26 @@ def test_peak_counts_chips_and_not_cores():
 def test_unknown_chips_have_no_peak():
   assert flops.peak([types.SimpleNamespace(device_kind="cpu")]) is None
   program = program_of("cifar_resnet", 8, 32)
-  assert flops.seconds_at_peak(program.graphdef, *program.abstract_state.for_eval(), image_size=32, batch_size=8,
-                               devices=program.mesh.devices.flatten()) is None
+  assert (
+    flops.seconds_at_peak(
+      program.graphdef,
+      *program.abstract_state.for_eval(),
+      image_size=32,
+      batch_size=8,
+      devices=program.mesh.devices.flatten(),
+    )
+    is None
+  )
 
 
 def test_seconds_at_peak_of_a_step():
   program = program_of("resnet", 50, 224)
-  seconds = flops.seconds_at_peak(program.graphdef, *program.abstract_state.for_eval(), image_size=224, batch_size=128,
-                                  devices=[device("TPU v5 lite", 0, 0, 0)])
+  seconds = flops.seconds_at_peak(
+    program.graphdef,
+    *program.abstract_state.for_eval(),
+    image_size=224,
+    batch_size=128,
+    devices=[device("TPU v5 lite", 0, 0, 0)],
+  )
   # 3 * 2 * 4.09e9 * 128 / 197e12
   assert seconds == pytest.approx(15.9e-3, rel=5e-3)

@@ -74,14 +74,17 @@ def multiply_adds(jaxpr):
   return total
 
 
-@pytest.mark.parametrize("depth, parameters, giga_multiply_adds", [
+@pytest.mark.parametrize(
+  "depth, parameters, giga_multiply_adds",
+  [
     # Both as torchvision publishes them with its weights.
     (18, 11_689_512, 1.814),
     (34, 21_797_672, 3.664),
     (50, 25_557_032, 4.089),
     (101, 44_549_160, 7.801),
     (152, 60_192_808, 11.514),
-])
+  ],
+)
 def test_size_and_cost_are_as_published(depth, parameters, giga_multiply_adds):
   model = abstract(depth=depth)
   assert sum(x.size for x in flat(nnx.state(model, nnx.Param)).values()) == parameters
@@ -96,14 +99,21 @@ def test_depth_200_has_the_blocks_of_the_paper():
   assert 3 * sum(resnet.STAGES[200][0]) + 2 == 200
 
 
-@pytest.mark.parametrize("depth, with_padded_shortcuts", [
+@pytest.mark.parametrize(
+  "depth, with_padded_shortcuts",
+  [
     # The 0.27, 0.85 and 1.7 million of the paper's table 6.
-    (20, 269_722), (56, 853_018), (110, 1_727_962),
-])
+    (20, 269_722),
+    (56, 853_018),
+    (110, 1_727_962),
+  ],
+)
 def test_cifar_size(depth, with_padded_shortcuts):
   projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
-  assert (parameter_count(name="cifar_resnet", depth=depth, num_classes=10)
-          == with_padded_shortcuts + projections)
+  assert (
+    parameter_count(name="cifar_resnet", depth=depth, num_classes=10)
+    == with_padded_shortcuts + projections
+  )
 
 
 def test_width_multiplies_every_stage():
@@ -139,8 +149,7 @@ def test_every_change_of_shape_is_projected():
   assert bottleneck.stage1_block1.projection_conv.strides == 1
   assert bottleneck.stage1_block1.projection_conv.kernel.shape == (1, 1, 64, 256)
   assert projected(basic) == {f"stage{s}_block1" for s in (2, 3, 4)}
-  assert (projected(abstract(name="cifar_resnet", depth=20))
-          == {f"stage{s}_block1" for s in (2, 3)})
+  assert projected(abstract(name="cifar_resnet", depth=20)) == {f"stage{s}_block1" for s in (2, 3)}
 
 
 @pytest.mark.parametrize("name, depth", [("resnet", 50), ("cifar_resnet", 8)])
@@ -205,10 +214,20 @@ class Torch:
 
 def torch_weights(model):
   """Returns the weights of a four-stage ResNet with torchvision's names and layout, float64."""
-  leaf_names = {"scale": "weight", "kernel": "weight", "bias": "bias", "mean": "running_mean",
-                "var": "running_var"}
-  module_names = {"stem_conv": "conv1", "stem_bn": "bn1", "projection_conv": "downsample.0",
-                  "projection_bn": "downsample.1", "head": "fc"}
+  leaf_names = {
+    "scale": "weight",
+    "kernel": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+  }
+  module_names = {
+    "stem_conv": "conv1",
+    "stem_bn": "bn1",
+    "projection_conv": "downsample.0",
+    "projection_bn": "downsample.1",
+    "head": "fc",
+  }
   weights = {}
   for name, leaf in flat(nnx.state(model, (nnx.Param, nnx.BatchStat))).items():
     *modules, kind = name.split("/")
@@ -267,7 +286,8 @@ def test_block_equals_torchvision_layout(block, inputs, stride):
   images = np.random.default_rng(2).normal(size=(2, 7, 6, inputs)).astype(np.float32)
   holder = nnx.Dict(stage1_block1=model)
   expected = Torch(torch_weights(holder), train=False).block(
-      images.astype(np.float64).transpose(0, 3, 1, 2), "layer1.0", stride)
+    images.astype(np.float64).transpose(0, 3, 1, 2), "layer1.0", stride
+  )
   np.testing.assert_allclose(model(images), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -312,10 +332,23 @@ def test_running_statistics_take_the_biased_batch_statistics():
   assert (norm.mean[...].dtype, norm.var[...].dtype, y.dtype) == ("float32", "float32", "bfloat16")
 
 
-@pytest.mark.parametrize("group, shards, groups", [("4", 1, 4), ("4", 2, 4), ("4", 4, 4), ("4", 8, 4), ("4", 16, 4),
-                                                    ("device", 2, 2), ("1", 4, 16), ("16", 4, 1)])
+@pytest.mark.parametrize(
+  "group, shards, groups",
+  [
+    ("4", 1, 4),
+    ("4", 2, 4),
+    ("4", 4, 4),
+    ("4", 8, 4),
+    ("4", 16, 4),
+    ("device", 2, 2),
+    ("1", 4, 16),
+    ("16", 4, 1),
+  ],
+)
 def test_groups_of_consecutive_examples(group, shards, groups):
-  norm = BatchNorm(2, momentum=0.75, epsilon=1e-5, dtype=jnp.float32, zero_scale=False, group=group, shards=shards)
+  norm = BatchNorm(
+    2, momentum=0.75, epsilon=1e-5, dtype=jnp.float32, zero_scale=False, group=group, shards=shards
+  )
   x = np.random.default_rng(5).normal((3.0, -1.0), (0.5, 2.0), (16, 3, 2, 2)).astype(np.float32)
   y = norm(jnp.asarray(x))
   parts = x.reshape(groups, -1, 2)
@@ -377,12 +410,15 @@ def test_same_seed_same_parameters():
   assert (a["stem_conv/kernel"] != c["stem_conv/kernel"]).any()
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     ({"depth": 42}, "config.model.depth: resnet has 18, 34, 50, 101, 152, 200; got 42"),
     ({"name": "cifar_resnet", "depth": 19}, "cifar_resnet has 6n+2 (8, 14, 20, 26, ...); got 19"),
     ({"name": "cifar_resnet", "depth": 2}, "got 2"),
     ({"name": "vgg"}, "config.model.name: there are resnet, cifar_resnet; got vgg"),
-])
+  ],
+)
 def test_what_does_not_exist_is_named(fields, message):
   config = model_config(**fields)
   with pytest.raises(ValueError) as error:

@@ -29,7 +29,20 @@ def namespaces():
   except subprocess.CalledProcessError as error:
     pytest.skip(f"network namespaces may not be made here: {error.stderr.decode().strip()}")
   try:
-    ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+    ip(
+      "link",
+      "add",
+      "cable",
+      "netns",
+      names[0],
+      "type",
+      "veth",
+      "peer",
+      "name",
+      "cable",
+      "netns",
+      names[1],
+    )
     for host, name in enumerate(names):
       ip("-n", name, "address", "add", f"10.77.0.{host + 1}/24", "dev", "cable")
       for device in ("cable", "lo"):
@@ -43,23 +56,55 @@ def namespaces():
 def test_a_cut_cable_ends_both_hosts(tmp_path, namespaces):
   # gloo listens where the name of the host points to.
   (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 pod-host0\n10.77.0.2 pod-host1\n")
-  command = [sys.executable, "-m", "trainer", f"--config={tiny.__file__}", f"--workdir={tmp_path / 'run'}",
-             "--config.data.kind=synthetic", "--config.total_steps=1000000", "--config.log.every_steps=10",
-             "--config.pod.timeout_seconds=8"]
+  command = [
+    sys.executable,
+    "-m",
+    "trainer",
+    f"--config={tiny.__file__}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.kind=synthetic",
+    "--config.total_steps=1000000",
+    "--config.log.every_steps=10",
+    "--config.pod.timeout_seconds=8",
+  ]
   logs, processes = [tmp_path / f"log-{host}" for host in range(2)], []
   try:
     for host, name in enumerate(namespaces):
-      inside = f"hostname pod-host{host} && mount --bind {tmp_path}/hosts /etc/hosts && exec \"$@\""
+      inside = f'hostname pod-host{host} && mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"'
       environment = os.environ | {
-          "JAX_COORDINATOR_ADDRESS": "10.77.0.1:7000", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host),
-          "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        "JAX_COORDINATOR_ADDRESS": "10.77.0.1:7000",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(host),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      }
       with open(logs[host], "w") as log:
-        processes.append(subprocess.Popen(
-            ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", inside, "sh", *command],
-            stdout=log, stderr=subprocess.STDOUT, env=environment))
+        processes.append(
+          subprocess.Popen(
+            [
+              "ip",
+              "netns",
+              "exec",
+              name,
+              "unshare",
+              "--uts",
+              "--mount",
+              "sh",
+              "-c",
+              inside,
+              "sh",
+              *command,
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+          )
+        )
     deadline = time.monotonic() + 180
     while "step 20/" not in logs[0].read_text():
-      assert time.monotonic() < deadline and not any(process.poll() for process in processes), logs[0].read_text()
+      assert time.monotonic() < deadline and not any(process.poll() for process in processes), logs[
+        0
+      ].read_text()
       time.sleep(0.2)
     ip("-n", namespaces[1], "link", "set", "cable", "down")
     assert [process.wait(timeout=90) for process in processes] == [HOST_LOST, HOST_LOST]

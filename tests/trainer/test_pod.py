@@ -14,8 +14,8 @@ import pytest
 
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints, free_port
-from trainer.reporting import events
 from trainer.errors import FAILED, HOST_LOST, PREEMPTED
+from trainer.reporting import events
 
 TINY = pathlib.Path(tiny.__file__)
 ENDLESS = ("total_steps=1000000", "log.every_steps=10", "checkpoint.every_steps=20")
@@ -24,19 +24,40 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def trainer(workdir, *overrides, config=TINY):
-  return [sys.executable, "-m", "trainer", f"--config={config}", f"--workdir={workdir}", "--config.data.kind=synthetic",
-          *[f"--config.{override}" for override in overrides]]
+  return [
+    sys.executable,
+    "-m",
+    "trainer",
+    f"--config={config}",
+    f"--workdir={workdir}",
+    "--config.data.kind=synthetic",
+    *[f"--config.{override}" for override in overrides],
+  ]
 
 
 def local_pod(hosts, devices, command, grace=60):
-  return [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--devices-per-host={devices}",
-          f"--grace={grace}", "--", *command]
+  return [
+    sys.executable,
+    "-m",
+    "launch.local_pod",
+    f"--hosts={hosts}",
+    f"--devices-per-host={devices}",
+    f"--grace={grace}",
+    "--",
+    *command,
+  ]
 
 
 def run(hosts, devices, command, expected=0):
   """Returns the log of a pod that ends by itself."""
-  result = subprocess.run(local_pod(hosts, devices, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=180, env=ENVIRONMENT)
+  result = subprocess.run(
+    local_pod(hosts, devices, command),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=180,
+    env=ENVIRONMENT,
+  )
   assert result.returncode == expected, result.stdout
   return result.stdout
 
@@ -64,8 +85,13 @@ class Running:
 
 @contextlib.contextmanager
 def running(hosts, devices, command, grace=60):
-  with subprocess.Popen(local_pod(hosts, devices, command, grace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                        text=True, env=ENVIRONMENT) as process:
+  with subprocess.Popen(
+    local_pod(hosts, devices, command, grace),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=ENVIRONMENT,
+  ) as process:
     pod = Running(process)
     try:
       yield pod
@@ -80,7 +106,12 @@ def eval_losses(workdir):
 
 
 def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
-  overrides = ("total_steps=200", "log.every_steps=10", "checkpoint.every_steps=50", "optimizer.lr_per_256=0.1")
+  overrides = (
+    "total_steps=200",
+    "log.every_steps=10",
+    "checkpoint.every_steps=50",
+    "optimizer.lr_per_256=0.1",
+  )
   quiet, stopped, alone = tmp_path / "quiet", tmp_path / "stopped", tmp_path / "alone"
   run(2, 1, trainer(quiet, *overrides))
   with running(2, 1, trainer(stopped, *overrides)) as pod:
@@ -106,11 +137,20 @@ def test_sigterm_before_the_first_step_stops_all(tmp_path, moment):
     assert pod.finish() != 0
   codes = {int(pod.log.split(f"[{host}] ended with code ")[1].split()[0]) for host in range(2)}
   # A signal that comes before Python can take it ends that process as it ends any other; the next host says so.
-  assert codes == {PREEMPTED} or moment == "start" and codes == {-signal.SIGTERM, HOST_LOST}, pod.log
+  assert codes == {PREEMPTED} or (moment == "start" and codes == {-signal.SIGTERM, HOST_LOST}), (
+    pod.log
+  )
 
 
-@pytest.mark.parametrize("host, number, seconds", [(0, signal.SIGKILL, 100), (1, signal.SIGKILL, 100),
-                                                   (0, signal.SIGSTOP, 8), (1, signal.SIGSTOP, 8)])
+@pytest.mark.parametrize(
+  "host, number, seconds",
+  [
+    (0, signal.SIGKILL, 100),
+    (1, signal.SIGKILL, 100),
+    (0, signal.SIGSTOP, 8),
+    (1, signal.SIGSTOP, 8),
+  ],
+)
 def test_a_lost_host_is_named_and_the_others_leave(tmp_path, host, number, seconds):
   with running(2, 1, trainer(tmp_path, *ENDLESS, f"pod.timeout_seconds={seconds}")) as pod:
     pod.wait_for("step 40/")
@@ -121,15 +161,27 @@ def test_a_lost_host_is_named_and_the_others_leave(tmp_path, host, number, secon
     assert pod.finish() == 128 + signal.SIGKILL if number == signal.SIGKILL else HOST_LOST
   assert f"[{1 - host}] ended with code {HOST_LOST}" in pod.log, pod.log
   sentence = next(line for line in pod.log.splitlines() if "gives up" in line)
-  assert f"host {host}" in sentence and "at '" in sentence and "Run the same command again" in sentence
+  assert (
+    f"host {host}" in sentence and "at '" in sentence and "Run the same command again" in sentence
+  )
   # The last periodic checkpoint is whole.
   saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
   assert saved >= 20 and not (tmp_path / "damaged").exists()
 
 
 def alone(host, hosts, command, port):
-  return subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT | {
-      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(hosts), "JAX_PROCESS_ID": str(host)})
+  return subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env=ENVIRONMENT
+    | {
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+      "JAX_NUM_PROCESSES": str(hosts),
+      "JAX_PROCESS_ID": str(host),
+    },
+  )
 
 
 @pytest.fixture
@@ -139,27 +191,46 @@ def port():
 
 def test_a_host_that_never_comes_is_named(tmp_path, port):
   result = alone(0, 3, trainer(tmp_path, "pod.start_seconds=2"), port)
-  assert result.returncode == HOST_LOST and "Host 0 waited 2 s for host 1, 2 to come up" in result.stderr
+  assert (
+    result.returncode == HOST_LOST and "Host 0 waited 2 s for host 1, 2 to come up" in result.stderr
+  )
   assert "Traceback" not in result.stderr
 
 
 def test_a_coordinator_that_cannot_be_reached_is_named(tmp_path, port):
   result = alone(1, 2, trainer(tmp_path, "pod.start_seconds=2"), port)
-  assert result.returncode == HOST_LOST and f"could not reach host 0 at localhost:{port} within 2 s" in result.stderr
+  assert (
+    result.returncode == HOST_LOST
+    and f"could not reach host 0 at localhost:{port} within 2 s" in result.stderr
+  )
   assert "Traceback" not in result.stderr
 
 
 def test_half_an_environment_is_refused(tmp_path, port):
-  environment = ENVIRONMENT | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
-  result = subprocess.run(trainer(tmp_path), capture_output=True, text=True, timeout=60, env=environment)
-  assert result.returncode == FAILED and "needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID" in result.stderr
+  environment = ENVIRONMENT | {
+    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    "JAX_NUM_PROCESSES": "2",
+  }
+  result = subprocess.run(
+    trainer(tmp_path), capture_output=True, text=True, timeout=60, env=environment
+  )
+  assert (
+    result.returncode == FAILED
+    and "needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID" in result.stderr
+  )
 
 
-@pytest.mark.parametrize("setting, words", [
+@pytest.mark.parametrize(
+  "setting, words",
+  [
     ("--config.seed=$JAX_PROCESS_ID", "Host 1 has seed = 1, host 0 has 0"),
     ("--workdir=$0/$JAX_PROCESS_ID", "is not the same folder on host 1 as on host 0"),
-    ("--config.label_smoothing=$JAX_PROCESS_ID --config.pod.start_seconds=3", "waited 3 s for host 1 to come up"),
-])
+    (
+      "--config.label_smoothing=$JAX_PROCESS_ID --config.pod.start_seconds=3",
+      "waited 3 s for host 1 to come up",
+    ),
+  ],
+)
 def test_hosts_that_differ_are_refused_by_name(tmp_path, setting, words):
   command = " ".join(trainer(tmp_path / "run")) + f" {setting}"
   log = run(2, 1, ["bash", "-c", command, str(tmp_path)], FAILED)
@@ -172,13 +243,21 @@ def test_other_code_is_refused(tmp_path):
   with open(tmp_path / "code" / "trainer" / "augment.py", "a") as file:
     file.write("# another version\n")
   command = " ".join(trainer(tmp_path / "run"))
-  log = run(2, 1, ["bash", "-c", f"test $JAX_PROCESS_ID = 1 && cd {tmp_path}/code; PYTHONPATH= {command}"], FAILED)
+  log = run(
+    2,
+    1,
+    ["bash", "-c", f"test $JAX_PROCESS_ID = 1 && cd {tmp_path}/code; PYTHONPATH= {command}"],
+    FAILED,
+  )
   assert "Host 1 has source code =" in log or "Host 0 has source code =" in log
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
   log = run(3, 1, trainer(tmp_path), FAILED)
-  assert "config.global_batch_size is 8, which 3 devices do not divide; the nearest that fits is 9" in log
+  assert (
+    "config.global_batch_size is 8, which 3 devices do not divide; the nearest that fits is 9"
+    in log
+  )
 
 
 FULL_ON_HOST_1 = """
@@ -196,7 +275,9 @@ get_config = tiny.get_config
 def test_a_full_disk_of_one_host_delays_the_save_of_all(tmp_path):
   sign, config = tmp_path / "room", tmp_path / "config.py"
   config.write_text(FULL_ON_HOST_1.format(sign=str(sign)))
-  with running(2, 1, trainer(tmp_path / "run", *ENDLESS, "checkpoint.retry_seconds=1", config=config)) as pod:
+  with running(
+    2, 1, trainer(tmp_path / "run", *ENDLESS, "checkpoint.retry_seconds=1", config=config)
+  ) as pod:
     pod.wait_for("could not be saved (host 1: No space left on device")
     sign.touch()
     pod.wait_for("step 500/")

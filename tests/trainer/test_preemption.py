@@ -19,7 +19,9 @@ while True:
 
 def test_only_an_impatient_person_ends_it_at_once():
   pipe = subprocess.PIPE
-  with subprocess.Popen([sys.executable, "-c", CODE], stdout=pipe, stderr=pipe, text=True) as process:
+  with subprocess.Popen(
+    [sys.executable, "-c", CODE], stdout=pipe, stderr=pipe, text=True
+  ) as process:
     process.stdout.readline()
     for _ in range(3):  # of the machine, its guard and a launcher
       process.send_signal(signal.SIGTERM)

@@ -12,17 +12,31 @@ from PIL import Image
 import pytest
 
 from configs import base
-from trainer.reporting import events
-from trainer.reporting import report
+from trainer.reporting import events, report
 
 FINAL = {
-    "step": 10_000, "epochs": 90.0, "top1": 0.76512, "top5": 0.93104, "loss": 1.2345,
-    "examples": 50_000, "params": 25_557_032, "images_per_second": 31_234.5,
-    "devices": "32 x TPU v4",
-    "best": {"step": 9_000, "top1": 0.76599}, "bad_records": 0,
-    "wall_seconds": {"compile": 95.0, "input_wait": 40.0, "step": 3700.0, "eval": 120.0,
-                     "checkpoint": 15.0, "other": 20.0, "restart": 10.0, "total": 4000.0},
-    "goodput": {"share": 0.925, "starts": 2},
+  "step": 10_000,
+  "epochs": 90.0,
+  "top1": 0.76512,
+  "top5": 0.93104,
+  "loss": 1.2345,
+  "examples": 50_000,
+  "params": 25_557_032,
+  "images_per_second": 31_234.5,
+  "devices": "32 x TPU v4",
+  "best": {"step": 9_000, "top1": 0.76599},
+  "bad_records": 0,
+  "wall_seconds": {
+    "compile": 95.0,
+    "input_wait": 40.0,
+    "step": 3700.0,
+    "eval": 120.0,
+    "checkpoint": 15.0,
+    "other": 20.0,
+    "restart": 10.0,
+    "total": 4000.0,
+  },
+  "goodput": {"share": 0.925, "starts": 2},
 }
 
 
@@ -31,18 +45,32 @@ def write_events(workdir):
   writer = events.SummaryWriter(str(workdir / "events"))
   for step in range(100, 10_001, 100):
     t = step / 10_000
-    writer.write_scalars(step, {
+    writer.write_scalars(
+      step,
+      {
         "train/loss": 6.9 * np.exp(-3 * t) + 1.6 + 0.05 * rng.normal(),
         "train/top1": 0.78 * (1 - np.exp(-4 * t)) + 0.01 * rng.normal(),
         "train/learning_rate": 0.4 * min(1, t / 0.06) * 0.5 * (1 + np.cos(np.pi * t)),
         "train/grad_norm": 1 + 0.3 * rng.random(),
         "train/images_per_second": 31_000 + 300 * rng.normal(),
-        "train/mfu": 0.35, "train/step_seconds_median": 0.131, "train/step_seconds_p99": 0.15, "train/goodput": 0.9 * t,
-        "train/input_wait": 0.01 * rng.random(), "steps_per_sec": 30.0})
+        "train/mfu": 0.35,
+        "train/step_seconds_median": 0.131,
+        "train/step_seconds_p99": 0.15,
+        "train/goodput": 0.9 * t,
+        "train/input_wait": 0.01 * rng.random(),
+        "steps_per_sec": 30.0,
+      },
+    )
     if step % 1000 == 0:
-      writer.write_scalars(step, {
-          "eval/loss": 5.0 * np.exp(-3 * t) + 1.1, "eval/top1": 0.77 * (1 - np.exp(-4 * t)),
-          "eval/top5": 0.93 * (1 - np.exp(-6 * t)), "eval/examples": 50_000})
+      writer.write_scalars(
+        step,
+        {
+          "eval/loss": 5.0 * np.exp(-3 * t) + 1.1,
+          "eval/top1": 0.77 * (1 - np.exp(-4 * t)),
+          "eval/top5": 0.93 * (1 - np.exp(-6 * t)),
+          "eval/examples": 50_000,
+        },
+      )
   writer.close()
 
 
@@ -61,8 +89,10 @@ def workdir(tmp_path):
 
 
 def pictures(page):
-  return [Image.open(io.BytesIO(base64.b64decode(data)))
-          for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+  return [
+    Image.open(io.BytesIO(base64.b64decode(data)))
+    for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+  ]
 
 
 def test_finished_run(workdir):
@@ -70,16 +100,30 @@ def test_finished_run(workdir):
   assert path == str(workdir / "report.html")
   page = (workdir / "report.html").read_text()
   text = re.sub(r"<[^>]*>", " ", re.sub(r"base64,[^\"]*", "", page))
-  for expected in ("ResNet-50", "r50 &lt;pod&gt;", "76.51%", "best 76.60% at step 9,000", "93.10%",
-                   "50,000", "1 h 6 min", "31,234", "25.6 M",
-                   "32 x TPU v4", "90.0"):
+  for expected in (
+    "ResNet-50",
+    "r50 &lt;pod&gt;",
+    "76.51%",
+    "best 76.60% at step 9,000",
+    "93.10%",
+    "50,000",
+    "1 h 6 min",
+    "31,234",
+    "25.6 M",
+    "32 x TPU v4",
+    "90.0",
+  ):
     assert expected in text, expected
   assert "not finished" not in text
   images = pictures(page)
   assert len(images) == len(report._PANELS) == 9
   assert all(image.format == "PNG" and image.width > 600 for image in images)
   assert sorted(p.name for p in workdir.iterdir()) == [
-      "config.json", "events", "final.json", "report.html"]
+    "config.json",
+    "events",
+    "final.json",
+    "report.html",
+  ]
 
 
 def test_page_needs_nothing_from_outside(workdir):
@@ -99,8 +143,10 @@ def test_time_is_split_by_cause_without_the_total(workdir):
 def test_only_changed_fields_of_the_config_are_listed(workdir):
   page = open(report.write_report(str(workdir))).read()
   rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td class=\"muted\">(.*?)</td></tr>", page)
-  assert rows == [("data.path", "&quot;gs://bucket/&lt;imagenet&gt;&quot;", "&quot;&quot;"),
-                  ("global_batch_size", "4096", "1024")]
+  assert rows == [
+    ("data.path", "&quot;gs://bucket/&lt;imagenet&gt;&quot;", "&quot;&quot;"),
+    ("global_batch_size", "4096", "1024"),
+  ]
 
 
 def test_config_equal_to_the_base_and_fields_of_another_version(workdir):
@@ -148,8 +194,13 @@ def test_nothing_to_report(tmp_path, make):
 
 def test_command(workdir, tmp_path):
   def run(folder):
-    return subprocess.run([sys.executable, "-m", "trainer.report", folder], capture_output=True,
-                          text=True, timeout=120, check=False)
+    return subprocess.run(
+      [sys.executable, "-m", "trainer.report", folder],
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
 
   done, empty = run(workdir), run(tmp_path)
   assert (done.returncode, done.stdout.strip()) == (0, str(workdir / "report.html")), done.stderr
@@ -157,8 +208,15 @@ def test_command(workdir, tmp_path):
   assert empty.stderr.strip().count("\n") == 0 and "has nothing to report" in empty.stderr
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (725, "12 min 5 s"),
-    (12_000, "3 h 20 min")])
+@pytest.mark.parametrize(
+  "seconds, text",
+  [
+    (0.04, "0.0 s"),
+    (59.94, "59.9 s"),
+    (60, "1 min 0 s"),
+    (725, "12 min 5 s"),
+    (12_000, "3 h 20 min"),
+  ],
+)
 def test_duration(seconds, text):
   assert report._duration(seconds) == text

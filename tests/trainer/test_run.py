@@ -19,11 +19,18 @@ import pytest
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints
-from trainer.reporting import events
 from trainer import train as train_lib
-from trainer.workdir.checkpoint import Checkpointer
-from trainer.errors import CheckpointError, ConfigError, FAILED, NonFiniteError, PREEMPTED, Preempted
+from trainer.errors import (
+  FAILED,
+  PREEMPTED,
+  CheckpointError,
+  ConfigError,
+  NonFiniteError,
+  Preempted,
+)
 from trainer.pod.pod import Pod
+from trainer.reporting import events
+from trainer.workdir.checkpoint import Checkpointer
 
 TINY = pathlib.Path(tiny.__file__)
 
@@ -36,8 +43,15 @@ def run_config(shards):
 
 
 def command(workdir, shards, *overrides):
-  return [sys.executable, "-m", "trainer", f"--config={TINY}", f"--workdir={workdir}", f"--config.data.path={shards}",
-          *[f"--config.{override}" for override in overrides]]
+  return [
+    sys.executable,
+    "-m",
+    "trainer",
+    f"--config={TINY}",
+    f"--workdir={workdir}",
+    f"--config.data.path={shards}",
+    *[f"--config.{override}" for override in overrides],
+  ]
 
 
 def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
@@ -50,24 +64,37 @@ def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
   assert final["best"]["top1"] >= final["top1"]
   assert {"compile", "input_wait", "step", "eval", "checkpoint"} <= final["wall_seconds"].keys()
   assert sum(v for k, v in final["wall_seconds"].items() if k != "total") == pytest.approx(
-      final["wall_seconds"]["total"])
+    final["wall_seconds"]["total"]
+  )
   curves = events.read_scalars(str(tmp_path / "events"))
   steps, losses, _ = curves["train/loss"]
   assert list(steps) == list(range(1, 61)) and losses[-1] < losses[0]
   assert list(curves["eval/top1"][0]) == [20, 40, 60]
   assert curves["eval/top1"][1][-1] == pytest.approx(final["top1"])
-  assert {"train/learning_rate", "train/grad_norm", "train/images_per_second", "train/input_wait", "train/goodput",
-          "train/step_seconds_median", "train/step_seconds_p99", "train/checkpoint_stall_seconds",
-          "train/host_memory_bytes", "steps_per_sec"} <= curves.keys()
+  assert {
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/images_per_second",
+    "train/input_wait",
+    "train/goodput",
+    "train/step_seconds_median",
+    "train/step_seconds_p99",
+    "train/checkpoint_stall_seconds",
+    "train/host_memory_bytes",
+    "steps_per_sec",
+  } <= curves.keys()
   assert json.loads((tmp_path / "config.json").read_text())["total_steps"] == 60
   assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
   again = train_lib.train(run_config, str(tmp_path))
   assert again == final
-  assert final["goodput"]["starts"] == json.loads((tmp_path / "starts.json").read_text())["starts"] == 1
+  assert (
+    final["goodput"]["starts"] == json.loads((tmp_path / "starts.json").read_text())["starts"] == 1
+  )
   evaluated = train_lib.evaluate_only(run_config, str(tmp_path))
   assert {name: evaluated[name] for name in ("top1", "top5", "loss", "examples")} == pytest.approx(
-      {name: final[name] for name in ("top1", "top5", "loss", "examples")})
+    {name: final[name] for name in ("top1", "top5", "loss", "examples")}
+  )
 
 
 class StopAt:
@@ -102,7 +129,12 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
 
 def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
   """SIGTERM and kill -9 of a real process, while it starts, compiles, steps, evaluates and saves, end in the same bits."""
-  overrides = ("total_steps=1000", "eval.every_steps=50", "checkpoint.every_steps=20", "log.every_steps=50")
+  overrides = (
+    "total_steps=1000",
+    "eval.every_steps=50",
+    "checkpoint.every_steps=20",
+    "log.every_steps=50",
+  )
   for name in ("compiling", "quiet"):  # the second finds everything compiled, as the later ones do
     began = time.monotonic()
     subprocess.run(command(tmp_path / name, shards, *overrides), check=True, capture_output=True)
@@ -117,7 +149,9 @@ def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
   start = lifetime - training
   stopped_at = None
   for number in [signal.SIGTERM, signal.SIGKILL] * 5:
-    with subprocess.Popen(command(tmp_path / "chaos", shards, *overrides), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+      command(tmp_path / "chaos", shards, *overrides), stderr=subprocess.PIPE, text=True
+    ) as process:
       time.sleep(rng.uniform(0.3 * start, start + 0.1 * training))
       process.send_signal(number)
       _, log = process.communicate(timeout=120)
@@ -136,7 +170,9 @@ def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_before_anything_is_loaded(tmp_path, shards, number):
-  with subprocess.Popen(command(tmp_path / "run", shards), stderr=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(
+    command(tmp_path / "run", shards), stderr=subprocess.PIPE, text=True
+  ) as process:
     while not process.stderr.readline():  # pragma: no branch
       pass
     process.send_signal(number)
@@ -174,8 +210,13 @@ def test_four_devices_give_the_result_of_one(tmp_path, shards):
   results = []
   for devices in (1, 4):
     workdir = tmp_path / str(devices)
-    log = subprocess.run([*command(workdir, shards, "model.bn_momentum=0.5")], check=True, text=True, stderr=subprocess.PIPE,
-                         env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}).stderr
+    log = subprocess.run(
+      [*command(workdir, shards, "model.bn_momentum=0.5")],
+      check=True,
+      text=True,
+      stderr=subprocess.PIPE,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    ).stderr
     assert f"devices   {devices} x" in log
     results.append(events.read_scalars(str(workdir / "events")))
   for name in ("train/loss", "train/grad_norm", "eval/loss"):
@@ -188,7 +229,9 @@ def small_disk(tmp_path):
   """A file system of 16 MiB, which only root can mount."""
   folder = tmp_path / "disk"
   folder.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True
+  )
   if mounted.returncode:
     pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
   yield folder
@@ -197,8 +240,15 @@ def small_disk(tmp_path):
 
 def test_full_disk_is_said_and_the_save_is_tried_again(small_disk, shards):
   """Training goes on while nothing can be saved, and ends well once there is room again."""
-  overrides = ("total_steps=1500", "checkpoint.every_steps=50", "checkpoint.retry_seconds=0.5", "log.every_steps=100")
-  with subprocess.Popen(command(small_disk / "run", shards, *overrides), stderr=subprocess.PIPE, text=True) as process:
+  overrides = (
+    "total_steps=1500",
+    "checkpoint.every_steps=50",
+    "checkpoint.retry_seconds=0.5",
+    "log.every_steps=100",
+  )
+  with subprocess.Popen(
+    command(small_disk / "run", shards, *overrides), stderr=subprocess.PIPE, text=True
+  ) as process:
     while not list((small_disk / "run" / "checkpoints").glob("?0")):
       time.sleep(0.05)
     ballast = small_disk / "ballast"
@@ -221,7 +271,9 @@ def test_full_disk_is_said_and_the_save_is_tried_again(small_disk, shards):
 
 def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
   (small_disk / "ballast").write_bytes(b"x" * (14 << 20))
-  refused(command(small_disk / "run", shards), "checkpoint of step 10 could not be written", "Make room")
+  refused(
+    command(small_disk / "run", shards), "checkpoint of step 10 could not be written", "Make room"
+  )
 
 
 def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
@@ -231,13 +283,16 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
     train_lib.train(run_config, str(tmp_path))
   for checkpoint in (tmp_path / "checkpoints").iterdir():
     state = Checkpointer(Pod(run_config.pod), epath.Path(tmp_path), run_config, 0).restore_newest(
-        train_lib.build(run_config, 72).abstract_state)[0]
+      train_lib.build(run_config, 72).abstract_state
+    )[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_importing_everything_imports_neither_tensorflow_nor_torch():
-  code = ("import sys, trainer.train, trainer.__main__, trainer.report, input_pipeline.prepare, input_pipeline.loader\n"
-          "sys.exit(', '.join({'tensorflow', 'torch'} & sys.modules.keys()) or 0)")
+  code = (
+    "import sys, trainer.train, trainer.__main__, trainer.report, input_pipeline.prepare, input_pipeline.loader\n"
+    "sys.exit(', '.join({'tensorflow', 'torch'} & sys.modules.keys()) or 0)"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -254,18 +309,23 @@ def test_command_line_is_refused_in_one_sentence(tmp_path, shards):
   refused(command(tmp_path, shards, "model.dephts=18"), "dephts")
   refused(command(tmp_path, shards, "model.depth=deep"), "depth", "deep")
   refused(command(tmp_path, shards, "global_batch_size=0"), "config.global_batch_size")
-  refused([sys.executable, "-m", "trainer", "--config=nowhere.py", f"--workdir={tmp_path}"], "nowhere.py")
+  refused(
+    [sys.executable, "-m", "trainer", "--config=nowhere.py", f"--workdir={tmp_path}"], "nowhere.py"
+  )
   refused([sys.executable, "-m", "trainer", f"--config={TINY}"], "--workdir")
   refused([*command(tmp_path, shards), "--mode=predict"], "mode", "predict")
 
 
-@pytest.mark.parametrize("field, value, error, words", [
+@pytest.mark.parametrize(
+  "field, value, error, words",
+  [
     ("data.path", "/nowhere/at/all", DataError, ["/nowhere/at/all", "does not exist"]),
     ("data.eval_split", "test", DataError, ["no split 'test'", "train, val"]),
     ("model.num_classes", 7, DataError, ["6 classes", "config.model.num_classes", "7"]),
     ("model.depth", 9, ConfigError, ["config.model.depth", "6n+2"]),
     ("model.name", "vgg", ConfigError, ["config.model.name", "vgg"]),
-])
+  ],
+)
 def test_data_and_config_that_do_not_fit(tmp_path, run_config, field, value, error, words):
   run_config.update_from_flattened_dict({field: value})
   with pytest.raises(error) as refusal:

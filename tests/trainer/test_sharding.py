@@ -12,16 +12,18 @@ import sys
 import types
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from configs import base
 from tests.trainer.shared import free_port
-from trainer import mesh as mesh_lib, train as train_lib
+from trainer import mesh as mesh_lib
+from trainer import train as train_lib
 from trainer.errors import ConfigError
-from trainer.state import make_init
 from trainer.optimizer import make_optimizer
+from trainer.state import make_init
 
 FLOAT32 = ("global", "device", "hosts", "checkpoint")
 FLOAT64 = ("global", "group", "accumulation", "accumulation of groups", "one", "four")
@@ -29,10 +31,18 @@ RTOL = {"float32": 1e-5, "float64": 1e-9}
 
 
 def launch(*args, devices):
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_ENABLE_X64": str(int(args[0] == "float64")),
-                              "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-  return subprocess.Popen([sys.executable, "-m", "tests.trainer.sharded", *args], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  environment = os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_ENABLE_X64": str(int(args[0] == "float64")),
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "tests.trainer.sharded", *args],
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def results(process):
@@ -49,7 +59,10 @@ def results(process):
 @pytest.fixture(scope="module")
 def seen():
   """{dtype: {family: {mode: what it showed}}}"""
-  processes = {"float32": launch("float32", *FLOAT32, devices=8), "float64": launch("float64", *FLOAT64, devices=8)}
+  processes = {
+    "float32": launch("float32", *FLOAT32, devices=8),
+    "float64": launch("float64", *FLOAT64, devices=8),
+  }
   try:
     return {dtype: results(process) for dtype, process in processes.items()}
   finally:
@@ -67,9 +80,17 @@ def assert_same(mode, reference, rtol):
   assert mode["eval"]["examples"] == 10 * 29
 
 
-@pytest.mark.parametrize("dtype, family", [("float32", "global"), ("float32", "device"), ("float64", "global"),
-                                           ("float64", "group"), ("float64", "accumulation"),
-                                           ("float64", "accumulation of groups")])
+@pytest.mark.parametrize(
+  "dtype, family",
+  [
+    ("float32", "global"),
+    ("float32", "device"),
+    ("float64", "global"),
+    ("float64", "group"),
+    ("float64", "accumulation"),
+    ("float64", "accumulation of groups"),
+  ],
+)
 def test_every_layout_computes_the_same(seen, dtype, family):
   modes = dict(seen[dtype][family])
   modes.pop("half", None)  # other groups, other numbers
@@ -81,7 +102,11 @@ def test_every_layout_computes_the_same(seen, dtype, family):
 
 
 def test_groups_and_micro_batches_change_the_statistics(seen):
-  losses = {name: tuple(next(iter(seen["float64"][name].values()))["loss"]) for name in FLOAT64 if name != "four"}
+  losses = {
+    name: tuple(next(iter(seen["float64"][name].values()))["loss"])
+    for name in FLOAT64
+    if name != "four"
+  }
   assert len(set(losses.values())) == len(losses)
 
 
@@ -100,7 +125,9 @@ def test_statistics_within_a_device_cross_no_device(seen):
   assert seen["float32"]["device"]["half"]["train_collectives"] == {"all-reduce": 2}
   for mode in ("2", "4"):
     assert seen["float64"]["group"][mode]["train_collectives"] == {"all-reduce": 2}
-  assert seen["float64"]["group"]["8"]["train_collectives"]["all-reduce"] > 2  # two devices share a group
+  assert (
+    seen["float64"]["group"]["8"]["train_collectives"]["all-reduce"] > 2
+  )  # two devices share a group
 
 
 def test_collectives_are_those_of_the_layout(seen):
@@ -145,9 +172,13 @@ def specs(overrides, axes):
   config.optimizer.ema_decay = 0.9
   config.update_from_flattened_dict(overrides)
   shapes = jax.eval_shape(make_init(config, make_optimizer(config, lambda step: 0.1), 1)[1])
-  shardings = mesh_lib.state_shardings(config, AbstractMesh(axes, ("data", "fsdp", "space")), shapes)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
-          for path, sharding in jax.tree.leaves_with_path(shardings)}
+  shardings = mesh_lib.state_shardings(
+    config, AbstractMesh(axes, ("data", "fsdp", "space")), shapes
+  )
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+    for path, sharding in jax.tree.leaves_with_path(shardings)
+  }
 
 
 def test_table_of_rules():
@@ -183,16 +214,26 @@ def test_description_counts_leaves_and_bytes():
 
 def devices(*numbers, slices=1):
   """Returns stand-ins for the devices of processes with so many devices each."""
-  return [types.SimpleNamespace(id=i, process_index=process, slice_index=process * slices // len(numbers))
-          for process, number in enumerate(numbers) for i in range(number)]
+  return [
+    types.SimpleNamespace(id=i, process_index=process, slice_index=process * slices // len(numbers))
+    for process, number in enumerate(numbers)
+    for i in range(number)
+  ]
 
 
-@pytest.mark.parametrize("fields, available, words", [
-    ({"data": 3}, devices(8), ["config.mesh.data", "config.mesh.fsdp", "config.mesh.space", "8 devices"]),
+@pytest.mark.parametrize(
+  "fields, available, words",
+  [
+    (
+      {"data": 3},
+      devices(8),
+      ["config.mesh.data", "config.mesh.fsdp", "config.mesh.space", "8 devices"],
+    ),
     ({"fsdp": 3}, devices(8), ["config.mesh.fsdp", "8 devices"]),
     ({"space": 4}, devices(2, 2), ["config.mesh.space is 4", "2 devices of process 0"]),
     ({"fsdp": 8}, devices(4, 4, 4, 4, slices=4), ["config.mesh.fsdp", "8", "4 devices of slice 0"]),
-])
+  ],
+)
 def test_meshes_that_do_not_fit_are_refused_by_name(fields, available, words):
   config = base.get_config().mesh
   config.update(fields)

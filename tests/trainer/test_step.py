@@ -6,14 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from trainer import evaluate, step as step_lib, train as train_lib
+from trainer import evaluate
+from trainer import step as step_lib
+from trainer import train as train_lib
 from trainer.optimizer import decays, make_optimizer, make_schedule
 
 
 def run_steps(config, batch, steps=1):
   program = train_lib.build(config, num_examples=64)
-  train_step = jax.jit(step_lib.make_train_step(program.graphdef, program.optimizer, program.schedule, config,
-                                                  program.mesh))
+  train_step = jax.jit(
+    step_lib.make_train_step(
+      program.graphdef, program.optimizer, program.schedule, config, program.mesh
+    )
+  )
   state, metrics = jax.jit(program.init)(), None
   states = [state]
   for _ in range(steps):
@@ -34,21 +39,29 @@ def test_label_smoothing_changes_the_loss_as_defined(config, batch):
   config.label_smoothing = 0.2
   _, smooth = run_steps(config, batch)
   from flax import nnx
+
   from trainer import augment
+
   program = train_lib.build(config, 64)
   model = nnx.merge(program.graphdef, states[0].params, states[0].batch_stats)
   model.train()
-  logp = jax.nn.log_softmax(model(augment.normalize(jnp.asarray(batch["image"]), config.data, jnp.float32)))
+  logp = jax.nn.log_softmax(
+    model(augment.normalize(jnp.asarray(batch["image"]), config.data, jnp.float32))
+  )
   picked = jnp.take_along_axis(logp, batch["label"][:, None], 1)[:, 0]
   assert plain["loss"] == pytest.approx(-float(picked.mean()), rel=1e-5)
-  assert smooth["loss"] == pytest.approx(-float((0.8 * picked + 0.2 * logp.mean(1)).mean()), rel=1e-5)
+  assert smooth["loss"] == pytest.approx(
+    -float((0.8 * picked + 0.2 * logp.mean(1)).mean()), rel=1e-5
+  )
 
 
 def test_weight_decay_leaves_bn_and_biases_alone(config, batch):
   (state, _), _ = run_steps(config, batch)
   mask = decays(state.params)
-  flat = {jax.tree_util.keystr(path, simple=True, separator="/"): value
-          for path, value in jax.tree.leaves_with_path(mask)}
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): value
+    for path, value in jax.tree.leaves_with_path(mask)
+  }
   assert {name.rsplit("/", 1)[1] for name, value in flat.items() if value} == {"kernel"}
   assert {name.rsplit("/", 1)[1] for name, value in flat.items() if not value} == {"scale", "bias"}
 
@@ -81,7 +94,9 @@ def test_adamw_decays_apart_from_the_moments(config):
   config.optimizer.name, config.optimizer.weight_decay = "adamw", 0.1
   optimizer = make_optimizer(config, lambda step: 0.5)
   params = {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)}
-  updates, _ = optimizer.update({"kernel": jnp.float32(3.0), "bias": jnp.float32(3.0)}, optimizer.init(params), params)
+  updates, _ = optimizer.update(
+    {"kernel": jnp.float32(3.0), "bias": jnp.float32(3.0)}, optimizer.init(params), params
+  )
   # The first Adam update is the sign of the gradient, whatever its size.
   assert float(updates["kernel"]) == pytest.approx(-0.5 * (1 + 0.1 * 2.0), rel=1e-5)
   assert float(updates["bias"]) == pytest.approx(-0.5, rel=1e-5)
@@ -97,7 +112,11 @@ def test_clipping_bounds_the_update(config, batch):
 
 
 def test_schedule_warms_up_and_ends_where_it_should(config):
-  config.global_batch_size, config.optimizer.lr_per_256, config.optimizer.final_lr_fraction = 1024, 0.1, 0.01
+  config.global_batch_size, config.optimizer.lr_per_256, config.optimizer.final_lr_fraction = (
+    1024,
+    0.1,
+    0.01,
+  )
   schedule = make_schedule(config, warmup_steps=10, total_steps=110)
   assert float(schedule(0)) == 0.0
   assert float(schedule(5)) == pytest.approx(0.2)
@@ -127,10 +146,17 @@ def test_eval_counts_each_real_example_once(config, batch):
   mask = np.array([True] * 5 + [False] * 3)
   ruined = batch["image"].copy()
   ruined[5:] = 255
-  totals = [jax.device_get(eval_step(*state.for_eval(), evaluate.zero_totals(program.mesh),
-                                     {"image": image, "label": batch["label"], "mask": mask},
-                                     np.zeros(1, np.int32)))
-            for image in (batch["image"], ruined)]
+  totals = [
+    jax.device_get(
+      eval_step(
+        *state.for_eval(),
+        evaluate.zero_totals(program.mesh),
+        {"image": image, "label": batch["label"], "mask": mask},
+        np.zeros(1, np.int32),
+      )
+    )
+    for image in (batch["image"], ruined)
+  ]
   assert totals[0]["examples"] == 5
   assert totals[0] == totals[1]
   assert totals[0]["top1"] <= totals[0]["top5"] <= 5
@@ -142,7 +168,13 @@ def test_equal_logits_are_no_free_hits(config, batch):
   params = jax.tree.map(jnp.zeros_like, state.params)
   eval_step = jax.jit(step_lib.make_eval_step(program.graphdef, config, program.mesh))
   labels = np.array([0, 1, 2, 3, 4, 5, 0, 1], np.int32)
-  totals = jax.device_get(eval_step(params, state.batch_stats, evaluate.zero_totals(program.mesh),
-                                    {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)},
-                                    np.zeros(1, np.int32)))
+  totals = jax.device_get(
+    eval_step(
+      params,
+      state.batch_stats,
+      evaluate.zero_totals(program.mesh),
+      {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)},
+      np.zeros(1, np.int32),
+    )
+  )
   assert totals["top1"] == 2 and totals["top5"] == 7

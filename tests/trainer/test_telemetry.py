@@ -7,7 +7,8 @@ from etils import epath
 import jax.numpy as jnp
 import pytest
 
-from trainer.reporting import events, telemetry as telemetry_lib
+from trainer.reporting import events
+from trainer.reporting import telemetry as telemetry_lib
 from trainer.step import METRICS
 
 
@@ -29,13 +30,22 @@ def run(tmp_path, config, monkeypatch, caplog):
   """Opens telemetry on made-up time; take(step) is a step of 0.1 s of which a fifth waits for input."""
   config.log.every_steps = 4
   now = [50.0]
-  monkeypatch.setattr(telemetry_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0]))
+  monkeypatch.setattr(
+    telemetry_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0])
+  )
   caplog.set_level(logging.INFO, logger="absl")
 
   def open_telemetry(**options):
     clock = Clock()
-    telemetry = telemetry_lib.Telemetry(epath.Path(tmp_path), config, clock, first_step=0, total_steps=100,
-                                        steps_per_epoch=8.0, **options)
+    telemetry = telemetry_lib.Telemetry(
+      epath.Path(tmp_path),
+      config,
+      clock,
+      first_step=0,
+      total_steps=100,
+      steps_per_epoch=8.0,
+      **options,
+    )
 
     def take(step, seconds=0.1):
       now[0] += seconds
@@ -51,8 +61,10 @@ def run(tmp_path, config, monkeypatch, caplog):
     def read():
       telemetry.flush()
       telemetry.close()
-      return {name.removeprefix("train/"): dict(zip(steps.tolist(), values))
-              for name, (steps, values, _) in events.read_scalars(tmp_path / "events").items()}
+      return {
+        name.removeprefix("train/"): dict(zip(steps.tolist(), values))
+        for name, (steps, values, _) in events.read_scalars(tmp_path / "events").items()
+      }
 
     return types.SimpleNamespace(take=take, stand_still=stand_still, read=read)
 
@@ -72,7 +84,9 @@ def test_speed_of_a_window(run, caplog):
   assert scalars["goodput"][8] == pytest.approx(0.75)
   assert scalars["checkpoint_stall_seconds"][8] == 0
   assert scalars["host_memory_bytes"][8] > 1e6
-  line = next(record.getMessage() for record in caplog.records if "step 8/100" in record.getMessage())
+  line = next(
+    record.getMessage() for record in caplog.records if "step 8/100" in record.getMessage()
+  )
   assert "MFU 40.0%" in line and "step 100.0 ms (p99 100.0)" in line
 
 
@@ -123,12 +137,15 @@ def test_straggler_is_named(run, caplog):
   assert "last host: 3, 41 ms behind the median over the last 4 steps" in caplog.text
 
 
-@pytest.mark.parametrize("means, expected", [
+@pytest.mark.parametrize(
+  "means, expected",
+  [
     ({0: 10.0}, (0, 0.0)),
     ({0: 10.0, 1: 10.5}, (1, 0.5)),
     ({0: 12.0, 1: 10.0, 2: 10.25}, (0, 1.75)),
     ({2: 10.0, 0: 10.0, 1: 10.0}, (0, 0.0)),
-])
+  ],
+)
 def test_straggler(means, expected):
   assert telemetry_lib.straggler(means) == expected
 
@@ -140,5 +157,8 @@ def test_what_was_read_from_a_bucket_is_written(run):
     opened.take(step)
     reads["requests"] += 1
   scalars = opened.read()
-  assert sorted(scalars["read_requests"]) == [4, 8] and scalars["read_requests"][4] < scalars["read_requests"][8]
+  assert (
+    sorted(scalars["read_requests"]) == [4, 8]
+    and scalars["read_requests"][4] < scalars["read_requests"][8]
+  )
   assert set(scalars["read_retries"].values()) == {1}

@@ -21,18 +21,44 @@ UPDATE = ("sharding.opt_state=data",)
 
 def trace(folder, shards, hosts, devices, overrides, dtype, steps):
   """Returns the rows of every step, over all hosts, and the losses."""
-  command = [sys.executable, "-m", "launch.local_pod", f"--hosts={hosts}", f"--devices-per-host={devices}", "--",
-             sys.executable, "-m", "tests.trainer.traced", folder, f"--config={tiny.__file__}", f"--workdir={folder}/run",
-             f"--config.data.path={shards}", f"--config.model.dtype={dtype}", f"--config.total_steps={steps}",
-             "--config.global_batch_size=16", "--config.eval.batch_size=16", "--config.optimizer.lr_per_256=0.5",
-             *[f"--config.{override}" for override in overrides]]
-  environment = os.environ | {"JAX_ENABLE_X64": str(int(dtype == "float64")),
-                              "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-  result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-                          timeout=600)
+  command = [
+    sys.executable,
+    "-m",
+    "launch.local_pod",
+    f"--hosts={hosts}",
+    f"--devices-per-host={devices}",
+    "--",
+    sys.executable,
+    "-m",
+    "tests.trainer.traced",
+    folder,
+    f"--config={tiny.__file__}",
+    f"--workdir={folder}/run",
+    f"--config.data.path={shards}",
+    f"--config.model.dtype={dtype}",
+    f"--config.total_steps={steps}",
+    "--config.global_batch_size=16",
+    "--config.eval.batch_size=16",
+    "--config.optimizer.lr_per_256=0.5",
+    *[f"--config.{override}" for override in overrides],
+  ]
+  environment = os.environ | {
+    "JAX_ENABLE_X64": str(int(dtype == "float64")),
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  }
+  result = subprocess.run(
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=environment,
+    timeout=600,
+  )
   assert result.returncode == 0, result.stdout
   parts = [json.loads((folder / f"rows-{host}.json").read_text()) for host in range(hosts)]
-  return [sum(rows, []) for rows in zip(*parts, strict=True)], json.loads((folder / "losses.json").read_text())
+  return [sum(rows, []) for rows in zip(*parts, strict=True)], json.loads(
+    (folder / "losses.json").read_text()
+  )
 
 
 def check(tmp_path, shards, modes, dtype, steps, rtol, compared):
@@ -44,18 +70,32 @@ def check(tmp_path, shards, modes, dtype, steps, rtol, compared):
       reference = rows, losses
       continue
     assert rows == reference[0]
-    difference = np.abs(np.subtract(losses, reference[1])[:compared] / reference[1][:compared]).max()
-    print(f"{hosts} hosts x {devices} devices {' '.join(overrides):45} {dtype}: same rows in {steps} steps, "
-          f"losses differ by {difference:.1e} in {compared}")
+    difference = np.abs(
+      np.subtract(losses, reference[1])[:compared] / reference[1][:compared]
+    ).max()
+    print(
+      f"{hosts} hosts x {devices} devices {' '.join(overrides):45} {dtype}: same rows in {steps} steps, "
+      f"losses differ by {difference:.1e} in {compared}"
+    )
     np.testing.assert_allclose(losses[:compared], reference[1][:compared], rtol=rtol)
 
 
 def test_hosts_and_layouts_do_not_change_a_run(tmp_path, shards):
-  check(tmp_path, shards, [(1, 4, ()), (4, 1, UPDATE), (2, 2, FSDP + SPACE)], "float64", 20, 1e-12, 20)
+  check(
+    tmp_path, shards, [(1, 4, ()), (4, 1, UPDATE), (2, 2, FSDP + SPACE)], "float64", 20, 1e-12, 20
+  )
 
 
-LAYOUTS = [(1, 8, ()), (2, 4, ()), (4, 2, ()), (8, 1, ()), (2, 4, FSDP), (2, 4, SPACE), (2, 4, UPDATE),
-           (4, 2, FSDP + SPACE + UPDATE)]
+LAYOUTS = [
+  (1, 8, ()),
+  (2, 4, ()),
+  (4, 2, ()),
+  (8, 1, ()),
+  (2, 4, FSDP),
+  (2, 4, SPACE),
+  (2, 4, UPDATE),
+  (4, 2, FSDP + SPACE + UPDATE),
+]
 
 
 @pytest.mark.slow

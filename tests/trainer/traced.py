@@ -31,8 +31,12 @@ def main(folder: str, *flags: str) -> int:
 
     def __next__(self):
       batch = next(self._batches)
-      rows.append([hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()
-                   for image, label in zip(batch["image"], batch["label"], strict=True)])
+      rows.append(
+        [
+          hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()
+          for image, label in zip(batch["image"], batch["label"], strict=True)
+        ]
+      )
       return batch
 
     def __getattr__(self, name):
@@ -46,7 +50,7 @@ def main(folder: str, *flags: str) -> int:
   code = __main__.main(["trainer", *flags])
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  (path / f"rows-{jax.process_index()}.json").write_text(json.dumps(rows[:len(losses)]))
+  (path / f"rows-{jax.process_index()}.json").write_text(json.dumps(rows[: len(losses)]))
   if jax.process_index() == 0:
     (path / "losses.json").write_text(json.dumps(losses))
   return code

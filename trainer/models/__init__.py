@@ -3,8 +3,7 @@
 from flax import nnx
 import ml_collections
 
-from trainer.models.resnet import CifarResNet
-from trainer.models.resnet import ResNet
+from trainer.models.resnet import CifarResNet, ResNet
 
 MODELS = {"resnet": ResNet, "cifar_resnet": CifarResNet}
 
@@ -23,7 +22,9 @@ def check(model_config: ml_collections.ConfigDict):
   MODELS[model_config.name].check_depth(model_config.depth)
 
 
-def create(model_config: ml_collections.ConfigDict, *, rngs: nnx.Rngs, shards: int = 1) -> nnx.Module:
+def create(
+  model_config: ml_collections.ConfigDict, *, rngs: nnx.Rngs, shards: int = 1
+) -> nnx.Module:
   """Returns a new model: float [N, H, W, 3] -> float32 logits [N, num_classes].
 
   Its state is nnx.Param and nnx.BatchStat only, with string keys throughout, all float32. With the dtype float64 so are
@@ -39,4 +40,6 @@ def create(model_config: ml_collections.ConfigDict, *, rngs: nnx.Rngs, shards: i
   """
   check(model_config)
   arguments = dict(model_config)
-  return MODELS[arguments.pop("name")](arguments.pop("depth"), rngs=rngs, shards=shards, **arguments)
+  return MODELS[arguments.pop("name")](
+    arguments.pop("depth"), rngs=rngs, shards=shards, **arguments
+  )

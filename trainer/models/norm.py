@@ -37,9 +37,17 @@ class BatchNorm(nnx.Module):
       of groups, or the other way round.
   """
 
-  def __init__(self, channels: int, *, momentum: float, epsilon: float,
-               dtype: jax.typing.DTypeLike, zero_scale: bool, group: str = "global",
-               shards: int = 1):
+  def __init__(
+    self,
+    channels: int,
+    *,
+    momentum: float,
+    epsilon: float,
+    dtype: jax.typing.DTypeLike,
+    zero_scale: bool,
+    group: str = "global",
+    shards: int = 1,
+  ):
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = jnp.dtype(dtype)
@@ -72,8 +80,9 @@ class BatchNorm(nnx.Module):
         mean, square = _share(jnp.stack([mean, square]), groups)
       var = jnp.maximum(0.0, square - jnp.square(mean))
       for average, new in ((self.mean, mean), (self.var, var)):
-        average.set_value(self.momentum * average.get_value()
-                          + (1 - self.momentum) * jax.lax.stop_gradient(new))
+        average.set_value(
+          self.momentum * average.get_value() + (1 - self.momentum) * jax.lax.stop_gradient(new)
+        )
       if groups > 1:
         mean, var = (m.reshape(cells, *[1] * (x.ndim - 2), -1) for m in (mean, var))
     factor = jax.lax.rsqrt(var + self.epsilon) * self.scale.get_value()
@@ -83,7 +92,9 @@ class BatchNorm(nnx.Module):
 def _share(moments: jax.Array, groups: int) -> jax.Array:
   """Replaces moments [2, cells, C] of each cell by the mean over the consecutive cells of its group."""
   split = moments.reshape(2, groups, -1, moments.shape[-1])
-  return jnp.broadcast_to(jnp.mean(split, axis=2, keepdims=True), split.shape).reshape(moments.shape)
+  return jnp.broadcast_to(jnp.mean(split, axis=2, keepdims=True), split.shape).reshape(
+    moments.shape
+  )
 
 
 def average_groups(batch_stats: Any) -> Any:

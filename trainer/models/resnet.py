@@ -30,12 +30,12 @@ from trainer.models.norm import BatchNorm
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
 STAGES = {
-    18: ((2, 2, 2, 2), False),
-    34: ((3, 4, 6, 3), False),
-    50: ((3, 4, 6, 3), True),
-    101: ((3, 4, 23, 3), True),
-    152: ((3, 8, 36, 3), True),
-    200: ((3, 24, 36, 3), True),
+  18: ((2, 2, 2, 2), False),
+  34: ((3, 4, 6, 3), False),
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+  200: ((3, 24, 36, 3), True),
 }
 
 
@@ -49,8 +49,9 @@ class _Layers:
     norm_options: further arguments of every BatchNorm.
   """
 
-  def __init__(self, dtype: jax.typing.DTypeLike, zero_init_residual: bool, rngs: nnx.Rngs,
-               **norm_options: Any):
+  def __init__(
+    self, dtype: jax.typing.DTypeLike, zero_init_residual: bool, rngs: nnx.Rngs, **norm_options: Any
+  ):
     self.dtype = jnp.dtype(dtype)
     self.param_dtype = jnp.promote_types(dtype, jnp.float32)
     self.zero_init_residual = zero_init_residual
@@ -60,16 +61,28 @@ class _Layers:
   def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
     """Returns a square convolution without bias: the batch norm behind it has one."""
     return nnx.Conv(
-        inputs, outputs, (kernel, kernel), strides=stride, padding=kernel // 2, use_bias=False,
-        dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs,
-        # Fan-out keeps the variance of gradients; that of activations is batch norm's task. The
-        # normal is not truncated, as in torchvision.
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"))
+      inputs,
+      outputs,
+      (kernel, kernel),
+      strides=stride,
+      padding=kernel // 2,
+      use_bias=False,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      rngs=self.rngs,
+      # Fan-out keeps the variance of gradients; that of activations is batch norm's task. The
+      # normal is not truncated, as in torchvision.
+      kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    )
 
   def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
     """Returns a batch norm, with scale 0 where the residual branch is to start at zero."""
-    return BatchNorm(channels, dtype=self.dtype, **self.norm_options,
-                     zero_scale=last_of_branch and self.zero_init_residual)
+    return BatchNorm(
+      channels,
+      dtype=self.dtype,
+      **self.norm_options,
+      zero_scale=last_of_branch and self.zero_init_residual,
+    )
 
 
 class BasicBlock(nnx.Module):
@@ -145,8 +158,14 @@ class _Trunk(nnx.Module):
   `stage{s}_block{b}`, both counted from 1.
   """
 
-  def _build(self, block: type[nnx.Module], inputs: int, stages: Sequence[tuple[int, int]],
-             num_classes: int, layers: _Layers):
+  def _build(
+    self,
+    block: type[nnx.Module],
+    inputs: int,
+    stages: Sequence[tuple[int, int]],
+    num_classes: int,
+    layers: _Layers,
+  ):
     """Adds blocks and head.
 
     Args:
@@ -157,8 +176,9 @@ class _Trunk(nnx.Module):
       layers: maker of convolutions and norms.
     """
     self.dtype = layers.dtype
-    self.blocks = tuple(f"stage{s}_block{b}" for s, (number, _) in enumerate(stages, 1)
-                        for b in range(1, number + 1))
+    self.blocks = tuple(
+      f"stage{s}_block{b}" for s, (number, _) in enumerate(stages, 1) for b in range(1, number + 1)
+    )
     for s, (number, channels) in enumerate(stages, 1):
       for b in range(1, number + 1):
         stride = 2 if s > 1 and b == 1 else 1
@@ -168,8 +188,13 @@ class _Trunk(nnx.Module):
     # rounded to 8 bits. Standard deviation 0.01 as in arXiv:1706.02677, 5.1: the first loss is
     # close to log(num_classes).
     self.head = nnx.Linear(
-        inputs, num_classes, dtype=layers.param_dtype, param_dtype=layers.param_dtype,
-        kernel_init=nnx.initializers.normal(0.01), rngs=layers.rngs)
+      inputs,
+      num_classes,
+      dtype=layers.param_dtype,
+      param_dtype=layers.param_dtype,
+      kernel_init=nnx.initializers.normal(0.01),
+      rngs=layers.rngs,
+    )
 
   def _classify(self, x: jax.Array) -> jax.Array:
     """Returns float32 logits [N, num_classes] of the stem's output [N, H, W, C]."""
@@ -200,19 +225,41 @@ class ResNet(_Trunk):
     ValueError: for another depth.
   """
 
-  def __init__(self, depth: int, *, width: float = 1.0, num_classes: int = 1000,
-               dtype: jax.typing.DTypeLike = jnp.float32, zero_init_residual: bool = True,
-               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, bn_group: str = "global",
-               rngs: nnx.Rngs, shards: int = 1):
+  def __init__(
+    self,
+    depth: int,
+    *,
+    width: float = 1.0,
+    num_classes: int = 1000,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    zero_init_residual: bool = True,
+    bn_momentum: float = 0.9,
+    bn_epsilon: float = 1e-5,
+    bn_group: str = "global",
+    rngs: nnx.Rngs,
+    shards: int = 1,
+  ):
     self.check_depth(depth)
     numbers, bottleneck = STAGES[depth]
-    layers = _Layers(dtype, zero_init_residual, rngs, momentum=bn_momentum, epsilon=bn_epsilon,
-                     group=bn_group, shards=shards)
+    layers = _Layers(
+      dtype,
+      zero_init_residual,
+      rngs,
+      momentum=bn_momentum,
+      epsilon=bn_epsilon,
+      group=bn_group,
+      shards=shards,
+    )
     channels = [scaled(base, width) for base in (64, 128, 256, 512)]
     self.stem_conv = layers.conv(3, channels[0], 7, 2)
     self.stem_bn = layers.norm(channels[0])
-    self._build(Bottleneck if bottleneck else BasicBlock, channels[0],
-                tuple(zip(numbers, channels)), num_classes, layers)
+    self._build(
+      Bottleneck if bottleneck else BasicBlock,
+      channels[0],
+      tuple(zip(numbers, channels)),
+      num_classes,
+      layers,
+    )
 
   @staticmethod
   def check_depth(depth: int):
@@ -255,25 +302,44 @@ class CifarResNet(_Trunk):
     ValueError: for another depth.
   """
 
-  def __init__(self, depth: int, *, width: float = 1.0, num_classes: int = 10,
-               dtype: jax.typing.DTypeLike = jnp.float32, zero_init_residual: bool = True,
-               bn_momentum: float = 0.9, bn_epsilon: float = 1e-5, bn_group: str = "global",
-               rngs: nnx.Rngs, shards: int = 1):
+  def __init__(
+    self,
+    depth: int,
+    *,
+    width: float = 1.0,
+    num_classes: int = 10,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    zero_init_residual: bool = True,
+    bn_momentum: float = 0.9,
+    bn_epsilon: float = 1e-5,
+    bn_group: str = "global",
+    rngs: nnx.Rngs,
+    shards: int = 1,
+  ):
     self.check_depth(depth)
-    layers = _Layers(dtype, zero_init_residual, rngs, momentum=bn_momentum, epsilon=bn_epsilon,
-                     group=bn_group, shards=shards)
+    layers = _Layers(
+      dtype,
+      zero_init_residual,
+      rngs,
+      momentum=bn_momentum,
+      epsilon=bn_epsilon,
+      group=bn_group,
+      shards=shards,
+    )
     channels = [scaled(base, width) for base in (16, 32, 64)]
     self.stem_conv = layers.conv(3, channels[0], 3)
     self.stem_bn = layers.norm(channels[0])
-    self._build(BasicBlock, channels[0], tuple(((depth - 2) // 6, c) for c in channels),
-                num_classes, layers)
+    self._build(
+      BasicBlock, channels[0], tuple(((depth - 2) // 6, c) for c in channels), num_classes, layers
+    )
 
   @staticmethod
   def check_depth(depth: int):
     """Raises ValueError unless there is such a ResNet."""
     if depth < 8 or (depth - 2) % 6:
       raise ValueError(
-          f"config.model.depth: cifar_resnet has 6n+2 (8, 14, 20, 26, ...); got {depth}")
+        f"config.model.depth: cifar_resnet has 6n+2 (8, 14, 20, 26, ...); got {depth}"
+      )
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32 logits [N, num_classes].

@@ -38,8 +38,12 @@ class Lifeline:
     self._given: dict[tuple[int, str], dict[int, Any]] = {}
     self._notes: dict[int, dict[int, float]] = {}
     both = socket.has_dualstack_ipv6()
-    self._socket = socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET,
-                                        dualstack_ipv6=both, backlog=2 * hosts)
+    self._socket = socket.create_server(
+      ("", port),
+      family=socket.AF_INET6 if both else socket.AF_INET,
+      dualstack_ipv6=both,
+      backlog=2 * hosts,
+    )
     threading.Thread(target=self._accept, name="lifeline", daemon=True).start()
 
   def _accept(self) -> None:
@@ -63,7 +67,11 @@ class Lifeline:
     with self._changed:
       if watched is not None:
         if watched not in self._ended:
-          self._judge(watched, f"host {watched} is gone: its connection closed at '{self._heard[watched][1]}'", HOST_LOST)
+          self._judge(
+            watched,
+            f"host {watched} is gone: its connection closed at '{self._heard[watched][1]}'",
+            HOST_LOST,
+          )
         self._ended.add(watched)
         self._changed.notify_all()
 
@@ -97,7 +105,9 @@ class Lifeline:
       for other, (heard, where) in self._heard.items():
         if now - heard > self._timeout and other not in self._ended:
           self._ended.add(other)
-          self._judge(other, f"host {other} was last heard {now - heard:.0f} s ago at '{where}'", HOST_LOST)
+          self._judge(
+            other, f"host {other} was last heard {now - heard:.0f} s ago at '{where}'", HOST_LOST
+          )
       whole = [notes for _, notes in sorted(self._notes.items()) if len(notes) == self._hosts]
       return {"verdict": self._verdict, "now": time.time(), "notes": whole[-1] if whole else {}}
 
@@ -139,7 +149,9 @@ class Line:
       OSError: if nobody answers at the address.
     """
     self._host = host
-    self._lines = socket.create_connection(address, timeout=timeout).makefile("rw", encoding="utf-8")
+    self._lines = socket.create_connection(address, timeout=timeout).makefile(
+      "rw", encoding="utf-8"
+    )
 
   def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
     """Returns the reply of host 0.

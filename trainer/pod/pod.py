@@ -5,6 +5,7 @@ host keeps telling host 0 where it is (trainer/pod/lifeline.py) and hears what i
 for `config.pod.timeout_seconds` or fails is named by all others with the point where it was, and they exit too.
 """
 
+from collections.abc import Callable
 import ctypes
 import os
 import signal
@@ -12,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any
 
 from absl import logging
 import jax
@@ -20,7 +21,7 @@ from jax._src import clusters  # no public name tells what jax.distributed.initi
 import ml_collections
 
 from input_pipeline.errors import DataError
-from trainer.errors import ConfigError, FAILED, HOST_LOST, HostLost, Preempted, TrainerError
+from trainer.errors import FAILED, HOST_LOST, ConfigError, HostLost, Preempted, TrainerError
 from trainer.pod.lifeline import Lifeline, Line
 
 _TICKS = 10  # signs of life within a timeout
@@ -76,7 +77,9 @@ class Pod:
       try:
         self._lifeline = Lifeline(int(port), self.hosts, limits.timeout_seconds)
       except (OSError, ValueError) as error:
-        raise ConfigError(f"Host 0 cannot listen at {address} (JAX_COORDINATOR_ADDRESS): {error}.") from error
+        raise ConfigError(
+          f"Host 0 cannot listen at {address} (JAX_COORDINATOR_ADDRESS): {error}."
+        ) from error
     where = ("localhost" if self.host == 0 else name, int(port))
     while True:
       try:
@@ -84,23 +87,34 @@ class Pod:
         break
       except OSError as error:
         if stop():
-          raise Preempted("Stopped before the other hosts were found; nothing was begun.") from error
+          raise Preempted(
+            "Stopped before the other hosts were found; nothing was begun."
+          ) from error
         if time.monotonic() > deadline:
-          raise HostLost(f"Host {self.host} could not reach host 0 at {address} within {limits.start_seconds:g} s "
-                         f"({error}). Is it up, and may hosts reach each other?") from error
+          raise HostLost(
+            f"Host {self.host} could not reach host 0 at {address} within {limits.start_seconds:g} s "
+            f"({error}). Is it up, and may hosts reach each other?"
+          ) from error
         time.sleep(0.5)
     refused = self._line.ask("hello", hosts=self.hosts).get("refused")
     if refused:
       raise ConfigError(refused)
-    self._thread = threading.Thread(target=self._watch, args=(Line(where, self.host, limits.timeout_seconds),),
-                                    name="pod", daemon=True)
+    self._thread = threading.Thread(
+      target=self._watch,
+      args=(Line(where, self.host, limits.timeout_seconds),),
+      name="pod",
+      daemon=True,
+    )
     self._thread.start()
 
     def wanted(missing: list[int]) -> None:
       if stop():
         self._fail("was asked to stop while the hosts came up", Preempted)
       if time.monotonic() > deadline:
-        self._fail(f"waited {limits.start_seconds:g} s for host {', '.join(map(str, missing))} to come up", HostLost)
+        self._fail(
+          f"waited {limits.start_seconds:g} s for host {', '.join(map(str, missing))} to come up",
+          HostLost,
+        )
 
     # The other hosts hear from host 0 where JAX listens: whatever port is free.
     free = _free_port() if self.host == 0 else None
@@ -110,17 +124,23 @@ class Pod:
     jax.config.update("jax_enable_preemption_service", False)
     self.at("jax.distributed.initialize")
     # JAX's own heartbeat comes late: it ends the process without a word about which host is missing.
-    jax.distributed.initialize(f"{name}:{ports[0]}", self.hosts, self.host, cluster_detection_method="deactivate",
-                               initialization_timeout=round(limits.start_seconds),
-                               heartbeat_timeout_seconds=round(10 * limits.timeout_seconds),
-                               shutdown_timeout_seconds=round(limits.timeout_seconds))
+    jax.distributed.initialize(
+      f"{name}:{ports[0]}",
+      self.hosts,
+      self.host,
+      cluster_detection_method="deactivate",
+      initialization_timeout=round(limits.start_seconds),
+      heartbeat_timeout_seconds=round(10 * limits.timeout_seconds),
+      shutdown_timeout_seconds=round(limits.timeout_seconds),
+    )
 
   def at(self, point: str) -> None:
     """Notes where this host is, for itself and the others."""
     self._point, self._since = point, time.monotonic()
 
-  def gather(self, name: str, value: Any,
-             while_waiting: Callable[[list[int]], None] = lambda missing: None) -> dict[int, Any]:
+  def gather(
+    self, name: str, value: Any, while_waiting: Callable[[list[int]], None] = lambda missing: None
+  ) -> dict[int, Any]:
     """Returns what every host gave; all hosts call it in the same order.
 
     Args:
@@ -139,7 +159,9 @@ class Pod:
       try:
         reply = self._line.ask("gather", number=self._gathers, name=name, value=value)
       except OSError as error:
-        raise HostLost(self._farewell(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)) from error
+        raise HostLost(
+          self._farewell(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)
+        ) from error
       if len(reply["given"]) == self.hosts:
         return {int(host): given for host, given in reply["given"].items()}
       if reply["verdict"]:
@@ -182,7 +204,9 @@ class Pod:
         self._give_up(*reply["verdict"][1:])
       stuck = time.monotonic() - self._since
       if stuck > self._limits.stuck_seconds:
-        self._line_failed(f"host {self.host} has been at '{self._point}' for {stuck:.0f} s", HOST_LOST, line)
+        self._line_failed(
+          f"host {self.host} has been at '{self._point}' for {stuck:.0f} s", HOST_LOST, line
+        )
         self._give_up(f"this host has been at '{self._point}' for {stuck:.0f} s", HOST_LOST)
       self._left.wait(min(5.0, self._limits.timeout_seconds / _TICKS))
 
@@ -222,7 +246,10 @@ class Pod:
     def on_abort(number: int) -> None:
       del number
       self._await_verdict()
-      self._give_up("JAX's runtime aborted this process for the reason above, and all hosts are there", HOST_LOST)
+      self._give_up(
+        "JAX's runtime aborted this process for the reason above, and all hosts are there",
+        HOST_LOST,
+      )
 
     self._on_abort = on_abort  # or it would be freed
     ctypes.CDLL(None).signal(signal.SIGABRT, on_abort)
@@ -230,7 +257,9 @@ class Pod:
   def __enter__(self) -> "Pod":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+  ) -> None:
     if self.hosts == 1:
       return
     if kind is None or kind is Preempted:
@@ -238,8 +267,12 @@ class Pod:
       return
     if not issubclass(kind, (TrainerError, DataError)):
       # Most often the end of another host, as gloo sees it.
-      logging.error("Host %d at '%s': %s. Looking whether another host is lost ...", self.host, self._point,
-                    str(error).splitlines()[0][:200] if str(error) else kind.__name__)
+      logging.error(
+        "Host %d at '%s': %s. Looking whether another host is lost ...",
+        self.host,
+        self._point,
+        str(error).splitlines()[0][:200] if str(error) else kind.__name__,
+      )
       self._await_verdict()
     sentence = str(error).splitlines()[0] if str(error) else kind.__name__
     code = FAILED if issubclass(kind, DataError) else getattr(error, "exit_code", 1)
@@ -266,16 +299,23 @@ def _find_hosts(timeout: float) -> tuple[str, int, int]:
     try:
       hosts, host = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
     except (KeyError, ValueError) as error:
-      raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID "
-                        f"beside it ({error}).") from error
+      raise ConfigError(
+        f"JAX_COORDINATOR_ADDRESS={address} needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID "
+        f"beside it ({error})."
+      ) from error
     if not 0 <= host < hosts or not address.rpartition(":")[2].isdigit():
-      raise ConfigError(f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, and JAX_PROCESS_ID={host} below "
-                        f"JAX_NUM_PROCESSES={hosts}.")
+      raise ConfigError(
+        f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, and JAX_PROCESS_ID={host} below "
+        f"JAX_NUM_PROCESSES={hosts}."
+      )
     return address, hosts, host
-  if os.environ.get("JAX_PLATFORMS") == "cpu":  # a smoke run on a worker of a pod is a run of its own
+  if (
+    os.environ.get("JAX_PLATFORMS") == "cpu"
+  ):  # a smoke run on a worker of a pod is a run of its own
     return "", 1, 0
   address, hosts, host, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, None, round(timeout))
+    None, None, None, None, None, round(timeout)
+  )
   return (address, hosts, host) if address and hosts else ("", 1, 0)
 
 

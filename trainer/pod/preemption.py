@@ -28,4 +28,6 @@ class StopRequest:
       # A person who is impatient. Of SIGTERM a machine that is taken away, its guard and a launcher may each send one.
       signal.signal(signal.SIGINT, signal.SIG_DFL)
       # Not by logging: a handler may interrupt the logger while it holds its lock.
-      sys.stderr.write(f"\n{self.reason}: stopping after this step and saving; Ctrl-C now ends at once.\n")
+      sys.stderr.write(
+        f"\n{self.reason}: stopping after this step and saving; Ctrl-C now ends at once.\n"
+      )

@@ -1,8 +1,9 @@
 """Where the wall time of a run goes, over all the processes that it took."""
 
+from collections.abc import Iterator
 import contextlib
 import time
-from typing import Any, Iterator
+from typing import Any
 
 
 class WallClock:
@@ -17,7 +18,7 @@ class WallClock:
   CAUSES = ("compile", "input_wait", "step", "eval", "checkpoint", "other")
 
   def __init__(self):
-    self.seconds = {cause: 0.0 for cause in self.CAUSES}
+    self.seconds = dict.fromkeys(self.CAUSES, 0.0)
     self.starts = 1
     self._cause = "other"
     self._since = time.monotonic()

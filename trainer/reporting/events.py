@@ -16,8 +16,7 @@ An event file is a sequence of records: length (uint64), its checksum (uint32), 
 buffer, its checksum (uint32), all little-endian; checksums are masked CRC-32C (TFRecord).
 """
 
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import os
 import struct
 import sys
@@ -29,11 +28,9 @@ import uuid
 from absl import logging
 from etils import epath
 import numpy as np
-from tensorboardX import event_file_writer
-from tensorboardX import record_writer
+from tensorboardX import event_file_writer, record_writer
 from tensorboardX import summary as summaries
-from tensorboardX.proto import event_pb2
-from tensorboardX.proto import summary_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from trainer.workdir import storage
 
@@ -58,12 +55,14 @@ class SummaryWriter:
     # would empty the file of the one before.
     record_writer.directory_check(logdir)
     self._events = event_file_writer.EventsWriter(
-        os.path.join(logdir, "events"), filename_suffix=f".{uuid.uuid4().hex[:8]}")
+      os.path.join(logdir, "events"), filename_suffix=f".{uuid.uuid4().hex[:8]}"
+    )
     self._flushed = time.monotonic()
 
   def _write(self, step: int, summary: summary_pb2.Summary):
     self._events.write_event(
-        event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary))
+      event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary)
+    )
     if time.monotonic() - self._flushed > _FLUSH_SECONDS:
       self.flush()
 
@@ -84,8 +83,9 @@ class SummaryWriter:
     rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
     self._write(0, summaries.text("hparams", f"| name | value |\n|---|---|\n{rows}"))
 
-  def write_histograms(self, step: int, arrays: Mapping[str, Any],
-                       num_buckets: Mapping[str, int] | None = None):
+  def write_histograms(
+    self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+  ):
     """Writes histograms of finite arrays of any shape; raises ValueError for one that is not."""
     for name, values in arrays.items():
       buckets = (num_buckets or {}).get(name) or _BUCKETS
@@ -98,8 +98,9 @@ class SummaryWriter:
       layout = "HWC" if image.ndim == 3 else "NHWC"
       self._write(step, summaries.image(name, image, dataformats=layout))
 
-  def write_summaries(self, step: int, values: Mapping[str, Any],
-                      metadata: Mapping[str, Any] | None = None):
+  def write_summaries(
+    self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+  ):
     """Warns once that raw summaries are not written."""
     logging.log_first_n(logging.WARNING, "Event files get no raw summaries: %s.", 1, [*values])
 
@@ -149,7 +150,9 @@ class _BucketFile:
     try:
       self._path.write_bytes(bytes(self._data))
       self._uploaded = len(self._data)
-    except Exception as error:  # those of gcsfs, aiohttp and Google's libraries have no base in common
+    except (
+      Exception
+    ) as error:  # those of gcsfs, aiohttp and Google's libraries have no base in common
       self._retry_time = time.monotonic() + _RETRY_SECONDS
       logging.warning("%s could not be written (%s).", self._path, storage.first_line(error))
 
@@ -203,8 +206,12 @@ def _events(path: epath.Path) -> Iterator[event_pb2.Event]:
     if record is None:
       # A killed process leaves a torn last record. Behind it nothing can be found: where the next
       # record starts is known only from this one.
-      logging.warning("%s: the record at byte %d of %d is not whole; the rest is left out.",
-                      path, start, len(data))
+      logging.warning(
+        "%s: the record at byte %d of %d is not whole; the rest is left out.",
+        path,
+        start,
+        len(data),
+      )
       return
     yield event_pb2.Event.FromString(record)
     start += len(record) + 16
@@ -212,12 +219,12 @@ def _events(path: epath.Path) -> Iterator[event_pb2.Event]:
 
 def _record(data: bytes, start: int) -> bytes | None:
   """Returns the record that starts at byte `start` of `data`, or None if it is not whole."""
-  header = data[start:start + 12]
+  header = data[start : start + 12]
   if len(header) < 12 or _checksum(header[:8]) != header[8:]:
     return None
-  length, = struct.unpack("<Q", header[:8])
-  record = data[start + 12:start + 12 + length]
-  checksum = data[start + 12 + length:start + 16 + length]
+  (length,) = struct.unpack("<Q", header[:8])
+  record = data[start + 12 : start + 12 + length]
+  checksum = data[start + 12 + length : start + 16 + length]
   return record if checksum == _checksum(record) else None
 
 
@@ -233,8 +240,10 @@ def _install():
   """
   loaded = sys.modules.get("clu.metric_writers")
   if loaded is not None:
-    raise ImportError("import trainer.reporting.events before clu.metric_writers or clu.periodic_actions: "
-                      f"clu already has {loaded.SummaryWriter.__module__}.SummaryWriter")
+    raise ImportError(
+      "import trainer.reporting.events before clu.metric_writers or clu.periodic_actions: "
+      f"clu already has {loaded.SummaryWriter.__module__}.SummaryWriter"
+    )
   module = types.ModuleType("clu.metric_writers.summary_writer", SummaryWriter.__doc__)
   module.SummaryWriter = SummaryWriter
   sys.modules[module.__name__] = module

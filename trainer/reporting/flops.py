@@ -7,8 +7,9 @@ for the gradient of its input and one for that of its kernel. What is computed a
 quotient is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
 """
 
+from collections.abc import Sequence
 import math
-from typing import Any, Sequence
+from typing import Any
 
 from flax import nnx
 import jax
@@ -17,13 +18,13 @@ import jax.numpy as jnp
 
 # Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind. Kinds are those of jax/_src/pallas/mosaic/tpu_info.py.
 _PEAK = {
-    "TPU v2": 46e12,  # doi:10.1145/3360307
-    "TPU v3": 123e12,  # docs.cloud.google.com/tpu/docs/v3
-    "TPU v4": 275e12,  # docs.cloud.google.com/tpu/docs/v4
-    "TPU v5 lite": 197e12,  # v5e; docs.cloud.google.com/tpu/docs/v5e
-    "TPU v5": 459e12,  # v5p; docs.cloud.google.com/tpu/docs/v5p
-    "TPU v6 lite": 918e12,  # v6e; docs.cloud.google.com/tpu/docs/v6e
-    "TPU7x": 2307e12,  # docs.cloud.google.com/tpu/docs/tpu7x
+  "TPU v2": 46e12,  # doi:10.1145/3360307
+  "TPU v3": 123e12,  # docs.cloud.google.com/tpu/docs/v3
+  "TPU v4": 275e12,  # docs.cloud.google.com/tpu/docs/v4
+  "TPU v5 lite": 197e12,  # v5e; docs.cloud.google.com/tpu/docs/v5e
+  "TPU v5": 459e12,  # v5p; docs.cloud.google.com/tpu/docs/v5p
+  "TPU v6 lite": 918e12,  # v6e; docs.cloud.google.com/tpu/docs/v6e
+  "TPU7x": 2307e12,  # docs.cloud.google.com/tpu/docs/tpu7x
 }
 
 
@@ -35,7 +36,10 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
   """
   if any(device.device_kind not in _PEAK for device in devices):
     return None
-  chips = {(getattr(device, "slice_index", 0), tuple(device.coords)): device.device_kind for device in devices}
+  chips = {
+    (getattr(device, "slice_index", 0), tuple(device.coords)): device.device_kind
+    for device in devices
+  }
   return sum(_PEAK[kind] for kind in chips.values())
 
 
@@ -61,9 +65,13 @@ def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
       total += eqn.outvars[0].aval.size * math.prod(kernel) // outputs
     elif eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+      total += eqn.outvars[0].aval.size * math.prod(
+        eqn.invars[0].aval.shape[axis] for axis in contracted
+      )
     else:
-      inner = [x for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+      inner = [
+        x for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)
+      ]
       total += eqn.params.get("length", 1) * sum(map(_multiply_adds, inner))
   return total
 
@@ -72,8 +80,15 @@ def _is_jaxpr(x: Any) -> bool:
   return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
 
 
-def seconds_at_peak(graphdef: nnx.GraphDef, params: Any, batch_stats: Any, *, image_size: int, batch_size: int,
-                    devices: Sequence[jax.Device]) -> float | None:
+def seconds_at_peak(
+  graphdef: nnx.GraphDef,
+  params: Any,
+  batch_stats: Any,
+  *,
+  image_size: int,
+  batch_size: int,
+  devices: Sequence[jax.Device],
+) -> float | None:
   """Returns how long a training step would take if the chips did nothing but model FLOPs at their peak.
 
   This over the real time of a step is the model FLOPs utilisation (MFU). None for chips whose peak is unknown.

@@ -8,8 +8,7 @@ workdir: `events/` (curves), `config.json` and, once it is finished, `final.json
 
 import argparse
 import base64
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import html
 import io
 import json
@@ -22,9 +21,9 @@ import numpy as np
 
 from configs import base
 from trainer import config as config_lib
+from trainer.errors import ConfigError
 from trainer.reporting import events
 from trainer.workdir import storage
-from trainer.errors import ConfigError
 
 # Steps, values and wall times by name, as events.read_scalars returns them.
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -33,26 +32,39 @@ Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 _TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"
 # Title, factor of the values, and (scalar, legend, colour) of each curve.
 _PANELS = (
-    ("Loss", 1, (("train/loss", "train", _TRAIN), ("eval/loss", "eval", _EVAL))),
-    ("Accuracy, %", 100, (("train/top1", "train top-1", _TRAIN), ("eval/top1", "eval top-1", _EVAL),
-                          ("eval/top5", "eval top-5", _EVAL_2))),
-    ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
-    ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
-    ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
-    ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
-    ("Time of a step, ms", 1000, (("train/step_seconds_median", "median", _TRAIN),
-                                  ("train/step_seconds_p99", "99th percentile", _EVAL))),
-    ("Waiting for input, % of time", 100, (("train/input_wait", "", _TRAIN),)),
-    ("Goodput, % of time since the first start", 100, (("train/goodput", "", _TRAIN),)),
+  ("Loss", 1, (("train/loss", "train", _TRAIN), ("eval/loss", "eval", _EVAL))),
+  (
+    "Accuracy, %",
+    100,
+    (
+      ("train/top1", "train top-1", _TRAIN),
+      ("eval/top1", "eval top-1", _EVAL),
+      ("eval/top5", "eval top-5", _EVAL_2),
+    ),
+  ),
+  ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
+  ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
+  ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
+  ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
+  (
+    "Time of a step, ms",
+    1000,
+    (
+      ("train/step_seconds_median", "median", _TRAIN),
+      ("train/step_seconds_p99", "99th percentile", _EVAL),
+    ),
+  ),
+  ("Waiting for input, % of time", 100, (("train/input_wait", "", _TRAIN),)),
+  ("Goodput, % of time since the first start", 100, (("train/goodput", "", _TRAIN),)),
 )
 _CAUSES = {
-    "step": ("training steps", "#2563c9"),
-    "eval": ("evaluation", "#12906f"),
-    "compile": ("compilation", "#8a63c7"),
-    "checkpoint": ("checkpoints", "#e0a021"),
-    "input_wait": ("waiting for input", "#cf3f4f"),
-    "restart": ("restarts", "#1c2430"),
-    "other": ("other", "#9aa3af"),
+  "step": ("training steps", "#2563c9"),
+  "eval": ("evaluation", "#12906f"),
+  "compile": ("compilation", "#8a63c7"),
+  "checkpoint": ("checkpoints", "#e0a021"),
+  "input_wait": ("waiting for input", "#cf3f4f"),
+  "restart": ("restarts", "#1c2430"),
+  "other": ("other", "#9aa3af"),
 }
 _STYLE = """
 :root { color-scheme: light; }
@@ -112,7 +124,8 @@ def write_report(workdir: str) -> str:
   scalars = events.read_scalars(folder) if folder.exists() else {}
   if not scalars:
     raise ValueError(
-        f"{directory} has nothing to report: {folder} holds no event files with scalars.")
+      f"{directory} has nothing to report: {folder} holds no event files with scalars."
+    )
   config, final = _read_json(directory / "config.json"), _read_json(directory / "final.json")
   sections = [_headline(directory.name, config, final, scalars), _curves(scalars)]
   if final is not None:
@@ -121,12 +134,14 @@ def write_report(workdir: str) -> str:
     sections.append(_config_changes(config))
   report = directory / "report.html"
   storage.write_whole(
-      report,
-      "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-      f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
-      f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections)
-      + "\n</main>\n</body>\n</html>\n")
+    report,
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
+    f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+    + "\n".join(sections)
+    + "\n</main>\n</body>\n</html>\n",
+  )
   return str(report)
 
 
@@ -143,24 +158,34 @@ def _title(config: Mapping[str, Any] | None) -> str:
   return f"{names.get(model['name'], model['name'])}-{model['depth']}{width}"
 
 
-def _headline(name: str, config: Mapping[str, Any] | None, final: Mapping[str, Any] | None,
-              scalars: Scalars) -> str:
+def _headline(
+  name: str, config: Mapping[str, Any] | None, final: Mapping[str, Any] | None, scalars: Scalars
+) -> str:
   """Returns title and result, or how far the run is."""
   last_step = max(int(steps[-1]) for steps, _, _ in scalars.values())
   note = ""
   if final is not None:
     best = final["best"]
-    best = (f"top-1; best {best['top1']:.2%} at step {best['step']:,}"
-            if best and best["step"] != final["step"] else "top-1, the best of the run")
-    cards = [(f"{final['top1']:.2%}", best), (f"{final['top5']:.2%}", "top-5"),
-             (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
-             (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
-             (_duration(sum(_causes(final["wall_seconds"]).values())), "wall time"),
-             (f"{final['images_per_second']:,.0f}", "images per second"),
-             (_millions(final["params"]), "parameters"), (str(final["devices"]), "devices")]
+    best = (
+      f"top-1; best {best['top1']:.2%} at step {best['step']:,}"
+      if best and best["step"] != final["step"]
+      else "top-1, the best of the run"
+    )
+    cards = [
+      (f"{final['top1']:.2%}", best),
+      (f"{final['top5']:.2%}", "top-5"),
+      (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
+      (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
+      (_duration(sum(_causes(final["wall_seconds"]).values())), "wall time"),
+      (f"{final['images_per_second']:,.0f}", "images per second"),
+      (_millions(final["params"]), "parameters"),
+      (str(final["devices"]), "devices"),
+    ]
   else:
-    note = (f"<p class=\"note\">This run is not finished: there is no final result, and its last "
-            f"logged step is {last_step:,}.</p>")
+    note = (
+      f'<p class="note">This run is not finished: there is no final result, and its last '
+      f"logged step is {last_step:,}.</p>"
+    )
     cards = []
     if "eval/top1" in scalars:
       steps, values, _ = scalars["eval/top1"]
@@ -174,26 +199,37 @@ def _headline(name: str, config: Mapping[str, Any] | None, final: Mapping[str, A
       cards.append((f"{scalars['train/images_per_second'][1][-1]:,.0f}", "images per second"))
     if "train/goodput" in scalars:
       cards.append((f"{scalars['train/goodput'][1][-1]:.1%}", "goodput"))
-  return (f"<h1>{html.escape(_title(config))}</h1>\n"
-          f"<div class=\"muted\">{html.escape(name)}</div>\n{note}"
-          "<div class=\"cards\">\n" + "\n".join(
-              f"<div{' class=main' if i == 0 else ''}><b>{html.escape(value)}</b>"
-              f"<span class=\"muted\">{html.escape(label)}</span></div>"
-              for i, (value, label) in enumerate(cards)) + "\n</div>")
+  return (
+    f"<h1>{html.escape(_title(config))}</h1>\n"
+    f'<div class="muted">{html.escape(name)}</div>\n{note}'
+    '<div class="cards">\n'
+    + "\n".join(
+      f"<div{' class=main' if i == 0 else ''}><b>{html.escape(value)}</b>"
+      f'<span class="muted">{html.escape(label)}</span></div>'
+      for i, (value, label) in enumerate(cards)
+    )
+    + "\n</div>"
+  )
 
 
 def _curves(scalars: Scalars) -> str:
   """Returns a picture for each panel of which at least one curve was logged."""
   pictures = []
   for title, factor, curves in _PANELS:
-    curves = [(label, colour, scalars[name][0], factor * scalars[name][1])
-              for name, label, colour in curves if name in scalars]
+    curves = [
+      (label, colour, scalars[name][0], factor * scalars[name][1])
+      for name, label, colour in curves
+      if name in scalars
+    ]
     if curves:
-      last = ", ".join(f"{label or 'last value'} {values[-1]:.4g}"
-                       for label, _, _, values in curves)
-      pictures.append(f"<img alt=\"{title}: {last}\" src=\"data:image/png;base64,"
-                      f"{base64.b64encode(_plot(title, curves)).decode()}\">")
-  return "<h2>Curves</h2>\n<div class=\"panels\">\n" + "\n".join(pictures) + "\n</div>"
+      last = ", ".join(
+        f"{label or 'last value'} {values[-1]:.4g}" for label, _, _, values in curves
+      )
+      pictures.append(
+        f'<img alt="{title}: {last}" src="data:image/png;base64,'
+        f'{base64.b64encode(_plot(title, curves)).decode()}">'
+      )
+  return '<h2>Curves</h2>\n<div class="panels">\n' + "\n".join(pictures) + "\n</div>"
 
 
 def _plot(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> bytes:
@@ -208,8 +244,15 @@ def _plot(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]])
   axes = figure.add_subplot()
   for label, colour, steps, values in curves:
     # A few points, as of evaluations, are worth a mark each; a long curve is not.
-    axes.plot(steps, values, color=colour, label=label, linewidth=1.6,
-              marker="o" if len(steps) <= 40 else None, markersize=3)
+    axes.plot(
+      steps,
+      values,
+      color=colour,
+      label=label,
+      linewidth=1.6,
+      marker="o" if len(steps) <= 40 else None,
+      markersize=3,
+    )
   axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1c2430")
   axes.grid(color="#e8ebef", linewidth=0.8)
   axes.set_axisbelow(True)
@@ -243,13 +286,17 @@ def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
   for cause, seconds in causes.items():
     label, colour = _CAUSES.get(cause, (cause, "#9aa3af"))
     share = seconds / total
-    bar.append(f"<div style=\"flex: {share:.6f} 0 0; background: {colour}\"></div>")
-    legend.append(f"<span><i style=\"background: {colour}\"></i>{html.escape(label)} "
-                  f"<span class=\"muted\">{_duration(seconds)}, {share:.1%}</span></span>")
+    bar.append(f'<div style="flex: {share:.6f} 0 0; background: {colour}"></div>')
+    legend.append(
+      f'<span><i style="background: {colour}"></i>{html.escape(label)} '
+      f'<span class="muted">{_duration(seconds)}, {share:.1%}</span></span>'
+    )
   starts = "one start" if goodput["starts"] == 1 else f"{goodput['starts']} starts"
-  return (f"<h2>Wall time by cause: goodput {goodput['share']:.1%}, {starts}</h2>\n"
-          f"<div class=\"box\"><div class=\"bar\">{''.join(bar)}</div>\n"
-          f"<div class=\"legend\">{''.join(legend)}</div></div>")
+  return (
+    f"<h2>Wall time by cause: goodput {goodput['share']:.1%}, {starts}</h2>\n"
+    f'<div class="box"><div class="bar">{"".join(bar)}</div>\n'
+    f'<div class="legend">{"".join(legend)}</div></div>'
+  )
 
 
 def _config_changes(config: Mapping[str, Any]) -> str:
@@ -257,14 +304,17 @@ def _config_changes(config: Mapping[str, Any]) -> str:
   ours = config_lib.flatten(ml_collections.ConfigDict(config))
   defaults = config_lib.flatten(base.get_config())
   rows = "".join(
-      f"<tr><td>{html.escape(field)}</td><td>{html.escape(_value(ours, field))}</td>"
-      f"<td class=\"muted\">{html.escape(_value(defaults, field))}</td></tr>\n"
-      for field in sorted({*defaults, *ours})
-      if field not in ours or field not in defaults or ours[field] != defaults[field])
+    f"<tr><td>{html.escape(field)}</td><td>{html.escape(_value(ours, field))}</td>"
+    f'<td class="muted">{html.escape(_value(defaults, field))}</td></tr>\n'
+    for field in sorted({*defaults, *ours})
+    if field not in ours or field not in defaults or ours[field] != defaults[field]
+  )
   if not rows:
     return "<h2>Config</h2>\n<p>Nothing differs from configs/base.py.</p>"
-  return ("<h2>Config: what differs from configs/base.py</h2>\n<div class=\"box scroll\"><table>\n"
-          f"<tr><th>field</th><th>this run</th><th>base</th></tr>\n{rows}</table></div>")
+  return (
+    '<h2>Config: what differs from configs/base.py</h2>\n<div class="box scroll"><table>\n'
+    f"<tr><th>field</th><th>this run</th><th>base</th></tr>\n{rows}</table></div>"
+  )
 
 
 def _value(flat: Mapping[str, Any], field: str) -> str:
@@ -288,7 +338,8 @@ def _millions(number: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Writes the report of the workdir named in `arguments`; returns the exit code."""
   parser = argparse.ArgumentParser(
-      prog="python -m trainer.report", description=__doc__.split("\n")[0])
+    prog="python -m trainer.report", description=__doc__.split("\n")[0]
+  )
   parser.add_argument("workdir", help="folder of the run")
   try:
     print(write_report(parser.parse_args(arguments).workdir))

@@ -1,12 +1,13 @@
 """What a run tells: the progress line, and the curves in the event files."""
 
 import collections
+from collections.abc import Callable, Mapping
 import os
 import pathlib
 import statistics
 import sys
 import time
-from typing import Any, Callable, Mapping
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -15,10 +16,11 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from trainer.errors import NonFiniteError
 from trainer.reporting import events
 from trainer.reporting.clock import WallClock
-from trainer.errors import NonFiniteError
 from trainer.step import METRICS, NOTHING
+
 from clu import metric_writers, periodic_actions  # isort: skip  (trainer.reporting.events makes them importable)
 
 # Metrics are fetched when two later steps are queued behind them, so that the devices never wait for the host.
@@ -44,10 +46,19 @@ def straggler(means: dict[int, float]) -> tuple[int, float]:
 class Telemetry:
   """Collects the metrics of each step and writes their means every `config.log.every_steps`."""
 
-  def __init__(self, workdir: epath.Path, config: ml_collections.ConfigDict, clock: WallClock, *, first_step: int,
-               total_steps: int, steps_per_epoch: float, seconds_at_peak: float | None = None,
-               exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
-               reads: Callable[[], Mapping[str, int]] = dict):
+  def __init__(
+    self,
+    workdir: epath.Path,
+    config: ml_collections.ConfigDict,
+    clock: WallClock,
+    *,
+    first_step: int,
+    total_steps: int,
+    steps_per_epoch: float,
+    seconds_at_peak: float | None = None,
+    exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
+    reads: Callable[[], Mapping[str, int]] = dict,
+  ):
     """Opens the event files on process 0; the other processes write nothing.
 
     Args:
@@ -69,16 +80,33 @@ class Telemetry:
     writers = [events.SummaryWriter(directory)] if self._chief else []
     self._writer = metric_writers.AsyncMultiWriter(writers)
     self._progress = periodic_actions.ReportProgress(
-        num_train_steps=total_steps, every_steps=config.log.every_steps, every_secs=None, writer=self._writer)
-    self._profile = periodic_actions.Profile(
-        logdir=directory, num_profile_steps=config.log.profile_steps, profile_duration_ms=0,
-        first_profile=config.log.profile_step, every_secs=None) if config.log.profile_step and self._chief else None
+      num_train_steps=total_steps,
+      every_steps=config.log.every_steps,
+      every_secs=None,
+      writer=self._writer,
+    )
+    self._profile = (
+      periodic_actions.Profile(
+        logdir=directory,
+        num_profile_steps=config.log.profile_steps,
+        profile_duration_ms=0,
+        first_profile=config.log.profile_step,
+        every_secs=None,
+      )
+      if config.log.profile_step and self._chief
+      else None
+    )
     self.request = NOTHING  # the highest that any host has made at the steps looked at
     self._pending: collections.deque[tuple[int, jax.Array, float]] = collections.deque()
     self._last_ready: float | None = None
     self._open_window()
-    self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
-                          disable=not (self._chief and sys.stderr.isatty()))
+    self._bar = tqdm.tqdm(
+      total=total_steps,
+      initial=first_step,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not (self._chief and sys.stderr.isatty()),
+    )
 
   def _open_window(self) -> None:
     self._window: list[np.ndarray] = []  # metrics of each step
@@ -122,8 +150,10 @@ class Telemetry:
     ready = time.monotonic()
     if not np.isfinite(metrics).all():
       values = ", ".join(f"{name} {value:g}" for name, value in zip(METRICS, metrics))
-      raise NonFiniteError(f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
-                           "set config.optimizer.clip_norm, then run again: the last checkpoint is from before.")
+      raise NonFiniteError(
+        f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
+        "set config.optimizer.clip_norm, then run again: the last checkpoint is from before."
+      )
     self.request = max(self.request, int(metrics[METRICS.index("request")]))
     self._window.append(metrics)
     self._dispatched.append(dispatched)
@@ -162,14 +192,29 @@ class Telemetry:
     epoch, waiting = step / self._steps_per_epoch, 100 * scalars["input_wait"]
     if self._bar.disable:
       logging.info(
-          "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  input wait %.1f%%  ETA %s", step,
-          self._total_steps, epoch, scalars["loss"], 100 * scalars["top1"], scalars["learning_rate"],
-          scalars["grad_norm"], speed, waiting, _duration((self._total_steps - step) * training / steps))
+        "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  input wait %.1f%%  ETA %s",
+        step,
+        self._total_steps,
+        epoch,
+        scalars["loss"],
+        100 * scalars["top1"],
+        scalars["learning_rate"],
+        scalars["grad_norm"],
+        speed,
+        waiting,
+        _duration((self._total_steps - step) * training / steps),
+      )
       if len(means) > 1 and self._chief:
-        logging.info("last host: %d, %.0f ms behind the median over the last %d steps", scalars["straggler_host"],
-                     1000 * scalars["straggler_seconds"], steps)
+        logging.info(
+          "last host: %d, %.0f ms behind the median over the last %d steps",
+          scalars["straggler_host"],
+          1000 * scalars["straggler_seconds"],
+          steps,
+        )
     else:
-      self._bar.set_postfix_str(f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%")
+      self._bar.set_postfix_str(
+        f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
+      )
 
   def write(self, step: int, group: str, scalars: dict[str, Any]) -> None:
     """Writes scalars named GROUP/NAME at a step to the event files, in the background."""
@@ -179,9 +224,15 @@ class Telemetry:
     """Writes and logs the result of an evaluation."""
     self.write(step, "eval", result)
     self._writer.flush()
-    logging.info("step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples", step,
-                 step / self._steps_per_epoch, 100 * result["top1"], 100 * result["top5"], result["loss"],
-                 result["examples"])
+    logging.info(
+      "step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples",
+      step,
+      step / self._steps_per_epoch,
+      100 * result["top1"],
+      100 * result["top5"],
+      result["loss"],
+      result["examples"],
+    )
 
   def close(self) -> None:
     """Writes what is left."""
@@ -192,7 +243,9 @@ class Telemetry:
 
 def _duration(seconds: float) -> str:
   hours, minutes = divmod(round(seconds / 60), 60)
-  return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+  return (
+    f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+  )
 
 
 def _memory() -> dict[str, int]:

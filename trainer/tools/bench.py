@@ -9,6 +9,7 @@ Options are listed by `--help` behind each of them.
 
 import argparse
 import collections
+from collections.abc import Callable, Sequence
 import contextlib
 import os
 import re
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable, Sequence
 
 from absl import logging
 from etils import epath
@@ -27,11 +27,12 @@ import ml_collections
 
 from configs import base
 from input_pipeline import loader, sources
-from trainer import mesh as mesh_lib, train as train_lib
-from trainer.workdir.checkpoint import Checkpointer
+from trainer import mesh as mesh_lib
+from trainer import train as train_lib
 from trainer.pod.pod import Pod
 from trainer.state import TrainState
 from trainer.step import NOTHING
+from trainer.workdir.checkpoint import Checkpointer
 
 
 def loop_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
@@ -59,10 +60,15 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
   program = train_lib.build(config, config.data.synthetic_examples)
   train_step = train_lib.compile_train_step(config, program)
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
-  with contextlib.closing(loader.train_batches(source, config.data, seed=config.seed,
-                                               global_batch_size=config.global_batch_size)) as host_batches:
+  with contextlib.closing(
+    loader.train_batches(
+      source, config.data, seed=config.seed, global_batch_size=config.global_batch_size
+    )
+  ) as host_batches:
     host_batch = next(host_batches)
-  batch = mesh_lib.to_global(program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH})
+  batch = mesh_lib.to_global(
+    program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH}
+  )
   requests = mesh_lib.flags(program.mesh, NOTHING)
   state = program.init_state()
   jax.block_until_ready((state, batch))
@@ -88,13 +94,18 @@ def bench_loop(args: argparse.Namespace) -> None:
     for number in range(args.rounds):
       loop, bare = loop_speed(config), bare_speed(config)
       rounds.append((loop, bare))
-      print(f"round {number + 1:2}: train() {loop:7.1f} steps/s   bare step {bare:7.1f} steps/s   "
-            f"ratio {loop / bare:.3f}", flush=True)
+      print(
+        f"round {number + 1:2}: train() {loop:7.1f} steps/s   bare step {bare:7.1f} steps/s   "
+        f"ratio {loop / bare:.3f}",
+        flush=True,
+      )
   # Whatever else the machine does can only slow a round down, so the fastest one of each side says most.
   loop, bare = map(max, zip(*rounds))
-  print(f"fastest rounds: ratio {loop / bare:.3f}, a bare step takes {1000 / bare:.2f} ms, train() adds "
-        f"{1e6 * (1 / loop - 1 / bare):.0f} us; median ratio {statistics.median(l / b for l, b in rounds):.3f} "
-        f"({devices()}, batch {args.batch_size})")
+  print(
+    f"fastest rounds: ratio {loop / bare:.3f}, a bare step takes {1000 / bare:.2f} ms, train() adds "
+    f"{1e6 * (1 / loop - 1 / bare):.0f} us; median ratio {statistics.median(l / b for l, b in rounds):.3f} "
+    f"({devices()}, batch {args.batch_size})"
+  )
 
 
 class StepLoop:
@@ -111,8 +122,12 @@ class StepLoop:
     self._idle_seconds = idle_seconds
     self._queued: collections.deque[jax.Array] = collections.deque()
     self._step = jax.jit(
-        lambda state: (jax.tree.map(lambda x: x if x.dtype == jnp.int32 else 0.999 * x, state), state.step + 1),
-        donate_argnums=0)
+      lambda state: (
+        jax.tree.map(lambda x: x if x.dtype == jnp.int32 else 0.999 * x, state),
+        state.step + 1,
+      ),
+      donate_argnums=0,
+    )
 
   def run(self) -> None:
     """Takes a step."""
@@ -149,7 +164,9 @@ def bench_save(args: argparse.Namespace) -> None:
   program = train_lib.build(config, num_examples=1000)
   loop = StepLoop(program.init_state(), args.idle_seconds)
   items = loop.state.params, loop.state.batch_stats, loop.state.opt_state
-  values, size = (sum(getattr(x, what) for x in jax.tree.leaves(items)) for what in ("size", "nbytes"))
+  values, size = (
+    sum(getattr(x, what) for x in jax.tree.leaves(items)) for what in ("size", "nbytes")
+  )
   print(f"{values / 1e6:.0f} M values, {size / 1e6:.0f} MB; {devices()}", flush=True)
   loop.seconds_per_step(3)
   rounds = []
@@ -168,9 +185,12 @@ def bench_save(args: argparse.Namespace) -> None:
       whole = time.perf_counter() - start
       checkpointer.poll(wait=True)
       lost = whole - steps * quiet
-      print(f"{f'save {number:2}:' if number else 'first:  '} stood still {stall:.3f} s, lost {lost:.3f} s of "
-            f"{whole:.3f} s, ratios {stall / whole:.3f} and {lost / whole:.3f}; {steps} steps beside it, of "
-            f"{1000 * quiet:.1f} ms without it", flush=True)
+      print(
+        f"{f'save {number:2}:' if number else 'first:  '} stood still {stall:.3f} s, lost {lost:.3f} s of "
+        f"{whole:.3f} s, ratios {stall / whole:.3f} and {lost / whole:.3f}; {steps} steps beside it, of "
+        f"{1000 * quiet:.1f} ms without it",
+        flush=True,
+      )
       if number:  # the first compiles the hashes, once in a process
         rounds.append((stall / whole, lost / whole))
     checkpointer.close()
@@ -187,13 +207,32 @@ def bench_startup(args: argparse.Namespace) -> None:
   seconds = []
   with tempfile.TemporaryDirectory() as folder:
     for number in range(2):
-      fields = {"model.depth": 18, "data.kind": "synthetic", "data.image_size": 64, "data.eval_image_size": 64,
-                "data.eval_resize": 64, "global_batch_size": 8, "eval.batch_size": 8, "total_epochs": 0.0,
-                "total_steps": 100, "optimizer.warmup_epochs": 0.0, "eval.every_epochs": 0.0, "log.every_steps": 1,
-                "compilation_cache": f"{folder}/compiled"}
-      command = [sys.executable, "-m", "trainer", f"--config={base.__file__}", f"--workdir={folder}/{number}",
-                 *[f"--config.{field}={value}" for field, value in fields.items()]]
-      environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+      fields = {
+        "model.depth": 18,
+        "data.kind": "synthetic",
+        "data.image_size": 64,
+        "data.eval_image_size": 64,
+        "data.eval_resize": 64,
+        "global_batch_size": 8,
+        "eval.batch_size": 8,
+        "total_epochs": 0.0,
+        "total_steps": 100,
+        "optimizer.warmup_epochs": 0.0,
+        "eval.every_epochs": 0.0,
+        "log.every_steps": 1,
+        "compilation_cache": f"{folder}/compiled",
+      }
+      command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        f"--config={base.__file__}",
+        f"--workdir={folder}/{number}",
+        *[f"--config.{field}={value}" for field, value in fields.items()],
+      ]
+      environment = {
+        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+      }
       start = time.perf_counter()
       log = []
       with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -206,7 +245,10 @@ def bench_startup(args: argparse.Namespace) -> None:
       compiled = re.search(r"Compiled in ([0-9.]+) s", "".join(log))
       if not compiled:
         sys.exit("".join(log))
-      print(f"start {number + 1}: first step after {seconds[-1]:.1f} s, {compiled[1]} s of it to compile", flush=True)
+      print(
+        f"start {number + 1}: first step after {seconds[-1]:.1f} s, {compiled[1]} s of it to compile",
+        flush=True,
+      )
   print(f"ratio {seconds[1] / seconds[0]:.3f}")
 
 
@@ -219,16 +261,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   commands = parser.add_subparsers(required=True)
 
-  def add(name: str, function: Callable[[argparse.Namespace], None], **options: tuple[int | float | str, str]):
+  def add(
+    name: str,
+    function: Callable[[argparse.Namespace], None],
+    **options: tuple[int | float | str, str],
+  ):
     command = commands.add_parser(name, help=function.__doc__.splitlines()[0])
     command.set_defaults(function=function)
     for option, (default, text) in options.items():
-      command.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default, help=text)
+      command.add_argument(
+        f"--{option.replace('_', '-')}", type=type(default), default=default, help=text
+      )
 
-  add("loop", bench_loop, steps=(1000, "steps of each side in each round"),
-      rounds=(6, "rounds, each of both sides in turn"), batch_size=(32, "images per step"))
-  add("save", bench_save, rounds=(5, "saves after the first"), steps=(10, "steps that are timed before each save"),
-      idle_seconds=(0.1, "pause of the host in each step"), folder=(tempfile.gettempdir(), "disk to be written to"))
+  add(
+    "loop",
+    bench_loop,
+    steps=(1000, "steps of each side in each round"),
+    rounds=(6, "rounds, each of both sides in turn"),
+    batch_size=(32, "images per step"),
+  )
+  add(
+    "save",
+    bench_save,
+    rounds=(5, "saves after the first"),
+    steps=(10, "steps that are timed before each save"),
+    idle_seconds=(0.1, "pause of the host in each step"),
+    folder=(tempfile.gettempdir(), "disk to be written to"),
+  )
   add("startup", bench_startup)
   args = parser.parse_args(arguments)
   logging.set_verbosity(logging.WARNING)

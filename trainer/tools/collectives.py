@@ -8,7 +8,9 @@ import re
 _KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|recv"
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.* -> .* \{$")
 _COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({_KINDS})(-start)?\(')
-_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_SLICES = re.compile(
+  r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"'
+)
 _CALLED = re.compile(r"\b(calls|to_apply|body)=%?([\w.-]+)")
 
 
@@ -101,8 +103,10 @@ def describe(collectives: list[Collective]) -> list[str]:
 def _size(shape: str) -> float:
   """Returns the bytes of all arrays in a shape, as in '(f32[8,128]{1,0:T(8,128)}, bf16[])'."""
   # pred, which has no number of bits in its name, takes a byte.
-  return sum(math.prod(int(length) for length in re.findall(r"\d+", dimensions)) * int(bits or 8) / 8
-             for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shape))
+  return sum(
+    math.prod(int(length) for length in re.findall(r"\d+", dimensions)) * int(bits or 8) / 8
+    for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
+  )
 
 
 def _group_size(line: str) -> int | None:
@@ -111,7 +115,9 @@ def _group_size(line: str) -> int | None:
     return _chain(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
   if axes := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", line):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
-    return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes[2]))
+    return math.prod(
+      int(part or sizes[name]) for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes[2])
+    )
   if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
     return int(iota[1])
   if first := re.search(r"replica_groups=\{\{([\d,]+)\}", line):

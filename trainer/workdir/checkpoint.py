@@ -7,6 +7,7 @@ config, clocks, best result, and a hash of every leaf. Orbax restores a flipped 
 computed on the devices before the save, and again after each restore.
 """
 
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import errno
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from typing import Any, Sequence
+from typing import Any
 
 from absl import flags, logging
 from etils import epath
@@ -25,10 +26,10 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from trainer import config as config_lib
-from trainer.workdir import storage
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.state import TrainState, fingerprints
+from trainer.workdir import storage
 
 FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
@@ -57,7 +58,9 @@ class _KeepLatestAndBest:
 class Checkpointer:
   """Saves and restores the state of one workdir."""
 
-  def __init__(self, pod: Pod, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int):
+  def __init__(
+    self, pod: Pod, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int
+  ):
     """Opens the checkpoints of a workdir.
 
     Args:
@@ -82,8 +85,10 @@ class Checkpointer:
       if not storage.is_failure(error):
         raise
       # In a bucket also where host 0 clears away the only save, a torn one, while this host lists it.
-      raise StorageError(f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
-                         "again.") from error
+      raise StorageError(
+        f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
+        "again."
+      ) from error
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[None]] | None = None
@@ -92,8 +97,12 @@ class Checkpointer:
     self._retry_time: float | None = None
 
   def _open_manager(self) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy, cleanup_tmp_directories=True))
+    return ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy, cleanup_tmp_directories=True
+      ),
+    )
 
   def set_best(self, step: int) -> None:
     """Tells which step must outlive the newest N."""
@@ -129,19 +138,25 @@ class Checkpointer:
     if not self._ready(step, items):
       return
     meta = meta | {
-        "format": FORMAT,
-        "step": step,
-        "data": {"next_step": step, "examples_seen": step * self._config.global_batch_size},
-        "config": config_lib.flatten(self._config),
-        "fingerprints": fingerprints(items),
-        "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
+      "format": FORMAT,
+      "step": step,
+      "data": {"next_step": step, "examples_seen": step * self._config.global_batch_size},
+      "config": config_lib.flatten(self._config),
+      "fingerprints": fingerprints(items),
+      "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
     }
     meta["digest"] = _digest(meta)
     self._in_flight = step, self._thread.submit(self._write, step, meta, _copy(items))
 
   def _write(self, step: int, meta: dict[str, Any], items: dict[str, Any]) -> None:
-    self._manager.save(step, force=True, args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+    self._manager.save(
+      step,
+      force=True,
+      args=ocp.args.Composite(
+        meta=ocp.args.JsonSave(meta),
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+      ),
+    )
     del items  # Orbax has its own copy now, on the host
     self._manager.wait_until_finished()
 
@@ -159,7 +174,9 @@ class Checkpointer:
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
       free = shutil.disk_usage(self._directory).free
       if free < needed:
-        problem = f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
+        problem = (
+          f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
+        )
     hosts = self._pod.gather(f"save of step {step}", [self._broken, problem])
     problem = _first_problem({host: theirs for host, (_, theirs) in hosts.items()})
     if any(broken for broken, _ in hosts.values()) and not problem:
@@ -195,9 +212,14 @@ class Checkpointer:
 
   def _save_failed(self, step: int, reason: str) -> None:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
-    logging.error("The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
-                  "the newest whole checkpoint is that of step %s.", step, reason,
-                  self._config.checkpoint.retry_seconds, self._newest)
+    logging.error(
+      "The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
+      "the newest whole checkpoint is that of step %s.",
+      step,
+      reason,
+      self._config.checkpoint.retry_seconds,
+      self._newest,
+    )
 
   def _clear_torn(self) -> None:
     """Removes what failed saves left on a disk, for its room; called when none is in flight."""
@@ -215,8 +237,10 @@ class Checkpointer:
       self.save(step, state, meta)
       self.poll(wait=True)
     if self._newest != step:
-      raise CheckpointError(f"The checkpoint of step {step} could not be written to {self._directory}; the newest whole "
-                            f"one is that of step {self._newest}. Make room or mend the folder, then run again.")
+      raise CheckpointError(
+        f"The checkpoint of step {step} could not be written to {self._directory}; the newest whole "
+        f"one is that of step {self._newest}. Make room or mend the folder, then run again."
+      )
 
   def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """Restores the newest checkpoint that is whole and true, setting aside those that are not.
@@ -244,8 +268,10 @@ class Checkpointer:
         if not isinstance(cause, _DAMAGE) and not unreachable:
           raise
         if unreachable and not isinstance(cause, _LOST):
-          raise StorageError(f"Checkpoint {self._directory / str(step)} cannot be read now: "
-                             f"{storage.first_line(cause)}.") from error
+          raise StorageError(
+            f"Checkpoint {self._directory / str(step)} cannot be read now: "
+            f"{storage.first_line(cause)}."
+          ) from error
         damage = storage.first_line(cause)
       # Good on one host is not good enough: all go on from the same step.
       damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")
@@ -262,28 +288,49 @@ class Checkpointer:
     if meta.get("digest") != _digest(meta):
       raise ValueError("its meta item does not match its digest")
     if meta["format"] != FORMAT:
-      raise ConfigError(f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}.")
+      raise ConfigError(
+        f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}."
+      )
     config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
-    abstract = {name: getattr(abstract_state, name) for name in _ITEMS if getattr(abstract_state, name) is not None}
-    items = dict(self._manager.restore(step, args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore(item) for name, item in abstract.items()})))
+    abstract = {
+      name: getattr(abstract_state, name)
+      for name in _ITEMS
+      if getattr(abstract_state, name) is not None
+    }
+    items = dict(
+      self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          **{name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+        ),
+      )
+    )
     found = fingerprints(items)
     wrong = [name for name, value in meta["fingerprints"].items() if found.get(name) != value]
     if wrong or len(found) != len(meta["fingerprints"]):
-      raise ValueError(f"the hash of {wrong[0] if wrong else 'a leaf'} is not the one that was saved "
-                       f"({len(wrong)} of {len(found)} leaves differ)")
+      raise ValueError(
+        f"the hash of {wrong[0] if wrong else 'a leaf'} is not the one that was saved "
+        f"({len(wrong)} of {len(found)} leaves differ)"
+      )
     step_array = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
     return abstract_state.replace(step=step_array, **items), meta
 
   def _set_aside(self, step: int, reason: str) -> None:
-    source, target = self._directory / str(step), self._workdir / "damaged" / f"{step}-{int(time.time())}"
+    source, target = (
+      self._directory / str(step),
+      self._workdir / "damaged" / f"{step}-{int(time.time())}",
+    )
     if self._pod.host == 0:
       storage.move_folder(source, target)
     self._pod.gather(f"step {step} set aside", "")
     self._manager.reload()
     self._newest = self._manager.latest_step()
-    logging.error("Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.", source, reason,
-                  target)
+    logging.error(
+      "Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.",
+      source,
+      reason,
+      target,
+    )
 
   def close(self) -> None:
     """Waits for the save in flight and frees Orbax's threads."""

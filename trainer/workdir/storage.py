@@ -8,7 +8,8 @@ import re
 
 from etils import epath
 
-from input_pipeline.remote import tensorstore as bucket, fsspec as remote
+from input_pipeline.remote import fsspec as remote
+from input_pipeline.remote import tensorstore as bucket
 from trainer.errors import ConfigError
 
 _PREFIX = "gs://"
@@ -29,7 +30,9 @@ def path_of(workdir: str) -> epath.Path:
   if not re.match(rf"{_PREFIX}[a-z0-9][-_.a-z0-9]+[a-z0-9](/|$)", workdir):
     raise ConfigError(f"--workdir {workdir} is neither a folder nor gs://BUCKET/FOLDER.")
   if importlib.util.find_spec("gcsfs") is None:
-    raise ConfigError(f"--workdir {workdir} is a bucket, for which gcsfs is missing; run: pip install -e '.[gcs]'")
+    raise ConfigError(
+      f"--workdir {workdir} is a bucket, for which gcsfs is missing; run: pip install -e '.[gcs]'"
+    )
   _configure()
   return epath.Path(workdir)
 
@@ -60,14 +63,17 @@ def problem(path: epath.Path) -> str | None:
 
   name = str(path).removeprefix(_PREFIX).split("/")[0]
   try:
-    storage.Client().get_bucket(name, timeout=_PROBE_SECONDS,
-                                retry=retry.DEFAULT_RETRY.with_timeout(_PROBE_SECONDS))
+    storage.Client().get_bucket(
+      name, timeout=_PROBE_SECONDS, retry=retry.DEFAULT_RETRY.with_timeout(_PROBE_SECONDS)
+    )
     return None
   except exceptions.NotFound:
     return f"there is no bucket {name}"
   except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-    return (f"bucket {name} is closed to these credentials, which need storage.buckets.get on it besides "
-            f"roles/storage.objectUser ({first_line(error)})")
+    return (
+      f"bucket {name} is closed to these credentials, which need storage.buckets.get on it besides "
+      f"roles/storage.objectUser ({first_line(error)})"
+    )
   except auth_exceptions.DefaultCredentialsError:
     return "no Google credentials were found; run: gcloud auth application-default login"
   except (exceptions.GoogleAPIError, auth_exceptions.GoogleAuthError, OSError) as error:
@@ -88,6 +94,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
   """Moves a folder to where nothing is yet. In a bucket the objects go one by one, and none through this host."""
   if in_bucket(source):
     import fsspec
+
     # Not by epath, which wants the folder above to be there, as on a disk.
     fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)
   else:
@@ -97,7 +104,11 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 def is_failure(error: Exception) -> bool:
   """Tells whether an error is the storage's: those of gcsfs, aiohttp and Google's libraries have no base in common."""
-  return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google")
+  return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
+    "gcsfs",
+    "aiohttp",
+    "google",
+  )
 
 
 def first_line(error: Exception) -> str:

@@ -1,11 +1,11 @@
 """Stands in for gcloud: a folder is the cloud, its files are what a test looks at and changes.
 
-    CLOUD/objects/BUCKET/...    what lies in buckets; the generation of an object is the mtime of its file, in ns
-    CLOUD/queued.json           name -> queued resource; a new one gets the state in CLOUD/grant, default ACTIVE
-    CLOUD/nodes.json            name -> node, made with the queued resource when that is ACTIVE
-    CLOUD/hosts/0-1             home of worker 1 of slice 0; `down` beside it: does not answer
-    CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail
-    CLOUD/log                   every line, shell-quoted
+CLOUD/objects/BUCKET/...    what lies in buckets; the generation of an object is the mtime of its file, in ns
+CLOUD/queued.json           name -> queued resource; a new one gets the state in CLOUD/grant, default ACTIVE
+CLOUD/nodes.json            name -> node, made with the queued resource when that is ACTIVE
+CLOUD/hosts/0-1             home of worker 1 of slice 0; `down` beside it: does not answer
+CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail
+CLOUD/log                   every line, shell-quoted
 """
 
 import fnmatch
@@ -41,9 +41,13 @@ def path_of(url):
 
 def storage(words, flags):
   if words[0] == "cp":
-    source, target = (path_of(word) if word.startswith("gs://") else pathlib.Path(word) for word in words[1:])
+    source, target = (
+      path_of(word) if word.startswith("gs://") else pathlib.Path(word) for word in words[1:]
+    )
     wanted = flags.get("if-generation-match")
-    if wanted is not None and wanted != (str(target.stat().st_mtime_ns) if target.exists() else "0"):
+    if wanted is not None and wanted != (
+      str(target.stat().st_mtime_ns) if target.exists() else "0"
+    ):
       fail("HTTPError 412: At least one of the pre-conditions you specified did not hold.")
     if not source.exists():
       fail("The following URLs matched no objects or files")
@@ -55,8 +59,13 @@ def storage(words, flags):
     return
   url = words[-1]
   root = CLOUD / "objects"
-  found = sorted(path for path in root.rglob("*")
-                 if path.is_file() and path.suffix != ".partial" and fnmatch.fnmatch(str(path), str(path_of(url))))
+  found = sorted(
+    path
+    for path in root.rglob("*")
+    if path.is_file()
+    and path.suffix != ".partial"
+    and fnmatch.fnmatch(str(path), str(path_of(url)))
+  )
   if not found:
     fail("The following URLs matched no objects or files")
   for path in found:
@@ -70,7 +79,9 @@ def storage(words, flags):
 
 def ssh(flags):
   nodes, hosts = load("nodes.json", {}), []
-  held = [node for name, node in nodes.items() if not name.endswith("-7")]  # of an earlier life, see test_life
+  held = [
+    node for name, node in nodes.items() if not name.endswith("-7")
+  ]  # of an earlier life, see test_life
   for number, node in enumerate(held):
     for worker in range(len(node["networkEndpoints"])):
       if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker)):
@@ -80,9 +91,20 @@ def ssh(flags):
     home = CLOUD / "hosts" / f"{number}-{worker}"
     home.mkdir(parents=True, exist_ok=True)
     if not (CLOUD / "hosts" / f"{number}-{worker}.down").exists():
-      running.append(subprocess.Popen(["bash", "-c", flags["command"]], cwd=home, stdin=subprocess.DEVNULL, env=dict(
-          os.environ, HOME=str(home), TPU_WORKER_ID=str(worker), MEGASCALE_SLICE_ID=str(number),
-          GCE_METADATA_HOST="localhost:9")))
+      running.append(
+        subprocess.Popen(
+          ["bash", "-c", flags["command"]],
+          cwd=home,
+          stdin=subprocess.DEVNULL,
+          env=dict(
+            os.environ,
+            HOME=str(home),
+            TPU_WORKER_ID=str(worker),
+            MEGASCALE_SLICE_ID=str(number),
+            GCE_METADATA_HOST="localhost:9",
+          ),
+        )
+      )
   codes = [process.wait() for process in running]
   if len(running) < len(hosts) or any(codes):
     fail("Could not SSH into the instance.")
@@ -97,15 +119,23 @@ def tpus(kind, verb, name, flags):
     grant = CLOUD / "grant"
     state = grant.read_text().strip() if grant.exists() else "ACTIVE"
     spec = {"node": {"labels": labels, "acceleratorType": flags["accelerator-type"]}}
-    queued[name] = {"name": f"projects/p/locations/z/queuedResources/{name}", "state": {"state": state},
-                    "tpu": {"nodeSpec": [spec]}}
+    queued[name] = {
+      "name": f"projects/p/locations/z/queuedResources/{name}",
+      "state": {"state": state},
+      "tpu": {"nodeSpec": [spec]},
+    }
     count, prefix = int(flags.get("node-count", 1)), flags.get("node-prefix", name)
     if state == "ACTIVE":
       hosts = int(os.environ.get("FAKE_HOSTS", "2"))
       for i in range(count):
         node = flags.get("node-id", f"{prefix}-{i}")
-        nodes[node] = {"name": f"projects/p/locations/z/nodes/{node}", "state": "READY", "health": "HEALTHY",
-                       "labels": labels, "networkEndpoints": [{}] * hosts}
+        nodes[node] = {
+          "name": f"projects/p/locations/z/nodes/{node}",
+          "state": "READY",
+          "health": "HEALTHY",
+          "labels": labels,
+          "networkEndpoints": [{}] * hosts,
+        }
   elif verb == "describe":
     print(json.dumps(queued[name]) if name in queued else fail("NOT_FOUND: no such resource"))
     return
@@ -113,7 +143,9 @@ def tpus(kind, verb, name, flags):
     print(json.dumps(list((queued if kind == "queued-resources" else nodes).values())))
     return
   elif verb == "delete":
-    (queued if kind == "queued-resources" else nodes).pop(name, None) or fail("NOT_FOUND: no such resource")
+    (queued if kind == "queued-resources" else nodes).pop(name, None) or fail(
+      "NOT_FOUND: no such resource"
+    )
     if kind == "queued-resources":
       nodes = {}
   save("queued.json", queued)
@@ -132,7 +164,10 @@ def main():
       fail(entry[2])
   words = [word for word in sys.argv[1:] if not word.startswith("--")]
   flags = dict(
-      word[2:].split("=", 1) if "=" in word else (word[2:], "") for word in sys.argv[1:] if word.startswith("--"))
+    word[2:].split("=", 1) if "=" in word else (word[2:], "")
+    for word in sys.argv[1:]
+    if word.startswith("--")
+  )
   if "scp" in words:
     for home in (CLOUD / "hosts").glob("?-?"):
       shutil.copyfile(words[-2], home / words[-1].split(":")[1])

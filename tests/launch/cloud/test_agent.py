@@ -27,8 +27,10 @@ def host(tmp_path, monkeypatch):
 
 
 def began(host, attempt=1, phase="running", **values):
-  agent.write_json(host.home / "state.json", {"attempt": attempt, "phase": phase, "boot": host.me["boot"],
-                                              "started": time.time()} | values)
+  agent.write_json(
+    host.home / "state.json",
+    {"attempt": attempt, "phase": phase, "boot": host.me["boot"], "started": time.time()} | values,
+  )
   (host.home / f"attempt-{attempt}").mkdir(exist_ok=True)
 
 
@@ -38,8 +40,13 @@ def test_it_runs_on_the_python_of_old_images():
 
 def test_the_first_words_of_a_host(host):
   status = host.status()
-  assert (status["slice"], status["worker"], status["attempt"], status["phase"], status["step"]) == (1, 3, None, "none",
-                                                                                                     None)
+  assert (
+    status["slice"],
+    status["worker"],
+    status["attempt"],
+    status["phase"],
+    status["step"],
+  ) == (1, 3, None, "none", None)
 
 
 def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
@@ -48,8 +55,14 @@ def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
   for name in ("TPU_WORKER_ID", "MEGASCALE_SLICE_ID"):
     monkeypatch.delenv(name, raising=False)
   assert agent.Host("gs://bucket/r1").name == "0-0"
-  monkeypatch.setattr(agent, "metadata", {"attributes/agent-worker-number": "5",
-                                          "attributes/tpu-env": "A: 'b'\nMEGASCALE_SLICE_ID: '2'\n"}.get)
+  monkeypatch.setattr(
+    agent,
+    "metadata",
+    {
+      "attributes/agent-worker-number": "5",
+      "attributes/tpu-env": "A: 'b'\nMEGASCALE_SLICE_ID: '2'\n",
+    }.get,
+  )
   assert agent.Host("gs://bucket/r1").name == "2-5"
   monkeypatch.setattr(agent, "metadata", {}.get)
   assert agent.Host("gs://bucket/r1").name == "2-5"
@@ -58,9 +71,17 @@ def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
 def test_progress_is_the_last_line(tmp_path):
   log = tmp_path / "log"
   assert agent.progress(log)["step"] is None
-  log.write_bytes(b"\xff" * 100_000 + b"\n" + "\n".join(LINE.format(step) for step in range(50)).encode() +
-                  b"\nother\n")
-  assert agent.progress(log) == {"step": 49, "total": 100, "progress": LINE.format(49).removeprefix("12:00:00 I ")}
+  log.write_bytes(
+    b"\xff" * 100_000
+    + b"\n"
+    + "\n".join(LINE.format(step) for step in range(50)).encode()
+    + b"\nother\n"
+  )
+  assert agent.progress(log) == {
+    "step": 49,
+    "total": 100,
+    "progress": LINE.format(49).removeprefix("12:00:00 I "),
+  }
 
 
 def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost(host):
@@ -79,14 +100,17 @@ def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost
 
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
   path = tmp_path / "lock"
-  code = (f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
-          "sys.stdin.read()")
-  with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+  code = (
+    f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
+    "sys.stdin.read()"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  ) as holder:
     holder.stdout.readline()
     assert not agent.is_free(path)
-    with pytest.raises(TimeoutError):
-      with agent.locked(path, 0):
-        pass
+    with pytest.raises(TimeoutError), agent.locked(path, 0):
+      pass
     holder.kill()
   assert agent.is_free(path)
 
@@ -94,19 +118,41 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
 def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, monkeypatch):
   fake = tmp_path / "bin" / "gcloud"
   fake.parent.mkdir()
-  fake.write_text("#!/bin/bash\nif [[ $3 == *.json ]]; then cp $HOME/spec.json $4; else cp $HOME/code.tar.gz $4; fi\n")
+  fake.write_text(
+    "#!/bin/bash\nif [[ $3 == *.json ]]; then cp $HOME/spec.json $4; else cp $HOME/code.tar.gz $4; fi\n"
+  )
   fake.chmod(0o755)
   subprocess.run(["tar", "czf", tmp_path / "code.tar.gz", "--files-from=/dev/null"], check=True)
   trainer = tmp_path / "python"
-  trainer.write_text("#!/bin/bash\necho one trainer; trap 'exit 75' TERM; while :; do sleep 0.05; done\n")
+  trainer.write_text(
+    "#!/bin/bash\necho one trainer; trap 'exit 75' TERM; while :; do sleep 0.05; done\n"
+  )
   trainer.chmod(0o755)
-  (tmp_path / "spec.json").write_text(json.dumps({"code": "abc", "secrets": {}, "argv": [], "python": str(trainer),
-                                                  "deadline": None, "idle": None}))
-  environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "GCE_METADATA_HOST": "localhost:9"}
+  (tmp_path / "spec.json").write_text(
+    json.dumps(
+      {
+        "code": "abc",
+        "secrets": {},
+        "argv": [],
+        "python": str(trainer),
+        "deadline": None,
+        "idle": None,
+      }
+    )
+  )
+  environment = os.environ | {
+    "PATH": f"{fake.parent}:{os.environ['PATH']}",
+    "GCE_METADATA_HOST": "localhost:9",
+  }
 
   def ask(*words):
-    return subprocess.Popen([sys.executable, agent.__file__, "gs://bucket/r1", *words], env=environment, cwd=tmp_path,
-                            stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+      [sys.executable, agent.__file__, "gs://bucket/r1", *words],
+      env=environment,
+      cwd=tmp_path,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
 
   try:
     asked = [ask("start", "1") for _ in range(3)]
@@ -132,16 +178,27 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
   finally:
     for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
       try:
-        if f"HOME={tmp_path}\0".encode() in path.read_bytes() and path.parent.name != str(os.getpid()):
+        if f"HOME={tmp_path}\0".encode() in path.read_bytes() and path.parent.name != str(
+          os.getpid()
+        ):
           os.kill(int(path.parent.name), 9)
       except OSError:
         pass
 
 
-@pytest.mark.parametrize("seconds_ago, alive, stopped, deadline, idle, why", [
-    (0, False, False, None, 600, None), (700, False, False, None, 600, "idle"), (700, True, False, None, 600, None),
-    (700, False, True, None, 600, None), (700, False, False, None, None, None), (0, True, False, -1, 600, "deadline"),
-    (0, False, True, -1, None, "deadline"), (0, False, False, 100, 600, None)])
+@pytest.mark.parametrize(
+  "seconds_ago, alive, stopped, deadline, idle, why",
+  [
+    (0, False, False, None, 600, None),
+    (700, False, False, None, 600, "idle"),
+    (700, True, False, None, 600, None),
+    (700, False, True, None, 600, None),
+    (700, False, False, None, None, None),
+    (0, True, False, -1, 600, "deadline"),
+    (0, False, True, -1, None, "deadline"),
+    (0, False, False, 100, 600, None),
+  ],
+)
 def test_when_a_slice_removes_itself(host, seconds_ago, alive, stopped, deadline, idle, why):
   began(host, phase="ended", ended=time.time() - 1000, code=0)
   agent.write_json(host.home / "spec.json", {"idle": idle})
@@ -155,9 +212,11 @@ def test_when_a_slice_removes_itself(host, seconds_ago, alive, stopped, deadline
 
 
 def test_a_trainer_is_asked_to_end_once_whoever_asks(host):
-  code = ("import signal, time; n = 0\ndef count(*_):\n  global n; n += 1\n"
-          "signal.signal(signal.SIGTERM, count); print(flush=True)\n"
-          "signal.signal(signal.SIGUSR1, lambda *_: (print(n, flush=True), exit()))\nwhile True: time.sleep(1)")
+  code = (
+    "import signal, time; n = 0\ndef count(*_):\n  global n; n += 1\n"
+    "signal.signal(signal.SIGTERM, count); print(flush=True)\n"
+    "signal.signal(signal.SIGUSR1, lambda *_: (print(n, flush=True), exit()))\nwhile True: time.sleep(1)"
+  )
   with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
     trainer.stdout.readline()
     with agent.locked(host.home / "attempt.lock", 0):

@@ -16,8 +16,13 @@ def clone(tmp_path, monkeypatch):
   monkeypatch.setattr(bundle, "ROOT", root)
 
   def git(*words):
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True,
-                   capture_output=True)
+    subprocess.run(
+      ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+      cwd=root,
+      check=True,
+      capture_output=True,
+    )
+
   git("init")
   (root / "trainer" / "train.py").write_text("one\n")
   (root / "gone.py").write_text("one\n")
@@ -28,7 +33,9 @@ def clone(tmp_path, monkeypatch):
 
 
 def status(root):
-  return subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
+  return subprocess.run(
+    ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+  ).stdout
 
 
 def packed(out):

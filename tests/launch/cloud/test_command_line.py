@@ -32,7 +32,9 @@ def settings(*words):
   return cli.settings_of(args, unknown)
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize(
+  "words, told",
+  [
     ([], "VERB"),
     (["fly"], "fly"),
     (["up"], "RUN, --type"),
@@ -66,14 +68,17 @@ def settings(*words):
     ([*UP, "--bucket=my-bucket"], "gs://BUCKET"),
     ([*UP, "--project=p;rm"], "--project"),
     (["prepare", "p1", *WHERE, "--source=/tmp/x", "--out=gs://my-bucket/x"], "--source"),
-])
+  ],
+)
 def test_what_is_wrong_is_told_in_one_sentence(words, told, capsys):
   assert cli.main(words) == 2
   error = capsys.readouterr().err
   assert told in error and error.startswith("launch/tpu: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("run", ["a$(touch x)", "a b", "-a", "a;b", "a'b", "a\nb", "../a", "ä", "a" * 41, "1a", "a-"])
+@pytest.mark.parametrize(
+  "run", ["a$(touch x)", "a b", "-a", "a;b", "a'b", "a\nb", "../a", "ä", "a" * 41, "1a", "a-"]
+)
 def test_hostile_run_names_are_refused(run, capsys):
   for words in (["up", run, *UP[2:]], ["down", run, *WHERE], ["logs", run, *WHERE]):
     assert cli.main(words) == 2
@@ -81,8 +86,12 @@ def test_hostile_run_names_are_refused(run, capsys):
 
 
 HOSTILE = [
-    "--config.data.path=/a b/c", "--config.x='\"$(touch /tmp/x)`id`\\", "--config.y=line\nline", "--config.z=a,b=c%^&*",
-    "--config.u=é", "--config.e="
+  "--config.data.path=/a b/c",
+  "--config.x='\"$(touch /tmp/x)`id`\\",
+  "--config.y=line\nline",
+  "--config.z=a,b=c%^&*",
+  "--config.u=é",
+  "--config.e=",
 ]
 
 
@@ -94,16 +103,25 @@ def test_values_of_the_trainer_are_not_touched_and_not_on_any_line():
 
 
 def test_flag_and_value_may_be_two_words_in_any_order():
-  args, unknown = cli.parser().parse_known_args([*UP[:4], *WHERE, "--config.seed", "3", "--config", "configs/smoke.py"])
-  assert cli.settings_of(args, unknown).argv == ("--config=configs/smoke.py", "--config.seed=3",
-                                                 "--workdir=gs://my-bucket/r1/workdir")
+  args, unknown = cli.parser().parse_known_args(
+    [*UP[:4], *WHERE, "--config.seed", "3", "--config", "configs/smoke.py"]
+  )
+  assert cli.settings_of(args, unknown).argv == (
+    "--config=configs/smoke.py",
+    "--config.seed=3",
+    "--workdir=gs://my-bucket/r1/workdir",
+  )
 
 
 def test_every_line_survives_a_shell():
   for line in commands.every_line():
     assert shlex.split(commands.shell(line)) == line
-    printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {commands.shell(line)}"], capture_output=True, text=True,
-                             check=True).stdout
+    printed = subprocess.run(
+      ["bash", "-c", f"printf '%s\\0' {commands.shell(line)}"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
     assert printed.split("\0")[:-1] == line
 
 
@@ -112,39 +130,84 @@ def test_the_command_of_hosts_reaches_the_agent_as_words(tmp_path):
   folder = tmp_path / "tpu" / "r1"
   folder.mkdir(parents=True)
   (folder / "agent-abc.py").write_text("import sys; print(sys.argv[1:])")
-  done = subprocess.run(["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")], cwd=tmp_path,
-                        capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    ["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert done.stdout == f"{[place.url, 'tail', '3 ; false']}\n"
-  done = subprocess.run(["bash", "-c", commands.agent(place, "def", "status")], cwd=tmp_path, capture_output=True,
-                        text=True, env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)},
-                        check=True)
+  done = subprocess.run(
+    ["bash", "-c", commands.agent(place, "def", "status")],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)},
+    check=True,
+  )
   assert done.stdout.startswith("tpu-agent-failed ")
 
 
-@pytest.mark.parametrize("verb", ["up", "watch", "status", "logs", "stop", "down", "list", "doctor", "prepare"])
+@pytest.mark.parametrize(
+  "verb", ["up", "watch", "status", "logs", "stop", "down", "list", "doctor", "prepare"]
+)
 def test_dry_run_prints_lines_and_runs_none(verb, capsys):
-  words = {"up": UP, "list": ["list", *WHERE], "prepare": [
-      "prepare", "p1", *WHERE, "--source=gs://my-bucket/tars", "--out=gs://my-bucket/imagenet"]}
+  words = {
+    "up": UP,
+    "list": ["list", *WHERE],
+    "prepare": [
+      "prepare",
+      "p1",
+      *WHERE,
+      "--source=gs://my-bucket/tars",
+      "--out=gs://my-bucket/imagenet",
+    ],
+  }
   assert cli.main([*words.get(verb, [verb, "r1", *WHERE]), "--dry-run"]) == 0
   lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
   assert lines and all(line[0] == "gcloud" for line in lines)
-  assert all(not line[1:4] == ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line for line in lines)
+  assert all(
+    not line[1:4] == ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line
+    for line in lines
+  )
 
 
 def test_the_request_says_what_was_asked_for():
-  wanted = settings("--slices=2", "--internal-ips", "--service-account=sa@p.iam.gserviceaccount.com",
-                    "--label=team=vision", "--network=net", "--max-wait=2h", "--owner=Ann.B")
+  wanted = settings(
+    "--slices=2",
+    "--internal-ips",
+    "--service-account=sa@p.iam.gserviceaccount.com",
+    "--label=team=vision",
+    "--network=net",
+    "--max-wait=2h",
+    "--owner=Ann.B",
+  )
   line = commands.create(wanted, 3, wanted.max_wait)
-  for word in ("--node-count=2", "--node-prefix=r1", "--accelerator-type=v5litepod-16",
-               "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--internal-ips",
-               "--service-account=sa@p.iam.gserviceaccount.com", "--network=net",
-               "--labels=run=r1,owner=ann-b,attempt=3,launcher=resnet-pod,team=vision", "--valid-until-duration=7200s",
-               "--async", "--project=my-project", "--zone=us-west4-a"):
+  for word in (
+    "--node-count=2",
+    "--node-prefix=r1",
+    "--accelerator-type=v5litepod-16",
+    "--runtime-version=v2-alpha-tpuv5-lite",
+    "--spot",
+    "--internal-ips",
+    "--service-account=sa@p.iam.gserviceaccount.com",
+    "--network=net",
+    "--labels=run=r1,owner=ann-b,attempt=3,launcher=resnet-pod,team=vision",
+    "--valid-until-duration=7200s",
+    "--async",
+    "--project=my-project",
+    "--zone=us-west4-a",
+  ):
     assert word in line
-  assert "--tunnel-through-iap" in commands.ssh(wanted, "true")  # without external addresses there is no other way
+  assert "--tunnel-through-iap" in commands.ssh(
+    wanted, "true"
+  )  # without external addresses there is no other way
 
 
-@pytest.mark.parametrize("text, seconds", [("90s", 90), ("15m", 900), ("6h", 21600), ("2d", 172800), ("0.5", 0.5)])
+@pytest.mark.parametrize(
+  "text, seconds", [("90s", 90), ("15m", 900), ("6h", 21600), ("2d", 172800), ("0.5", 0.5)]
+)
 def test_durations(text, seconds):
   assert duration(text) == seconds
 
@@ -156,41 +219,82 @@ def test_durations_that_are_none(text):
 
 
 # As gcloud 528 wrote them.
-@pytest.mark.parametrize("stderr, kind", [
-    ("ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource 'r' already exists", "exists"),
-    ("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' was not found", "not_found"),
-    ("ERROR: (gcloud.x) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on 'projects/p'", "permission"),
-    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded. Limit: 32", "quota"),
-    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
-     "throttled"),
-    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity in the zone \"z\"", "capacity"),
+@pytest.mark.parametrize(
+  "stderr, kind",
+  [
+    (
+      "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource 'r' already exists",
+      "exists",
+    ),
+    (
+      "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' was not found",
+      "not_found",
+    ),
+    (
+      "ERROR: (gcloud.x) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied on 'projects/p'",
+      "permission",
+    ),
+    (
+      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded. Limit: 32",
+      "quota",
+    ),
+    (
+      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
+      "throttled",
+    ),
+    ('ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity in the zone "z"', "capacity"),
     ("ERROR: (gcloud.x) UNAVAILABLE: The service is currently unavailable.", "unavailable"),
     ("ERROR: (gcloud.x) HTTPError 503: backend error", "unavailable"),
     ("ERROR: (gcloud.x) You do not currently have an active account selected.", "auth"),
-    ("ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.",
-     "precondition"),
-    ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/x", "not_found"),
+    (
+      "ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.",
+      "precondition",
+    ),
+    (
+      "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/x",
+      "not_found",
+    ),
     ("ERROR: (gcloud.x) INVALID_ARGUMENT: Invalid accelerator type", "bad_request"),
     ("ERROR: (gcloud.x) unrecognized arguments: --spto (did you mean '--spot'?)", "bad_request"),
-    ("ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded", "unavailable"),
+    (
+      "ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded",
+      "unavailable",
+    ),
     ("something new", "unknown"),
     ("........ERROR: HTTPError 412\n.\n", "precondition"),
     ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
-    ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
-     "not_found"),
-    ("ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].", "quota"),
-    ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant",
-     "not_found"),
-    ("This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
-     "ERROR: (gcloud.x) Connection reset by peer", "unavailable"),
-])
+    (
+      "ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
+      "not_found",
+    ),
+    (
+      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].",
+      "quota",
+    ),
+    (
+      "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant",
+      "not_found",
+    ),
+    (
+      "This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
+      "ERROR: (gcloud.x) Connection reset by peer",
+      "unavailable",
+    ),
+  ],
+)
 def test_kinds_of_failures(stderr, kind):
   assert classify(stderr) == kind
 
 
-@pytest.mark.parametrize("stderr, told", [
-    ("", "gcloud ended with exit code 7"), ("hint\nERROR: (gcloud.a.b-c) NOT_FOUND: it\nmore\n", "NOT_FOUND: it"),
-    ("......ERROR: HTTPError 412\n.\n", "HTTPError 412"), ("odd\n...\n", "odd")])
+@pytest.mark.parametrize(
+  "stderr, told",
+  [
+    ("", "gcloud ended with exit code 7"),
+    ("hint\nERROR: (gcloud.a.b-c) NOT_FOUND: it\nmore\n", "NOT_FOUND: it"),
+    ("......ERROR: HTTPError 412\n.\n", "HTTPError 412"),
+    ("odd\n...\n", "odd"),
+  ],
+)
 def test_what_a_failure_is_told_by(stderr, told):
   assert sentence(stderr, 7) == told
 
@@ -198,12 +302,14 @@ def test_what_a_failure_is_told_by(stderr, told):
 @pytest.fixture
 def program(tmp_path, monkeypatch):
   """Returns a function that makes gcloud a shell script."""
+
   def write(text):
     path = tmp_path / "gcloud"
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
     monkeypatch.setenv("TPU_GCLOUD", str(path))
     return tmp_path
+
   return write
 
 
@@ -218,11 +324,15 @@ def test_a_line_that_takes_too_long_is_ended_with_all_its_processes(program):
 
 def test_a_busy_service_is_asked_again_and_others_are_not(program):
   pauses = []
-  folder = program('echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) UNAVAILABLE: later" >&2; exit 1')
+  folder = program(
+    'echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) UNAVAILABLE: later" >&2; exit 1'
+  )
   with pytest.raises(GcloudError, match="^UNAVAILABLE: later$"):
     Gcloud(10, sleep=pauses.append).run(["gcloud", "x"])
   assert pauses == [2.0, 6.0] and (folder / "count").read_text() == "x\n" * 3
-  program('echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) PERMISSION_DENIED: no" >&2; exit 1')
+  program(
+    'echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) PERMISSION_DENIED: no" >&2; exit 1'
+  )
   with pytest.raises(GcloudError):
     Gcloud(10, sleep=pauses.append).run(["gcloud", "x"])
   assert (folder / "count").read_text() == "x\n" * 4
@@ -234,14 +344,25 @@ def test_without_gcloud(capsys):
 
 
 def test_the_launcher_imports_only_the_standard_library():
-  code = "import sys, launch.cloud.cli; print([n for n in sys.modules if n.split('.')[0] not in " \
-         "set(sys.stdlib_module_names) | {'launch', '__main__', 'sitecustomize', 'usercustomize'}])"
-  done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+  code = (
+    "import sys, launch.cloud.cli; print([n for n in sys.modules if n.split('.')[0] not in "
+    "set(sys.stdlib_module_names) | {'launch', '__main__', 'sitecustomize', 'usercustomize'}])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+  )
   assert done.stdout == "[]\n"
 
 
 def test_without_a_python():
   bash = shutil.which("bash")
-  done = subprocess.run([bash, ROOT / "launch/tpu", "list"], capture_output=True, text=True,
-                        env={"PYTHON": "/nowhere/python3", "PATH": os.environ["PATH"]}, check=False)
-  assert done.returncode == 1 and done.stderr.startswith("launch/tpu: Python 3.11 or newer is needed")
+  done = subprocess.run(
+    [bash, ROOT / "launch/tpu", "list"],
+    capture_output=True,
+    text=True,
+    env={"PYTHON": "/nowhere/python3", "PATH": os.environ["PATH"]},
+    check=False,
+  )
+  assert done.returncode == 1 and done.stderr.startswith(
+    "launch/tpu: Python 3.11 or newer is needed"
+  )

@@ -8,24 +8,33 @@ from launch.cloud import commands, doctor
 from launch.cloud.gcloud import GcloudError
 from launch.cloud.settings import Place
 
-WANTED = doctor.Wanted(Place("", "my-project", "us-west4-a", "gs://my-bucket/a"), "me", "v5litepod-16", "")
+WANTED = doctor.Wanted(
+  Place("", "my-project", "us-west4-a", "gs://my-bucket/a"), "me", "v5litepod-16", ""
+)
 ACCOUNT = "serviceAccount:7-compute@developer.gserviceaccount.com"
-QUOTA = {"quotaId": "TPUV5sLitepodPerProjectPerZoneForTPUAPI",
-         "dimensionsInfos": [{"details": {"value": "16"}, "applicableLocations": ["us-west4-a"]}]}
+QUOTA = {
+  "quotaId": "TPUV5sLitepodPerProjectPerZoneForTPUAPI",
+  "dimensionsInfos": [{"details": {"value": "16"}, "applicableLocations": ["us-west4-a"]}],
+}
 WELL = {
-    "version": {"Google Cloud SDK": "528.0.0"},
-    "auth": [{"account": "me@example.com"}],
-    "services": [{"config": {"name": f"{name}.googleapis.com"}} for name in ("tpu", "compute", "storage")],
-    "accelerator-types": [{"name": "x/v5litepod-16", "type": "v5litepod-16"}],
-    "quotas": [QUOTA],
-    "buckets describe": {"location": "US-WEST4"},
-    "buckets get-iam-policy": {"bindings": [
-        {"role": "roles/storage.objectUser", "members": [ACCOUNT]},
-        {"role": "roles/storage.legacyBucketReader", "members": [ACCOUNT]}]},
-    "projects describe": {"projectNumber": "7"},
-    "projects get-iam-policy": {"bindings": [{"role": "roles/tpu.admin", "members": [ACCOUNT]}]},
-    "queued-resources list": [],
-    "tpu-vm list": [],
+  "version": {"Google Cloud SDK": "528.0.0"},
+  "auth": [{"account": "me@example.com"}],
+  "services": [
+    {"config": {"name": f"{name}.googleapis.com"}} for name in ("tpu", "compute", "storage")
+  ],
+  "accelerator-types": [{"name": "x/v5litepod-16", "type": "v5litepod-16"}],
+  "quotas": [QUOTA],
+  "buckets describe": {"location": "US-WEST4"},
+  "buckets get-iam-policy": {
+    "bindings": [
+      {"role": "roles/storage.objectUser", "members": [ACCOUNT]},
+      {"role": "roles/storage.legacyBucketReader", "members": [ACCOUNT]},
+    ]
+  },
+  "projects describe": {"projectNumber": "7"},
+  "projects get-iam-policy": {"bindings": [{"role": "roles/tpu.admin", "members": [ACCOUNT]}]},
+  "queued-resources list": [],
+  "tpu-vm list": [],
 }
 
 
@@ -33,7 +42,9 @@ class Answers:
   """Answers lines of gcloud from a table."""
 
   def __init__(self, **changes):
-    self.table = WELL | {name.replace("__", " ").replace("_", "-"): value for name, value in changes.items()}
+    self.table = WELL | {
+      name.replace("__", " ").replace("_", "-"): value for name, value in changes.items()
+    }
 
   def json(self, line):
     found = next(value for words, value in self.table.items() if words in " ".join(line))
@@ -50,38 +61,101 @@ def test_all_is_well(capsys):
   assert all(one.good for one in findings())
   doctor.run(WANTED, True, Answers())
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-  assert {"gcloud", "account", "APIs", "accelerator", "quota", "bucket", "service account", "ssh", "left over"} == {
-      line["about"] for line in lines}
+  assert {
+    "gcloud",
+    "account",
+    "APIs",
+    "accelerator",
+    "quota",
+    "bucket",
+    "service account",
+    "ssh",
+    "left over",
+  } == {line["about"] for line in lines}
 
 
 def suspended(name, owner="me"):
-  return {"name": f"projects/p/locations/z/queuedResources/{name}", "state": {"state": "SUSPENDED"},
-          "tpu": {"nodeSpec": [{"node": {"labels": {"owner": owner}}}]}}
+  return {
+    "name": f"projects/p/locations/z/queuedResources/{name}",
+    "state": {"state": "SUSPENDED"},
+    "tpu": {"nodeSpec": [{"node": {"labels": {"owner": owner}}}]},
+  }
 
 
-@pytest.mark.parametrize("changes, about, what, advice", [
+@pytest.mark.parametrize(
+  "changes, about, what, advice",
+  [
     ({"version": {"Google Cloud SDK": "400.0.0"}}, "gcloud", "400.0.0", "gcloud components update"),
     ({"auth": []}, "account", "nobody", "gcloud auth login"),
-    ({"services": WELL["services"][1:]
-     }, "APIs", "tpu.googleapis.com", "gcloud services enable tpu.googleapis.com --project=my-project"),
-    ({"accelerator_types": []}, "accelerator", "v5litepod-16 is not offered in us-west4-a", "regions-zones"),
+    (
+      {"services": WELL["services"][1:]},
+      "APIs",
+      "tpu.googleapis.com",
+      "gcloud services enable tpu.googleapis.com --project=my-project",
+    ),
+    (
+      {"accelerator_types": []},
+      "accelerator",
+      "v5litepod-16 is not offered in us-west4-a",
+      "regions-zones",
+    ),
     ({"quotas": []}, "quota", "none for v5litepod-16", "ask for it"),
-    ({"quotas": [QUOTA | {"quotaId": "TPUV4PodPerProjectPerZoneForTPUAPI"}]
-     }, "quota", "none for v5litepod-16", "ask for it"),
-    ({"buckets__describe": {"location": "EUROPE-WEST4"}}, "bucket", "europe-west4", "--location=us-west4"),
-    ({"buckets__describe": GcloudError("not_found", [], "no")}, "bucket", "there is no gs://my-bucket",
-     "gcloud storage buckets create gs://my-bucket --project=my-project --location=us-west4"),
-    ({"projects__get_iam_policy": {}}, "service account", "may not remove its own slice", "--role=roles/tpu.admin"),
-    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][1:]}
-     }, "service account", "may not read and write objects", "--role=roles/storage.objectUser"),
-    ({"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][:1]}
-     }, "service account", "may not ask for the kind", "--role=roles/storage.legacyBucketReader"),
-    ({"queued_resources__list": [suspended("old")]}, "left over", "old is SUSPENDED", "launch/tpu down old"),
-    ({"tpu_vm__list": [{"name": "x/nodes/lost"}]
-     }, "left over", "no queued resource holds the node lost", "tpu-vm delete lost"),
-    ({"quotas": GcloudError("permission", ["gcloud", "quotas"], "denied")
-     }, "quota", "could not be checked: denied", "you may not look"),
-])
+    (
+      {"quotas": [QUOTA | {"quotaId": "TPUV4PodPerProjectPerZoneForTPUAPI"}]},
+      "quota",
+      "none for v5litepod-16",
+      "ask for it",
+    ),
+    (
+      {"buckets__describe": {"location": "EUROPE-WEST4"}},
+      "bucket",
+      "europe-west4",
+      "--location=us-west4",
+    ),
+    (
+      {"buckets__describe": GcloudError("not_found", [], "no")},
+      "bucket",
+      "there is no gs://my-bucket",
+      "gcloud storage buckets create gs://my-bucket --project=my-project --location=us-west4",
+    ),
+    (
+      {"projects__get_iam_policy": {}},
+      "service account",
+      "may not remove its own slice",
+      "--role=roles/tpu.admin",
+    ),
+    (
+      {"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][1:]}},
+      "service account",
+      "may not read and write objects",
+      "--role=roles/storage.objectUser",
+    ),
+    (
+      {"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][:1]}},
+      "service account",
+      "may not ask for the kind",
+      "--role=roles/storage.legacyBucketReader",
+    ),
+    (
+      {"queued_resources__list": [suspended("old")]},
+      "left over",
+      "old is SUSPENDED",
+      "launch/tpu down old",
+    ),
+    (
+      {"tpu_vm__list": [{"name": "x/nodes/lost"}]},
+      "left over",
+      "no queued resource holds the node lost",
+      "tpu-vm delete lost",
+    ),
+    (
+      {"quotas": GcloudError("permission", ["gcloud", "quotas"], "denied")},
+      "quota",
+      "could not be checked: denied",
+      "you may not look",
+    ),
+  ],
+)
 def test_one_thing_is_wrong(changes, about, what, advice):
   bad = [one for one in findings(**changes) if not one.good]
   assert [one.about for one in bad] == [about]

@@ -13,7 +13,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 HERE = pathlib.Path(__file__).parent
-TIMES = ["--poll=0.4", "--stall=3", "--unreachable=3", "--start-limit=20", "--exit-grace=3", "--backoff=0.5"]
+TIMES = [
+  "--poll=0.4",
+  "--stall=3",
+  "--unreachable=3",
+  "--start-limit=20",
+  "--exit-grace=3",
+  "--backoff=0.5",
+]
 
 
 class Cloud:
@@ -25,16 +32,31 @@ class Cloud:
     binary = folder / "bin" / "gcloud"
     binary.parent.mkdir()
     binary.write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -ES {shlex.quote(str(HERE / "gcloud.py"))} "$@"\n')
+      f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -ES {shlex.quote(str(HERE / "gcloud.py"))} "$@"\n'
+    )
     binary.chmod(0o755)
     self.environment = os.environ | {
-        "FAKE_CLOUD": str(self.folder), "PATH": f"{binary.parent}:{os.environ['PATH']}", "PYTHON": sys.executable,
-        "XDG_STATE_HOME": str(folder / "state"), "CLOUDSDK_CORE_PROJECT": "my-project", "RUN": "r1",
-        "CLOUDSDK_COMPUTE_ZONE": "us-west4-a", "TPU_BUCKET": "gs://my-bucket/a", "USER": "me", "LOGNAME": "me"}
+      "FAKE_CLOUD": str(self.folder),
+      "PATH": f"{binary.parent}:{os.environ['PATH']}",
+      "PYTHON": sys.executable,
+      "XDG_STATE_HOME": str(folder / "state"),
+      "CLOUDSDK_CORE_PROJECT": "my-project",
+      "RUN": "r1",
+      "CLOUDSDK_COMPUTE_ZONE": "us-west4-a",
+      "TPU_BUCKET": "gs://my-bucket/a",
+      "USER": "me",
+      "LOGNAME": "me",
+    }
 
   def start(self, *words):
-    return subprocess.Popen([ROOT / "launch/tpu", *words], env=self.environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, cwd="/")
+    return subprocess.Popen(
+      [ROOT / "launch/tpu", *words],
+      env=self.environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd="/",
+    )
 
   def run(self, *words):
     with self.start(*words) as process:
@@ -42,8 +64,16 @@ class Cloud:
     return process.returncode, output
 
   def up(self, *words):
-    return ("up", "r1", "--type=v5litepod-8", "--spot", "--config=configs/smoke.py", f"--python={HERE / 'trainer.py'}",
-            *TIMES, *words)
+    return (
+      "up",
+      "r1",
+      "--type=v5litepod-8",
+      "--spot",
+      "--config=configs/smoke.py",
+      f"--python={HERE / 'trainer.py'}",
+      *TIMES,
+      *words,
+    )
 
   def write(self, name, value):
     (self.folder / name).write_text(json.dumps(value))
@@ -56,7 +86,9 @@ class Cloud:
     return self.read("objects/my-bucket/a/r1/run.json")
 
   def log(self, attempt, host="0-0"):
-    return (self.folder / "objects/my-bucket/a/r1/logs" / f"attempt-{attempt}" / f"host-{host}.log").read_text()
+    return (
+      self.folder / "objects/my-bucket/a/r1/logs" / f"attempt-{attempt}" / f"host-{host}.log"
+    ).read_text()
 
   def lines(self, words):
     return [line for line in (self.folder / "log").read_text().splitlines() if words in line]
@@ -127,14 +159,35 @@ def test_taken_away_in_the_middle(cloud):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refusal, code, words", [
-    (["queued-resources create", 9, "RESOURCE_EXHAUSTED: Quota limit 'TPUV5' has been exceeded. Limit: 8"
-     ], 3, "Quota limit 'TPUV5'"),
-    (["queued-resources create", 9, "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"], 1, "tpu.nodes.create"),
-    (["queued-resources create", 2, "UNAVAILABLE: The service is currently unavailable."], 0, "the run is complete"),
-    (["queued-resources describe", 2, "RESOURCE_EXHAUSTED: Too Many Requests, 600 per minute"
-     ], 0, "the run is complete"),
-])
+@pytest.mark.parametrize(
+  "refusal, code, words",
+  [
+    (
+      [
+        "queued-resources create",
+        9,
+        "RESOURCE_EXHAUSTED: Quota limit 'TPUV5' has been exceeded. Limit: 8",
+      ],
+      3,
+      "Quota limit 'TPUV5'",
+    ),
+    (
+      ["queued-resources create", 9, "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"],
+      1,
+      "tpu.nodes.create",
+    ),
+    (
+      ["queued-resources create", 2, "UNAVAILABLE: The service is currently unavailable."],
+      0,
+      "the run is complete",
+    ),
+    (
+      ["queued-resources describe", 2, "RESOURCE_EXHAUSTED: Too Many Requests, 600 per minute"],
+      0,
+      "the run is complete",
+    ),
+  ],
+)
 def test_refusals(cloud, refusal, code, words):
   cloud.write("refuse.json", [refusal])
   found, output = cloud.run(*cloud.up())
@@ -151,8 +204,14 @@ def test_never_granted(cloud):
 
 
 def test_a_crash_is_started_again_and_the_second_at_the_same_step_ends_it(cloud):
-  cloud.write("plan.json", {"1": {"0-1": [5, "crash"], "0-0": [5, 76]},
-                            "2": {"0-1": [9, 1], "0-0": [9, 76]}, "3": {"0-1": [9, 1], "0-0": [9, 76]}})
+  cloud.write(
+    "plan.json",
+    {
+      "1": {"0-1": [5, "crash"], "0-0": [5, 76]},
+      "2": {"0-1": [9, 1], "0-0": [9, 76]},
+      "3": {"0-1": [9, 1], "0-0": [9, 76]},
+    },
+  )
   code, output = cloud.run(*cloud.up())
   assert code == 4, output
   assert "host 0-1 was the first to crash, with code -9, at step 5" in output
@@ -216,11 +275,17 @@ def test_leaving_stopping_and_going_on(cloud):
   launcher.send_signal(signal.SIGINT)
   output = launcher.communicate(timeout=300)[0]
   assert launcher.returncode == 130
-  assert "The slice goes on and is paid for (8 chip-hours an hour)" in output and "launch/tpu down r1" in output
+  assert (
+    "The slice goes on and is paid for (8 chip-hours an hour)" in output
+    and "launch/tpu down r1" in output
+  )
   code, output = cloud.run("status", "r1", "--json")
   status = json.loads(output)
-  assert code == 0 and status["state"] == "ACTIVE" and [report["phase"] for report in status["reports"]
-                                                       ] == ["running"] * 2
+  assert (
+    code == 0
+    and status["state"] == "ACTIVE"
+    and [report["phase"] for report in status["reports"]] == ["running"] * 2
+  )
   code, output = cloud.run("stop", "r1")
   assert code == 0 and "saved and stopped at step" in output, output
   assert "r1" in cloud.read("queued.json")
@@ -300,5 +365,7 @@ def test_secrets_go_by_file_only(cloud):
   code, output = cloud.run(*cloud.up(f"--env-file={secret}"))
   assert code == 0, output
   assert "hush $(hush) 'x" in cloud.log(1)  # the trainer of this test prints it
-  assert not cloud.lines("hush") and "hush" not in output and "hush" not in json.dumps(cloud.run_json())
+  assert (
+    not cloud.lines("hush") and "hush" not in output and "hush" not in json.dumps(cloud.run_json())
+  )
   assert (cloud.folder / "hosts/0-0/tpu/r1/env").stat().st_mode & 0o777 == 0o600

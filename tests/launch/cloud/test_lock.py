@@ -13,8 +13,11 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 def pins(name):
   text = (ROOT / "launch" / name).read_text()
-  blocks = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+).*?\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)",
-                      text, re.MULTILINE)
+  blocks = re.findall(
+    r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+).*?\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)",
+    text,
+    re.MULTILINE,
+  )
   assert len(blocks) == len(re.findall(r"^\S+==", text, re.MULTILINE))  # each has its hashes
   return {canonicalize_name(name): version for name, version, _ in blocks}
 
@@ -23,7 +26,8 @@ def test_the_lock_file_satisfies_setup_cfg():
   config = configparser.ConfigParser()
   config.read(ROOT / "setup.cfg")
   wanted = config["options"]["install_requires"] + "".join(
-      config["options.extras_require"][extra] for extra in ("tpu", "gcs"))
+    config["options.extras_require"][extra] for extra in ("tpu", "gcs")
+  )
   pinned = pins("requirements-tpu.lock")
   assert "libtpu" in pinned and "gcsfs" in pinned
   for line in filter(None, map(str.strip, wanted.splitlines())):
@@ -43,7 +47,9 @@ def test_the_lock_files_name_no_index_and_no_path(name):
 
 
 def test_the_python_of_hosts_is_in_the_first_lines():
-  version = re.search(r"--python-version[ =](\S+)", (ROOT / "launch/requirements-tpu.lock").read_text())[1]
+  version = re.search(
+    r"--python-version[ =](\S+)", (ROOT / "launch/requirements-tpu.lock").read_text()
+  )[1]
   config = configparser.ConfigParser()
   config.read(ROOT / "setup.cfg")
   assert Requirement(f"python{config['options']['python_requires']}").specifier.contains(version)

@@ -9,22 +9,32 @@ from launch.cloud.settings import Place, Settings
 from launch.cloud.states import Action, Memory, Node, Queued, Report, World
 
 LINE = (
-    "step 1200/112590  epoch 0.96  loss 6.1234  top1 1.0%  lr 0.1  grad 1.5  23456 img/s (367 per device)  MFU 31.0%"
-    "  step 50.0 ms (p99 60.0)  input wait 0.1%  ETA 1 h 33 min")
+  "step 1200/112590  epoch 0.96  loss 6.1234  top1 1.0%  lr 0.1  grad 1.5  23456 img/s (367 per device)  MFU 31.0%"
+  "  step 50.0 ms (p99 60.0)  input wait 0.1%  ETA 1 h 33 min"
+)
 
 
 class Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
 
 def view(doing="training", step=1200, **changes):
-  settings = Settings(Place("r50", "p", "us-west4-a", "gs://b"), "me", "v5litepod-64", capacity="spot",
-                      dollars_per_chip_hour=0.5, max_seconds=12 * 3600)
+  settings = Settings(
+    Place("r50", "p", "us-west4-a", "gs://b"),
+    "me",
+    "v5litepod-64",
+    capacity="spot",
+    dollars_per_chip_hour=0.5,
+    max_seconds=12 * 3600,
+  )
   memory = Memory(attempt=2, hosts=16, slices=[[0.0, 60.0], [100.0, 160.0]], step=1200)
-  world = World(1e9, Queued("ACTIVE"), (Node("r50", "READY", hosts=16, maintenance="SCHEDULED at noon"),),
-                (Report(0, 0, 2, "running", step=step, total=112590, progress=LINE),))
+  world = World(
+    1e9,
+    Queued("ACTIVE"),
+    (Node("r50", "READY", hosts=16, maintenance="SCHEDULED at noon"),),
+    (Report(0, 0, 2, "running", step=step, total=112590, progress=LINE),),
+  )
   run = Run(settings, memory)
   run.event("start: attempt 2", 1e9)
   return View.of(run, World(**(vars(world) | changes)), Action("wait", doing))
@@ -33,10 +43,20 @@ def view(doing="training", step=1200, **changes):
 def test_all_that_is_known_is_shown():
   seen = view()
   text = "\n".join(seen.block())
-  for words in ("r50: 1 x v5litepod-64 spot, us-west4-a", "ACTIVE; 1 of 16 hosts answer", "r50 READY HEALTHY",
-                "announced: SCHEDULED at noon", "2: training", "step 1,200 of 112,590 (1.1%)", "loss 6.1234",
-                "23,456 img/s", "ETA 1 h 33 min", "goodput 50%", "2 min of 12 h 00 min, 2.1 chip-hours, $1.07",
-                "start: attempt 2"):
+  for words in (
+    "r50: 1 x v5litepod-64 spot, us-west4-a",
+    "ACTIVE; 1 of 16 hosts answer",
+    "r50 READY HEALTHY",
+    "announced: SCHEDULED at noon",
+    "2: training",
+    "step 1,200 of 112,590 (1.1%)",
+    "loss 6.1234",
+    "23,456 img/s",
+    "ETA 1 h 33 min",
+    "goodput 50%",
+    "2 min of 12 h 00 min, 2.1 chip-hours, $1.07",
+    "start: attempt 2",
+  ):
     assert words in text
   for words in ("attempt 2", "step 1,200 of 112,590", "loss 6.1234", "goodput 50%", "$1.07"):
     assert words in seen.summary()
@@ -51,7 +71,14 @@ def test_nothing_is_made_up():
 
 def test_when_hosts_are_silent_the_bucket_tells_of_them():
   beat = {
-      "slice": 0, "worker": 0, "attempt": 2, "step": 1300, "total": 112590, "progress": LINE, "now": 1e9, "code": None
+    "slice": 0,
+    "worker": 0,
+    "attempt": 2,
+    "step": 1300,
+    "total": 112590,
+    "progress": LINE,
+    "now": 1e9,
+    "code": None,
   }
   assert view(reports=(), heartbeat=beat).step == 1300
 

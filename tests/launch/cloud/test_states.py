@@ -9,8 +9,13 @@ from launch.cloud import states
 from launch.cloud.settings import Place, Settings
 from launch.cloud.states import Memory, Node, Queued, Report, World
 
-SETTINGS = Settings(Place("run", "project", "us-west4-a", "gs://bucket"), owner="me", type="v5litepod-16",
-                    capacity="spot", max_seconds=10 * 3600)
+SETTINGS = Settings(
+  Place("run", "project", "us-west4-a", "gs://bucket"),
+  owner="me",
+  type="v5litepod-16",
+  capacity="spot",
+  max_seconds=10 * 3600,
+)
 
 
 class Life:
@@ -25,8 +30,13 @@ class Life:
     self.now += seconds
     if queued == "ACTIVE" and nodes is None:
       nodes = [Node("run", "READY", hosts=2)]
-    world = World(self.now, Queued(queued, **queued_fields) if queued else None, tuple(nodes or ()), tuple(reports),
-                  self.beat)
+    world = World(
+      self.now,
+      Queued(queued, **queued_fields) if queued else None,
+      tuple(nodes or ()),
+      tuple(reports),
+      self.beat,
+    )
     # As in run.json between any two turns.
     self.memory = Memory.from_json(json.loads(json.dumps(self.memory.to_json())))
     states.remember(world, self.memory, self.settings)
@@ -37,8 +47,10 @@ class Life:
   def hosts(self, phase="running", codes=(None, None), step=None, **fields):
     """Returns what two hosts say of the newest attempt."""
     phases = ["running" if phase == "ended" and code is None else phase for code in codes]
-    return [Report(0, worker, self.memory.attempt, phases[worker], code, self.now, step, 1000, **fields)
-            for worker, code in enumerate(codes)]
+    return [
+      Report(0, worker, self.memory.attempt, phases[worker], code, self.now, step, 1000, **fields)
+      for worker, code in enumerate(codes)
+    ]
 
   def train(self, step=100):
     """Brings a run to where it trains."""
@@ -78,12 +90,22 @@ def test_a_quiet_life():
 
 # What is decided at the first sight of each state, and after a day in it.
 QUEUED = {
-    "CREATING": ("wait", "delete"), "ACCEPTED": ("wait", "delete"), "WAITING_FOR_RESOURCES": ("wait", "delete"),
-    "PROVISIONING": ("wait", "delete"), "ACTIVE": ("wait", "delete"), "SUSPENDING": ("wait", "wait"),
-    "DELETING": ("wait", "wait"), "SUSPENDED": ("delete", "delete"), "FAILED": ("delete", "delete"),
-    "A_STATE_OF_TOMORROW": ("wait", "delete")}
-NODES = {state: ("wait", "delete") for state in (*states.COMING, "A_STATE_OF_TOMORROW")} | {
-    state: ("delete", "delete") for state in states.GONE} | {"READY": ("wait", "delete")}
+  "CREATING": ("wait", "delete"),
+  "ACCEPTED": ("wait", "delete"),
+  "WAITING_FOR_RESOURCES": ("wait", "delete"),
+  "PROVISIONING": ("wait", "delete"),
+  "ACTIVE": ("wait", "delete"),
+  "SUSPENDING": ("wait", "wait"),
+  "DELETING": ("wait", "wait"),
+  "SUSPENDED": ("delete", "delete"),
+  "FAILED": ("delete", "delete"),
+  "A_STATE_OF_TOMORROW": ("wait", "delete"),
+}
+NODES = (
+  dict.fromkeys((*states.COMING, "A_STATE_OF_TOMORROW"), ("wait", "delete"))
+  | dict.fromkeys(states.GONE, ("delete", "delete"))
+  | {"READY": ("wait", "delete")}
+)
 
 
 def test_the_tables_hold_every_state():
@@ -113,7 +135,9 @@ def test_a_node_that_is_called_ill_is_only_replaced_when_it_is_silent(health):
   life = Life(max_seconds=None).train()
   ill = [Node("run", "READY", health, hosts=2)]
   for step in range(200, 2000, 100):
-    assert life.see("ACTIVE", nodes=ill, reports=life.hosts(step=step), seconds=600).reason == "training"
+    assert (
+      life.see("ACTIVE", nodes=ill, reports=life.hosts(step=step), seconds=600).reason == "training"
+    )
   life.see("ACTIVE", nodes=ill)
   assert life.see("ACTIVE", nodes=ill, seconds=7200).kind == "delete"
 
@@ -135,7 +159,12 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(taken):
 def test_a_delete_that_does_not_show_is_sent_again():
   life = Life().train()
   assert life.see("SUSPENDED").kind == "delete"
-  assert [life.see("SUSPENDED", seconds=20).kind for _ in range(4)] == ["wait", "delete", "wait", "delete"]
+  assert [life.see("SUSPENDED", seconds=20).kind for _ in range(4)] == [
+    "wait",
+    "delete",
+    "wait",
+    "delete",
+  ]
 
 
 def test_a_slice_that_is_never_granted():
@@ -149,14 +178,22 @@ def test_a_slice_that_is_never_granted():
   assert life.see().code == states.NO_CAPACITY
 
 
-@pytest.mark.parametrize("code, message, kind, exit_code", [
+@pytest.mark.parametrize(
+  "code, message, kind, exit_code",
+  [
     (8, "There is no more capacity in the zone", "delete", None),
     (14, "try again", "delete", None),
     (0, "", "delete", None),
-    (8, "Quota limit 'TPUV5sPreemptible' has been exceeded. Limit: 32", "delete", states.NO_CAPACITY),
+    (
+      8,
+      "Quota limit 'TPUV5sPreemptible' has been exceeded. Limit: 32",
+      "delete",
+      states.NO_CAPACITY,
+    ),
     (3, "Invalid accelerator type", "delete", states.ERROR),
     (7, "Permission denied on resource", "delete", states.ERROR),
-])
+  ],
+)
 def test_a_request_that_failed(code, message, kind, exit_code):
   life = Life()
   life.see()
@@ -207,7 +244,9 @@ def test_crashes(code):
     step = 100 * (number + 1)
     life.see("ACTIVE", reports=life.hosts(step=step))
     reports = life.hosts("ended", (76, 1), step)
-    reports[0] = dataclasses.replace(reports[0], code=code, ended=life.now - 5, trouble="" if code else "it is gone")
+    reports[0] = dataclasses.replace(
+      reports[0], code=code, ended=life.now - 5, trouble="" if code else "it is gone"
+    )
     action = life.see("ACTIVE", reports=reports)
     assert (action.kind, action.blame, action.attempt) == ("start", "0-0", number + 2)
     assert f"at step {step}" in action.reason
@@ -344,13 +383,18 @@ def test_what_ended_when_nobody_looked():
   assert life.memory.slices[-1][1] == life.beat["now"]
 
 
-@pytest.mark.parametrize("codes, removing, kind, code", [((75, 75), "idle", "create", None),
-                                                         ((1, 76), "idle", "create", None),
-                                                         ((2, 76), "idle", "finish", states.CRASHED),
-                                                         ((75, 75), "deadline", "finish", states.COST),
-                                                         ((), "deadline", "finish", states.COST),
-                                                         ((), "idle", "create", None),
-                                                         ((), None, "finish", states.ERROR)])
+@pytest.mark.parametrize(
+  "codes, removing, kind, code",
+  [
+    ((75, 75), "idle", "create", None),
+    ((1, 76), "idle", "create", None),
+    ((2, 76), "idle", "finish", states.CRASHED),
+    ((75, 75), "deadline", "finish", states.COST),
+    ((), "deadline", "finish", states.COST),
+    ((), "idle", "create", None),
+    ((), None, "finish", states.ERROR),
+  ],
+)
 def test_a_slice_that_is_suddenly_gone(codes, removing, kind, code):
   life = Life().train()
   life.beat = {"now": life.now, "attempt": 1, "removing": removing}

@@ -30,8 +30,11 @@ for step in range(int(checkpoint.read_text() or 0) if checkpoint.exists() else 0
   time.sleep(0.05)
   while read_plan().get("pause") == step:
     time.sleep(0.1)
-  print(f"12:00:00 I step {step + 1}/12  epoch 0.1  loss 2.5000  top1 1.0%  1000 img/s (9 per device)  "
-        "step 95.3 ms (p99 100.0)  ETA 5 min", flush=True)
+  print(
+    f"12:00:00 I step {step + 1}/12  epoch 0.1  loss 2.5000  top1 1.0%  1000 img/s (9 per device)  "
+    "step 95.3 ms (p99 100.0)  ETA 5 min",
+    flush=True,
+  )
   if not (step + 1) % 4:
     checkpoint.write_text(str(step + 1))
   when, what = read_plan().get(str(attempt), {}).get(home.name, [None, None])
