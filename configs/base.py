@@ -1,152 +1,379 @@
-"""Every field of a run with its default. A run file calls `get_config()` here and only overrides.
+"""Every field of a run with its default, unit, range and words.
 
-Durations carry their unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one of the
-two is non-zero; `trainer.config` turns both into steps.
+A run file calls `get_config()` with its model family and only overrides. Durations carry their
+unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one of the two is not 0;
+`trainer.config` turns both into steps.
 """
+
+import re
 
 import ml_collections
 
+from configs import families
+from configs.fields import (
+  ASK,
+  COUNT_OR_AUTO,
+  POSITIVE,
+  SHARE,
+  YES,
+  Check,
+  Field,
+  Fields,
+  at_least,
+  between,
+  one_of,
+  to_config,
+)
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the base config: ResNet-50 on ImageNet at 224 px; only `data.path` is left to be filled in."""
-  config = ml_collections.ConfigDict()
+_THREE = Check("three numbers, for R, G and B", lambda v: len(v) == 3)
+_THREE_POSITIVE = Check(
+  "three positive numbers, for R, G and B", lambda v: len(v) == 3 and min(v) > 0
+)
+_AREA = Check("(min, max) in (0, 1]", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
+_ASPECT = Check("(min, max), both positive", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+_AXIS_OR_REST = Check("1 or more, or -1 for all that is left", lambda v: v == -1 or v >= 1)
 
-  config.seed = 0  # initialisation, data order and augmentation are functions of it
-  config.global_batch_size = 1024  # examples per step, over all devices of all hosts
-  config.total_epochs = 90.0  # length of the run; give exactly one of the two
-  config.total_steps = 0
-  config.accumulation_steps = (
-    1  # micro-batches that a step is computed in, for memory; see trainer/step.py
-  )
-  config.label_smoothing = 0.1  # in [0, 1)
-  # Where compiled programs are kept, so that a start after a preemption compiles nothing: workdir (WORKDIR/compiled,
-  # which outlives a host if WORKDIR does) | a folder, local or gs:// | "" for nowhere. The environment variable
-  # JAX_COMPILATION_CACHE_DIR goes before it.
-  config.compilation_cache = "workdir"
+RUN: Fields = {
+  "seed": Field(
+    0,
+    "Initialisation, data order, augmentation and all randomness of a step are functions of it.",
+    check=Check("in [0, 2**32)", lambda v: 0 <= v < 2**32),
+  ),
+  "global_batch_size": Field(
+    1024, "Examples per step, over all devices of all hosts.", "examples", at_least(1), ASK
+  ),
+  "total_epochs": Field(
+    90.0, "Length of the run; set exactly one of the two.", "epochs", at_least(0), ASK
+  ),
+  "total_steps": Field(0, "Length of the run.", "steps", at_least(0), ASK),
+  "accumulation_steps": Field(
+    1,
+    "Micro-batches that a step is computed in, to save memory; see trainer/step.py.",
+    "micro-batches",
+    at_least(1),
+    ASK,
+  ),
+  "label_smoothing": Field(
+    0.1, "Share of each target spread over all classes (arXiv:1512.00567).", "", SHARE, ASK
+  ),
+  "loss": Field(
+    "softmax_cross_entropy",
+    "Loss of an example: a function of trainer/losses.py, or package.module:function.",
+    resume=ASK,
+  ),
+  "augment": Field(
+    "",
+    "Chain of functions of trainer/augment.py on the device, as in 'mixup(alpha=0.2)|...'.",
+    resume=ASK,
+  ),
+  "compilation_cache": Field(
+    "workdir",
+    "Where compiled programs are kept, so that a restart compiles nothing: workdir "
+    "(WORKDIR/compiled) | a folder, local or gs:// | '' for nowhere. The environment variable "
+    "JAX_COMPILATION_CACHE_DIR takes precedence.",
+    resume=YES,
+  ),
+  "mesh.data": Field(
+    -1,
+    "Examples are split over it; -1 is all that the other two leave.",
+    "devices",
+    _AXIS_OR_REST,
+    YES,
+  ),
+  "mesh.fsdp": Field(
+    1, "Examples are split over it as well, and so may parameters be.", "devices", at_least(1), YES
+  ),
+  "mesh.space": Field(
+    1, "The height of images is split over it, inside one host.", "devices", at_least(1), YES
+  ),
+  "sharding.params": Field(
+    "replicated",
+    "fsdp: each device of the axis fsdp keeps its part of the parameters.",
+    check=one_of("replicated", "fsdp"),
+    resume=YES,
+  ),
+  "sharding.opt_state": Field(
+    "replicated",
+    "replicated: as params | data: over data and fsdp (arXiv:2004.13336); above 8 chips best with "
+    "mesh.fsdp of 4 or 8.",
+    check=one_of("replicated", "data"),
+    resume=YES,
+  ),
+  "model.name": Field("resnet", "Model family, of configs/families.py or package.module:Class."),
+  "model.num_classes": Field(1000, "Classes of the head.", "classes", at_least(2)),
+  "model.dtype": Field(
+    "bfloat16",
+    "Of activations; parameters and statistics are float32 or wider.",
+    check=one_of("bfloat16", "float32", "float64"),
+  ),
+  "data.path": Field(
+    "",
+    "Folder of shards (input_pipeline.prepare or TFDS), local, gs://, s3:// or http(s)://; or of "
+    "class folders; or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a "
+    "folder, as in hf:gs://BUCKET/FOLDER.",
+    resume=YES,
+  ),
+  "data.kind": Field(
+    "auto",
+    "array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | "
+    "folder | hf | synthetic | auto: hf for hf:..., stream for a URL, else by what the folder "
+    "holds | package.module:function of a source of one's own.",
+    resume=YES,
+  ),
+  "data.train_split": Field("train", "Split that is trained on."),
+  "data.eval_split": Field("val", "Split that is evaluated.", resume=YES),
+  "data.image_size": Field(
+    224, "Height and width of a training image.", "pixels", at_least(1), ASK
+  ),
+  "data.eval_image_size": Field(
+    224,
+    "The same in evaluation; a larger one than in training helps (arXiv:1906.06423).",
+    "pixels",
+    at_least(1),
+    YES,
+  ),
+  "data.eval_resize": Field(
+    256, "Shorter side before the centre crop of evaluation.", "pixels", at_least(1), YES
+  ),
+  "data.crop_area": Field(
+    (0.08, 1.0), "Random-resized crop: share of the area of the image.", "", _AREA, ASK
+  ),
+  "data.crop_aspect": Field(
+    (3 / 4, 4 / 3), "Random-resized crop: width over height, log-uniform.", "", _ASPECT, ASK
+  ),
+  "data.flip": Field(True, "Mirror half of the training images.", resume=ASK),
+  "data.operations": Field(
+    "",
+    "Chain of operations of input_pipeline/augment.py on the host, after crop and flip, as in "
+    "'solarize(p=0.2)|...'.",
+    resume=ASK,
+  ),
+  "data.mean": Field(
+    (123.675, 116.28, 103.53), "RGB, subtracted on the device.", "levels of 255", _THREE
+  ),
+  "data.std": Field(
+    (58.395, 57.12, 57.375), "RGB, divided by on the device.", "levels of 255", _THREE_POSITIVE
+  ),
+  "data.workers": Field(
+    -1,
+    "Decoding processes; 0 decodes in threads of the trainer. -1: on 4 cores and more all but two "
+    "of them, at most 32; on fewer none. `python -m input_pipeline.bench` measures.",
+    "processes",
+    COUNT_OR_AUTO,
+    YES,
+  ),
+  "data.threads": Field(
+    -1,
+    "Decoding threads of each process; 0 decodes when a batch is asked for. -1: 0 in processes, up "
+    "to 2 in the trainer, and for kind hf one a core, at most 16.",
+    "threads",
+    COUNT_OR_AUTO,
+    YES,
+  ),
+  "data.prefetch_batches": Field(
+    4,
+    "Batches that threads decode ahead in each process; without threads it is two.",
+    "batches",
+    at_least(1),
+    YES,
+  ),
+  "data.stream_lanes": Field(
+    64,
+    "Lanes of a streamed order, see input_pipeline/order.py; must divide the batch, and be a "
+    "multiple of the number of hosts, or blocks are read twice.",
+    "lanes",
+    at_least(1),
+  ),
+  "data.stream_block": Field(
+    40, "Neighbouring records read by one request, at least.", "records", at_least(1)
+  ),
+  "data.stream_window": Field(
+    8,
+    "Blocks that a lane shuffles together: a batch mixes lanes x window blocks, and all hosts "
+    "together hold as many in memory and somewhat more.",
+    "blocks",
+    at_least(1),
+  ),
+  "data.stream_ahead_steps": Field(
+    8, "Steps whose blocks are asked for before they are needed.", "steps", at_least(1), YES
+  ),
+  "data.stream_requests": Field(
+    32, "Blocks on their way at the same time, in each process.", "requests", at_least(1), YES
+  ),
+  "data.stream_timeout_seconds": Field(
+    30.0, "Of one request, which is then sent anew.", "seconds", POSITIVE, YES
+  ),
+  "data.stream_hedge_seconds": Field(
+    5.0, "After which a slow request gets a second one beside it.", "seconds", POSITIVE, YES
+  ),
+  "data.stream_give_up_seconds": Field(
+    300.0, "Of one read with all its retries; then the run ends.", "seconds", POSITIVE, YES
+  ),
+  "data.hf_streams": Field(
+    8,
+    "Row groups that each host reads at once; see input_pipeline/sources/hf_stream.py.",
+    "row groups",
+    at_least(1),
+  ),
+  "data.hf_window": Field(
+    4096,
+    "Examples shuffled together; a host holds two windows in memory, 110 kB an image.",
+    "examples",
+    at_least(1),
+  ),
+  "data.max_bad_fraction": Field(
+    0.001, "Undecodable records tolerated, as a share of an epoch.", "", SHARE, YES
+  ),
+  "data.synthetic_examples": Field(
+    1024, "Size of each split of kind synthetic.", "examples", at_least(1)
+  ),
+  "optimizer.name": Field(
+    "sgd", "An optimizer of trainer/optimizer.py, or package.module:function."
+  ),
+  "optimizer.schedule": Field(
+    "cosine",
+    "What follows the warm-up: a schedule of trainer/schedules.py, or package.module:function.",
+    resume=ASK,
+  ),
+  "optimizer.lr_per_256": Field(
+    0.1,
+    "Peak learning rate at batch 256; scaled linearly with the batch (arXiv:1706.02677).",
+    "",
+    POSITIVE,
+    ASK,
+  ),
+  "optimizer.final_lr_fraction": Field(
+    0.0, "The schedule ends at this share of the peak.", "", between(0, 1), ASK
+  ),
+  "optimizer.warmup_epochs": Field(
+    5.0, "Linear from 0 to the peak; at most one of the two.", "epochs", at_least(0), ASK
+  ),
+  "optimizer.warmup_steps": Field(0, "Linear from 0 to the peak.", "steps", at_least(0), ASK),
+  "optimizer.momentum": Field(0.9, "Of sgd.", "", SHARE, ASK),
+  "optimizer.nesterov": Field(True, "Of sgd.", resume=ASK),
+  "optimizer.b1": Field(0.9, "Of adamw: decay of the first moment.", "", SHARE, ASK),
+  "optimizer.b2": Field(0.999, "Of adamw: decay of the second moment.", "", SHARE, ASK),
+  "optimizer.eps": Field(
+    1e-8, "Of adamw: added to the root of the second moment.", "", POSITIVE, ASK
+  ),
+  "optimizer.weight_decay": Field(
+    1e-4, "sgd: added to the gradient | adamw: decoupled (arXiv:1711.05101).", "", at_least(0), ASK
+  ),
+  "optimizer.decay_bn_and_bias": Field(
+    False, "Whether vectors decay too: BN scales and all biases. See optimizer.no_decay."
+  ),
+  "optimizer.no_decay": Field(
+    "",
+    "Regular expression of further parameters that do not decay, searched for in their path, as in "
+    "'stem_conv|head/bias'.",
+    check=Check("a regular expression", lambda v: _is_pattern(v)),
+  ),
+  "optimizer.clip_norm": Field(
+    0.0, "Largest norm of the gradient of all parameters; 0 clips nothing.", "", at_least(0), ASK
+  ),
+  "optimizer.ema_decay": Field(
+    0.0, "Of averaged weights, which evaluation then uses; 0 keeps none.", "", SHARE
+  ),
+  "eval.batch_size": Field(
+    1024,
+    "Examples per step over all devices; the last batch is padded.",
+    "examples",
+    at_least(1),
+    YES,
+  ),
+  "eval.every_epochs": Field(
+    1.0,
+    "At most one of the two; with neither only the end is evaluated.",
+    "epochs",
+    at_least(0),
+    YES,
+  ),
+  "eval.every_steps": Field(0, "Steps between evaluations.", "steps", at_least(0), YES),
+  "checkpoint.every_epochs": Field(
+    0.0,
+    "At most one of the two; evaluated steps and the end are always saved.",
+    "epochs",
+    at_least(0),
+    YES,
+  ),
+  "checkpoint.every_steps": Field(0, "Steps between checkpoints.", "steps", at_least(0), YES),
+  "checkpoint.every_minutes": Field(
+    10.0, "Time between checkpoints by the clock, besides; 0 is never.", "minutes", at_least(0), YES
+  ),
+  "checkpoint.keep_last": Field(
+    3, "Newest checkpoints that stay.", "checkpoints", at_least(1), YES
+  ),
+  "checkpoint.keep_best": Field(
+    True, "Whether the one with the highest top1 stays as well.", resume=YES
+  ),
+  "checkpoint.retry_seconds": Field(
+    60.0, "Pause before a failed save is tried again.", "seconds", at_least(0), YES
+  ),
+  "resume.allow": Field(
+    "",
+    "Fields and sections that may differ from those of the checkpoint, joined by commas, as in "
+    "'total_epochs,optimizer.lr_per_256' or 'optimizer'.",
+    resume=YES,
+  ),
+  "pod.start_seconds": Field(300.0, "For all hosts to come up.", "seconds", at_least(1), YES),
+  "pod.timeout_seconds": Field(
+    45.0,
+    "A host that is silent for longer is lost, and the others exit.",
+    "seconds",
+    at_least(1),
+    YES,
+  ),
+  "pod.stuck_seconds": Field(
+    1800.0,
+    "A host that stays at one point for longer exits; compiling is one point.",
+    "seconds",
+    at_least(1),
+    YES,
+  ),
+  "log.every_steps": Field(
+    100, "Steps between progress lines and points of the curves.", "steps", at_least(1), YES
+  ),
+  "log.profile_step": Field(
+    0, "First step of a profile for TensorBoard; 0 takes none.", "steps", at_least(0), YES
+  ),
+  "log.profile_steps": Field(5, "Length of the profile.", "steps", at_least(1), YES),
+}
 
-  config.mesh = (
-    ml_collections.ConfigDict()
-  )  # devices along each axis; their product is the number of devices
-  config.mesh.data = -1  # examples are split over it; -1 is all that the other two leave
-  config.mesh.fsdp = 1  # examples are split over it as well, and so may parameters be
-  config.mesh.space = 1  # the height of images is split over it, inside one host
+# Durations that are given in epochs or in steps: X_epochs, X_steps.
+DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 
-  config.sharding = ml_collections.ConfigDict()
-  config.sharding.params = (
-    "replicated"  # replicated | fsdp: each device of the axis fsdp keeps its part of them
-  )
-  # replicated: as params | data: over data and fsdp (arXiv:2004.13336); above 8 chips best with mesh.fsdp of 4 or 8
-  config.sharding.opt_state = "replicated"
 
-  config.model = ml_collections.ConfigDict()
-  config.model.name = (
-    "resnet"  # resnet: four stages, 18|34|50|101|152|200; cifar_resnet: three stages, 6n+2
-  )
-  config.model.depth = 50
-  config.model.width = 1.0  # multiplies the number of channels of every stage
-  config.model.num_classes = 1000
-  config.model.dtype = (
-    "bfloat16"  # bfloat16 | float32 | float64, of activations; all else is float32 or wider
-  )
-  config.model.zero_init_residual = (
-    True  # last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)
-  )
-  config.model.bn_momentum = 0.9  # share of the old running average kept at each step
-  config.model.bn_epsilon = 1e-5
-  # Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each device its own: results
-  # depend on the number of devices) | a number of examples, as in "64" (the same numbers on any number of devices).
-  config.model.bn_group = "global"
+def get_config(family: str = "resnet") -> ml_collections.ConfigDict:
+  """Return the defaults of a run: at first ResNet-50 on ImageNet at 224 px.
 
-  config.data = ml_collections.ConfigDict()
-  # Folder of shards (input_pipeline.prepare or TFDS), local or gs:// s3:// http(s):// file://, or of class folders.
-  # Or parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, or hf: and a folder, as in hf:gs://BUCKET/FOLDER.
-  config.data.path = ""
-  # array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | folder | hf | synthetic |
-  # auto: hf for hf:..., stream for a URL, else by what the folder holds.
-  config.data.kind = "auto"
-  config.data.train_split = "train"
-  config.data.eval_split = "val"
-  config.data.image_size = 224  # pixels, height and width of a training image
-  config.data.eval_image_size = (
-    224  # the same in evaluation; a larger one than in training helps (arXiv:1906.06423)
-  )
-  config.data.eval_resize = 256  # pixels, shorter side before the centre crop of evaluation
-  config.data.crop_area = (0.08, 1.0)  # random-resized crop: share of the image's area
-  config.data.crop_aspect = (3 / 4, 4 / 3)  # random-resized crop: width over height, log-uniform
-  config.data.flip = True  # mirror half of the training images
-  config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
-  config.data.std = (58.395, 57.12, 57.375)
-  # Decoding processes; 0 decodes in threads of the trainer. -1 chooses: on 4 cores and more all but two of them, at
-  # most 32; on fewer none. What a chip needs of them: `python -m input_pipeline.bench`.
-  config.data.workers = -1
-  # Decoding threads of each process; 0 decodes when the batch is asked for. -1 chooses: 0 in processes, which ask at
-  # once, and up to 2 in the trainer. Kind hf decodes in threads of the trainer alone: -1 is one a core, at most 16.
-  config.data.threads = -1
-  config.data.prefetch_batches = (
-    4  # batches that threads decode ahead in each process; without threads it is two
-  )
-  # Streamed data, see input_pipeline/order.py. A batch mixes lanes x window blocks; all hosts together hold that many
-  # blocks in memory, and somewhat more.
-  config.data.stream_lanes = (
-    64  # must divide the batch; a multiple of the number of hosts, or blocks are read twice
-  )
-  config.data.stream_block = 40  # neighbouring records read by one request, at least
-  config.data.stream_window = 8  # blocks that a lane shuffles together
-  config.data.stream_ahead_steps = 8  # steps whose blocks are asked for before they are needed
-  config.data.stream_requests = 32  # blocks on their way at the same time, in each process
-  config.data.stream_timeout_seconds = 30.0  # of one request, which is then sent anew
-  config.data.stream_hedge_seconds = 5.0  # after which a slow request gets a second one beside it
-  config.data.stream_give_up_seconds = 300.0  # of one read with all its retries; then the run ends
-  # Parquet, see input_pipeline/sources/hf_stream.py.
-  config.data.hf_streams = 8  # row groups that each host reads at once
-  config.data.hf_window = (
-    4096  # examples shuffled together; a host holds two windows in memory, 110 kB an image
-  )
-  config.data.max_bad_fraction = 0.001  # undecodable records tolerated, as a share of an epoch
-  config.data.synthetic_examples = 1024  # size of each split of kind synthetic
+  Only `data.path` is left to be filled in.
 
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "sgd"  # sgd | adamw
-  config.optimizer.lr_per_256 = (
-    0.1  # peak learning rate at batch 256; scaled linearly with the batch
-  )
-  config.optimizer.final_lr_fraction = 0.0  # the cosine ends at this share of the peak
-  config.optimizer.warmup_epochs = 5.0  # linear from 0 to the peak; at most one of the two
-  config.optimizer.warmup_steps = 0
-  config.optimizer.momentum = 0.9  # sgd
-  config.optimizer.nesterov = True  # sgd
-  config.optimizer.b1 = 0.9  # adamw
-  config.optimizer.b2 = 0.999  # adamw
-  config.optimizer.eps = 1e-8  # adamw
-  config.optimizer.weight_decay = 1e-4  # sgd: added to the gradient; adamw: decoupled
-  config.optimizer.decay_bn_and_bias = False  # whether BN scales and all biases decay too
-  config.optimizer.clip_norm = 0.0  # global gradient norm; 0 clips nothing
-  config.optimizer.ema_decay = 0.0  # of averaged weights, which evaluation then uses; 0 keeps none
-
-  config.eval = ml_collections.ConfigDict()
-  config.eval.batch_size = 1024  # examples per step over all devices; the last batch is padded
-  config.eval.every_epochs = 1.0  # at most one of the two; with neither only the end is evaluated
-  config.eval.every_steps = 0
-
-  config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.every_epochs = (
-    0.0  # at most one of the two; evaluated steps and the end are always saved
-  )
-  config.checkpoint.every_steps = 0
-  config.checkpoint.every_minutes = 10.0  # besides, by the clock; 0 is never
-  config.checkpoint.keep_last = 3  # newest checkpoints that stay
-  config.checkpoint.keep_best = True  # the one with the highest top1 stays as well
-  config.checkpoint.retry_seconds = 60.0  # pause before a failed save is tried again
-
-  config.pod = ml_collections.ConfigDict()
-  config.pod.start_seconds = 300.0  # for all hosts to come up
-  config.pod.timeout_seconds = 45.0  # a host that is silent for longer is lost, and the others exit
-  config.pod.stuck_seconds = (
-    1800.0  # a host that stays at one point for longer exits; compiling is one point
-  )
-
-  config.log = ml_collections.ConfigDict()
-  config.log.every_steps = 100  # progress line and event files
-  config.log.profile_step = 0  # first step of a profile for TensorBoard; 0 takes none
-  config.log.profile_steps = 5  # its length
+  Args:
+    family: model family, whose fields `config.model` then has beside those of all families.
+  """
+  config = to_config(all_fields(family))
+  config.model.name = family
   return config
+
+
+def all_fields(family: str) -> dict[str, Field]:
+  """Return the fields of a run with a model of this family, by name as in "model.depth".
+
+  Raises:
+    ValueError: if there is no such family.
+  """
+  own = families.find(family).FIELDS
+  merged: dict[str, Field] = {}
+  for name, field in RUN.items():
+    merged[name] = field
+    if name == "model.dtype":  # the last of the section
+      merged |= {f"model.{key}": own_field for key, own_field in own.items()}
+  return merged
+
+
+def _is_pattern(text: str) -> bool:
+  try:
+    re.compile(text)
+  except re.error:
+    return False
+  return True

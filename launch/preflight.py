@@ -75,12 +75,12 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
 
   from trainer import config as config_lib
   from trainer import mesh as mesh_lib
-  from trainer import train
+  from trainer import program as program_lib
   from trainer.tools import collectives
 
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
-  program = train.build(config, EXAMPLES, devices)
+  program = program_lib.build(config, EXAMPLES, devices)
   hosts = len({device.process_index for device in devices})
   _section(
     "Mesh",
@@ -92,7 +92,7 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   _section("State", mesh_lib.describe_shardings(program.abstract_state))
   start = time.perf_counter()
   try:
-    step = train.compile_train_step(config, program)
+    step = program.compile("train", **program.sizes("train"))
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
   seconds = time.perf_counter() - start

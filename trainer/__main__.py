@@ -1,17 +1,23 @@
-"""python -m trainer --config=configs/X.py --workdir=DIR [--config.field=value ...] [--mode=train|eval]"""
+"""python -m trainer --config=configs/X.py --workdir=DIR [--config.FIELD=VALUE ...] [--mode=eval]
+
+--config   run file; configs/README.md lists them
+--workdir  folder of everything the run writes, local or gs://; a run resumes from what is there
+--mode     train (default), or eval: evaluate the newest checkpoint of the workdir
+--help     this text and every field of the config; --help=WORD only those about a word
+"""
+
+# ruff: noqa: E402 (a signal that comes during the slow imports must count too)
 
 import faulthandler
 import signal
 
 from trainer.pod.preemption import StopRequest
 
-# Before the slow imports: a signal that comes during them must count too.
 stop = StopRequest()
 if __name__ == "__main__":
   stop.install()
-  faulthandler.register(
-    signal.SIGUSR1
-  )  # writes where every thread is, also when all of them wait in C++
+  # Writes where every thread is, also when all of them wait in C++.
+  faulthandler.register(signal.SIGUSR1)
 
 import logging as python_logging
 import os
@@ -26,9 +32,7 @@ from trainer.errors import DONE, FAILED, Preempted, TrainerError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
-  "workdir",
-  None,
-  "Folder of everything that the run writes; a run goes on from what it finds there.",
+  "workdir", None, "Folder of everything that the run writes; a run resumes from what it finds."
 )
 flags.DEFINE_enum(
   "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir."
@@ -36,10 +40,11 @@ flags.DEFINE_enum(
 
 
 class _OnlyOurs(python_logging.Filter):
-  """Leaves the log to what a user can act on.
+  """Keeps the log to what a user can act on.
 
-  Orbax and Grain narrate every save and read at INFO; of a failed save Orbax and gcsfs print the trace, and asyncio the
-  tasks left behind, where the trainer says what it means; clu's work unit repeats the progress line.
+  Orbax and Grain log every save and read at INFO; of a failed save Orbax and gcsfs print the trace,
+  and asyncio the tasks left behind, beside the trainer's own sentence; clu's work unit repeats the
+  progress line.
   """
 
   def filter(self, record: python_logging.LogRecord) -> bool:
@@ -53,13 +58,13 @@ class _OnlyOurs(python_logging.Filter):
 
 
 def _only_ours(unraisable: Any) -> None:
-  """The same for what TensorStore would say to the event loop of a save that has failed, which Orbax has closed."""
+  """The same for TensorStore's error in the event loop of a failed save, which Orbax has closed."""
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> int:
-  """Runs one mode and returns the exit code of trainer.errors."""
+  """Run one mode; return the exit code of trainer.errors."""
   sys.unraisablehook = _only_ours
   logging.use_absl_handler()
   handler = logging.get_absl_handler()
@@ -70,6 +75,10 @@ def main(argv: list[str]) -> int:
   logging.set_verbosity(logging.INFO)
   logging.set_stderrthreshold("info")
   try:
+    word = command_line.help_wanted(argv)
+    if word is not None:
+      print(command_line.help_text(argv, str(__doc__).strip(), word))
+      return DONE
     command_line.parse(argv, "--config=configs/X.py --workdir=DIR")
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
@@ -93,6 +102,6 @@ if __name__ == "__main__":
   logging.flush()
   sys.stdout.flush()
   sys.stderr.flush()
-  # Everything is closed by now. What may be left are threads of a save that failed, which would hold up the end of the
-  # interpreter and fill the screen with their traces.
+  # Everything is closed by now. What may be left are threads of a save that failed, which would
+  # hold up the end of the interpreter and fill the screen with their traces.
   os._exit(code)

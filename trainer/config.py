@@ -1,134 +1,27 @@
 """Checks a config once at start, and turns durations into steps in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import difflib
 import json
-import re
 from typing import Any
 
 import jax
 import ml_collections
 
-from configs import base
+from configs import base, names
+from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import sources
-from trainer import models
+from trainer import augment, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 
-_AT_LEAST_0 = (lambda v: v >= 0, "must be 0 or more")
-_COUNT_OR_AUTO = (lambda v: v >= -1, "must be 0 or more, or -1 to choose by the machine")
-_AT_LEAST_1 = (lambda v: v >= 1, "must be 1 or more")
-_POSITIVE = (lambda v: v > 0, "must be positive")
-_SHARE = (lambda v: 0 <= v < 1, "must be in [0, 1)")
-
-
-def _one_of(*names: str):
-  return (lambda v: v in names, f"must be one of {', '.join(names)}")
-
-
-_RANGES = {
-  "seed": (lambda v: 0 <= v < 2**32, "must be in [0, 2**32)"),
-  "global_batch_size": _AT_LEAST_1,
-  "accumulation_steps": _AT_LEAST_1,
-  "label_smoothing": _SHARE,
-  "mesh.data": (lambda v: v == -1 or v >= 1, "must be 1 or more, or -1 for all that is left"),
-  "mesh.fsdp": _AT_LEAST_1,
-  "mesh.space": _AT_LEAST_1,
-  "sharding.params": _one_of("replicated", "fsdp"),
-  "sharding.opt_state": _one_of("replicated", "data"),
-  "model.width": _POSITIVE,
-  "model.num_classes": (lambda v: v >= 2, "must be 2 or more"),
-  "model.dtype": _one_of("bfloat16", "float32", "float64"),
-  "model.bn_momentum": _SHARE,
-  "model.bn_epsilon": _POSITIVE,
-  "model.bn_group": (
-    lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
-    "must be global, device or a number of examples",
-  ),
-  "data.kind": _one_of(*sources.KINDS),
-  "data.image_size": _AT_LEAST_1,
-  "data.eval_image_size": _AT_LEAST_1,
-  "data.eval_resize": _AT_LEAST_1,
-  "data.crop_area": (
-    lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
-    "must be (min, max) in (0, 1]",
-  ),
-  "data.crop_aspect": (
-    lambda v: len(v) == 2 and 0 < v[0] <= v[1],
-    "must be (min, max), both positive",
-  ),
-  "data.mean": (lambda v: len(v) == 3, "must have one number for each of R, G, B"),
-  "data.std": (
-    lambda v: len(v) == 3 and min(v) > 0,
-    "must have one positive number for each of R, G, B",
-  ),
-  "data.workers": _COUNT_OR_AUTO,
-  "data.threads": _COUNT_OR_AUTO,
-  "data.prefetch_batches": _AT_LEAST_1,
-  "data.hf_streams": _AT_LEAST_1,
-  "data.hf_window": _AT_LEAST_1,
-  "data.stream_lanes": _AT_LEAST_1,
-  "data.stream_block": _AT_LEAST_1,
-  "data.stream_window": _AT_LEAST_1,
-  "data.stream_ahead_steps": _AT_LEAST_1,
-  "data.stream_requests": _AT_LEAST_1,
-  "data.stream_timeout_seconds": _POSITIVE,
-  "data.stream_hedge_seconds": _POSITIVE,
-  "data.stream_give_up_seconds": _POSITIVE,
-  "data.max_bad_fraction": _SHARE,
-  "data.synthetic_examples": _AT_LEAST_1,
-  "optimizer.name": _one_of("sgd", "adamw"),
-  "optimizer.lr_per_256": _POSITIVE,
-  "optimizer.final_lr_fraction": (lambda v: 0 <= v <= 1, "must be in [0, 1]"),
-  "optimizer.momentum": _SHARE,
-  "optimizer.b1": _SHARE,
-  "optimizer.b2": _SHARE,
-  "optimizer.eps": _POSITIVE,
-  "optimizer.weight_decay": _AT_LEAST_0,
-  "optimizer.clip_norm": _AT_LEAST_0,
-  "optimizer.ema_decay": _SHARE,
-  "eval.batch_size": _AT_LEAST_1,
-  "checkpoint.every_minutes": _AT_LEAST_0,
-  "checkpoint.keep_last": _AT_LEAST_1,
-  "checkpoint.retry_seconds": _AT_LEAST_0,
-  "pod.start_seconds": _AT_LEAST_1,
-  "pod.timeout_seconds": _AT_LEAST_1,
-  "pod.stuck_seconds": _AT_LEAST_1,
-  "log.every_steps": _AT_LEAST_1,
-  "log.profile_step": _AT_LEAST_0,
-  "log.profile_steps": _AT_LEAST_1,
-}
-
-_DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
-
-# What may differ between a workdir's checkpoints and the run that goes on from them: none of it changes what the
-# saved numbers mean or which batch comes next.
-_MAY_CHANGE = (
-  "compilation_cache",
-  "mesh.",
-  "sharding.",
-  "data.path",
-  "data.kind",
-  "data.workers",
-  "data.threads",
-  "data.prefetch_batches",
-  "data.stream_ahead_steps",
-  "data.stream_requests",
-  "data.stream_timeout_seconds",
-  "data.stream_hedge_seconds",
-  "data.stream_give_up_seconds",
-  "data.max_bad_fraction",
-  "data.eval_",
-  "eval.",
-  "checkpoint.",
-  "pod.",
-  "log.",
-)
+# Changes of a config against that of a checkpoint: {field: [before, now]}.
+Changes = dict[str, list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-  """The durations of a config in steps.
+  """The durations of a config in steps of its batch size.
 
   Attributes:
     total: steps of the whole run.
@@ -136,6 +29,8 @@ class Durations:
     eval_every: steps between evaluations; 0 is only at the end.
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+    offset: added to the steps taken, gives the steps that all of the above count: where a resume
+      has changed the batch size, earlier steps were of another size.
   """
 
   total: int
@@ -143,10 +38,25 @@ class Durations:
   eval_every: int
   checkpoint_every: int
   per_epoch: float
+  offset: int = 0
+
+  @property
+  def last(self) -> int:
+    """The steps taken at the end of the run."""
+    return self.total - self.offset
+
+  def epoch(self, step: int) -> float:
+    """Return the epochs after `step` steps taken."""
+    return (step + self.offset) / self.per_epoch
+
+  def is_evaluated(self, step: int) -> bool:
+    """Whether an evaluation is due after `step` steps taken."""
+    periodic = self.eval_every and (step + self.offset) % self.eval_every == 0
+    return bool(periodic) or step >= self.last
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns {'model.depth': 50, ...} with tuples as lists, as JSON would give them back."""
+  """Return {"model.depth": 50, ...} with tuples as lists, as JSON gives them back."""
 
   def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
@@ -158,51 +68,86 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-  """Refuses a config that can run nowhere; touches no device.
+def fields_of(config: ml_collections.ConfigDict) -> dict[str, Field]:
+  """Return every field that the config may have, by its model family.
 
   Raises:
-    ConfigError: naming the first field that is unknown, missing, of another type than in `configs/base.py`, or out of
-      its range.
+    ConfigError: if there is no such family.
   """
-  values, defaults = flatten(config), flatten(base.get_config())
-  for field in sorted(values.keys() - defaults.keys()):
-    close = difflib.get_close_matches(field, defaults, n=1)
-    raise ConfigError(
-      f"config.{field} is not a field of configs/base.py"
-      + (f"; did you mean config.{close[0]}?" if close else ".")
-    )
-  for field, default in defaults.items():
-    if field not in values:
-      raise ConfigError(
-        f"config.{field} is missing; build the config on configs.base.get_config()."
-      )
-    _check_type(field, values[field], default)
-    in_range, rule = _RANGES.get(field, (lambda v: True, ""))
-    if not in_range(values[field]):
-      raise ConfigError(f"config.{field} {rule}; it is {values[field]!r}.")
-  for name in _DURATIONS:
+  try:
+    models.family_of(config.model)
+    return base.all_fields(config.model.name)
+  except (AttributeError, ValueError) as error:
+    raise ConfigError(str(error)) from error
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Refuse a config that can run nowhere; touches no device.
+
+  Raises:
+    ConfigError: naming the first field that is unknown, missing, of another type than its default,
+      or out of its range, or the fields that do not fit together.
+  """
+  fields, values = fields_of(config), flatten(config)
+  for name in sorted(values.keys() - fields.keys()):
+    raise ConfigError(f"config.{name} {_not_a_field(name, fields, config.model.name)}")
+  for name, field in fields.items():
+    if name not in values:
+      raise ConfigError(f"config.{name} is missing; build the config on configs.base.get_config().")
+    if trouble := problem(name, field, values[name]):
+      raise ConfigError(trouble)
+  for name in base.DURATIONS:
     epochs, steps = values[f"{name}_epochs"], values[f"{name}_steps"]
-    if epochs < 0 or steps < 0:
-      raise ConfigError(f"config.{name}_epochs and config.{name}_steps must not be negative.")
     if epochs and steps:
       raise ConfigError(
-        f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; set one of them to 0."
+        f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; "
+        "set one of them to 0."
       )
   if not values["total_epochs"] and not values["total_steps"]:
     raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
-  if values["model.dtype"] == "float64" and not jax.config.jax_enable_x64:
+  if values["model.dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
     raise ConfigError(
       "config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1."
     )
+  for name in allowed_names(values["resume.allow"]):
+    _check_allowed(name, fields, config.model.name)
   try:
     models.check(config.model)
+    names.find(losses.LOSSES, config.loss, "config.loss")
+    names.find(optimizer.OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
+    names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
+    augment.make_chain(config.augment)
+    sources.check_kind(config.data.kind)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
+def _not_a_field(name: str, fields: Mapping[str, Field], family: str) -> str:
+  close = difflib.get_close_matches(name, fields, n=1)
+  of = f"the model family {family}" if name.startswith("model.") else "configs/base.py"
+  return f"is not a field of {of}" + (f"; did you mean config.{close[0]}?" if close else ".")
+
+
+def allowed_names(allow: str) -> list[str]:
+  """Return the fields and sections that `config.resume.allow` names."""
+  return [name.strip().removeprefix("config.") for name in allow.split(",") if name.strip()]
+
+
+def _check_allowed(name: str, fields: Mapping[str, Field], family: str) -> None:
+  section = [field for key, field in fields.items() if key.startswith(f"{name}.")]
+  if not section and name not in fields:
+    raise ConfigError(
+      f"config.resume.allow names {name}, which {_not_a_field(name, fields, family)}"
+    )
+  if not section and fields[name].resume == NO:
+    raise ConfigError(
+      f"config.resume.allow names {name}, which no resume may change: the saved numbers would mean "
+      "something else, or not fit."
+    )
+
+
 def mesh_shape(mesh: ml_collections.ConfigDict, num_devices: int) -> tuple[int, int, int]:
-  """Returns the number of devices along (data, fsdp, space) that `config.mesh` asks for.
+  """Return the number of devices along (data, fsdp, space) that `config.mesh` asks for.
 
   Raises:
     ConfigError: if they do not make up `num_devices`.
@@ -217,7 +162,7 @@ def mesh_shape(mesh: ml_collections.ConfigDict, num_devices: int) -> tuple[int, 
 
 
 def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
-  """Refuses batches, images and BN groups that do not split evenly over the devices.
+  """Refuse batches, images and fields of the model that do not split evenly over the devices.
 
   Args:
     config: a validated config.
@@ -232,7 +177,8 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   for field in ("image_size", "eval_image_size"):
     if config.data[field] % space:
       raise ConfigError(
-        f"config.data.{field} is {config.data[field]}, which config.mesh.space = {space} does not divide."
+        f"config.data.{field} is {config.data[field]}, which config.mesh.space = {space} does not "
+        "divide."
       )
   shards, steps = data * fsdp, config.accumulation_steps
   for field, size, parts in (
@@ -240,46 +186,28 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     ("eval.batch_size", config.eval.batch_size, shards),
   ):
     if size % parts:
-      what = f"{num_devices} devices" + (
-        f" (config.mesh.space = {space} share an example)" if space > 1 else ""
-      )
+      what = f"{num_devices} devices"
+      what += f" (config.mesh.space = {space} share an example)" if space > 1 else ""
       what += f" times config.accumulation_steps = {steps}" if parts != shards else ""
       raise ConfigError(
         f"config.{field} is {size}, which {what} do not divide; the nearest that fits is "
         f"{max(1, round(size / parts)) * parts}."
       )
-  if config.model.bn_group.isdigit():
-    examples, group = config.global_batch_size // steps, int(config.model.bn_group)
-    if examples % group:
-      raise ConfigError(
-        f"config.model.bn_group is {group}, which does not divide the {examples} examples of a "
-        f"{'micro-' if steps > 1 else ''}batch."
-      )
-    groups = examples // group
-    if max(groups, shards) % min(groups, shards):
-      raise ConfigError(
-        f"config.model.bn_group is {group}, which makes {groups} groups that do not lie evenly on the "
-        f"{shards} parts that the batch is split in over config.mesh.data and config.mesh.fsdp."
-      )
-
-
-def _check_type(field: str, value: Any, default: Any) -> None:
-  expected = (int, float) if isinstance(default, float) else type(default)
-  if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
-    raise ConfigError(
-      f"config.{field} must be of type {type(default).__name__}; "
-      f"it is {value!r} of type {type(value).__name__}."
+  try:
+    models.family_of(config.model).check_split(
+      models.own_fields(config.model), examples=config.global_batch_size // steps, shards=shards
     )
-  if isinstance(default, list) and not all(isinstance(v, (int, float)) for v in value):
-    raise ConfigError(f"config.{field} must hold numbers; it is {value!r}.")
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
-def durations(config: ml_collections.ConfigDict, num_examples: int) -> Durations:
-  """Turns every `*_epochs` and `*_steps` of the config into steps.
+def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int = 0) -> Durations:
+  """Turn every `*_epochs` and `*_steps` of the config into steps.
 
   Args:
     config: a validated config.
     num_examples: examples of the training split.
+    offset: see Durations.
 
   Raises:
     ConfigError: if the run would have no step, or a warm-up longer than itself.
@@ -296,6 +224,7 @@ def durations(config: ml_collections.ConfigDict, num_examples: int) -> Durations
     eval_every=steps(config.eval, "every"),
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
+    offset=offset,
   )
   if result.warmup >= result.total:
     raise ConfigError(
@@ -305,39 +234,56 @@ def durations(config: ml_collections.ConfigDict, num_examples: int) -> Durations
   return result
 
 
-def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Refuses to go on from checkpoints of a config that means something else.
+def check_same_run(
+  saved: dict[str, Any], config: ml_collections.ConfigDict, workdir: str
+) -> Changes:
+  """Refuse to resume from checkpoints of a config that means something else.
+
+  A field that the saved config lacks, because it was written by an earlier version, had its default
+  then.
 
   Args:
     saved: `flatten` of the config that wrote the checkpoints.
     config: the config of this run.
     workdir: named in the message.
 
+  Returns:
+    What differs by leave of `config.resume.allow`.
+
   Raises:
-    ConfigError: with every differing field that would change the meaning of the saved state or the order of data.
+    ConfigError: with every other field that differs and would change the meaning of the saved state
+      or the order of data.
   """
-  values = flatten(config)
-  differ = [
-    field
-    for field in sorted(saved.keys() | values.keys())
-    if saved.get(field) != values.get(field) and not field.startswith(_MAY_CHANGE)
-  ]
-  orders = [sources.order_of(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
+  fields, values = fields_of(config), flatten(config)
+  defaults = flatten(base.get_config(config.model.name))
+  changes = {
+    name: [saved.get(name, defaults.get(name)), values.get(name)]
+    for name in sorted(saved.keys() | values.keys())
+  }
+  changes = {name: pair for name, pair in changes.items() if pair[0] != pair[1]}
+  orders = [sources.order_of(v["data.kind"], v["data.path"]) for v in (saved, values)]
   if orders[0] != orders[1]:
-    kinds, names = (
-      {"global": "array_record", "lanes": "stream", "parquet": "hf"},
-      {"global": "local", "lanes": "streamed", "parquet": "parquet"},
-    )
+    kinds = {"global": "array_record", "lanes": "stream", "parquet": "hf"}
+    words = {"global": "local", "lanes": "streamed", "parquet": "parquet"}
     raise ConfigError(
-      f"{workdir} holds checkpoints of a run over {names[orders[0]]} data, which come in another order; "
-      f"give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or another "
-      "--workdir."
+      f"{workdir} holds checkpoints of a run over {words[orders[0]]} data, which come in another "
+      f"order; give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or "
+      "another --workdir."
     )
-  if differ:
-    changes = ", ".join(
-      f"config.{field}: {saved.get(field)!r} -> {values.get(field)!r}" for field in differ
+  rules = {name: fields[name].resume if name in fields else NO for name in changes}
+  allowed = tuple(allowed_names(config.resume.allow))
+  asked = [
+    name
+    for name, rule in rules.items()
+    if rule == ASK and not any(name == a or name.startswith(f"{a}.") for a in allowed)
+  ]
+  never = [name for name, rule in rules.items() if rule == NO]
+  if asked or never:
+    listed = ", ".join(
+      f"config.{name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in [*never, *asked]
     )
-    raise ConfigError(
-      f"{workdir} holds checkpoints of another config ({changes}); "
-      "use another --workdir, or the config that this one was started with."
-    )
+    advice = "use another --workdir, or the config that this one was started with"
+    if not never:
+      advice += f"; to make another run of it from here on: --config.resume.allow={','.join(asked)}"
+    raise ConfigError(f"{workdir} holds checkpoints of another config ({listed}); {advice}.")
+  return {name: pair for name, pair in changes.items() if rules[name] != YES}

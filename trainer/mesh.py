@@ -1,17 +1,16 @@
 """The device mesh, where each array lives on it, and how a host's batch gets there.
 
-Axes: examples are split over `data` and `fsdp` together, parameters may be sharded over `fsdp`, and the height of
-images over `space`. What crosses the devices follows from where arrays live: the compiler (GSPMD, arXiv:2105.04663)
-inserts the collectives and the halos of convolutions.
+Axes: examples are split over `data` and `fsdp` together, parameters may be sharded over `fsdp`, and
+the height of images over `space`. What crosses the devices follows from where arrays live: the
+compiler (GSPMD, arXiv:2105.04663) inserts the collectives and the halos of convolutions.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 import concurrent.futures
 import itertools
 import math
 import re
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -21,6 +20,7 @@ import numpy as np
 
 from trainer import config as config_lib
 from trainer.errors import ConfigError
+from trainer.state import Tree
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -28,18 +28,20 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(
   mesh_config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Returns the mesh of `config.mesh`, with the axes `data`, `fsdp` and `space`.
+  """Return the mesh of `config.mesh`, with the axes `data`, `fsdp` and `space`.
 
-  Devices come by slice, by process, then by number, the last axis first. So host h holds the h-th contiguous rows of
-  every global batch, `space` and then `fsdp` are neighbours, and only `data` crosses the slow network between slices.
-  (`jax.experimental.mesh_utils` folds an axis over the torus instead, and scatters the rows of a host.)
+  Devices come by slice, by process, then by number, the last axis first. So host h holds the h-th
+  contiguous rows of every global batch, `space` and then `fsdp` are neighbours, and only `data`
+  crosses the slow network between slices. (`jax.experimental.mesh_utils` folds an axis over the
+  torus instead, and scatters the rows of a host.)
 
   Args:
     mesh_config: `config.mesh`.
     devices: instead of all devices of all processes.
 
   Raises:
-    ConfigError: if the axes do not make up the devices, or an axis but `data` would cross a border that it must not.
+    ConfigError: if the axes do not make up the devices, or if `fsdp` or `space` would cross slices,
+      or `space` processes.
   """
   devices = sorted(
     jax.devices() if devices is None else devices,
@@ -56,7 +58,8 @@ def make_mesh(
   for border, size in collections.Counter(device.process_index for device in devices).items():
     if size % space:
       raise ConfigError(
-        f"config.mesh.space is {space}, which does not divide the {size} devices of process {border}."
+        f"config.mesh.space is {space}, which does not divide the {size} devices of process "
+        f"{border}."
       )
   return Mesh(
     np.array(devices).reshape(shape), (*BATCH_AXES, "space"), axis_types=(AxisType.Auto,) * 3
@@ -68,7 +71,7 @@ def _slice(device: jax.Device) -> int:
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Returns the number of parts that the examples of a batch are split in."""
+  """Return the number of parts that the examples of a batch are split in."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -83,10 +86,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
-  """Returns the table (start of a leaf's path, mesh axes to shard it over); the first row that fits counts.
+  """Return rows of (start of a leaf's path, mesh axes to shard it over); the first that fits counts.
 
-  With `config.sharding.opt_state=data` the update is computed in shards (arXiv:2004.13336): momentum and averaged
-  weights never leave them, gradients are reduced into them, and new parameters gathered from them.
+  With `config.sharding.opt_state=data` the update is computed in shards (arXiv:2004.13336): momentum
+  and averaged weights never leave them, gradients are reduced into them, and new parameters
+  gathered from them.
   """
   params = ("fsdp",) if config.sharding.params == "fsdp" else ()
   # fsdp first: a shard of the update then lies within the shard of its parameter.
@@ -98,22 +102,24 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
   )
 
 
-def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -> Any:
-  """Returns the NamedSharding of every leaf of a state, by `sharding_rules`.
+def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Tree) -> Tree:
+  """Return the NamedSharding of every leaf of a state, by `sharding_rules`.
 
-  A kernel is cut along the first dimension that the axes divide, but rather along one that all devices of the batch
-  divide, so that parameter and update are cut alike; the last dimension lies along the 128 lanes of a TPU, which a thin
-  shard would leave empty. What has no such dimension stays replicated, and so do vectors: they weigh nothing, and a BN
-  scale in shards would put a collective between two layers.
+  A kernel is cut along the first dimension that the axes divide, preferably one that all devices of
+  the batch divide, so that parameter and update are cut alike; the last dimension lies along the 128
+  lanes of a TPU, which a thin shard would leave empty. A leaf without such a dimension stays
+  replicated, and so do vectors: they are small, and a BN scale in shards would put a collective
+  between two layers.
 
   Args:
     config: config of the run.
     mesh: its mesh.
-    state: tree of arrays or of their shapes, whose paths start as those of `trainer.state.TrainState`.
+    state: tree of arrays or of their shapes, whose paths start as those of
+      `trainer.state.TrainState`.
   """
   rules = sharding_rules(config)
 
-  def sharding(path: Any, leaf: Any) -> NamedSharding:
+  def sharding(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = next(axes for start, axes in rules if re.match(start, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -126,11 +132,12 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Any) -
   return jax.tree.map_with_path(sharding, state)
 
 
-def scatter(sums: Any, shardings: Any) -> Any:
-  """Puts sums over all devices of the batch into the shards of `state_shardings`, over `fsdp` first.
+def scatter(sums: Tree, shardings: Tree) -> Tree:
+  """Put sums over all devices of the batch into the shards of `state_shardings`, over `fsdp` first.
 
-  In one step the compiler of TPUs (libtpu 0.0.42) scatters a sum over 4 or 8 chips of a slice, but over 16 and more
-  makes it whole on each and cuts it. In two steps of few chips each it scatters both.
+  In one step the compiler of TPUs (libtpu 0.0.42) scatters a sum over 4 or 8 chips of a slice, but
+  over 16 and more makes it whole on each and cuts it. In two steps of few chips each it scatters
+  both.
   """
   over_fsdp = jax.tree.map(
     lambda x: NamedSharding(x.mesh, P(*[axes and "fsdp" for axes in x.spec])), shardings
@@ -140,8 +147,8 @@ def scatter(sums: Any, shardings: Any) -> Any:
   )
 
 
-def describe_shardings(state: Any) -> list[str]:
-  """Returns a line for each part of a state and each way that its leaves are sharded: number, bytes, the largest."""
+def describe_shardings(state: Tree) -> list[str]:
+  """Return a line for each part of a state and each sharding in it: leaves, bytes, the largest."""
   groups = collections.defaultdict(list)
   for path, leaf in jax.tree.leaves_with_path(state):
     part, *rest = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
@@ -156,23 +163,25 @@ def describe_shardings(state: Any) -> list[str]:
     )
     largest, name = max(leaves, key=lambda item: item[0].size)
     lines.append(
-      f"{part:11} {spec}: {len(leaves)} leaves, {total / 2**20:.2f} MiB, {local / 2**20:.2f} on each device"
-      + f"; largest {name} {list(largest.shape)}" * bool(name)
+      f"{part:11} {spec}: {len(leaves)} leaves, {total / 2**20:.2f} MiB, "
+      f"{local / 2**20:.2f} on each device" + f"; largest {name} {list(largest.shape)}" * bool(name)
     )
   return lines
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Joins this host's rows [b/hosts, ...] with those of the others into global arrays [b, ...] over the mesh."""
+  """Join this host's rows [b/hosts, ...] with those of the others into global arrays [b, ...]."""
 
   def join(rows: np.ndarray) -> jax.Array:
     first = jax.process_index() * len(rows)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # it is only for arrays without dimensions
       start, stop, _ = index[0].indices(jax.process_count() * len(rows))
       return rows[(slice(start - first, stop - first), *index[1:])]
 
-    # A third of the time of make_array_from_process_local_data, which first finds out what is known here.
+    # A third of the time of make_array_from_process_local_data, which first finds out what is
+    # known here.
     return jax.make_array_from_callback(
       (jax.process_count() * len(rows), *rows.shape[1:]), batch_sharding(mesh, rows.ndim), shard
     )
@@ -181,14 +190,14 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def abstract_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """Returns the shape of `flags`."""
+  """Return the shape of `flags`."""
   return jax.ShapeDtypeStruct(
     (mesh.size,), np.int32, sharding=NamedSharding(mesh, P(mesh.axis_names))
   )
 
 
 def flags(mesh: Mesh, value: int) -> jax.Array:
-  """Returns int32 [number of devices] with `value` on the devices of this host; other hosts may hold another one."""
+  """Return int32 [devices] with `value` on the devices of this host; other hosts give their own."""
   like = abstract_flags(mesh)
   return jax.make_array_from_callback(
     like.shape, like.sharding, lambda index: np.full(1, value, like.dtype)
@@ -197,24 +206,28 @@ def flags(mesh: Mesh, value: int) -> jax.Array:
 
 def prefetch(
   mesh: Mesh, host_batches: Iterator[dict[str, np.ndarray]], names: tuple[str, ...], ahead: int = 2
-) -> Iterator[dict[str, jax.Array]]:
-  """Yields global batches, with the next `ahead` already on their way to the devices.
+) -> Generator[dict[str, jax.Array], None, None]:
+  """Yield global batches, with the next `ahead` already on their way to the devices.
 
-  A thread waits for the host, so that a batch which is there is handed out while a later one is late. Transfers are
-  asynchronous, so two batches in flight hide them behind the running step; more would only hold memory.
+  A thread waits for the host, so that a batch which is there is handed out while a later one is
+  late. Transfers are asynchronous, so two batches in flight hide them behind the running step; more
+  would only hold memory.
 
   Args:
     mesh: the mesh of the run.
-    host_batches: this host's rows of each global batch; not to be used by others until the generator is closed.
+    host_batches: this host's rows of each global batch; not to be used elsewhere until the generator
+      is closed.
     names: the entries that the devices need.
     ahead: batches on the devices before they are asked for.
   """
 
   def load() -> dict[str, jax.Array] | None:
     batch = next(endless)
-    return batch and to_global(mesh, {name: batch[name] for name in names})
+    return to_global(mesh, {name: batch[name] for name in names}) if batch else None
 
-  endless = itertools.chain(host_batches, itertools.repeat(None))
+  endless: Iterator[dict[str, np.ndarray] | None] = itertools.chain(
+    host_batches, itertools.repeat(None)
+  )
   thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
   try:
     queue = collections.deque(thread.submit(load) for _ in range(ahead))

@@ -1,7 +1,9 @@
 """The state of a run: abstract first, then born in place by one jitted function."""
 
 from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
+import zlib
 
 from flax import nnx, struct
 import jax
@@ -11,38 +13,126 @@ import optax
 
 from trainer import models
 
+# A pytree of arrays, or of their shapes; its exact structure is the business of who made it.
+Tree = Any
+# Nested dicts of arrays with string keys: {"head": {"kernel": ..., "bias": ...}, ...}.
+Params = dict[str, Any]
+BatchStats = dict[str, Any]
+
+
+class Variables(NamedTuple):
+  """What a model computes with.
+
+  Attributes:
+    params: trained by gradients, nested dict of float32 arrays; float64 if the model is.
+    batch_stats: running means and variances, likewise; empty without batch norm.
+    others: variables of any other kind; empty for most models.
+  """
+
+  params: Params
+  batch_stats: BatchStats
+  others: dict[str, Any]
+
 
 @struct.dataclass
 class TrainState:
-  """Everything that a step reads and writes.
+  """Everything that a step reads and writes. Nothing random is in it: see `step_key`.
 
   Attributes:
     step: int32 scalar, steps taken.
-    params: nested dict of float32 arrays; float64 if `config.model.dtype` is.
-    batch_stats: nested dict of running means and variances, of the same dtype.
+    params: see Variables.
+    batch_stats: see Variables.
+    others: see Variables.
     opt_state: state of the optax chain.
-    ema: {'params', 'batch_stats'} averaged over steps, or None.
+    ema: {"params", "batch_stats"} averaged over steps, or None.
   """
 
   step: jax.Array
-  params: Any
-  batch_stats: Any
+  params: Params
+  batch_stats: BatchStats
+  others: dict[str, Any]
   opt_state: optax.OptState
-  ema: Any
+  ema: dict[str, Any] | None
 
-  def for_eval(self) -> tuple[Any, Any]:
-    """Returns the (params, batch_stats) that evaluation uses: the averaged ones where there are any."""
-    return (
-      (self.params, self.batch_stats)
-      if self.ema is None
-      else (self.ema["params"], self.ema["batch_stats"])
-    )
+  def for_eval(self) -> Variables:
+    """Return what evaluation uses: the averaged parameters and statistics where there are any."""
+    averaged = self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+    return Variables(averaged["params"], averaged["batch_stats"], self.others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model without its arrays.
+
+  Attributes:
+    graphdef: of nnx.split(model, nnx.Param, nnx.BatchStat, nnx.RngState, ...).
+    random: shapes of its random streams.
+    streams: their names.
+  """
+
+  graphdef: nnx.GraphDef[Any]
+  random: Tree
+  streams: tuple[str, ...]
+
+  def merge(self, variables: Variables, key: jax.Array | None) -> nnx.Module:
+    """Return the model with these arrays: in training mode with a key, else in evaluation mode."""
+    streams = jax.tree.map(_placeholder, self.random)
+    params, batch_stats, others = variables
+    model = nnx.merge(self.graphdef, params, batch_stats, streams, others, copy=True)
+    if key is None:
+      model.eval()
+    else:
+      model.train()
+      keys: dict[str, Any] = {
+        name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in self.streams
+      }
+      nnx.reseed(model, policy="match_shape", **keys)
+    return model
+
+
+def split(model: nnx.Module) -> tuple[Model, Variables]:
+  """Return a model without its arrays, and the arrays but for its random streams."""
+  graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+  params, batch_stats, random, others = states
+  streams = {stream.tag for stream in jax.tree.leaves(random, is_leaf=_is_variable)}
+  shapes = jax.eval_shape(lambda: nnx.to_pure_dict(random))
+  arrays = Variables(
+    nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats), nnx.to_pure_dict(others)
+  )
+  return Model(graphdef, shapes, tuple(sorted(streams))), arrays
+
+
+def _is_variable(x: object) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def variables_of(model: nnx.Module) -> Variables:
+  """Return the arrays of a model, for example after a training step has updated its statistics."""
+  return split(model)[1]
+
+
+def _placeholder(shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """Return what a random stream holds until it is seeded: a key, or a count of draws."""
+  if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    return jnp.broadcast_to(jax.random.key(0), shape.shape)
+  return jnp.zeros(shape.shape, shape.dtype)
+
+
+def step_key(seed: int, step: jax.Array, micro_batch: jax.Array | int) -> jax.Array:
+  """Return the key of all randomness in a micro-batch: dropout, stochastic depth, mixing.
+
+  It is a function of these three alone, and what is drawn from it for an example depends on the
+  example's place in the micro-batch. So the draws are the same on any number of devices and hosts,
+  and after any resume, with nothing random in a checkpoint.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"step"))  # not that of the parameters
+  return jax.random.fold_in(jax.random.fold_in(key, step), micro_batch)
 
 
 def make_init(
   config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, shards: int
-) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-  """Returns the static part of the model, and a function to be jitted that makes the state of step 0 from the seed.
+) -> tuple[Model, Callable[[], TrainState]]:
+  """Return the model without its arrays, and a function to be jitted that makes those of step 0.
 
   Args:
     config: config of the run.
@@ -50,31 +140,31 @@ def make_init(
     shards: number of parts that the examples of a batch are split in over devices.
   """
 
+  def create() -> nnx.Module:
+    # Streams that the model keeps are seeded in each step; their first keys are never used.
+    rngs = nnx.Rngs(jax.random.key(0), params=jax.random.key(config.seed))
+    size = config.data.image_size
+    return models.create(config.model, image_size=size, rngs=rngs, shards=shards)
+
   def init() -> TrainState:
-    model = models.create(
-      config.model, rngs=nnx.Rngs(params=jax.random.key(config.seed)), shards=shards
-    )
-    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    params, batch_stats, others = variables_of(create())
     ema = {"params": params, "batch_stats": batch_stats} if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ema)
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, batch_stats, others, optimizer.init(params), ema)
 
   # A graph definition holds no arrays, so one traced without memory serves every later merge.
-  graphdefs = []
-  jax.eval_shape(
-    lambda: graphdefs.append(
-      nnx.graphdef(models.create(config.model, rngs=nnx.Rngs(0), shards=shards))
-    )
-  )
-  return graphdefs[0], init
+  traced: list[Model] = []
+  jax.eval_shape(lambda: traced.append(split(create())[0]))
+  return traced[0], init
 
 
-def fingerprints(tree: Any) -> dict[str, int]:
-  """Returns a 32-bit hash of every leaf of `tree`, by its path.
+def fingerprints(tree: Tree) -> dict[str, int]:
+  """Return a 32-bit hash of every leaf of `tree`, by its path.
 
-  Each element's bits are mixed with its position and pushed through a bijection of 32 bits (the finaliser of
-  MurmurHash3), so any change of one element changes its term; terms are summed modulo 2**32. Integer sums do not
-  depend on their order, so the hash is the same on any mesh, sharding and number of hosts.
+  Each element's bits are mixed with its position and pushed through a bijection of 32 bits (the
+  finaliser of MurmurHash3), so any change of one element changes its term; terms are summed modulo
+  2**32. Integer sums do not depend on their order, so the hash is the same on any mesh, sharding and
+  number of hosts.
   """
   hashes = {
     jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_hash(leaf)
@@ -85,6 +175,8 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 @jax.jit  # for itself, not over the tree: a net repeats a few dozen shapes over hundreds of leaves
 def _leaf_hash(x: jax.Array) -> jax.Array:
+  if x.dtype == bool:
+    x = x.astype(jnp.uint8)
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   words = [bits] if x.dtype.itemsize <= 4 else [bits >> 32, bits & 0xFFFFFFFF]
   position = jnp.zeros(x.shape, jnp.uint32)
@@ -94,7 +186,7 @@ def _leaf_hash(x: jax.Array) -> jax.Array:
     _mix(word.astype(jnp.uint32) ^ _mix(2 * position + jnp.uint32(index + 1)))
     for index, word in enumerate(words)
   ]
-  return sum(jnp.sum(term, dtype=jnp.uint32) for term in terms)
+  return sum((jnp.sum(term, dtype=jnp.uint32) for term in terms), jnp.uint32(0))
 
 
 def _mix(h: jax.Array) -> jax.Array:

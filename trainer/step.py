@@ -1,160 +1,188 @@
 """The two functions that run on the devices: pure, to be jitted over the mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment
+from configs import names
+from trainer import augment, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
-from trainer.state import TrainState
+from trainer.state import Model, Params, TrainState, Tree, Variables, step_key, variables_of
 
+# Arrays by name: image uint8 [N, S, S, 3], label int32 [N] and, in evaluation, mask bool [N].
 Batch = dict[str, jax.Array]
+Totals = dict[str, jax.Array]
 
-# One small vector a step is one transfer to the host instead of six.
-METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate", "request")
+# One small vector a step is one transfer to the host instead of five.
+METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate")
 
-# What a host may ask for at any step. The step returns the highest of all hosts, so that they agree without another word.
-NOTHING, SAVE, STOP = range(3)
+
+class StepOutput(NamedTuple):
+  """What a training step returns beside the state.
+
+  Attributes:
+    metrics: float32 [len(METRICS)], float64 if the model is: means over the global batch.
+    request: int32, the highest request of any host; see trainer.pod.requests.
+  """
+
+  metrics: jax.Array
+  request: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepOutput]]
+EvalStep = Callable[[Variables, Totals, Batch, jax.Array], Totals]
+
+
+class _Sums(NamedTuple):
+  """What is added up over micro-batches, each a mean over one of them."""
+
+  loss: jax.Array
+  top1: jax.Array
+  grads: Params
 
 
 def make_train_step(
-  graphdef: nnx.GraphDef,
+  model: Model,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   config: ml_collections.ConfigDict,
   mesh: Mesh,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array]]:
-  """Returns train_step(state, batch, requests) -> (state, metrics).
+) -> TrainStep:
+  """Return train_step(state, batch, requests) -> (state, output).
 
-  The batch holds `image` uint8 [N, S, S, 3] and `label` int32 [N]; requests is int32 [devices], what the host of each
-  device asks for; metrics is float32 (float64 if the model is) [len(METRICS)] in that order, over the whole global batch.
+  Requests is int32 [devices], what the host of each device asks for.
 
-  With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the other, and the gradient
-  is their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every device splits its own rows, and which
-  examples share a micro-batch does not depend on the number of devices. BN statistics are of groups within a
-  micro-batch, and the running averages see the micro-batches in order.
+  With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the
+  other, and the gradient is their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every
+  device splits its own rows, and which examples share a micro-batch does not depend on the number
+  of devices. BN statistics are of groups within a micro-batch, and the running averages see the
+  micro-batches in order.
+
+  Raises:
+    ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
   """
   dtype = jnp.dtype(config.model.dtype)
   accumulation_steps = config.accumulation_steps
+  loss_of_examples = names.find(losses.LOSSES, config.loss, "config.loss")
+  augmentation = augment.make_chain(config.augment)
 
   def loss_fn(
-    params: Any, batch_stats: Any, batch: Batch
-  ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    model = nnx.merge(graphdef, params, batch_stats, copy=True)
-    model.train()
-    logits = model(augment.normalize(batch["image"], config.data, dtype))
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(batch["label"], logits.shape[-1], dtype=logits.dtype), config.label_smoothing
-    )
-    loss = optax.softmax_cross_entropy(logits, targets).mean()
+    params: Params, statistics: Variables, batch: Batch, key: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
+    key_augment, key_model = jax.random.split(key)
+    net = model.merge(statistics._replace(params=params), key_model)
+    images = augment.normalize(batch["image"], config.data, dtype)
+    targets = jax.nn.one_hot(batch["label"], config.model.num_classes, dtype=net_dtype(dtype))
+    images, targets = augmentation(key_augment, images, targets)
+    logits = net(images)
+    targets = optax.smooth_labels(targets, config.label_smoothing)
+    loss = loss_of_examples(logits, targets).mean()
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
-    return loss, (top1, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+    return loss, (top1, variables_of(net)._replace(params={}))
 
-  def gradients(params: Any, batch_stats: Any, batch: Batch, shards: Any) -> tuple[Any, Any]:
-    """Returns (loss, top1, gradients), each a mean over the batch, and the new BN statistics of each group."""
+  def gradients(
+    params: Params, statistics: Variables, batch: Batch, step: jax.Array, shards: Tree
+  ) -> tuple[_Sums, Variables]:
+    """Return means over the batch, and the new statistics, those of BN for each group."""
 
-    def one(batch_stats: Any, batch: Batch) -> tuple[Any, Any]:
-      (loss, (top1, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, batch_stats, batch
+    def one(
+      statistics: Variables, batch: Batch, micro_batch: jax.Array | int
+    ) -> tuple[_Sums, Variables]:
+      key = step_key(config.seed, step, micro_batch)
+      (loss, (top1, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, statistics, batch, key
       )
-      # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler of TPUs; in shards
-      # it is scattered in each round.
-      return (loss, top1, mesh_lib.scatter(grads, shards)), batch_stats
+      # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
+      # of TPUs; in shards it is scattered in each round.
+      return _Sums(loss, top1, mesh_lib.scatter(grads, shards)), statistics
 
-    def accumulate(carry: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], None]:
-      total, batch_stats = carry
-      result, batch_stats = one(batch_stats, batch)
-      return (jax.tree.map(jnp.add, total, result), batch_stats), None
+    def accumulate(
+      carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[_Sums, Variables], None]:
+      total, statistics = carry
+      sums, statistics = one(statistics, *micro_batch)
+      return (jax.tree.map(jnp.add, total, sums), statistics), None
 
     if accumulation_steps == 1:
-      return one(batch_stats, batch)
+      return one(statistics, batch, 0)
     micro_batches = {
       name: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
       for name, x in batch.items()
     }
-    shapes = jax.eval_shape(one, batch_stats, jax.tree.map(lambda x: x[0], micro_batches))
-    # Averages start the same in all groups; the mean over groups may wait until the last micro-batch, being linear.
+    shapes = jax.eval_shape(one, statistics, jax.tree.map(lambda x: x[0], micro_batches), 0)
+    # Averages start the same in all groups; the mean over groups may wait until the last
+    # micro-batch, being linear.
     start = (
       jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
-      jax.tree.map(lambda x, new: jnp.broadcast_to(x, new.shape), batch_stats, shapes[1]),
+      jax.tree.map(lambda x, new: jnp.broadcast_to(x, new.shape), statistics, shapes[1]),
     )
-    (total, batch_stats), _ = jax.lax.scan(accumulate, start, micro_batches)
-    return jax.tree.map(lambda x: x / accumulation_steps, total), batch_stats
+    numbers = jnp.arange(accumulation_steps)
+    (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
+    return jax.tree.map(lambda x: x / accumulation_steps, total), statistics
 
   def train_step(
     state: TrainState, batch: Batch, requests: jax.Array
-  ) -> tuple[TrainState, jax.Array]:
-    # Parameters are whole where they meet activations, and in shards where they are updated (sharding_rules). Said at
-    # both places, the compiler gathers and scatters parameters, and never splits a convolution by channel.
+  ) -> tuple[TrainState, StepOutput]:
+    # Parameters are whole where they meet activations, and in shards where they are updated
+    # (sharding_rules). Said at both places, the compiler gathers and scatters parameters, and never
+    # splits a convolution by channel.
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
-    (loss, top1, grads), batch_stats = gradients(whole, state.batch_stats, batch, shards)
-    batch_stats = norm.average_groups(batch_stats)
+    statistics = Variables({}, state.batch_stats, state.others)
+    (loss, top1, grads), statistics = gradients(whole, statistics, batch, state.step, shards)
+    batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     params = jax.lax.with_sharding_constraint(state.params, shards)
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     ema = state.ema
     if ema is not None:
-      # While few steps are averaged the window grows with them, else the random start would linger (Adam's bias).
-      decay = jnp.minimum(
-        config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step)
-      ).astype(loss.dtype)
-      ema = optax.incremental_update(
-        {"params": params, "batch_stats": batch_stats}, ema, 1.0 - decay
-      )
+      # While few steps are averaged the window grows with them, else the random start would linger
+      # (Adam's bias).
+      decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+      averaged = {"params": params, "batch_stats": batch_stats}
+      ema = optax.incremental_update(averaged, ema, 1.0 - decay.astype(loss.dtype))
     metrics = jnp.stack(
-      [
-        loss,
-        top1,
-        optax.tree.norm(grads),
-        optax.tree.norm(params),
-        schedule(state.step),
-        jnp.max(requests),
-      ]
+      [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
     )
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics.astype(
-      loss.dtype
-    )
+    new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema)
+    return new, StepOutput(metrics.astype(loss.dtype), jnp.max(requests))
 
   return train_step
 
 
-def make_eval_step(
-  graphdef: nnx.GraphDef, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Callable[[Any, Any, Batch, Batch, jax.Array], Batch]:
-  """Returns eval_step(params, batch_stats, totals, batch, requests) -> totals.
+def net_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """Return the dtype of logits and targets for activations of `dtype`: float32, or wider."""
+  return jnp.promote_types(dtype, jnp.float32)
 
-  The batch holds `image` uint8 [N, S, S, 3], `label` int32 [N] and `mask` bool [N], False on padding. Totals are
-  scalars over all real examples so far: `loss` float32 sum (no smoothing), `top1`, `top5`, `examples` int32 counts, and
-  `request` int32, the highest request of any host.
+
+def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) -> EvalStep:
+  """Return eval_step(variables, totals, batch, requests) -> totals.
+
+  The mask of the batch is False on padding. Totals are scalars over all real examples so far:
+  `loss` float32 sum of the cross entropy (no smoothing), `top1`, `top5`, `examples` int32 counts,
+  and `request` int32, the highest request of any host.
   """
   dtype = jnp.dtype(config.model.dtype)
 
-  def eval_step(
-    params: Any, batch_stats: Any, totals: Batch, batch: Batch, requests: jax.Array
-  ) -> Batch:
-    params = jax.lax.with_sharding_constraint(params, mesh_lib.replicated(mesh))
-    model = nnx.merge(graphdef, params, batch_stats, copy=True)
-    model.eval()
-    logits = model(augment.normalize(batch["image"], config.data, dtype))
+  def eval_step(variables: Variables, totals: Totals, batch: Batch, requests: jax.Array) -> Totals:
+    whole = jax.lax.with_sharding_constraint(variables.params, mesh_lib.replicated(mesh))
+    net = model.merge(variables._replace(params=whole), None)
+    logits = net(augment.normalize(batch["image"], config.data, dtype))
     mask, labels = batch["mask"], batch["label"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # How many classes come before the right one, equal logits in the order of classes. For a sort the compiler would
-    # bring all logits to every device.
-    own, before = (
-      jnp.take_along_axis(logits, labels[:, None], 1),
-      jnp.arange(logits.shape[-1]) < labels[:, None],
-    )
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # How many classes come before the right one, equal logits in the order of classes. For a sort
+    # the compiler would bring all logits to every device.
+    own = jnp.take_along_axis(logits, labels[:, None], 1)
+    before = jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & before), -1)
     new = {
-      "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+      "loss": jnp.sum(jnp.where(mask, cross_entropy, 0.0)),
       "top1": jnp.sum(mask & (rank < 1)),
       "top5": jnp.sum(mask & (rank < 5)),
       "examples": jnp.sum(mask),

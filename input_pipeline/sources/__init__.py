@@ -285,6 +285,12 @@ def open_source(data: Any, split: str, num_classes: int | None) -> Source:
   return source
 
 
+def check_kind(kind: str) -> None:
+  """Raises ValueError, one sentence, if there is no such `config.data.kind`."""
+  if kind not in KINDS:
+    raise ValueError(f"config.data.kind must be one of {', '.join(KINDS)}; it is {kind!r}.")
+
+
 def order_of(kind: str, path: str) -> str:
   """Returns in which of three orders the examples of a config come, by its data.kind and data.path.
 

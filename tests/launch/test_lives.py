@@ -134,7 +134,7 @@ def test_preempted(bed, undisturbed, notice, stale):
   assert bed.json("run.json")["result"] is None
   assert process.finish() == DONE, process.log
   assert_complete(bed, process.log, LONG, attempts=2)
-  assert "Going on from checkpoint" in bed.read(
+  assert "Resuming from checkpoint" in bed.read(
     f"logs/attempt-{bed.json('run.json')['attempt']}/host-0-0.log"
   )
   assert bed.fingerprints(LONG) == undisturbed
@@ -393,7 +393,7 @@ def test_stop_saves_and_keeps_and_down_leaves_nothing(bed):
   again = bed.start(*up(steps=10**6))
   bed.wait_for_checkpoint(stopped + 1)
   log = (bed.hosts()[0].folder / "tpu" / NAME / "attempt-2" / "host.log").read_text()
-  assert f"Going on from checkpoint {stopped}" in log
+  assert f"Resuming from checkpoint {stopped}" in log
   bed.cloud.add_node(
     f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"}
   )

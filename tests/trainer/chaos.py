@@ -165,7 +165,7 @@ def chaos(
       pod.wait_for(r"step \d+/\d+ ", 240)
       came = time.monotonic() - began
       if before:
-        assert f"Going on from checkpoint {before} of" in pod.log, (
+        assert f"Resuming from checkpoint {before} of" in pod.log, (
           f"not from {before}:\n{pod.log[-3000:]}"
         )
       assert ("is damaged" in pod.log) == bool(harmed), pod.log[-3000:]

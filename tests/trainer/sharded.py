@@ -13,13 +13,14 @@ from etils import epath
 import jax
 import numpy as np
 
-from tests.trainer import tiny
+from tests.trainer import outside, tiny
 from trainer import config as config_lib
 from trainer import evaluate
 from trainer import mesh as mesh_lib
-from trainer import train as train_lib
+from trainer import program as program_lib
 from trainer.pod.pod import Pod
-from trainer.step import METRICS, NOTHING
+from trainer.pod.requests import NOTHING
+from trainer.step import METRICS
 from trainer.tools import collectives
 from trainer.workdir.checkpoint import Checkpointer
 
@@ -30,6 +31,9 @@ UPDATE = {"sharding.opt_state": "data"}
 ALL = FSDP | SPACE | UPDATE
 ACCUMULATE = {"accumulation_steps": 4}
 GROUP = {"model.bn_group": "8"}
+
+RANDOM = {"augment": "mixup(alpha=0.2)|tests.trainer.outside:shade(strength=0.3)"}
+LAYOUTS = {"1": (1, {}), "2": (2, {}), "8": (8, {}), "fsdp": (8, FSDP), "all": (8, ALL)}
 
 # Name: (devices, what differs from the default). Those of one family compute the same numbers.
 FAMILIES = {
@@ -63,11 +67,16 @@ FAMILIES = {
   "one": {"1": (1, {"model.bn_group": "1"})},
   "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
   "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
+  # Dropout, stochastic depth and mixing: drawn for an example, not for a device.
+  "random": {name: (n, RANDOM | mode) for name, (n, mode) in LAYOUTS.items()},
+  "random micro-batches": {
+    name: (n, RANDOM | ACCUMULATE | mode) for name, (n, mode) in LAYOUTS.items()
+  },
 }
 
 
 def make_config(dtype, overrides):
-  config = tiny.get_config()
+  config = (outside if "augment" in overrides else tiny).get_config()
   config.global_batch_size = config.eval.batch_size = 32
   config.model.dtype = dtype
   config.optimizer.lr_per_256 = 0.4
@@ -119,17 +128,17 @@ def run(dtype, num_devices, overrides, host_state=None):
   config = make_config(dtype, overrides)
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=num_devices)
-  program = train_lib.build(config, 64, jax.devices()[:num_devices])
-  train_step = train_lib.compile_train_step(config, program)
-  eval_step = train_lib.compile_eval_step(config, program)
+  program = program_lib.build(config, 64, jax.devices()[:num_devices])
+  train_step = program.compile("train", **program.sizes("train"))
+  eval_step = program.compile("eval", **program.sizes("eval"))
   state = start(program, host_state)
   if host_state is None and jax.process_count() == 1:
     host_state = jax.device_get(state)
   nothing, metrics = mesh_lib.flags(program.mesh, NOTHING), []
   for batch in batches():
-    batch = {name: batch[name] for name in train_lib.TRAIN_BATCH}
-    state, step_metrics = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing)
-    metrics.append(np.asarray(step_metrics).tolist())
+    batch = {name: batch[name] for name in program_lib.BATCHES["train"]}
+    state, output = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing)
+    metrics.append(np.asarray(output.metrics).tolist())
   for leaf, abstract in zip(
     jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
   ):
@@ -138,7 +147,7 @@ def run(dtype, num_devices, overrides, host_state=None):
     )
   return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
     "eval": evaluate.evaluate(
-      eval_step, program.mesh, *state.for_eval(), batches(), lambda: nothing
+      eval_step, program.mesh, state.for_eval(), batches(), lambda: nothing
     ),
     "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
     "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),
@@ -154,7 +163,7 @@ def move_checkpoints(dtype):
 
   def build(num_devices, overrides):
     config = make_config(dtype, overrides)
-    return config, train_lib.build(config, 64, jax.devices()[:num_devices])
+    return config, program_lib.build(config, 64, jax.devices()[:num_devices])
 
   def same(a, b):
     return all(

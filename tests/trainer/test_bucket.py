@@ -19,6 +19,7 @@ from tests.trainer import bucket_server, tiny
 from tests.trainer.shared import fingerprints
 from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
 from tests.trainer.test_run import StopAt
+from trainer import program as program_lib
 from trainer import train as train_lib
 from trainer.errors import (
   FAILED,
@@ -72,7 +73,7 @@ def program():
     2,
     0.1,
   )
-  return config, train_lib.build(config, num_examples=64)
+  return config, program_lib.build(config, num_examples=64)
 
 
 def objects(folder):
@@ -390,5 +391,5 @@ def test_two_hosts_are_stopped_and_one_goes_on(workdir):
     assert pod.finish() == PREEMPTED, pod.log
   saved = int(pod.log.split("Stopped and saved at step ")[1].split()[0])
   assert whole(workdir)[-1] == saved
-  assert f"Going on from checkpoint {saved} of 200" in run(1, 1, command)
+  assert f"Resuming from checkpoint {saved} of 200" in run(1, 1, command)
   assert json.loads((workdir / "final.json").read_text())["step"] == 200

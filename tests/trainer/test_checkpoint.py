@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.trainer import tiny
-from trainer import train as train_lib
+from trainer import program as program_lib
 from trainer.errors import ConfigError
 from trainer.pod.pod import Pod
 from trainer.state import fingerprints
@@ -22,7 +22,7 @@ ALONE = Pod(tiny.get_config().pod)
 def program():
   config = tiny.get_config()
   config.optimizer.ema_decay = 0.9
-  return config, train_lib.build(config, num_examples=64)
+  return config, program_lib.build(config, num_examples=64)
 
 
 def make_state(program, step):

@@ -7,13 +7,13 @@ import pytest
 
 from configs import base
 from trainer import config as config_lib
-from trainer import train as train_lib
+from trainer import program as program_lib
 from trainer.errors import ConfigError
 
 RUN_FILES = sorted(
   p.stem
   for p in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
-  if p.stem != "__init__"
+  if "\ndef get_config(" in p.read_text()
 )
 
 
@@ -65,7 +65,7 @@ def test_run_files_only_override(name):
     ("checkpoint.keep_last", 0, ["config.checkpoint.keep_last", "1 or more"]),
     ("total_steps", 10, ["config.total_epochs", "config.total_steps", "set one of them to 0"]),
     ("total_epochs", 0.0, ["config.total_epochs", "config.total_steps", "both 0"]),
-    ("optimizer.warmup_steps", -1, ["config.optimizer.warmup_steps", "negative"]),
+    ("optimizer.warmup_steps", -1, ["config.optimizer.warmup_steps", "0 or more"]),
     ("eval.every_steps", 7, ["config.eval.every_epochs", "config.eval.every_steps"]),
   ],
 )
@@ -232,12 +232,12 @@ def test_where_compiled_programs_are_kept(
   config, monkeypatch, tmp_path, field, environment, expected
 ):
   settings = {}
-  monkeypatch.setattr(train_lib.jax.config, "update", settings.__setitem__)
+  monkeypatch.setattr(program_lib.jax.config, "update", settings.__setitem__)
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
   if environment:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment)
   config.compilation_cache = field
-  train_lib.use_compilation_cache(config, tmp_path)
+  program_lib.use_compilation_cache(config, tmp_path)
   assert settings.get("jax_compilation_cache_dir") == (
     expected and expected.replace("WORKDIR", str(tmp_path))
   )

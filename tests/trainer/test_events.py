@@ -13,6 +13,7 @@ import pytest
 from tensorboardX import record_writer
 
 from trainer.reporting import events
+
 from clu import metric_writers  # isort: skip  (trainer.reporting.events makes it importable)
 
 

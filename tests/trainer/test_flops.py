@@ -5,15 +5,15 @@ import types
 import pytest
 
 from configs import base
-from trainer import train as train_lib
+from trainer import program as program_lib
 from trainer.reporting import flops
 
 
 def program_of(name, depth, size):
-  config = base.get_config()
-  config.model.name, config.model.depth = name, depth
+  config = base.get_config(name)
+  config.model.depth = depth
   config.data.image_size = size
-  return train_lib.build(config, num_examples=1000)
+  return program_lib.build(config, num_examples=1000)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def program_of(name, depth, size):
 )
 def test_forward_flops_are_the_published_ones(name, depth, size, multiply_adds):
   program = program_of(name, depth, size)
-  count = flops.forward_flops(program.graphdef, *program.abstract_state.for_eval(), size)
+  count = flops.forward_flops(program.model, program.abstract_state.for_eval(), size)
   assert count == pytest.approx(2 * multiply_adds, abs=2 * 5e6)
 
 
@@ -49,11 +49,11 @@ def test_unknown_chips_have_no_peak():
   program = program_of("cifar_resnet", 8, 32)
   assert (
     flops.seconds_at_peak(
-      program.graphdef,
-      *program.abstract_state.for_eval(),
+      program.model,
+      program.abstract_state.for_eval(),
       image_size=32,
       batch_size=8,
-      devices=program.mesh.devices.flatten(),
+      devices=program.mesh.devices.flatten().tolist(),
     )
     is None
   )
@@ -62,8 +62,8 @@ def test_unknown_chips_have_no_peak():
 def test_seconds_at_peak_of_a_step():
   program = program_of("resnet", 50, 224)
   seconds = flops.seconds_at_peak(
-    program.graphdef,
-    *program.abstract_state.for_eval(),
+    program.model,
+    program.abstract_state.for_eval(),
     image_size=224,
     batch_size=128,
     devices=[device("TPU v5 lite", 0, 0, 0)],

@@ -86,7 +86,7 @@ def test_killed_and_gone_on_with_in_the_same_bits(tmp_path, parquet):
     text=True,
     env=environment,
   ).stderr
-  assert "Going on from checkpoint" in again and "order changes" not in again
+  assert "Resuming from checkpoint" in again and "order changes" not in again
   assert fingerprints(tmp_path / "killed", 200) == fingerprints(tmp_path / "quiet", 200)
   assert json.loads((tmp_path / "killed" / "final.json").read_text())["examples"] == 29
   for file in tmp_path.rglob("*"):

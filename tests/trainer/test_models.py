@@ -23,7 +23,7 @@ def model_config(**fields):
 
 
 def build(seed=0, **fields):
-  return models.create(model_config(**fields), rngs=nnx.Rngs(seed))
+  return models.create(model_config(**fields), image_size=224, rngs=nnx.Rngs(seed))
 
 
 def abstract(**fields):
@@ -44,7 +44,7 @@ def parameter_count(**fields):
 
 
 def layers(zero_init_residual=False):
-  return resnet._Layers(jnp.float32, zero_init_residual, nnx.Rngs(0), momentum=0.9, epsilon=1e-5)
+  return resnet.Layers(jnp.float32, zero_init_residual, nnx.Rngs(0), momentum=0.9, epsilon=1e-5)
 
 
 def jaxpr_of(model, shape):
@@ -349,13 +349,14 @@ def test_groups_of_consecutive_examples(group, shards, groups):
   norm = BatchNorm(
     2, momentum=0.75, epsilon=1e-5, dtype=jnp.float32, zero_scale=False, group=group, shards=shards
   )
+  before = nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))
   x = np.random.default_rng(5).normal((3.0, -1.0), (0.5, 2.0), (16, 3, 2, 2)).astype(np.float32)
   y = norm(jnp.asarray(x))
   parts = x.reshape(groups, -1, 2)
   mean, var = parts.mean(1), parts.var(1)
   expected = (parts - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
   np.testing.assert_allclose(y, expected.reshape(x.shape), rtol=1e-3, atol=1e-4)
-  stats = average_groups(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)))
+  stats = average_groups(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)), before)
   np.testing.assert_allclose(stats["mean"], 0.25 * mean.mean(0), rtol=1e-4)
   np.testing.assert_allclose(stats["var"], 0.75 + 0.25 * var.mean(0), rtol=1e-4)
 
@@ -413,10 +414,16 @@ def test_same_seed_same_parameters():
 @pytest.mark.parametrize(
   "fields, message",
   [
-    ({"depth": 42}, "config.model.depth: resnet has 18, 34, 50, 101, 152, 200; got 42"),
-    ({"name": "cifar_resnet", "depth": 19}, "cifar_resnet has 6n+2 (8, 14, 20, 26, ...); got 19"),
-    ({"name": "cifar_resnet", "depth": 2}, "got 2"),
-    ({"name": "vgg"}, "config.model.name: there are resnet, cifar_resnet; got vgg"),
+    (
+      {"depth": 42},
+      "config.model.depth must be one of 18, 34, 50, 101, 152, 200 (resnet); it is 42",
+    ),
+    (
+      {"name": "cifar_resnet", "depth": 19},
+      "must be 6n+2 (cifar_resnet: 8, 14, 20, 26, ...); it is 19",
+    ),
+    ({"name": "cifar_resnet", "depth": 2}, "it is 2"),
+    ({"name": "vgg"}, "config.model.name is 'vgg'; there is resnet, cifar_resnet"),
   ],
 )
 def test_what_does_not_exist_is_named(fields, message):
@@ -425,7 +432,7 @@ def test_what_does_not_exist_is_named(fields, message):
     models.check(config)
   assert message in str(error.value)
   with pytest.raises(ValueError) as created:
-    models.create(config, rngs=nnx.Rngs(0))
+    models.create(config, image_size=224, rngs=nnx.Rngs(0))
   assert str(created.value) == str(error.value)
 
 

@@ -124,7 +124,7 @@ def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
   # The same topology goes on in the same bits, a single host in the same numbers but for the order of sums.
   shutil.copytree(stopped, alone)
   for hosts, workdir in ((2, stopped), (1, alone)):
-    assert f"Going on from checkpoint {saved} of 200" in run(hosts, 1, trainer(workdir, *overrides))
+    assert f"Resuming from checkpoint {saved} of 200" in run(hosts, 1, trainer(workdir, *overrides))
   assert fingerprints(stopped, 200) == fingerprints(quiet, 200)
   np.testing.assert_allclose(eval_losses(alone)[-1], eval_losses(quiet)[-1], rtol=0.02)
 

@@ -19,6 +19,7 @@ import pytest
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints
+from trainer import program as program_lib
 from trainer import train as train_lib
 from trainer.errors import (
   FAILED,
@@ -158,7 +159,7 @@ def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
     assert process.returncode == (PREEMPTED if number == signal.SIGTERM else -signal.SIGKILL), log
     if stopped_at and "Compiled in" in log:
       # A SIGTERM loses no step: the next process goes on exactly where it stopped.
-      assert f"Going on from checkpoint {stopped_at} of" in log, log
+      assert f"Resuming from checkpoint {stopped_at} of" in log, log
     stopped_at = None
     if number == signal.SIGTERM:
       stopped_at = int(log.split("Stopped and saved at step ")[1].split()[0])
@@ -283,7 +284,7 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
     train_lib.train(run_config, str(tmp_path))
   for checkpoint in (tmp_path / "checkpoints").iterdir():
     state = Checkpointer(Pod(run_config.pod), epath.Path(tmp_path), run_config, 0).restore_newest(
-      train_lib.build(run_config, 72).abstract_state
+      program_lib.build(run_config, 72).abstract_state
     )[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 

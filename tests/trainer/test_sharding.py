@@ -20,13 +20,14 @@ import pytest
 from configs import base
 from tests.trainer.shared import free_port
 from trainer import mesh as mesh_lib
-from trainer import train as train_lib
+from trainer import program as program_lib
 from trainer.errors import ConfigError
 from trainer.optimizer import make_optimizer
 from trainer.state import make_init
 
+RANDOM = ("random", "random micro-batches")
 FLOAT32 = ("global", "device", "hosts", "checkpoint")
-FLOAT64 = ("global", "group", "accumulation", "accumulation of groups", "one", "four")
+FLOAT64 = ("global", "group", "accumulation", "accumulation of groups", "one", "four", *RANDOM)
 RTOL = {"float32": 1e-5, "float64": 1e-9}
 
 
@@ -89,6 +90,8 @@ def assert_same(mode, reference, rtol):
     ("float64", "group"),
     ("float64", "accumulation"),
     ("float64", "accumulation of groups"),
+    ("float64", "random"),
+    ("float64", "random micro-batches"),
   ],
 )
 def test_every_layout_computes_the_same(seen, dtype, family):
@@ -105,7 +108,7 @@ def test_groups_and_micro_batches_change_the_statistics(seen):
   losses = {
     name: tuple(next(iter(seen["float64"][name].values()))["loss"])
     for name in FLOAT64
-    if name != "four"
+    if name != "four" and name not in RANDOM
   }
   assert len(set(losses.values())) == len(losses)
 
@@ -206,7 +209,7 @@ def test_table_of_rules():
 
 def test_description_counts_leaves_and_bytes():
   config = base.get_config()
-  lines = mesh_lib.describe_shardings(train_lib.build(config, 1_281_167).abstract_state)
+  lines = mesh_lib.describe_shardings(program_lib.build(config, 1_281_167).abstract_state)
   params = next(line for line in lines if line.startswith("params"))
   for word in ("P()", "161 leaves", "97.49 MiB", "stage4_block1/conv2/kernel [3, 3, 512, 512]"):
     assert word in params

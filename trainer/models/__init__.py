@@ -1,45 +1,71 @@
-"""Models by name: `create` builds that of `config.model`, `check` only looks whether it exists."""
+"""Models by name: `create` builds that of `config.model`; `configs.families` lists them."""
+
+from typing import Any
 
 from flax import nnx
 import ml_collections
 
-from trainer.models.resnet import CifarResNet, ResNet
+from configs import families
+from configs.fields import problem
+from trainer.models.family import Family
 
-MODELS = {"resnet": ResNet, "cifar_resnet": CifarResNet}
+_COMMON = ("name", "num_classes", "dtype")  # fields of every family
 
 
-def check(model_config: ml_collections.ConfigDict):
-  """Checks, without building anything, that `create` knows such a model.
+def family_of(model_config: ml_collections.ConfigDict) -> type[Family]:
+  """Return the family of `config.model`.
 
-  Args:
-    model_config: `config.model`.
+  Raises:
+    ValueError: one sentence, if there is none of that name, or it is no family.
+  """
+  family = families.find(model_config.name)
+  if not (isinstance(family, type) and issubclass(family, Family)):
+    raise ValueError(
+      f"config.model.name is {model_config.name!r}, which is no trainer.models.family.Family."
+    )
+  return family
+
+
+def own_fields(model_config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Return the fields that belong to the family alone."""
+  return {name: value for name, value in dict(model_config).items() if name not in _COMMON}
+
+
+def check(model_config: ml_collections.ConfigDict) -> None:
+  """Check, without building anything, that `create` can build such a model.
 
   Raises:
     ValueError: one sentence that names the field and what it may be.
   """
-  if model_config.name not in MODELS:
-    raise ValueError(f"config.model.name: there are {', '.join(MODELS)}; got {model_config.name}")
-  MODELS[model_config.name].check_depth(model_config.depth)
+  family, values = family_of(model_config), own_fields(model_config)
+  for name, field in family.FIELDS.items():
+    if name in values and (trouble := problem(f"model.{name}", field, values[name])):
+      raise ValueError(trouble)
+  family.check(values)
 
 
 def create(
-  model_config: ml_collections.ConfigDict, *, rngs: nnx.Rngs, shards: int = 1
-) -> nnx.Module:
-  """Returns a new model: float [N, H, W, 3] -> float32 logits [N, num_classes].
+  model_config: ml_collections.ConfigDict, *, image_size: int, rngs: nnx.Rngs, shards: int = 1
+) -> Family:
+  """Return a new model: float [N, H, W, 3] -> float32 logits [N, num_classes].
 
-  Its state is nnx.Param and nnx.BatchStat only, with string keys throughout, all float32. With the dtype float64 so are
-  state and logits.
+  With the dtype float64 logits and state are float64.
 
   Args:
     model_config: `config.model`.
-    rngs: with a `params` stream, from which all parameters are drawn.
-    shards: number of parts that the examples of a batch are split in over devices, for `bn_group`.
+    image_size: height and width of training images, in pixels.
+    rngs: with the stream `params`, from which all parameters are drawn.
+    shards: parts that the examples of a batch are split in over devices.
 
   Raises:
     ValueError: as `check`.
   """
   check(model_config)
-  arguments = dict(model_config)
-  return MODELS[arguments.pop("name")](
-    arguments.pop("depth"), rngs=rngs, shards=shards, **arguments
+  return family_of(model_config).build(
+    own_fields(model_config),
+    num_classes=model_config.num_classes,
+    dtype=model_config.dtype,
+    image_size=image_size,
+    shards=shards,
+    rngs=rngs,
   )

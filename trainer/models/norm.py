@@ -16,7 +16,7 @@ import numpy as np
 
 
 class BatchNorm(nnx.Module):
-  """Normalises over all axes but the last, within groups of consecutive examples.
+  """Batch normalisation over all axes but the last, within groups of consecutive examples.
 
   `train()` and `eval()` choose between the statistics of the batch and their running averages; a
   new layer trains. The running variance averages the biased variance of the batch, the one that
@@ -61,7 +61,7 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.ones(channels, wide))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns x [..., channels] normalised, scaled and shifted, in `dtype`."""
+    """Return x [..., channels] normalised, scaled and shifted, in `dtype`."""
     shape = x.shape
     x = x.astype(self.scale.dtype)
     if self.use_running_average:
@@ -90,21 +90,28 @@ class BatchNorm(nnx.Module):
 
 
 def _share(moments: jax.Array, groups: int) -> jax.Array:
-  """Replaces moments [2, cells, C] of each cell by the mean over the consecutive cells of its group."""
+  """Replace the moments [2, cells, C] of each cell by the mean over the cells of its group."""
   split = moments.reshape(2, groups, -1, moments.shape[-1])
   return jnp.broadcast_to(jnp.mean(split, axis=2, keepdims=True), split.shape).reshape(
     moments.shape
   )
 
 
-def average_groups(batch_stats: Any) -> Any:
-  """Takes the mean over groups of the running averages [groups, C] of all layers, which leaves [C].
+def average_groups(batch_stats: Any, like: Any) -> Any:
+  """Take the mean over groups of the running averages [groups, C] of all layers, which leaves [C].
 
   Nothing in a step waits for it, and layers are joined, so that it costs a step one all-reduce.
+
+  Args:
+    batch_stats: tree of arrays after a step, [groups, C] where a BatchNorm has several groups.
+    like: the same tree before the step, without groups.
   """
   leaves, structure = jax.tree.flatten(batch_stats)
-  if leaves[0].ndim == 1:
+  grouped = [i for i, old in enumerate(jax.tree.leaves(like)) if leaves[i].ndim > old.ndim]
+  if not grouped:
     return batch_stats
-  ends = np.cumsum([leaf.shape[-1] for leaf in leaves])
-  joined = jnp.mean(jnp.concatenate(leaves, axis=1), axis=0)
-  return jax.tree.unflatten(structure, jnp.split(joined, ends[:-1]))
+  ends = np.cumsum([leaves[i].shape[-1] for i in grouped])
+  joined = jnp.mean(jnp.concatenate([leaves[i] for i in grouped], axis=1), axis=0)
+  for i, mean in zip(grouped, jnp.split(joined, ends[:-1]), strict=True):
+    leaves[i] = mean
+  return jax.tree.unflatten(structure, leaves)

@@ -19,13 +19,17 @@ Names are attributes, not entries of a list, so that the parameters are a dict o
 string keys: these become the names of checkpoint leaves.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import abc
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any, ClassVar, Self
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from configs.fields import POSITIVE, SHARE, Check, Field, Fields
+from trainer.models.family import Family
 from trainer.models.norm import BatchNorm
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -39,8 +43,8 @@ STAGES = {
 }
 
 
-class _Layers:
-  """Makes the convolutions and batch norms of one model, which differ only in shape.
+class Layers:
+  """The convolutions and batch norms of one model, which differ only in shape.
 
   Args:
     dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
@@ -59,7 +63,7 @@ class _Layers:
     self.norm_options = norm_options
 
   def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
-    """Returns a square convolution without bias: the batch norm behind it has one."""
+    """Return a square convolution without bias: the batch norm behind it has one."""
     return nnx.Conv(
       inputs,
       outputs,
@@ -76,7 +80,7 @@ class _Layers:
     )
 
   def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
-    """Returns a batch norm, with scale 0 where the residual branch is to start at zero."""
+    """Return a batch norm, with scale 0 where the residual branch is to start at zero."""
     return BatchNorm(
       channels,
       dtype=self.dtype,
@@ -97,7 +101,7 @@ class BasicBlock(nnx.Module):
 
   expansion = 1  # channels that go out, over `channels`
 
-  def __init__(self, inputs: int, channels: int, stride: int, layers: _Layers):
+  def __init__(self, inputs: int, channels: int, stride: int, layers: Layers):
     self.conv1 = layers.conv(inputs, channels, 3, stride)
     self.bn1 = layers.norm(channels)
     self.conv2 = layers.conv(channels, channels, 3)
@@ -108,7 +112,7 @@ class BasicBlock(nnx.Module):
       self.projection_bn = layers.norm(channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [N, H/stride, W/stride, channels] for x [N, H, W, inputs], in the model's dtype."""
+    """Return [N, H/stride, W/stride, channels] for x [N, H, W, inputs], in the model's dtype."""
     y = nnx.relu(self.bn1(self.conv1(x)))
     y = self.bn2(self.conv2(y))
     if self.projects:
@@ -128,7 +132,7 @@ class Bottleneck(nnx.Module):
 
   expansion = 4  # channels that go out, over `channels`
 
-  def __init__(self, inputs: int, channels: int, stride: int, layers: _Layers):
+  def __init__(self, inputs: int, channels: int, stride: int, layers: Layers):
     outputs = channels * self.expansion
     self.conv1 = layers.conv(inputs, channels, 1)
     self.bn1 = layers.norm(channels)
@@ -142,7 +146,7 @@ class Bottleneck(nnx.Module):
       self.projection_bn = layers.norm(outputs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [N, H/stride, W/stride, 4*channels] for x [N, H, W, inputs], in the model's dtype."""
+    """Return [N, H/stride, W/stride, 4*channels] for x [N, H, W, inputs], in the model's dtype."""
     y = nnx.relu(self.bn1(self.conv1(x)))
     y = nnx.relu(self.bn2(self.conv2(y)))
     y = self.bn3(self.conv3(y))
@@ -151,39 +155,113 @@ class Bottleneck(nnx.Module):
     return nnx.relu(x + y)
 
 
-class _Trunk(nnx.Module):
+def _fields(depth: Field) -> Fields:
+  """Return the fields of both families, which differ in their depths."""
+  return {
+    "depth": depth,
+    "width": Field(1.0, "Multiplies the channels of the stem and of every stage.", "", POSITIVE),
+    "zero_init_residual": Field(
+      True, "Whether the last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)."
+    ),
+    "bn_momentum": Field(0.9, "Share of the old running average kept at each step.", "", SHARE),
+    "bn_epsilon": Field(1e-5, "Added to the variance.", "", POSITIVE),
+    "bn_group": Field(
+      "global",
+      "Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each "
+      "device its own: results depend on the number of devices) | a number of examples, as in '64' "
+      "(the same numbers on any number of devices).",
+      check=Check(
+        "global, device or a number of examples",
+        lambda v: re.fullmatch("global|device|[1-9][0-9]*", v) is not None,
+      ),
+    ),
+  }
+
+
+class _Trunk(Family):
   """Stages of residual blocks, global average pool and linear head; subclasses add the stem.
 
   Every stage but the first halves height and width. Block b of stage s is the attribute
   `stage{s}_block{b}`, both counted from 1.
+
+  Attributes:
+    CHANNELS: of each stage; the stem has those of the first.
+    STEM: kernel size and stride of the first convolution.
   """
 
-  def _build(
-    self,
-    block: type[nnx.Module],
-    inputs: int,
-    stages: Sequence[tuple[int, int]],
+  CHANNELS: ClassVar[tuple[int, ...]]
+  STEM: ClassVar[tuple[int, int]]
+
+  @staticmethod
+  @abc.abstractmethod
+  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
+    """Return the number of blocks of each stage, and their kind."""
+
+  @classmethod
+  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
+    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
+    if not fields["bn_group"].isdigit():
+      return
+    group = int(fields["bn_group"])
+    if examples % group:
+      raise ValueError(
+        f"config.model.bn_group is {group}, which does not divide the {examples} examples of a "
+        "micro-batch (config.global_batch_size over config.accumulation_steps)."
+      )
+    groups = examples // group
+    if max(groups, shards) % min(groups, shards):
+      raise ValueError(
+        f"config.model.bn_group is {group}, which makes {groups} groups that do not lie evenly on "
+        f"the {shards} parts that the batch is split in over config.mesh.data and config.mesh.fsdp."
+      )
+
+  @classmethod
+  def build(
+    cls,
+    fields: Mapping[str, Any],
+    *,
     num_classes: int,
-    layers: _Layers,
-  ):
-    """Adds blocks and head.
+    dtype: jax.typing.DTypeLike,
+    image_size: int,
+    shards: int,
+    rngs: nnx.Rngs,
+  ) -> Self:
+    """Return a new model of any image size; see Family."""
+    del image_size
+    layers = Layers(
+      dtype,
+      fields["zero_init_residual"],
+      rngs,
+      momentum=fields["bn_momentum"],
+      epsilon=fields["bn_epsilon"],
+      group=fields["bn_group"],
+      shards=shards,
+    )
+    return cls(fields["depth"], fields["width"], num_classes, layers)
+
+  def __init__(self, depth: int, width: float, num_classes: int, layers: Layers):
+    """Build stem, blocks and head.
 
     Args:
-      block: BasicBlock or Bottleneck.
-      inputs: channels of the stem.
-      stages: (number of blocks, channels) of each stage.
+      depth: number of layers, as the family counts them.
+      width: multiplies the channels of the stem and of every stage.
       num_classes: of the head.
       layers: maker of convolutions and norms.
     """
+    numbers, block = self._stages(depth)
+    channels = [scaled(base, width) for base in self.CHANNELS]
     self.dtype = layers.dtype
+    self.stem_conv = layers.conv(3, channels[0], *self.STEM)
+    self.stem_bn = layers.norm(channels[0])
     self.blocks = tuple(
-      f"stage{s}_block{b}" for s, (number, _) in enumerate(stages, 1) for b in range(1, number + 1)
+      f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
     )
-    for s, (number, channels) in enumerate(stages, 1):
+    inputs = channels[0]
+    for s, (number, outputs) in enumerate(zip(numbers, channels, strict=True), 1):
       for b in range(1, number + 1):
         stride = 2 if s > 1 and b == 1 else 1
-        setattr(self, f"stage{s}_block{b}", block(inputs, channels, stride, layers))
-        inputs = channels * block.expansion
+        setattr(self, f"stage{s}_block{b}", block(inputs, outputs, stride, layers))
+        inputs = outputs * block.expansion
     # float32 under bfloat16 too: it costs nothing here, and the loss wants logits that are not
     # rounded to 8 bits. Standard deviation 0.01 as in arXiv:1706.02677, 5.1: the first loss is
     # close to log(num_classes).
@@ -197,79 +275,33 @@ class _Trunk(nnx.Module):
     )
 
   def _classify(self, x: jax.Array) -> jax.Array:
-    """Returns float32 logits [N, num_classes] of the stem's output [N, H, W, C]."""
+    """Return float32 logits [N, num_classes] of the stem's output [N, H, W, C]."""
     for name in self.blocks:
       x = getattr(self, name)(x)
     return self.head(jnp.mean(x, axis=(1, 2), dtype=self.head.dtype))
 
 
 class ResNet(_Trunk):
-  """The four-stage ImageNet net: 7x7/2 stem, 3x3/2 max-pool, 64, 128, 256, 512 channels.
+  """The four-stage ImageNet net: 7x7/2 stem, 3x3/2 max-pool, 64, 128, 256, 512 channels."""
 
-  `train()` and `eval()` choose between the statistics of the batch and their running averages; a
-  new model trains.
-
-  Args:
-    depth: key of `STAGES`.
-    width: multiplies the channels of the stem and of every stage.
-    num_classes: of the head.
-    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
-    zero_init_residual: whether the last batch-norm scale of each block starts at 0.
-    bn_momentum: share of the old running average kept at each step.
-    bn_epsilon: added to the variance.
-    bn_group: whose examples share batch-norm statistics; see BatchNorm.
-    rngs: with a `params` stream; nothing random is left in the model.
-    shards: number of parts that the examples of a batch are split in over devices.
-
-  Raises:
-    ValueError: for another depth.
-  """
-
-  def __init__(
-    self,
-    depth: int,
-    *,
-    width: float = 1.0,
-    num_classes: int = 1000,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    zero_init_residual: bool = True,
-    bn_momentum: float = 0.9,
-    bn_epsilon: float = 1e-5,
-    bn_group: str = "global",
-    rngs: nnx.Rngs,
-    shards: int = 1,
-  ):
-    self.check_depth(depth)
-    numbers, bottleneck = STAGES[depth]
-    layers = _Layers(
-      dtype,
-      zero_init_residual,
-      rngs,
-      momentum=bn_momentum,
-      epsilon=bn_epsilon,
-      group=bn_group,
-      shards=shards,
+  FIELDS: ClassVar[Fields] = _fields(
+    Field(
+      50,
+      "Layers with weights.",
+      "layers",
+      Check(f"one of {', '.join(map(str, STAGES))} (resnet)", lambda v: v in STAGES),
     )
-    channels = [scaled(base, width) for base in (64, 128, 256, 512)]
-    self.stem_conv = layers.conv(3, channels[0], 7, 2)
-    self.stem_bn = layers.norm(channels[0])
-    self._build(
-      Bottleneck if bottleneck else BasicBlock,
-      channels[0],
-      tuple(zip(numbers, channels)),
-      num_classes,
-      layers,
-    )
+  )
+  CHANNELS = (64, 128, 256, 512)
+  STEM = (7, 2)
 
   @staticmethod
-  def check_depth(depth: int):
-    """Raises ValueError unless there is such a ResNet."""
-    if depth not in STAGES:
-      depths = ", ".join(map(str, STAGES))
-      raise ValueError(f"config.model.depth: resnet has {depths}; got {depth}")
+  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
+    numbers, bottleneck = STAGES[depth]
+    return numbers, Bottleneck if bottleneck else BasicBlock
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32 logits [N, num_classes].
+    """Return float32 logits [N, num_classes].
 
     Args:
       x: normalised images, floating point [N, H, W, 3]; any H and W, the net shrinks them 32-fold.
@@ -285,64 +317,25 @@ class CifarResNet(_Trunk):
 
   arXiv:1512.03385, section 4.2, with basic blocks. The shortcut is a projection wherever the shape
   changes (option B), where the paper's CIFAR nets pad with zeros (option A).
-
-  Args:
-    depth: 6n+2 with n blocks in each stage, at least 8.
-    width: multiplies the channels of the stem and of every stage.
-    num_classes: of the head.
-    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
-    zero_init_residual: whether the last batch-norm scale of each block starts at 0.
-    bn_momentum: share of the old running average kept at each step.
-    bn_epsilon: added to the variance.
-    bn_group: whose examples share batch-norm statistics; see BatchNorm.
-    rngs: with a `params` stream; nothing random is left in the model.
-    shards: number of parts that the examples of a batch are split in over devices.
-
-  Raises:
-    ValueError: for another depth.
   """
 
-  def __init__(
-    self,
-    depth: int,
-    *,
-    width: float = 1.0,
-    num_classes: int = 10,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    zero_init_residual: bool = True,
-    bn_momentum: float = 0.9,
-    bn_epsilon: float = 1e-5,
-    bn_group: str = "global",
-    rngs: nnx.Rngs,
-    shards: int = 1,
-  ):
-    self.check_depth(depth)
-    layers = _Layers(
-      dtype,
-      zero_init_residual,
-      rngs,
-      momentum=bn_momentum,
-      epsilon=bn_epsilon,
-      group=bn_group,
-      shards=shards,
+  FIELDS: ClassVar[Fields] = _fields(
+    Field(
+      20,
+      "Layers with weights; n blocks in each stage.",
+      "layers",
+      Check("6n+2 (cifar_resnet: 8, 14, 20, 26, ...)", lambda v: v >= 8 and v % 6 == 2),
     )
-    channels = [scaled(base, width) for base in (16, 32, 64)]
-    self.stem_conv = layers.conv(3, channels[0], 3)
-    self.stem_bn = layers.norm(channels[0])
-    self._build(
-      BasicBlock, channels[0], tuple(((depth - 2) // 6, c) for c in channels), num_classes, layers
-    )
+  )
+  CHANNELS = (16, 32, 64)
+  STEM = (3, 1)
 
   @staticmethod
-  def check_depth(depth: int):
-    """Raises ValueError unless there is such a ResNet."""
-    if depth < 8 or (depth - 2) % 6:
-      raise ValueError(
-        f"config.model.depth: cifar_resnet has 6n+2 (8, 14, 20, 26, ...); got {depth}"
-      )
+  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
+    return ((depth - 2) // 6,) * 3, BasicBlock
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32 logits [N, num_classes].
+    """Return float32 logits [N, num_classes].
 
     Args:
       x: normalised images, floating point [N, H, W, 3]; any H and W, the net shrinks them fourfold.
@@ -352,5 +345,5 @@ class CifarResNet(_Trunk):
 
 
 def scaled(channels: int, width: float) -> int:
-  """Returns `channels` times `width`, rounded, at least 1."""
+  """Return `channels` times `width`, rounded, at least 1."""
   return max(1, round(channels * width))

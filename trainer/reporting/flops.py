@@ -9,12 +9,13 @@ quotient is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
 
 from collections.abc import Sequence
 import math
-from typing import Any
+from typing import Any, cast
 
-from flax import nnx
 import jax
 from jax.extend import core
 import jax.numpy as jnp
+
+from trainer.state import Model, Variables
 
 # Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind. Kinds are those of jax/_src/pallas/mosaic/tpu_info.py.
 _PEAK = {
@@ -43,16 +44,14 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
   return sum(_PEAK[kind] for kind in chips.values())
 
 
-def forward_flops(graphdef: nnx.GraphDef, params: Any, batch_stats: Any, image_size: int) -> int:
-  """Returns the model FLOPs of one image; nothing is computed, `params` and `batch_stats` may be abstract."""
+def forward_flops(model: Model, variables: Variables, image_size: int) -> int:
+  """Return the model FLOPs of one image; nothing is computed, `variables` may be abstract."""
 
-  def forward(params: Any, batch_stats: Any, image: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, params, batch_stats, copy=True)
-    model.eval()
-    return model(image)
+  def forward(variables: Variables, image: jax.Array) -> jax.Array:
+    return model.merge(variables, None)(image)
 
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  return 2 * _multiply_adds(jax.make_jaxpr(forward)(params, batch_stats, image))
+  return 2 * _multiply_adds(jax.make_jaxpr(forward)(variables, image))
 
 
 def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
@@ -60,13 +59,13 @@ def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval.shape
+      kernel = _shape(eqn.invars[1])
       outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-      total += eqn.outvars[0].aval.size * math.prod(kernel) // outputs
+      total += math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // outputs
     elif eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += eqn.outvars[0].aval.size * math.prod(
-        eqn.invars[0].aval.shape[axis] for axis in contracted
+      total += math.prod(_shape(eqn.outvars[0])) * math.prod(
+        _shape(eqn.invars[0])[axis] for axis in contracted
       )
     else:
       inner = [
@@ -76,22 +75,26 @@ def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
   return total
 
 
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+  return cast(jax.core.ShapedArray, variable.aval).shape
+
+
 def _is_jaxpr(x: Any) -> bool:
   return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def seconds_at_peak(
-  graphdef: nnx.GraphDef,
-  params: Any,
-  batch_stats: Any,
+  model: Model,
+  variables: Variables,
   *,
   image_size: int,
   batch_size: int,
   devices: Sequence[jax.Device],
 ) -> float | None:
-  """Returns how long a training step would take if the chips did nothing but model FLOPs at their peak.
+  """Return how long a training step would take if the chips did only model FLOPs, at their peak.
 
-  This over the real time of a step is the model FLOPs utilisation (MFU). None for chips whose peak is unknown.
+  This over the real time of a step is the model FLOPs utilisation (MFU). None for chips whose peak
+  is unknown.
   """
   chips = peak(devices)
-  return chips and 3 * batch_size * forward_flops(graphdef, params, batch_stats, image_size) / chips
+  return chips and 3 * batch_size * forward_flops(model, variables, image_size) / chips

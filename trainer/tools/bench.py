@@ -30,8 +30,8 @@ from input_pipeline import loader, sources
 from trainer import mesh as mesh_lib
 from trainer import train as train_lib
 from trainer.pod.pod import Pod
+from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
-from trainer.step import NOTHING
 from trainer.workdir.checkpoint import Checkpointer
 
 
@@ -57,8 +57,8 @@ def loop_speed(config: ml_collections.ConfigDict) -> float:
 
 def bare_speed(config: ml_collections.ConfigDict) -> float:
   """Returns steps per second of the compiled step on one batch."""
-  program = train_lib.build(config, config.data.synthetic_examples)
-  train_step = train_lib.compile_train_step(config, program)
+  program = program_lib.build(config, config.data.synthetic_examples)
+  train_step = program.compile("train", **program.sizes("train"))
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   with contextlib.closing(
     loader.train_batches(
@@ -67,15 +67,15 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
   ) as host_batches:
     host_batch = next(host_batches)
   batch = mesh_lib.to_global(
-    program.mesh, {name: host_batch[name] for name in train_lib.TRAIN_BATCH}
+    program.mesh, {name: host_batch[name] for name in program_lib.BATCHES["train"]}
   )
   requests = mesh_lib.flags(program.mesh, NOTHING)
   state = program.init_state()
   jax.block_until_ready((state, batch))
   start = time.perf_counter()
   for _ in range(config.total_steps):
-    state, metrics = train_step(state, batch, requests)
-  jax.block_until_ready((state, metrics))
+    state, output = train_step(state, batch, requests)
+  jax.block_until_ready((state, output))
   return config.total_steps / (time.perf_counter() - start)
 
 
@@ -161,7 +161,7 @@ def bench_save(args: argparse.Namespace) -> None:
   """
   config = base.get_config()
   config.global_batch_size, config.checkpoint.keep_last = jax.device_count(), 1
-  program = train_lib.build(config, num_examples=1000)
+  program = program_lib.build(config, num_examples=1000)
   loop = StepLoop(program.init_state(), args.idle_seconds)
   items = loop.state.params, loop.state.batch_stats, loop.state.opt_state
   values, size = (

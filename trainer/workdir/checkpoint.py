@@ -33,7 +33,7 @@ from trainer.workdir import storage
 
 FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
-_ITEMS = ("params", "batch_stats", "opt_state", "ema")
+_ITEMS = ("params", "batch_stats", "others", "opt_state", "ema")
 
 # What reading a damaged checkpoint was seen to raise. Anything else (no memory, no permission, no network) says nothing
 # about the checkpoint, which then must not be set aside.
@@ -134,13 +134,17 @@ class Checkpointer:
       meta: JSON-able facts of the run to keep beside it: the clocks and the best result.
     """
     self.poll(wait=True)
-    items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
+    items = {name: getattr(state, name) for name in _ITEMS if jax.tree.leaves(getattr(state, name))}
     if not self._ready(step, items):
       return
+    next_step = step + meta.get("offset", 0)
     meta = meta | {
       "format": FORMAT,
       "step": step,
-      "data": {"next_step": step, "examples_seen": step * self._config.global_batch_size},
+      "data": {
+        "next_step": next_step,
+        "examples_seen": next_step * self._config.global_batch_size,
+      },
       "config": config_lib.flatten(self._config),
       "fingerprints": fingerprints(items),
       "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
@@ -291,11 +295,11 @@ class Checkpointer:
       raise ConfigError(
         f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}."
       )
-    config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
+    changes = config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
     abstract = {
       name: getattr(abstract_state, name)
       for name in _ITEMS
-      if getattr(abstract_state, name) is not None
+      if jax.tree.leaves(getattr(abstract_state, name))
     }
     items = dict(
       self._manager.restore(
@@ -313,7 +317,7 @@ class Checkpointer:
         f"({len(wrong)} of {len(found)} leaves differ)"
       )
     step_array = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
-    return abstract_state.replace(step=step_array, **items), meta
+    return abstract_state.replace(step=step_array, **items), meta | {"changes": changes}
 
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = (

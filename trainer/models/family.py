@@ -1,0 +1,83 @@
+"""What a model family brings: its fields with their checks and words, and how it is built."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+from flax import nnx
+import jax
+
+from configs.fields import Fields
+
+
+class Family(nnx.Module):
+  """A model that a config can name; see `configs.families`.
+
+  A model turns floating point images [N, H, W, 3] into float32 logits [N, num_classes] (float64 if
+  its dtype is). `train()` and `eval()` choose its mode. Its state may hold parameters (nnx.Param),
+  running statistics (nnx.BatchStat), variables of any other kind, and random streams, which are
+  seeded anew in each step. All names of its state are strings.
+
+  Attributes:
+    FIELDS: what a config may set in its section `model`, beside name, num_classes and dtype.
+    NO_DECAY: regular expressions of matrices without weight decay, searched for in their path;
+      vectors never decay.
+  """
+
+  FIELDS: ClassVar[Fields] = {}
+  NO_DECAY: ClassVar[tuple[str, ...]] = ()
+
+  @classmethod
+  def check(cls, fields: Mapping[str, Any]) -> None:
+    """Refuse values that are fine by themselves and do not fit together.
+
+    Args:
+      fields: values of FIELDS.
+
+    Raises:
+      ValueError: one sentence that names the fields as in "config.model.depth".
+    """
+
+  @classmethod
+  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
+    """Refuse values that do not fit the batch or its split over devices.
+
+    Args:
+      fields: values of FIELDS.
+      examples: of a micro-batch, over all devices.
+      shards: parts that they are split in over devices.
+
+    Raises:
+      ValueError: one sentence that names the field.
+    """
+
+  @classmethod
+  def build(
+    cls,
+    fields: Mapping[str, Any],
+    *,
+    num_classes: int,
+    dtype: jax.typing.DTypeLike,
+    image_size: int,
+    shards: int,
+    rngs: nnx.Rngs,
+  ) -> Self:
+    """Return a new model. By default the constructor takes all of this but size and shards.
+
+    Args:
+      fields: values of FIELDS.
+      num_classes: length of the logits.
+      dtype: of activations; parameters are float32, or float64 with it.
+      image_size: height and width of training images, in pixels.
+      shards: parts that the examples of a batch are split in over devices.
+      rngs: with the stream `params`, from which all parameters are drawn, and any other.
+    """
+    del image_size, shards
+    constructor: Callable[..., Self] = cls
+    return constructor(**fields, num_classes=num_classes, dtype=dtype, rngs=rngs)
+
+  @classmethod
+  def describe(cls, fields: Mapping[str, Any]) -> str:
+    """Return what is special about these values, for the first screen of a run."""
+    return ", ".join(
+      f"{name} {value}" for name, value in fields.items() if value != cls.FIELDS[name].default
+    )

@@ -1,0 +1,207 @@
+"""What a config, a mesh and the length of a run define, and the programs compiled from it."""
+
+from collections.abc import Callable, Sequence
+from concurrent import futures
+import dataclasses
+import os
+import threading
+from typing import Any, Literal
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from trainer import (
+  config as config_lib,
+)
+from trainer import (
+  evaluate,
+  models,
+  schedules,
+)
+from trainer import (
+  mesh as mesh_lib,
+)
+from trainer import (
+  optimizer as optimizer_lib,
+)
+from trainer import (
+  step as step_lib,
+)
+from trainer.state import Model, TrainState, make_init
+
+Mode = Literal["train", "eval"]
+
+# The entries of a host batch that each kind of step reads.
+BATCHES: dict[Mode, tuple[str, ...]] = {
+  "train": ("image", "label"),
+  "eval": evaluate.BATCH,
+}
+
+# Without it the compiler computes a gradient that is wanted in shards by one convolution for each
+# shard, in a loop that passes the sums around a ring. With 4 of 64 channels at a time that leaves
+# the matrix units empty.
+_TPU_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a config, a mesh and the length of the run define; no array is made yet.
+
+  Attributes:
+    config: a validated config.
+    mesh: the devices.
+    lengths: durations in steps.
+    model: the model without its arrays.
+    schedule: steps taken -> learning rate.
+    optimizer: the gradient transformation.
+    mask: which parameters decay; None for all.
+    init: returns the state of step 0; to be jitted.
+    abstract_state: its shapes, dtypes and shardings.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: Mesh
+  lengths: config_lib.Durations
+  model: Model
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  mask: optimizer_lib.Mask
+  init: Callable[[], TrainState]
+  abstract_state: TrainState
+
+  def state_shardings(self) -> TrainState:
+    """Return where each leaf of the state lives."""
+    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+  def init_state(self) -> TrainState:
+    """Return the state of step 0, made in place on all devices."""
+    return jax.jit(self.init, out_shardings=self.state_shardings())()
+
+  def sizes(self, mode: Mode) -> dict[str, int]:
+    """Return the image size and the batch size of the config for a mode."""
+    if mode == "train":
+      size, batch = self.config.data.image_size, self.config.global_batch_size
+    else:
+      size, batch = self.config.data.eval_image_size, self.config.eval.batch_size
+    return {"image_size": size, "batch_size": batch}
+
+  def lower(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Lowered:
+    """Trace a step for batches of this size; see trainer.step. A training step donates its state."""
+    requests = mesh_lib.abstract_flags(self.mesh)
+    batch = self._abstract_batch(mode, image_size, batch_size)
+    replicated = mesh_lib.replicated(self.mesh)
+    if mode == "eval":
+      eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
+      return jax.jit(eval_step, out_shardings=replicated).lower(
+        self.abstract_state.for_eval(), evaluate.abstract_totals(self.mesh), batch, requests
+      )
+    train_step = step_lib.make_train_step(
+      self.model, self.optimizer, self.schedule, self.config, self.mesh
+    )
+    out_shardings = (self.state_shardings(), replicated)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
+      self.abstract_state, batch, requests
+    )
+
+  def compile(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Compiled:
+    """Compile what `lower` returns, for the devices of the mesh."""
+    on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+    options = _TPU_OPTIONS if on_tpu and mode == "train" else None
+    return self.lower(mode, image_size=image_size, batch_size=batch_size).compile(options)
+
+  def _abstract_batch(
+    self, mode: Mode, image_size: int, batch_size: int
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    kinds = {
+      "image": ((batch_size, image_size, image_size, 3), np.uint8),
+      "label": ((batch_size,), np.int32),
+      "mask": ((batch_size,), np.bool_),
+    }
+    return {
+      name: jax.ShapeDtypeStruct(
+        *kinds[name], sharding=mesh_lib.batch_sharding(self.mesh, len(kinds[name][0]))
+      )
+      for name in BATCHES[mode]
+    }
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  num_examples: int,
+  devices: Sequence[jax.Device] | None = None,
+  offset: int = 0,
+) -> Program:
+  """Return the program of a validated config.
+
+  Args:
+    config: the config.
+    num_examples: of the training split.
+    devices: instead of all of them.
+    offset: see trainer.config.Durations.
+  """
+  mesh = mesh_lib.make_mesh(config.mesh, devices)
+  lengths = config_lib.durations(config, num_examples, offset)
+  schedule = schedules.make_schedule(
+    config, warmup_steps=lengths.warmup, total_steps=lengths.total, offset=offset
+  )
+  no_decay = models.family_of(config.model).NO_DECAY
+  optimizer = optimizer_lib.make_optimizer(config, schedule, no_decay)
+  model, init = make_init(config, optimizer, mesh_lib.batch_shards(mesh))
+  shapes = jax.eval_shape(init)
+  abstract_state = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    mesh_lib.state_shardings(config, mesh, shapes),
+  )
+  mask = optimizer_lib.make_mask(config, no_decay)
+  return Program(config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state)
+
+
+def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+  """Set where JAX keeps compiled programs: `config.compilation_cache`, unless the environment does."""
+  if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = workdir / "compiled"
+    if config.compilation_cache != "workdir":
+      folder = epath.Path(config.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and
+    # seconds together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+class Steps:
+  """The compiled steps of a program, one for each (mode, image size, batch size).
+
+  A step that will be needed is asked for ahead by `prepare` and compiled in the background, one
+  after the other in the order of asking, which is the same on all hosts.
+  """
+
+  def __init__(self, program: Program):
+    self._program = program
+    self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    self._asked: dict[tuple[Mode, int, int], futures.Future[jax.stages.Compiled]] = {}
+    self._lock = threading.Lock()
+
+  def prepare(
+    self, mode: Mode, *, image_size: int, batch_size: int
+  ) -> futures.Future[jax.stages.Compiled]:
+    """Start to compile a step in the background, unless that was asked for before."""
+    with self._lock:
+      key = mode, image_size, batch_size
+      if key not in self._asked:
+        self._asked[key] = self._thread.submit(
+          self._program.compile, mode, image_size=image_size, batch_size=batch_size
+        )
+      return self._asked[key]
+
+  def get(self, mode: Mode, *, image_size: int, batch_size: int) -> Callable[..., Any]:
+    """Return a compiled step; waits for it, or compiles it if nobody has asked before."""
+    return self.prepare(mode, image_size=image_size, batch_size=batch_size).result()
+
+  def close(self) -> None:
+    """Give up what is not being compiled yet."""
+    self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,56 @@
+"""What is about to run, for the first screen of the log."""
+
+from clu import parameter_overview
+import jax
+
+from input_pipeline import loader, sources
+from trainer import mesh as mesh_lib
+from trainer import models
+from trainer.program import Program
+
+
+def describe(program: Program, train_source: sources.Source, eval_source: sources.Source) -> str:
+  """Return model, data, length, devices, shardings and the table of parameters, as lines."""
+  config, lengths, devices = program.config, program.lengths, jax.devices()
+  data = config.data
+  family = models.family_of(config.model).describe(models.own_fields(config.model))
+  model = [config.model.name, family, f"{count_params(program):,} parameters"]
+  model += [f"{config.model.num_classes} classes", config.model.dtype]
+  order = loader.describe_order(
+    train_source,
+    data,
+    global_batch_size=config.global_batch_size,
+    hosts=jax.process_count(),
+  )
+  every = lengths.eval_every or lengths.total
+  params = program.abstract_state.params
+  return "\n".join(
+    [
+      "This run:",
+      "  model     " + ", ".join(filter(None, model)),
+      f"  data      {data.path or data.kind}: {len(train_source):,} to train, "
+      f"{len(eval_source):,} to evaluate, at {data.image_size} and {data.eval_image_size} px",
+      "  order     " + order,
+      f"  length    {lengths.total:,} steps of {config.global_batch_size}, "
+      f"{lengths.total / lengths.per_epoch:.2f} epochs, warm-up {lengths.warmup:,}, "
+      f"evaluation every {every:,}",
+      f"  decay     {_decay(program)}",
+      f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
+      f"{jax.process_count()} process(es)",
+      *[f"  {line}" for line in mesh_lib.describe_shardings(program.abstract_state)],
+      parameter_overview.get_parameter_overview(params, include_stats=False),
+    ]
+  )
+
+
+def count_params(program: Program) -> int:
+  """Return the number of trained parameters."""
+  return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
+
+
+def _decay(program: Program) -> str:
+  params = program.abstract_state.params
+  leaves = len(jax.tree.leaves(params))
+  decayed = sum(jax.tree.leaves(program.mask(params))) if program.mask else leaves
+  rate = program.config.optimizer.weight_decay
+  return f"weight decay {rate:g} on {decayed} of {leaves} leaves"
