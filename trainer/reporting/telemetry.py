@@ -17,15 +17,12 @@ import numpy as np
 import tqdm
 
 from trainer.errors import NonFiniteError
+from trainer.pod.requests import LAG
 from trainer.reporting import events
 from trainer.reporting.clock import WallClock
-from trainer.step import METRICS, NOTHING
+from trainer.step import METRICS
 
 from clu import metric_writers, periodic_actions  # isort: skip  (trainer.reporting.events makes them importable)
-
-# Metrics are fetched when two later steps are queued behind them, so that the devices never wait for the host.
-_LAG = 2
-
 
 # What is known of all hosts: (last step of a window, this host's mean dispatch time in it) -> {host: mean} of the
 # newest window that is complete, which may be the one before.
@@ -96,7 +93,6 @@ class Telemetry:
       if config.log.profile_step and self._chief
       else None
     )
-    self.request = NOTHING  # the highest that any host has made at the steps looked at
     self._pending: collections.deque[tuple[int, jax.Array, float]] = collections.deque()
     self._last_ready: float | None = None
     self._open_window()
@@ -115,7 +111,7 @@ class Telemetry:
     self._mark = self._clock.read()
 
   def step(self, step: int, metrics: jax.Array) -> None:
-    """Takes the metrics of a step that was just dispatched, and looks at those of `_LAG` steps before.
+    """Takes the metrics of a step that was just dispatched, and looks at those of `LAG` steps before.
 
     Raises:
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite numbers.
@@ -125,7 +121,7 @@ class Telemetry:
       self._profile(step)
     self._bar.update()
     self._pending.append((step, metrics, time.time()))
-    if len(self._pending) > _LAG:
+    if len(self._pending) > LAG:
       self._absorb()
 
   def flush(self) -> None:
@@ -139,11 +135,6 @@ class Telemetry:
     # What comes next is a save or an evaluation, and no part of the step after it.
     self._last_ready = None
 
-  def forget(self, request: int) -> None:
-    """Drops a request that has been met, and only that one."""
-    if self.request == request:
-      self.request = NOTHING
-
   def _absorb(self) -> None:
     step, metrics, dispatched = self._pending.popleft()
     metrics = jax.device_get(metrics)
@@ -154,7 +145,6 @@ class Telemetry:
         f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
         "set config.optimizer.clip_norm, then run again: the last checkpoint is from before."
       )
-    self.request = max(self.request, int(metrics[METRICS.index("request")]))
     self._window.append(metrics)
     self._dispatched.append(dispatched)
     if self._last_ready is not None:
@@ -166,7 +156,7 @@ class Telemetry:
   def _write(self, step: int) -> None:
     steps = len(self._window)
     scalars = dict(zip(METRICS, np.mean(self._window, axis=0).tolist()))
-    del scalars["request"]
+    scalars.pop("request", None)
     scalars["learning_rate"] = float(self._window[-1][METRICS.index("learning_rate")])
     seconds = {cause: value - self._mark[cause] for cause, value in self._clock.read().items()}
     training = seconds["step"] + seconds["input_wait"]

@@ -30,8 +30,8 @@ from input_pipeline import loader, sources
 from trainer import mesh as mesh_lib
 from trainer import train as train_lib
 from trainer.pod.pod import Pod
+from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
-from trainer.step import NOTHING
 from trainer.workdir.checkpoint import Checkpointer
 
 
@@ -74,8 +74,8 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
   jax.block_until_ready((state, batch))
   start = time.perf_counter()
   for _ in range(config.total_steps):
-    state, metrics = train_step(state, batch, requests)
-  jax.block_until_ready((state, metrics))
+    state, *results = train_step(state, batch, requests)
+  jax.block_until_ready((state, results))
   return config.total_steps / (time.perf_counter() - start)
 
 
