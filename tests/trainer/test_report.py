@@ -206,17 +206,3 @@ def test_command(workdir, tmp_path):
   assert (done.returncode, done.stdout.strip()) == (0, str(workdir / "report.html")), done.stderr
   assert empty.returncode == 2
   assert empty.stderr.strip().count("\n") == 0 and "has nothing to report" in empty.stderr
-
-
-@pytest.mark.parametrize(
-  "seconds, text",
-  [
-    (0.04, "0.0 s"),
-    (59.94, "59.9 s"),
-    (60, "1 min 0 s"),
-    (725, "12 min 5 s"),
-    (12_000, "3 h 20 min"),
-  ],
-)
-def test_duration(seconds, text):
-  assert report._duration(seconds) == text

@@ -50,7 +50,7 @@ class Requests:
     return self._flags[STOP if self._stop() else SAVE if self._wanted() else NOTHING]
 
   def note(self, step: int, request: jax.Array) -> None:
-    """Takes what the step just dispatched returns, int32 [], and reads that of `LAG` steps before."""
+    """Takes the int32 scalar of the step just dispatched, and reads that of `LAG` steps before."""
     self._pending.append((step, request))
     while self._pending[0][0] <= step - LAG:
       self._read()

@@ -15,15 +15,16 @@ import json
 import sys
 from typing import Any
 
-from etils import epath
 import ml_collections
 import numpy as np
 
 from configs import base
 from trainer import config as config_lib
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, TrainerError
 from trainer.reporting import events
-from trainer.workdir import storage
+from trainer.reporting.clock import format_seconds
+from trainer.workdir import files, storage
+from trainer.workdir.paths import Workdir
 
 # Steps, values and wall times by name, as events.read_scalars returns them.
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -115,26 +116,26 @@ def write_report(workdir: str) -> str:
   Raises:
     ValueError: if the run has logged nothing yet, or the folder is no workdir.
     ConfigError: if it is a bucket that cannot be used.
+    TrainerError: if a file of it cannot be read.
   """
   directory = storage.path_of(workdir)
   trouble = storage.problem(directory)
   if trouble:
     raise ConfigError(f"{directory} cannot be read: {trouble}.")
-  folder = directory / "events"
-  scalars = events.read_scalars(folder) if folder.exists() else {}
+  run = Workdir(directory)
+  scalars = events.read_scalars(run.events) if run.events.exists() else {}
   if not scalars:
     raise ValueError(
-      f"{directory} has nothing to report: {folder} holds no event files with scalars."
+      f"{directory} has nothing to report: {run.events} holds no event files with scalars."
     )
-  config, final = _read_json(directory / "config.json"), _read_json(directory / "final.json")
+  config, final = files.read_json(run.config), files.read_json(run.final)
   sections = [_headline(directory.name, config, final, scalars), _curves(scalars)]
   if final is not None:
     sections.append(_time(final["wall_seconds"], final["goodput"]))
   if config is not None:
     sections.append(_config_changes(config))
-  report = directory / "report.html"
   storage.write_whole(
-    report,
+    run.report,
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
@@ -142,11 +143,7 @@ def write_report(workdir: str) -> str:
     + "\n".join(sections)
     + "\n</main>\n</body>\n</html>\n",
   )
-  return str(report)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-  return json.loads(path.read_text()) if path.exists() else None
+  return str(run.report)
 
 
 def _title(config: Mapping[str, Any] | None) -> str:
@@ -176,7 +173,7 @@ def _headline(
       (f"{final['top5']:.2%}", "top-5"),
       (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
       (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
-      (_duration(sum(_causes(final["wall_seconds"]).values())), "wall time"),
+      (format_seconds(sum(_causes(final["wall_seconds"]).values())), "wall time"),
       (f"{final['images_per_second']:,.0f}", "images per second"),
       (_millions(final["params"]), "parameters"),
       (str(final["devices"]), "devices"),
@@ -289,7 +286,7 @@ def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
     bar.append(f'<div style="flex: {share:.6f} 0 0; background: {colour}"></div>')
     legend.append(
       f'<span><i style="background: {colour}"></i>{html.escape(label)} '
-      f'<span class="muted">{_duration(seconds)}, {share:.1%}</span></span>'
+      f'<span class="muted">{format_seconds(seconds)}, {share:.1%}</span></span>'
     )
   starts = "one start" if goodput["starts"] == 1 else f"{goodput['starts']} starts"
   return (
@@ -321,16 +318,6 @@ def _value(flat: Mapping[str, Any], field: str) -> str:
   return json.dumps(flat[field]) if field in flat else "absent"
 
 
-def _duration(seconds: float) -> str:
-  """Returns seconds in the two units that matter: '48.2 s', '12 min 5 s', '3 h 20 min'."""
-  if seconds < 60:
-    return f"{seconds:.1f} s"
-  minutes = int(seconds // 60)
-  if minutes < 60:
-    return f"{minutes} min {int(seconds % 60)} s"
-  return f"{minutes // 60} h {minutes % 60} min"
-
-
 def _millions(number: int) -> str:
   return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
@@ -343,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("workdir", help="folder of the run")
   try:
     print(write_report(parser.parse_args(arguments).workdir))
-  except (ValueError, ConfigError) as error:
+  except (ValueError, TrainerError) as error:
     print(error, file=sys.stderr)
     return 2
   return 0

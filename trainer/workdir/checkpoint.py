@@ -30,6 +30,7 @@ from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.state import TrainState, fingerprints
 from trainer.workdir import storage
+from trainer.workdir.paths import Workdir
 
 FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
@@ -70,7 +71,7 @@ class Checkpointer:
       every_steps: steps between periodic checkpoints; 0 is none by steps.
     """
     self._pod = pod
-    self._workdir = workdir
+    self._workdir = Workdir(workdir)
     self._config = config
     self._every_steps = every_steps
     if pod.hosts > 1:
@@ -78,7 +79,7 @@ class Checkpointer:
       # with this flag they do so in JAX's coordination service, from any thread and for a limited time.
       flags.FLAGS.experimental_orbax_use_distributed_barrier = True
     self._policy = _KeepLatestAndBest(config.checkpoint.keep_last)
-    self._directory = workdir / "checkpoints"
+    self._directory = self._workdir.checkpoints
     try:
       self._manager = self._open_manager()
     except Exception as error:
@@ -291,7 +292,7 @@ class Checkpointer:
       raise ConfigError(
         f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}."
       )
-    config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
+    config_lib.check_same_run(meta["config"], self._config, str(self._workdir.path))
     abstract = {
       name: getattr(abstract_state, name)
       for name in _ITEMS
@@ -318,7 +319,7 @@ class Checkpointer:
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = (
       self._directory / str(step),
-      self._workdir / "damaged" / f"{step}-{int(time.time())}",
+      self._workdir.damaged / f"{step}-{int(time.time())}",
     )
     if self._pod.host == 0:
       storage.move_folder(source, target)

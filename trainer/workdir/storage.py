@@ -12,6 +12,9 @@ from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import tensorstore as bucket
 from trainer.errors import ConfigError
 
+# Errors are recognised and put into one line in the same way for workdirs and for data.
+is_failure, first_line = remote.is_failure, remote.said
+
 _PREFIX = "gs://"
 _SILENCE_SECONDS = 30.0  # of a connection of TensorStore
 _PROBE_SECONDS = 10.0  # for one request of `problem`, and for the pauses between its tries
@@ -100,18 +103,3 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
   else:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)
-
-
-def is_failure(error: Exception) -> bool:
-  """Tells whether an error is the storage's: those of gcsfs, aiohttp and Google's libraries have no base in common."""
-  return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
-    "gcsfs",
-    "aiohttp",
-    "google",
-  )
-
-
-def first_line(error: Exception) -> str:
-  """Returns an error as one line for a message."""
-  lines = str(error).splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0]}"[:300]
