@@ -313,7 +313,7 @@ def test_a_result_that_cannot_be_written_is_one_sentence(server, workdir):
 
 def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):
   monkeypatch.setattr(events, "_RETRY_SECONDS", 0.0)
-  writer = events.SummaryWriter(str(workdir))
+  writer = events.EventWriter(str(workdir))
   server.refuse(ANY_WRITE, 403)
   writer.write_scalars(1, {"x": 1.0})
   writer.flush()

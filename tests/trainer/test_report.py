@@ -42,7 +42,7 @@ FINAL = {
 
 def write_events(workdir):
   rng = np.random.default_rng(0)
-  writer = events.SummaryWriter(str(workdir / "events"))
+  writer = events.EventWriter(str(workdir / "events"))
   for step in range(100, 10_001, 100):
     t = step / 10_000
     writer.write_scalars(
@@ -170,7 +170,7 @@ def test_unfinished_run_says_so(workdir):
 
 
 def test_run_that_was_never_evaluated(tmp_path):
-  writer = events.SummaryWriter(str(tmp_path / "events"))
+  writer = events.EventWriter(str(tmp_path / "events"))
   writer.write_scalars(1, {"train/loss": 7.0, "train/grad_norm": float("nan")})
   writer.close()
   page = open(report.write_report(str(tmp_path))).read()
