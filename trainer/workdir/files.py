@@ -80,7 +80,8 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
     return None
   except ValueError as error:
     raise TrainerError(
-      f"{path} is damaged ({storage.first_line(error)}); remove it, then run the same command again."
+      f"{path} is damaged ({storage.first_line(error)}); remove it, then run the same command "
+      "again."
     ) from error
   except Exception as error:
     if not storage.is_failure(error):
