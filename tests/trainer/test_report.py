@@ -206,3 +206,26 @@ def test_command(workdir, tmp_path):
   assert (done.returncode, done.stdout.strip()) == (0, str(workdir / "report.html")), done.stderr
   assert empty.returncode == 2
   assert empty.stderr.strip().count("\n") == 0 and "has nothing to report" in empty.stderr
+
+
+def test_picture_of_a_finished_an_unfinished_and_a_short_run(workdir, tmp_path, capsys):
+  def picture_of(folder):
+    path = tmp_path / "picture.png"
+    assert report.main([str(folder), f"--picture={path}"]) == 0
+    assert path.stat().st_size < 60_000
+    image = Image.open(path)
+    assert image.format == "PNG" and image.width > 900
+    return np.asarray(image.convert("RGB"))
+
+  finished = picture_of(workdir)
+  (workdir / "final.json").unlink()
+  unfinished = picture_of(workdir)
+  assert finished.shape == unfinished.shape and (finished != unfinished).any()
+  short = tmp_path / "short"
+  writer = events.EventWriter(str(short / "events"))
+  writer.write_scalars(1, {"train/loss": 7.0})
+  writer.close()
+  picture_of(short)
+  capsys.readouterr()
+  assert report.main([str(short), f"--picture={tmp_path}/absent/picture.png"]) == 2
+  assert "absent" in capsys.readouterr().err
