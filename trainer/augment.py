@@ -22,7 +22,7 @@ Augmentation = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.
 def normalize(
   images: jax.Array, data: ml_collections.ConfigDict, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-  """Turn uint8 [N, H, W, 3] into `dtype` [N, H, W, 3] by the channel means and deviations of `data`.
+  """Turn uint8 [N, H, W, 3] into `dtype` by the channel means and deviations of `data`.
 
   Images cross the wire as uint8, a quarter of the bytes of float32; the arithmetic is at least
   float32 before the cast.

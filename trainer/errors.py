@@ -1,11 +1,10 @@
-"""What ends a run, and the exit codes that a launcher reads."""
+"""Errors that end a run, and the exit codes that a launcher reads."""
 
 DONE = 0
-FAILED = 2  # a rerun of the same command fails in the same way
-PREEMPTED = 75  # stopped on request after saving; the same command goes on from there
-HOST_LOST = (
-  76  # another host, or the storage, is missing or silent; the same command on all hosts goes on
-)
+FAILED = 2  # the same command fails in the same way
+PREEMPTED = 75  # stopped on request after saving; the same command resumes the run
+# Another host, or the storage, is missing or silent; the same command on all hosts resumes the run.
+HOST_LOST = 76
 
 
 class TrainerError(Exception):
@@ -15,7 +14,7 @@ class TrainerError(Exception):
 
 
 class ConfigError(TrainerError):
-  """A config field is unknown, of the wrong type, out of range, or does not fit the data or the workdir."""
+  """A config field is unknown, of the wrong type, out of range, or unfit for data or workdir."""
 
 
 class CheckpointError(TrainerError):
@@ -23,22 +22,22 @@ class CheckpointError(TrainerError):
 
 
 class StorageError(CheckpointError):
-  """The storage of the checkpoints does not answer as it should now; the same command may find it well."""
+  """The storage of the checkpoints cannot be reached now; the same command may succeed later."""
 
   exit_code = HOST_LOST
 
 
 class NonFiniteError(TrainerError):
-  """Loss, gradients or parameters stopped being finite numbers."""
+  """Loss, gradients or parameters are not finite numbers any more."""
 
 
 class HostLost(TrainerError):
-  """A host did not come up, or was not heard for too long."""
+  """A host did not come up in time, or was silent for too long."""
 
   exit_code = HOST_LOST
 
 
 class Preempted(TrainerError):
-  """SIGTERM or Ctrl-C came; everything there is to keep is on disk."""
+  """Stopped by SIGTERM or Ctrl-C; everything worth keeping is saved."""
 
   exit_code = PREEMPTED

@@ -86,11 +86,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[str, ...]], ...]:
-  """Return rows of (start of a leaf's path, mesh axes to shard it over); the first that fits counts.
+  """Return rows of (start of a leaf's path, mesh axes to shard it over); the first fit counts.
 
-  With `config.sharding.opt_state=data` the update is computed in shards (arXiv:2004.13336): momentum
-  and averaged weights never leave them, gradients are reduced into them, and new parameters
-  gathered from them.
+  With `config.sharding.opt_state=data` the update is computed in shards (arXiv:2004.13336):
+  momentum and averaged weights never leave them, gradients are reduced into them, and new
+  parameters gathered from them.
   """
   params = ("fsdp",) if config.sharding.params == "fsdp" else ()
   # fsdp first: a shard of the update then lies within the shard of its parameter.
@@ -105,11 +105,11 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
 def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Tree) -> Tree:
   """Return the NamedSharding of every leaf of a state, by `sharding_rules`.
 
-  A kernel is cut along the first dimension that the axes divide, preferably one that all devices of
-  the batch divide, so that parameter and update are cut alike; the last dimension lies along the 128
-  lanes of a TPU, which a thin shard would leave empty. A leaf without such a dimension stays
-  replicated, and so do vectors: they are small, and a BN scale in shards would put a collective
-  between two layers.
+  A kernel is cut along the first dimension that the axes divide, preferably one that all devices
+  of the batch divide, so that parameter and update are cut alike; the last dimension lies along
+  the 128 lanes of a TPU, which a thin shard would leave empty. A leaf without such a dimension
+  stays replicated, and so do vectors: they are small, and a BN scale in shards would put a
+  collective between two layers.
 
   Args:
     config: config of the run.
@@ -215,8 +215,8 @@ def prefetch(
 
   Args:
     mesh: the mesh of the run.
-    host_batches: this host's rows of each global batch; not to be used elsewhere until the generator
-      is closed.
+    host_batches: this host's rows of each global batch; not to be used elsewhere until the
+      generator is closed.
     names: the entries that the devices need.
     ahead: batches on the devices before they are asked for.
   """

@@ -90,7 +90,7 @@ class Program:
     return {"image_size": size, "batch_size": batch}
 
   def lower(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Lowered:
-    """Trace a step for batches of this size; see trainer.step. A training step donates its state."""
+    """Trace a step for batches of this size; see trainer.step. Training donates the state."""
     requests = mesh_lib.abstract_flags(self.mesh)
     batch = self._abstract_batch(mode, image_size, batch_size)
     replicated = mesh_lib.replicated(self.mesh)
@@ -161,13 +161,17 @@ def build(
   return Program(config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state)
 
 
-def use_compilation_cache(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-  """Set where JAX keeps compiled programs: `config.compilation_cache`, unless the environment does."""
+def use_compilation_cache(config: ml_collections.ConfigDict, compiled: epath.Path) -> None:
+  """Set where JAX keeps compiled programs, unless the environment does: `config.compilation_cache`.
+
+  Args:
+    config: a validated config.
+    compiled: what "workdir" stands for.
+  """
   if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = workdir / "compiled"
-    if config.compilation_cache != "workdir":
-      folder = epath.Path(config.compilation_cache)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    in_workdir = config.compilation_cache == "workdir"
+    folder = str(compiled) if in_workdir else config.compilation_cache
+    jax.config.update("jax_compilation_cache_dir", folder)
     # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and
     # seconds together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

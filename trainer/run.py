@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from absl import logging
-from etils import epath
 import jax
 import ml_collections
 
@@ -24,13 +23,14 @@ from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState
 from trainer.workdir.checkpoint import Checkpointer
+from trainer.workdir.paths import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
   """What a run is about: its folder, its examples and its program."""
 
-  workdir: epath.Path
+  workdir: Workdir
   train_source: sources.Source
   eval_source: sources.Source
   program: Program
@@ -62,7 +62,7 @@ class Run:
     self.workdir, self.program = opened.workdir, opened.program
     self.train_source, self.eval_source = opened.train_source, opened.eval_source
     self.lengths, self.mesh = self.program.lengths, self.program.mesh
-    self.checkpointer = Checkpointer(pod, self.workdir, config, self.lengths.checkpoint_every)
+    self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
     self.steps = Steps(self.program)
     self.requests = Requests(self.mesh, stop, self.checkpointer.wanted)
     self.step, self.restored = 0, False
@@ -123,7 +123,7 @@ class Run:
     )
     exits.callback(self.host_batches.close)
     self.telemetry = Telemetry(
-      self.workdir,
+      self.workdir.path,
       config,
       self.clock,
       first_step=self.step,

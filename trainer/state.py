@@ -162,9 +162,9 @@ def fingerprints(tree: Tree) -> dict[str, int]:
   """Return a 32-bit hash of every leaf of `tree`, by its path.
 
   Each element's bits are mixed with its position and pushed through a bijection of 32 bits (the
-  finaliser of MurmurHash3), so any change of one element changes its term; terms are summed modulo
-  2**32. Integer sums do not depend on their order, so the hash is the same on any mesh, sharding and
-  number of hosts.
+  finaliser of MurmurHash3), so any change of one element changes its term; terms are summed
+  modulo 2**32. Integer sums do not depend on their order, so the hash is the same on any mesh,
+  sharding and number of hosts.
   """
   hashes = {
     jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_hash(leaf)

@@ -20,7 +20,8 @@ from trainer.reporting import overview, report
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
 from trainer.workdir import storage
-from trainer.workdir.files import open_workdir, write_json
+from trainer.workdir.files import open_workdir, read_json, write_json
+from trainer.workdir.paths import Workdir
 
 
 def train(
@@ -80,7 +81,7 @@ def evaluate_only(
     if result is None:
       raise Preempted("Stopped during the evaluation; the same command starts it again.")
     found = {"step": run.step, **result}
-    write_json(run.workdir / "eval.json", found)
+    write_json(run.workdir.evaluation, found)
     logging.info(
       "Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.",
       run.step,
@@ -93,8 +94,8 @@ def evaluate_only(
 
 
 def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
-  path = open_workdir(workdir, pod)
-  program_lib.use_compilation_cache(config, path)
+  folder = Workdir(open_workdir(workdir, pod))
+  program_lib.use_compilation_cache(config, folder.compiled)
   train_source, eval_source = (
     sources.open_source(config.data, split, config.model.num_classes)
     for split in (config.data.train_split, config.data.eval_split)
@@ -110,20 +111,18 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
         "hosts the same files, and a data set of the hub with its @REVISION."
       )
   program = program_lib.build(config, len(train_source))
-  return Opened(path, train_source, eval_source, program)
+  return Opened(folder, train_source, eval_source, program)
 
 
 def _already_finished(run: Run) -> dict[str, Any] | None:
   """Note this start; return the result of a run that was complete before, else None."""
-  write_json(run.workdir / "config.json", run.config.to_dict())
-  final, starts = run.workdir / "final.json", run.workdir / "starts.json"
-  if run.step >= run.lengths.last and final.exists():
-    logging.info("This run is complete: %s", final.read_text())
-    return json.loads(final.read_text())
-  if run.pod.host == 0:
-    earlier = json.loads(starts.read_text()) if starts.exists() else None
-    write_json(starts, run.clock.start(earlier))
-  return None
+  write_json(run.workdir.config, run.config.to_dict())
+  final = read_json(run.workdir.final) if run.step >= run.lengths.last else None
+  if final:
+    logging.info("This run is complete: %s", json.dumps(final, indent=2))
+  elif run.pod.host == 0:
+    write_json(run.workdir.starts, run.clock.start(read_json(run.workdir.starts)))
+  return final
 
 
 def _loop(run: Run) -> Result:
@@ -182,7 +181,7 @@ def _finish(run: Run, result: Result) -> dict[str, Any]:
     "goodput": {"share": run.clock.goodput(), "starts": run.clock.starts},
     "history": run.history,
   }
-  write_json(run.workdir / "final.json", final)
+  write_json(run.workdir.final, final)
   logging.info(
     "Done: top1 %.2f%%, top5 %.2f%% on %d examples after %.1f epochs; goodput %.1f%%.",
     100 * final["top1"],
@@ -193,11 +192,11 @@ def _finish(run: Run, result: Result) -> dict[str, Any]:
   )
   if run.pod.host == 0:
     try:
-      logging.info("Curves: %s", report.write_report(str(run.workdir)))
+      logging.info("Curves: %s", report.write_report(str(run.workdir.path)))
     except Exception as error:  # whatever it is, the run is complete
       logging.warning(
         "No report was written (%s); try: python -m trainer.report %s",
         storage.first_line(error),
-        run.workdir,
+        run.workdir.path,
       )
   return final

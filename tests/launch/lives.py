@@ -8,9 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 from typing import Any
 import urllib.parse
@@ -20,7 +18,7 @@ import pytest
 import requests
 
 from tests.launch.fake_cloud import Cloud
-from tests.trainer import bucket_server, tiny
+from tests.trainer import bucket_server, shared, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 ZONE = "us-central2-b"
@@ -32,45 +30,19 @@ XLA_FLAGS = "--xla_backend_optimization_level=0"  # compiles in a third of the t
 needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 
 
-class Process:
+class Process(shared.Process):
   """A launcher at work."""
+
+  limit = LIMIT
 
   def __init__(self, words: list[str], environment: dict[str, str]):
     # A shell in the background ignores Ctrl-C, and so would all that it starts.
-    self._process = subprocess.Popen(
+    super().__init__(
       [ROOT / "launch" / "tpu", *words],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
       env=environment,
       start_new_session=True,
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    self.log, self.ended, self._lines = "", False, threading.Condition()
-    threading.Thread(target=self._read, daemon=True).start()
-
-  def _read(self) -> None:
-    for line in self._process.stdout:
-      with self._lines:
-        self.log += line
-        self._lines.notify_all()
-    with self._lines:
-      self.ended = True
-      self._lines.notify_all()
-
-  def wait_for(self, pattern: str, limit: float = LIMIT) -> None:
-    """Returns when the log has it; an AssertionError ends the wait for what does not come."""
-    with self._lines:
-      self._lines.wait_for(lambda: re.search(pattern, self.log) or self.ended, timeout=limit)
-      assert re.search(pattern, self.log), f"{pattern!r} did not come:\n{self.log[-5000:]}"
-
-  def finish(self, limit: float = LIMIT) -> int:
-    """Returns its exit code."""
-    with self._lines:
-      assert self._lines.wait_for(lambda: self.ended, timeout=limit), (
-        f"no end within {limit} s:\n{self.log[-5000:]}"
-      )
-    return self._process.wait()
 
   def interrupt(self) -> None:
     """Ctrl-C."""

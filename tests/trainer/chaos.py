@@ -19,16 +19,10 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 
-import psutil
-
-from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
+from tests.trainer.shared import LocalPod, fingerprints, trainer
 
 EVENTS = ("SIGTERM", "SIGKILL", "SIGSTOP", "resize", "damage")
 HOSTS = (2, 1, 4)
@@ -38,78 +32,24 @@ SILENCE = 8  # seconds after which a host is lost
 LIMIT = 60  # seconds in which every process must be gone after an event; an unloaded machine needs a fifth of it
 
 
-class Pod:
-  """One start of all hosts."""
+def start(workdir: pathlib.Path, hosts: int, total_steps: int) -> LocalPod:
+  """Start all hosts."""
+  command = trainer(
+    workdir,
+    f"total_steps={total_steps}",
+    f"log.every_steps={EVERY}",
+    "checkpoint.keep_last=100000",
+    f"checkpoint.every_steps={EVERY}",
+    f"pod.timeout_seconds={SILENCE}",
+  )
+  return LocalPod(hosts, 1, command, grace=LIMIT)
 
-  def __init__(self, workdir: pathlib.Path, hosts: int, total_steps: int):
-    command = [
-      sys.executable,
-      "-m",
-      "launch.local_pod",
-      f"--hosts={hosts}",
-      f"--grace={LIMIT}",
-      "--",
-      sys.executable,
-      "-m",
-      "trainer",
-      f"--config={tiny.__file__}",
-      f"--workdir={workdir}",
-      "--config.data.kind=synthetic",
-      f"--config.total_steps={total_steps}",
-      f"--config.log.every_steps={EVERY}",
-      "--config.checkpoint.keep_last=100000",
-      f"--config.checkpoint.every_steps={EVERY}",
-      f"--config.pod.timeout_seconds={SILENCE}",
-    ]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    self._process = subprocess.Popen(
-      command,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      env=os.environ | {"XLA_FLAGS": flags},
-    )
-    self.log, self._lines = "", threading.Condition()
-    threading.Thread(target=self._read, daemon=True).start()
 
-  def _read(self) -> None:
-    for line in self._process.stdout:
-      with self._lines:
-        self.log += line
-        self._lines.notify_all()
-    with self._lines:
-      self.log += "END"
-      self._lines.notify_all()
-
-  def wait_for(self, pattern: str, limit: float) -> None:
-    with self._lines:
-      if not self._lines.wait_for(
-        lambda: re.search(pattern, self.log) or self.log.endswith("END"), timeout=limit
-      ):
-        raise AssertionError(f"{pattern!r} did not come within {limit} s:\n{self.log[-3000:]}")
-
-  def pids(self) -> list[int]:
-    return [int(pid) for pid in re.findall(r"started as process (\d+)", self.log)]
-
-  def codes(self) -> dict[int, int]:
-    return {
-      int(host): int(code)
-      for host, code in re.findall(r"\[(\d+)\] ended with code (-?\d+)", self.log)
-    }
-
-  def finish(self, limit: float) -> dict[int, int]:
-    """Returns the exit code of each host when all are gone, and makes sure that they are."""
-    self.wait_for("END$", limit)
-    self._process.wait()
-    left = [pid for pid in self.pids() if psutil.pid_exists(pid)]
-    assert not left, f"processes {left} are left"
-    return self.codes()
-
-  def stop(self) -> None:
-    """Ends it, whatever it is at."""
-    with contextlib.suppress(ProcessLookupError):
-      self._process.terminate()
-    self.finish(2 * LIMIT)
+def finish(pod: LocalPod, limit: float) -> dict[int, int]:
+  """Return the exit code of each host when all are gone, and make sure that they are."""
+  pod.finish(limit)
+  pod.close()
+  return pod.codes()
 
 
 def checkpoints(workdir: pathlib.Path) -> list[int]:
@@ -160,7 +100,7 @@ def chaos(
   for number, event in enumerate([*events, "end"]):
     began = time.monotonic()
     before = newest
-    pod = Pod(workdir, hosts, total)
+    pod = start(workdir, hosts, total)
     try:
       pod.wait_for(r"step \d+/\d+ ", 240)
       came = time.monotonic() - began
@@ -179,17 +119,17 @@ def chaos(
           for other in set(range(hosts)) - {victim}:
             pod.wait_for(rf"\[{other}\] ended with", LIMIT)
           os.kill(pod.pids()[victim], signal.SIGKILL)
-        codes = pod.finish(LIMIT)
+        codes = finish(pod, LIMIT)
         assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) <= {76}, (
           f"{codes}\n{pod.log[-3000:]}"
         )
       elif event != "end":
         os.kill(pod.pids()[victim], signal.SIGTERM)
-        assert set(pod.finish(LIMIT).values()) == {75}, pod.log[-3000:]
+        assert set(finish(pod, LIMIT).values()) == {75}, pod.log[-3000:]
       else:
-        assert set(pod.finish(LIMIT + 0.5 * total).values()) == {0}, pod.log[-3000:]
+        assert set(finish(pod, LIMIT + 0.5 * total).values()) == {0}, pod.log[-3000:]
     except BaseException:
-      pod.stop()
+      pod.close()
       raise
     gone = time.monotonic() - struck
     if not stretches or stretches[-1][0] != hosts:
@@ -226,10 +166,10 @@ def chaos(
     quiet = folder / f"quiet-{number}"
     if first:
       shutil.copytree(workdir / "checkpoints" / str(first), quiet / "checkpoints" / str(first))
-    pod = Pod(quiet, hosts, total)
-    while not (quiet / "checkpoints" / str(max(periodic))).exists() and not pod.log.endswith("END"):
+    pod = start(quiet, hosts, total)
+    while not (quiet / "checkpoints" / str(max(periodic))).exists() and not pod.ended:
       time.sleep(0.2)
-    pod.stop()
+    pod.close()
     for step in periodic:
       assert fingerprints(quiet, step) == seen[step], (
         f"checkpoint {step} on {hosts} hosts is not that of a quiet run"

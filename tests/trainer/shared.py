@@ -1,18 +1,148 @@
 """What several tests of real runs need."""
 
+from collections.abc import Iterator, Sequence
+import contextlib
 import json
+import os
+import pathlib
+import re
 import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import psutil
+
+from tests.trainer import tiny
+
+TINY = pathlib.Path(tiny.__file__)
+# Compiled without optimisation: compiling is most of the time of these runs, and nothing in them
+# depends on it.
+ENVIRONMENT = os.environ | {
+  "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+}
 
 
 def fingerprints(workdir, step):
-  """Returns the hash of every leaf at a step, as the checkpoint holds them."""
+  """Return the hash of every leaf at a step, as the checkpoint holds them."""
   return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())[
     "fingerprints"
   ]
 
 
 def free_port():
-  """Returns a port of this machine that nobody listens at."""
+  """Return a port of this machine that nobody listens at."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
+
+
+def trainer(workdir, *overrides, config=TINY):
+  """Return the command of a run on synthetic images."""
+  return [
+    sys.executable,
+    "-m",
+    "trainer",
+    f"--config={config}",
+    f"--workdir={workdir}",
+    "--config.data.kind=synthetic",
+    *[f"--config.{override}" for override in overrides],
+  ]
+
+
+class Process:
+  """A process under way, whose output is followed by a thread.
+
+  Attributes:
+    log: what it has printed so far, on both streams.
+    ended: whether it has closed them.
+    limit: seconds that anything may take; an unloaded machine needs a fraction of it.
+  """
+
+  limit = 240.0
+
+  def __init__(self, command: Sequence[Any], **options: Any):
+    """Start a command; `options` are those of subprocess.Popen."""
+    self._process = subprocess.Popen(
+      command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    self.log, self.ended, self._lines = "", False, threading.Condition()
+    threading.Thread(target=self._follow, daemon=True).start()
+
+  def _follow(self) -> None:
+    for line in self._process.stdout:
+      with self._lines:
+        self.log += line
+        self._lines.notify_all()
+    with self._lines:
+      self.ended = True
+      self._lines.notify_all()
+
+  def wait_for(self, pattern: str, limit: float | None = None) -> None:
+    """Return once the log matches; fail if it ends before, or after `limit` seconds."""
+    with self._lines:
+      self._lines.wait_for(
+        lambda: re.search(pattern, self.log) or self.ended, timeout=limit or self.limit
+      )
+      assert re.search(pattern, self.log), f"{pattern!r} did not come:\n{self.log[-5000:]}"
+
+  def finish(self, limit: float | None = None) -> int:
+    """Return the exit code once it has ended; fail after `limit` seconds."""
+    limit = limit or self.limit
+    with self._lines:
+      assert self._lines.wait_for(lambda: self.ended, timeout=limit), (
+        f"no end within {limit} s:\n{self.log[-5000:]}"
+      )
+    return self._process.wait()
+
+
+class LocalPod(Process):
+  """A command on several hosts of this machine, by launch.local_pod."""
+
+  def __init__(self, hosts: int, devices: int, command: Sequence[Any], grace: float = 60):
+    self._grace = grace
+    launcher = [
+      sys.executable,
+      "-m",
+      "launch.local_pod",
+      f"--hosts={hosts}",
+      f"--devices-per-host={devices}",
+      f"--grace={grace}",
+      "--",
+    ]
+    super().__init__([*launcher, *command], env=ENVIRONMENT)
+
+  def pids(self) -> dict[int, int]:
+    """Return the process of each host that was started."""
+    return self._numbers("started as process")
+
+  def codes(self) -> dict[int, int]:
+    """Return the exit codes of the hosts that have ended."""
+    return self._numbers("ended with code")
+
+  def _numbers(self, words: str) -> dict[int, int]:
+    found = re.findall(rf"\[(\d+)\] {words} (-?\d+)", self.log)
+    return {int(host): int(number) for host, number in found}
+
+  def close(self) -> None:
+    """End it, whatever it is at, and check that no process is left."""
+    with contextlib.suppress(ProcessLookupError):
+      self._process.terminate()
+    self.finish(2 * self._grace)
+    left = [host for host, pid in self.pids().items() if psutil.pid_exists(pid)]
+    assert not left, f"the processes of hosts {left} are left"
+
+
+@contextlib.contextmanager
+def running(hosts, devices, command, grace=60) -> Iterator[LocalPod]:
+  """A pod for the body, ended after it."""
+  with contextlib.closing(LocalPod(hosts, devices, command, grace)) as pod:
+    yield pod
+
+
+def run(hosts, devices, command, expected=0):
+  """Return the log of a pod that ends by itself."""
+  with running(hosts, devices, command) as pod:
+    assert pod.finish(180) == expected, pod.log
+  return pod.log

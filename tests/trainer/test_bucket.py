@@ -16,8 +16,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
 
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import fingerprints
-from tests.trainer.test_pod import ENVIRONMENT, run, running, trainer
+from tests.trainer.shared import ENVIRONMENT, fingerprints, run, running, trainer
 from tests.trainer.test_run import StopAt
 from trainer import program as program_lib
 from trainer import train as train_lib
@@ -33,7 +32,7 @@ from trainer.errors import (
 )
 from trainer.pod.pod import Pod
 from trainer.reporting import events, report
-from trainer.workdir import storage
+from trainer.workdir import files, storage
 from trainer.workdir.checkpoint import Checkpointer
 
 ALONE = Pod(tiny.get_config().pod)
@@ -310,12 +309,12 @@ def test_a_missing_extra_is_named(config, monkeypatch):
 def test_a_result_that_cannot_be_written_is_one_sentence(server, workdir):
   server.refuse(ANY_WRITE, 403)
   with pytest.raises(TrainerError, match="final.json could not be written .*Forbidden"):
-    train_lib.write_json(workdir / "final.json", {})
+    files.write_json(workdir / "final.json", {})
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):
   monkeypatch.setattr(events, "_RETRY_SECONDS", 0.0)
-  writer = events.SummaryWriter(str(workdir))
+  writer = events.EventWriter(str(workdir))
   server.refuse(ANY_WRITE, 403)
   writer.write_scalars(1, {"x": 1.0})
   writer.flush()
@@ -331,7 +330,7 @@ import types
 
 from tests.trainer import tiny
 from trainer.reporting import events
-from trainer.workdir import storage
+from trainer.workdir import files, storage
 
 storage._PROBE_SECONDS, storage._RETRIES = 0.5, {"max_retries": 1}
 storage.path_of("gs://bucket/run")
@@ -387,7 +386,7 @@ def test_two_hosts_are_stopped_and_one_goes_on(workdir):
   command = trainer(workdir, "total_steps=200", "log.every_steps=10", "checkpoint.every_steps=100")
   with running(2, 1, command) as pod:
     pod.wait_for("step 20/")
-    os.kill(pod.pid(1), signal.SIGTERM)
+    os.kill(pod.pids()[1], signal.SIGTERM)
     assert pod.finish() == PREEMPTED, pod.log
   saved = int(pod.log.split("Stopped and saved at step ")[1].split()[0])
   assert whole(workdir)[-1] == saved

@@ -1,14 +1,18 @@
-"""A checkpoint is complete and true, or it does not exist; the best one and the newest ones stay."""
+"""A checkpoint is complete and true, or it does not exist; the best and the newest ones stay."""
 
+import dataclasses
 import random
 import shutil
+from typing import Any
 
 from etils import epath
+from flax import struct
 import jax
 import numpy as np
 import pytest
 
 from tests.trainer import tiny
+from trainer import config as config_lib
 from trainer import program as program_lib
 from trainer.errors import ConfigError
 from trainer.pod.pod import Pod
@@ -57,6 +61,68 @@ def test_what_comes_back_is_what_was_saved(tmp_path, program):
     jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected, name))
   assert meta["best"] == {"step": 7, "top1": 0.5}
   assert meta["data"] == {"next_step": 7, "examples_seen": 56}
+
+
+@struct.dataclass
+class State:
+  """A state with the fields that a checkpoint may find, whether or not the trainer has them all."""
+
+  step: Any
+  params: Any
+  batch_stats: Any
+  others: Any
+  opt_state: Any
+  ema: Any
+
+
+def test_absent_and_empty_parts_of_a_state_are_no_items(tmp_path, program):
+  model = make_state(program, 7)
+  state = State(jax.numpy.int32(7), model.params, {}, {}, model.opt_state, None)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  checkpointer = open_checkpointer(tmp_path, program)
+  save_state(checkpointer, state)
+  restored, _ = checkpointer.restore_newest(shapes)
+  checkpointer.close()
+  items = {p.name for p in (tmp_path / "checkpoints" / "7").iterdir() if p.is_dir()}
+  assert items == {"params", "opt_state", "meta"}
+  assert restored.batch_stats == {} and restored.others == {} and restored.ema is None
+  jax.tree.map(np.testing.assert_array_equal, restored.params, model.params)
+
+
+def test_state_of_other_kinds_comes_back(tmp_path, program):
+  model = make_state(program, 7)
+  others = {"queue": {"keys": jax.numpy.arange(12.0).reshape(3, 4)}}
+  state = State(jax.numpy.int32(7), model.params, model.batch_stats, others, model.opt_state, None)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  checkpointer = open_checkpointer(tmp_path, program)
+  save_state(checkpointer, state)
+  restored, meta = checkpointer.restore_newest(shapes)
+  assert "others/queue/keys" in meta["fingerprints"]
+  np.testing.assert_array_equal(restored.others["queue"]["keys"], others["queue"]["keys"])
+  # A checkpoint of before there was such state is as one where it is empty.
+  save_state(checkpointer, dataclasses.replace(state, step=state.step + 1, others={}))
+  restored, _ = checkpointer.restore_newest(dataclasses.replace(shapes, others={}))
+  checkpointer.close()
+  assert restored.others == {} and int(restored.step) == 8
+  jax.tree.map(np.testing.assert_array_equal, restored.batch_stats, model.batch_stats)
+
+
+def save_state(checkpointer, state):
+  checkpointer.save_and_wait(int(state.step), state, {"best": None, "wall_seconds": {}})
+
+
+def test_changes_that_were_allowed_are_in_the_meta(tmp_path, program, monkeypatch):
+  checkpointer = open_checkpointer(tmp_path, program)
+  save(checkpointer, program, [7])
+  for changes, expected in (({"seed": [0, 1]}, {"seed": [0, 1]}), (None, None)):
+    monkeypatch.setattr(config_lib, "check_same_run", lambda *_, found=changes: found)
+    _, meta = checkpointer.restore_newest(program[1].abstract_state)
+    assert meta.get("changes") == expected
+  checkpointer.close()
 
 
 def test_newest_and_best_stay(tmp_path, program):
@@ -161,7 +227,7 @@ def test_truncated_file(workdir, program, caplog, item):
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_flipped_bits(tmp_path, saved, program, caplog, item):
-  """What is restored is always true; a flip in a place that holds no number (padding, names) may go unseen."""
+  """What is restored is true; a flip where no number is (padding, names) may go unseen."""
   found = 0
   for seed in range(6):
     workdir = tmp_path / str(seed)
@@ -178,7 +244,7 @@ def test_flipped_bits(tmp_path, saved, program, caplog, item):
 
 
 def kept_after_restore(workdir, program):
-  """Restores, asserts that the state is exactly that of its step, and returns the checkpoints that were not set aside."""
+  """Restore, assert that the state is that of its step, and return the checkpoints that stay."""
   checkpointer = open_checkpointer(workdir, program)
   state, meta = checkpointer.restore_newest(program[1].abstract_state)
   checkpointer.close()

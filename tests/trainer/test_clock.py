@@ -105,3 +105,17 @@ def test_killed_resumed_and_stopped_the_causes_sum_up_to_the_time_since_the_firs
   assert seconds["restart"] >= len(waits) * pause
   assert final["goodput"]["share"] == pytest.approx(seconds["step"] / seconds["total"], abs=0.01)
   assert "restarts" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+  "seconds, text",
+  [
+    (0.04, "0.0 s"),
+    (59.94, "59.9 s"),
+    (60, "1 min 0 s"),
+    (725, "12 min 5 s"),
+    (12_000, "3 h 20 min"),
+  ],
+)
+def test_seconds_in_words(seconds, text):
+  assert clock_lib.format_seconds(seconds) == text

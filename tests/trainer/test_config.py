@@ -237,7 +237,7 @@ def test_where_compiled_programs_are_kept(
   if environment:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment)
   config.compilation_cache = field
-  program_lib.use_compilation_cache(config, tmp_path)
+  program_lib.use_compilation_cache(config, tmp_path / "compiled")
   assert settings.get("jax_compilation_cache_dir") == (
     expected and expected.replace("WORKDIR", str(tmp_path))
   )

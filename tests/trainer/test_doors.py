@@ -52,7 +52,7 @@ def test_a_family_from_outside_runs_from_the_command_line(tmp_path):
   command = [sys.executable, "-m", "trainer", f"--config={outside.__file__}"]
   command += [f"--workdir={tmp_path}", "--config.model.channels=8", "--config.total_steps=3"]
   log = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stderr
-  assert f"{HERE}:Mixer, channels 8" in log
+  assert "Mixer, channels 8, 1,142 parameters" in log
   assert "weight decay 0.0001 on 5 of 13 leaves" in log  # not on the vectors, nor on the positions
   assert (tmp_path / "report.html").exists()
   evaluated = [*command, "--mode=eval"]

@@ -13,8 +13,7 @@ import pytest
 from tensorboardX import record_writer
 
 from trainer.reporting import events
-
-from clu import metric_writers  # isort: skip  (trainer.reporting.events makes it importable)
+from trainer.reporting.clu import metric_writers
 
 
 def in_fresh_process(code, *arguments):
@@ -30,22 +29,21 @@ def in_fresh_process(code, *arguments):
 
 
 def write(logdir, scalars_by_step):
-  writer = events.SummaryWriter(str(logdir))
+  writer = events.EventWriter(str(logdir))
   for step, scalars in scalars_by_step.items():
     writer.write_scalars(step, scalars)
   writer.close()
 
 
-def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
+def test_async_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
   result = in_fresh_process(
     """
       import sys, time
       from trainer.reporting import events
-      from clu import metric_writers, periodic_actions
+      from trainer.reporting.clu import metric_writers, periodic_actions
       import jax.numpy as jnp
 
-      writer = metric_writers.create_default_writer(sys.argv[1], just_logging=False,
-                                                    asynchronous=True)
+      writer = metric_writers.AsyncMultiWriter([events.EventWriter(sys.argv[1])])
       writer.write_hparams({"depth": 50})
       progress = periodic_actions.ReportProgress(num_train_steps=8, writer=writer, every_steps=2,
                                                  every_secs=None)
@@ -73,57 +71,75 @@ def test_default_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
   assert len(list(tmp_path.glob("*tfevents*"))) == 1
 
 
-def test_only_process_0_writes_files(tmp_path):
-  writer = metric_writers.create_default_writer(tmp_path, just_logging=True)
-  writer.write_scalars(1, {"loss": 1.0})
-  writer.close()
-  assert not list(tmp_path.iterdir())
+# A TensorFlow as far as clu asks for it when it is imported.
+FAKE_TENSORFLOW = {
+  "tensorflow/__init__.py": "",
+  "tensorboard/__init__.py": "",
+  "tensorboard/plugins/__init__.py": "",
+  "tensorboard/plugins/hparams/__init__.py": "",
+  "tensorboard/plugins/hparams/api.py": "",
+}
 
 
-def test_importing_clu_writers_first_is_refused():
-  result = in_fresh_process("""
-      import sys, types
-      # What an installed TensorFlow would allow.
-      theirs = types.ModuleType("clu.metric_writers.summary_writer")
-      theirs.SummaryWriter = type("SummaryWriter", (), {"__module__": "clu.tf"})
-      sys.modules[theirs.__name__] = theirs
-      from clu import metric_writers
-      import trainer.reporting.events
-      """)
-  assert result.returncode == 1
-  assert "import trainer.reporting.events before clu.metric_writers" in result.stderr
-  assert "clu.tf.SummaryWriter" in result.stderr
+@pytest.fixture(params=["without TensorFlow", "with TensorFlow"])
+def packages(request, tmp_path):
+  """A folder to be first on the path of a process: TensorFlow is installed there, or hidden."""
+  hidden = {"tensorflow.py": "raise ImportError"}
+  for name, content in (FAKE_TENSORFLOW if request.param.startswith("with ") else hidden).items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+  return tmp_path
 
 
-def test_a_failed_import_of_clu_before_does_no_harm():
-  result = in_fresh_process("""
-      import sys
-      sys.modules["tensorflow"] = None  # as if it were absent
-      try:
-        from clu import periodic_actions
-      except ImportError:
-        pass
-      import trainer.reporting.events
-      from clu import periodic_actions
-      periodic_actions.ReportProgress
-      """)
+@pytest.mark.parametrize(
+  "first",
+  [
+    "import trainer.reporting.clu",
+    "import trainer.reporting.events",
+    "from trainer.reporting import telemetry",
+    "from clu import metric_writers",
+    "from clu import periodic_actions",
+  ],
+)
+def test_imports_work_in_any_order(packages, first):
+  result = in_fresh_process(
+    f"""
+      import contextlib, sys
+      sys.path.insert(0, sys.argv[1])
+      with contextlib.suppress(ImportError):
+        {first}
+      clu_was_first = "clu.metric_writers" in sys.modules and "trainer" not in sys.modules
+      from trainer.reporting import events, telemetry
+      from trainer.reporting.clu import metric_writers
+      assert ("tensorflow" in sys.modules) == clu_was_first
+      from clu import metric_writers as theirs, periodic_actions
+      assert metric_writers is theirs is periodic_actions.metric_writers is telemetry.metric_writers
+      assert issubclass(events.EventWriter, theirs.MetricWriter)
+      assert ("clu.metric_writers.summary_writer" in sys.modules) == clu_was_first
+      """,
+    packages,
+  )
   assert result.returncode == 0, result.stderr
+
+
+def test_the_writer_of_tensorflow_names_ours():
+  with pytest.raises(NotImplementedError, match=r"use trainer\.reporting\.events\.EventWriter"):
+    metric_writers.SummaryWriter("anywhere")
 
 
 def test_writer_has_the_whole_interface_of_clu():
   interface = metric_writers.MetricWriter
-  assert issubclass(events.SummaryWriter, interface)
-  assert metric_writers.SummaryWriter is events.SummaryWriter
+  assert issubclass(events.EventWriter, interface)
   for name in interface.__abstractmethods__:
     theirs = inspect.signature(getattr(interface, name)).parameters
-    ours = inspect.signature(getattr(events.SummaryWriter, name)).parameters
+    ours = inspect.signature(getattr(events.EventWriter, name)).parameters
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
       (p.name, p.kind, p.default) for p in theirs.values()
     ], name
 
 
 def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
-  writer = metric_writers.create_default_writer(tmp_path)
+  writer = metric_writers.AsyncMultiWriter([events.EventWriter(str(tmp_path))])
   writer.write_hparams({"optimizer.name": "sgd", "seed": 0})
   writer.write_texts(step=1, texts={"note": "**hello**"})
   writer.write_histograms(1, {"weights": jnp.arange(100.0)}, num_buckets={"weights": 7})
@@ -151,7 +167,7 @@ def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
 
 
 def test_flush_puts_everything_into_the_file(tmp_path):
-  writer = events.SummaryWriter(str(tmp_path))
+  writer = events.EventWriter(str(tmp_path))
   writer.write_scalars(3, {"loss": 0.5})
   writer.flush()
   assert events.read_scalars(tmp_path)["loss"][0] == [3]
@@ -212,7 +228,7 @@ def test_a_bucket_holds_what_was_flushed(tmp_path, monkeypatch):
   monkeypatch.setattr(
     events.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path)))
   )
-  writer = events.SummaryWriter("gs://bucket")
+  writer = events.EventWriter("gs://bucket")
   assert isinstance(writer._events._py_recordio_writer._writer, events._BucketFile)
   assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events._BucketFiles)
   for step in (1, 2):

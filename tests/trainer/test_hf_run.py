@@ -10,8 +10,7 @@ import pytest
 
 from input_pipeline import sources
 from tests.input_pipeline.conftest import data_config
-from tests.trainer.shared import fingerprints
-from tests.trainer.test_pod import ENVIRONMENT, run, running
+from tests.trainer.shared import ENVIRONMENT, fingerprints, run, running
 from tests.trainer.test_run import command
 
 datasets = pytest.importorskip("datasets", reason="the extra [hf] is not installed")
@@ -107,7 +106,7 @@ def test_two_hosts_stopped_then_on_two_and_on_one(tmp_path, parquet):
   run(2, 1, trainer("quiet", 150))
   with running(2, 1, trainer("two", 150)) as pod:
     pod.wait_for("step 20/")
-    os.kill(pod.pid(1), signal.SIGTERM)
+    os.kill(pod.pids()[1], signal.SIGTERM)
     pod.finish()
   assert "Stopped and saved at step" in pod.log, pod.log
   shutil.copytree(tmp_path / "two", tmp_path / "one")

@@ -2,103 +2,18 @@
 
 import contextlib
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
-import psutil
 import pytest
 
-from tests.trainer import tiny
-from tests.trainer.shared import fingerprints, free_port
+from tests.trainer.shared import ENVIRONMENT, TINY, fingerprints, free_port, run, running, trainer
 from trainer.errors import FAILED, HOST_LOST, PREEMPTED
 from trainer.reporting import events
 
-TINY = pathlib.Path(tiny.__file__)
 ENDLESS = ("total_steps=1000000", "log.every_steps=10", "checkpoint.every_steps=20")
-# Compiled without optimisation: that is most of the time of these runs, and nothing here depends on it.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
-def trainer(workdir, *overrides, config=TINY):
-  return [
-    sys.executable,
-    "-m",
-    "trainer",
-    f"--config={config}",
-    f"--workdir={workdir}",
-    "--config.data.kind=synthetic",
-    *[f"--config.{override}" for override in overrides],
-  ]
-
-
-def local_pod(hosts, devices, command, grace=60):
-  return [
-    sys.executable,
-    "-m",
-    "launch.local_pod",
-    f"--hosts={hosts}",
-    f"--devices-per-host={devices}",
-    f"--grace={grace}",
-    "--",
-    *command,
-  ]
-
-
-def run(hosts, devices, command, expected=0):
-  """Returns the log of a pod that ends by itself."""
-  result = subprocess.run(
-    local_pod(hosts, devices, command),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    timeout=180,
-    env=ENVIRONMENT,
-  )
-  assert result.returncode == expected, result.stdout
-  return result.stdout
-
-
-class Running:
-  """A pod under way: its log so far, and the process of each host."""
-
-  def __init__(self, process):
-    self.process, self.log = process, ""
-
-  def wait_for(self, words):
-    for line in self.process.stdout:
-      self.log += line
-      if words in line:
-        return
-    pytest.fail(f"{words!r} never came:\n{self.log}")
-
-  def pid(self, host):
-    return int(self.log.split(f"[{host}] started as process ")[1].split()[0])
-
-  def finish(self, timeout=120):
-    self.log += self.process.communicate(timeout=timeout)[0]
-    return self.process.returncode
-
-
-@contextlib.contextmanager
-def running(hosts, devices, command, grace=60):
-  with subprocess.Popen(
-    local_pod(hosts, devices, command, grace),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env=ENVIRONMENT,
-  ) as process:
-    pod = Running(process)
-    try:
-      yield pod
-    finally:
-      process.terminate()
-      process.wait(timeout=90)
-    assert not [host for host in range(hosts) if psutil.pid_exists(pod.pid(host))]
 
 
 def eval_losses(workdir):
@@ -116,9 +31,9 @@ def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
   run(2, 1, trainer(quiet, *overrides))
   with running(2, 1, trainer(stopped, *overrides)) as pod:
     pod.wait_for("step 20/200")
-    os.kill(pod.pid(1), signal.SIGTERM)
+    os.kill(pod.pids()[1], signal.SIGTERM)
     assert pod.finish() == PREEMPTED, pod.log
-  assert "[0] ended with code 75" in pod.log and "[1] ended with code 75" in pod.log
+  assert pod.codes() == {0: PREEMPTED, 1: PREEMPTED}
   saved = int(pod.log.split("Stopped and saved at step ")[1].split()[0])
   assert 20 <= saved < 200
   # The same topology goes on in the same bits, a single host in the same numbers but for the order of sums.
@@ -132,10 +47,10 @@ def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
 @pytest.mark.parametrize("moment", ["start", "compile"])
 def test_sigterm_before_the_first_step_stops_all(tmp_path, moment):
   with running(2, 1, trainer(tmp_path, *ENDLESS, "pod.start_seconds=15")) as pod:
-    pod.wait_for("[1] started" if moment == "start" else "Total: 5,146")
-    os.kill(pod.pid(1), signal.SIGTERM)
+    pod.wait_for(r"\[1\] started" if moment == "start" else "Total: 5,146")
+    os.kill(pod.pids()[1], signal.SIGTERM)
     assert pod.finish() != 0
-  codes = {int(pod.log.split(f"[{host}] ended with code ")[1].split()[0]) for host in range(2)}
+  codes = set(pod.codes().values())
   # A signal that comes before Python can take it ends that process as it ends any other; the next host says so.
   assert codes == {PREEMPTED} or (moment == "start" and codes == {-signal.SIGTERM, HOST_LOST}), (
     pod.log
@@ -154,12 +69,12 @@ def test_sigterm_before_the_first_step_stops_all(tmp_path, moment):
 def test_a_lost_host_is_named_and_the_others_leave(tmp_path, host, number, seconds):
   with running(2, 1, trainer(tmp_path, *ENDLESS, f"pod.timeout_seconds={seconds}")) as pod:
     pod.wait_for("step 40/")
-    os.kill(pod.pid(host), number)
-    pod.wait_for(f"[{1 - host}] ended with code")
+    os.kill(pod.pids()[host], number)
+    pod.wait_for(rf"\[{1 - host}\] ended with code")
     with contextlib.suppress(ProcessLookupError):
-      os.kill(pod.pid(host), signal.SIGKILL)
-    assert pod.finish() == 128 + signal.SIGKILL if number == signal.SIGKILL else HOST_LOST
-  assert f"[{1 - host}] ended with code {HOST_LOST}" in pod.log, pod.log
+      os.kill(pod.pids()[host], signal.SIGKILL)
+    assert pod.finish() == (128 + signal.SIGKILL if number == signal.SIGKILL else HOST_LOST)
+  assert pod.codes() == {host: -signal.SIGKILL, 1 - host: HOST_LOST}, pod.log
   sentence = next(line for line in pod.log.splitlines() if "gives up" in line)
   assert (
     f"host {host}" in sentence and "at '" in sentence and "Run the same command again" in sentence
@@ -278,9 +193,9 @@ def test_a_full_disk_of_one_host_delays_the_save_of_all(tmp_path):
   with running(
     2, 1, trainer(tmp_path / "run", *ENDLESS, "checkpoint.retry_seconds=1", config=config)
   ) as pod:
-    pod.wait_for("could not be saved (host 1: No space left on device")
+    pod.wait_for(r"could not be saved \(host 1: No space left on device")
     sign.touch()
     pod.wait_for("step 500/")
-    os.kill(pod.pid(0), signal.SIGTERM)
+    os.kill(pod.pids()[0], signal.SIGTERM)
     assert pod.finish() == PREEMPTED, pod.log
   assert (tmp_path / "run" / "checkpoints" / pod.log.split("saved at step ")[1].split()[0]).exists()

@@ -42,7 +42,7 @@ FINAL = {
 
 def write_events(workdir):
   rng = np.random.default_rng(0)
-  writer = events.SummaryWriter(str(workdir / "events"))
+  writer = events.EventWriter(str(workdir / "events"))
   for step in range(100, 10_001, 100):
     t = step / 10_000
     writer.write_scalars(
@@ -170,7 +170,7 @@ def test_unfinished_run_says_so(workdir):
 
 
 def test_run_that_was_never_evaluated(tmp_path):
-  writer = events.SummaryWriter(str(tmp_path / "events"))
+  writer = events.EventWriter(str(tmp_path / "events"))
   writer.write_scalars(1, {"train/loss": 7.0, "train/grad_norm": float("nan")})
   writer.close()
   page = open(report.write_report(str(tmp_path))).read()
@@ -208,15 +208,24 @@ def test_command(workdir, tmp_path):
   assert empty.stderr.strip().count("\n") == 0 and "has nothing to report" in empty.stderr
 
 
-@pytest.mark.parametrize(
-  "seconds, text",
-  [
-    (0.04, "0.0 s"),
-    (59.94, "59.9 s"),
-    (60, "1 min 0 s"),
-    (725, "12 min 5 s"),
-    (12_000, "3 h 20 min"),
-  ],
-)
-def test_duration(seconds, text):
-  assert report._duration(seconds) == text
+def test_picture_of_a_finished_an_unfinished_and_a_short_run(workdir, tmp_path, capsys):
+  def picture_of(folder):
+    path = tmp_path / "picture.png"
+    assert report.main([str(folder), f"--picture={path}"]) == 0
+    assert path.stat().st_size < 60_000
+    image = Image.open(path)
+    assert image.format == "PNG" and image.width > 900
+    return np.asarray(image.convert("RGB"))
+
+  finished = picture_of(workdir)
+  (workdir / "final.json").unlink()
+  unfinished = picture_of(workdir)
+  assert finished.shape == unfinished.shape and (finished != unfinished).any()
+  short = tmp_path / "short"
+  writer = events.EventWriter(str(short / "events"))
+  writer.write_scalars(1, {"train/loss": 7.0})
+  writer.close()
+  picture_of(short)
+  capsys.readouterr()
+  assert report.main([str(short), f"--picture={tmp_path}/absent/picture.png"]) == 2
+  assert "absent" in capsys.readouterr().err

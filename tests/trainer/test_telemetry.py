@@ -137,6 +137,16 @@ def test_straggler_is_named(run, caplog):
   assert "last host: 3, 41 ms behind the median over the last 4 steps" in caplog.text
 
 
+def test_only_process_0_writes_files(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(telemetry_lib.jax, "process_index", lambda: 1)
+  run = run()
+  for step in range(1, 9):
+    run.take(step)
+  with pytest.raises(FileNotFoundError):
+    run.read()
+  assert not (tmp_path / "events").exists()
+
+
 @pytest.mark.parametrize(
   "means, expected",
   [

@@ -77,7 +77,6 @@ class Family(nnx.Module):
 
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
-    """Return what is special about these values, for the first screen of a run."""
-    return ", ".join(
-      f"{name} {value}" for name, value in fields.items() if value != cls.FIELDS[name].default
-    )
+    """Return the name of the model, and the values that are not the default."""
+    changed = [f"{n} {value}" for n, value in fields.items() if value != cls.FIELDS[n].default]
+    return ", ".join([cls.__name__, *changed])

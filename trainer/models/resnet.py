@@ -185,10 +185,12 @@ class _Trunk(Family):
   `stage{s}_block{b}`, both counted from 1.
 
   Attributes:
+    TITLE: name of the family, before the depth.
     CHANNELS: of each stage; the stem has those of the first.
     STEM: kernel size and stride of the first convolution.
   """
 
+  TITLE: ClassVar[str]
   CHANNELS: ClassVar[tuple[int, ...]]
   STEM: ClassVar[tuple[int, int]]
 
@@ -196,6 +198,13 @@ class _Trunk(Family):
   @abc.abstractmethod
   def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
     """Return the number of blocks of each stage, and their kind."""
+
+  @classmethod
+  def describe(cls, fields: Mapping[str, Any]) -> str:
+    """Return "ResNet-50, width 0.5" and the like, with all values that are not the default."""
+    others = {name: value for name, value in fields.items() if name != "depth"}
+    _, *changed = super().describe(others).split(", ")
+    return ", ".join([f"{cls.TITLE}-{fields['depth']}", *changed])
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
@@ -292,6 +301,7 @@ class ResNet(_Trunk):
       Check(f"one of {', '.join(map(str, STAGES))} (resnet)", lambda v: v in STAGES),
     )
   )
+  TITLE = "ResNet"
   CHANNELS = (64, 128, 256, 512)
   STEM = (7, 2)
 
@@ -327,6 +337,7 @@ class CifarResNet(_Trunk):
       Check("6n+2 (cifar_resnet: 8, 14, 20, 26, ...)", lambda v: v >= 8 and v % 6 == 2),
     )
   )
+  TITLE = "CIFAR ResNet"
   CHANNELS = (16, 32, 64)
   STEM = (3, 1)
 

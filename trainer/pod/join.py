@@ -53,7 +53,7 @@ def _compare(pod: Pod, values: dict[str, Any]) -> None:
 
 
 def code_hash() -> str:
-  """Return a hash of the source of `trainer`, `input_pipeline` and `configs`: the code's version."""
+  """Return a hash of the source of `trainer`, `input_pipeline` and `configs`."""
   root, digest = pathlib.Path(__file__).parents[2], hashlib.sha256()
   for folder in ("trainer", "input_pipeline", "configs"):
     for path in sorted((root / folder).rglob("*.py")):

@@ -1,7 +1,8 @@
-"""What the hosts of a run tell each other beside the devices: who is there, where, and what each has to say.
+"""Messages between the hosts of a run that do not pass through devices: which host is where.
 
-Host 0 answers, one line of JSON for each line it is asked. Collectives wait in C++ for ever and JAX's own coordination
-service ends a process with a trace; what is kept here is enough to end it with a sentence instead.
+Host 0 serves; each request and each reply is a line of JSON. Collectives wait in C++ without a time
+limit, and JAX's own coordination service ends a process with a stack trace. What is kept here is
+enough to end it with one sentence instead.
 """
 
 import json
@@ -12,23 +13,26 @@ from typing import Any
 
 from trainer.errors import FAILED, HOST_LOST
 
-_HOLD = 1.0  # seconds that a gather is held back on the server for those who are still missing
-_WINDOWS = 8  # windows of notes that are kept
+_HOLD = 1.0  # seconds for which the reply to a gather waits for missing hosts
+_WINDOWS = 8  # windows whose notes are kept
 
 
 class Lifeline:
-  """The server, in threads of host 0."""
+  """The server, in threads of host 0.
+
+  A request is {"ask": method without its underscore, "host": number of the sender, ...arguments}.
+  """
 
   def __init__(self, port: int, hosts: int, timeout: float):
-    """Starts to listen.
+    """Start to listen.
 
     Args:
-      port: to listen on, on all interfaces.
-      hosts: how many there are.
+      port: port to listen at, on all interfaces.
+      hosts: number of hosts.
       timeout: seconds after which a silent host is lost.
 
     Raises:
-      OSError: if the port cannot be had.
+      OSError: if the port is taken or not allowed.
     """
     self._hosts, self._timeout = hosts, timeout
     self._changed = threading.Condition()
@@ -52,7 +56,7 @@ class Lifeline:
       threading.Thread(target=self._serve, args=(connection,), name="lifeline", daemon=True).start()
 
   def _serve(self, connection: socket.socket) -> None:
-    watched = None  # the host whose end the end of this connection is
+    watched = None  # the host that has ended when this connection ends
     with connection, connection.makefile("rw", encoding="utf-8") as lines:
       try:
         for line in lines:
@@ -62,7 +66,7 @@ class Lifeline:
             watched = request["host"]
           lines.write(json.dumps(reply) + "\n")
           lines.flush()
-      except (OSError, ValueError):  # a host that dies in the middle of a line
+      except (OSError, ValueError):  # the host died in the middle of a line
         pass
     with self._changed:
       if watched is not None:
@@ -76,7 +80,7 @@ class Lifeline:
         self._changed.notify_all()
 
   def _judge(self, host: int, sentence: str, code: int) -> None:
-    """Keeps the first thing that went wrong: what follows is its consequence."""
+    """Keep the first thing that went wrong; later ones are its consequences."""
     self._verdict = self._verdict or (host, sentence, code)
     self._changed.notify_all()
 
@@ -84,7 +88,10 @@ class Lifeline:
     with self._changed:
       refused = None
       if hosts != self._hosts:
-        refused = f"Host {host} was told of {hosts} hosts, host 0 of {self._hosts}; start all with the same number."
+        refused = (
+          f"Host {host} was started as one of {hosts} hosts, host 0 as one of {self._hosts}; start "
+          "all with the same number."
+        )
       elif host in self._heard:
         refused = f"There are two hosts with the number {host}; give each its own JAX_PROCESS_ID."
       if refused:
@@ -94,7 +101,13 @@ class Lifeline:
       return {}
 
   def _alive(self, host: int, point: str, note: list[Any] | None) -> dict[str, Any]:
-    """A sign of life: where the host is, and the window it measured; tells what is wrong, if something is."""
+    """Note where a host is and what it measured; return what is wrong, the time, and the notes.
+
+    Args:
+      host: number of the host.
+      point: where it is.
+      note: [last step of a window, time]; None before the first.
+    """
     with self._changed:
       now = time.monotonic()
       self._heard[host] = now, point
@@ -115,7 +128,7 @@ class Lifeline:
     with self._changed:
       given = self._given.setdefault((number, name), {})
       given[host] = value
-      if len(given) == self._hosts:  # so all of them have what was given before
+      if len(given) == self._hosts:  # so all hosts have the results of earlier gathers
         self._given = {key: others for key, others in self._given.items() if key[0] >= number}
       self._changed.notify_all()
       self._changed.wait_for(lambda: len(given) == self._hosts or self._verdict, timeout=_HOLD)
@@ -134,19 +147,24 @@ class Lifeline:
       return {}
 
   def wait_for_others(self) -> None:
-    """Returns when every host but this one has ended, in whatever way, or was silent for too long."""
+    """Return when all other hosts have ended, in whatever way, or after the timeout."""
     with self._changed:
       self._changed.wait_for(lambda: len(self._ended | {0}) == self._hosts, timeout=self._timeout)
 
 
 class Line:
-  """A connection to host 0; not to be shared by threads."""
+  """A connection to host 0, for one thread."""
 
   def __init__(self, address: tuple[str, int], host: int, timeout: float):
-    """Connects.
+    """Connect.
+
+    Args:
+      address: host name and port of host 0.
+      host: number of this host.
+      timeout: seconds to wait for the connection, and for each reply.
 
     Raises:
-      OSError: if nobody answers at the address.
+      OSError: if nothing answers at the address.
     """
     self._host = host
     self._lines = socket.create_connection(address, timeout=timeout).makefile(
@@ -154,10 +172,14 @@ class Line:
     )
 
   def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-    """Returns the reply of host 0.
+    """Return the reply of host 0.
+
+    Args:
+      question: method of Lifeline, without its underscore.
+      arguments: its arguments, JSON-able.
 
     Raises:
-      OSError: if the connection is closed, or silent for the timeout.
+      OSError: if the connection is closed, or no reply comes within the timeout.
     """
     self._lines.write(json.dumps({"ask": question, "host": self._host} | arguments) + "\n")
     self._lines.flush()

@@ -1,8 +1,9 @@
 """The hosts of a run: how they find each other, agree, and notice that one of them is missing.
 
-Every host runs the same program. What the compiler emits waits for all of them, in C++ and for ever, so a thread of each
-host keeps telling host 0 where it is (trainer/pod/lifeline.py) and hears what is wrong elsewhere. A host that dies, is silent
-for `config.pod.timeout_seconds` or fails is named by all others with the point where it was, and they exit too.
+Every host runs the same program. Collectives wait for all hosts, in C++ and without a time limit.
+So a thread of each host reports to host 0 where the host is, and receives what is wrong elsewhere
+(trainer/pod/lifeline.py). If a host dies, fails, or is silent for `config.pod.timeout_seconds`, all
+others name it and the point where it was, and exit too.
 """
 
 from collections.abc import Callable
@@ -17,20 +18,23 @@ from typing import Any
 
 from absl import logging
 import jax
-from jax._src import clusters  # no public name tells what jax.distributed.initialize() would find
+
+# Private: there is no public way to find out what jax.distributed.initialize() would detect. Held
+# by tests/trainer/test_private_apis.py.
+from jax._src import clusters
 import ml_collections
 
 from input_pipeline.errors import DataError
 from trainer.errors import FAILED, HOST_LOST, ConfigError, HostLost, Preempted, TrainerError
 from trainer.pod.lifeline import Lifeline, Line
 
-_TICKS = 10  # signs of life within a timeout
+_TICKS = 10  # reports to host 0 within a timeout
 
 
 class Pod:
   """This host among the others; with one host there is nobody to wait for.
 
-  As a context it leaves together with the others: `leave` at its end, after an error with a word about it to the others.
+  As a context manager it leaves together with the others, and reports an error to them first.
 
   Attributes:
     host: number of this host.
@@ -38,7 +42,7 @@ class Pod:
   """
 
   def __init__(self, limits: ml_collections.ConfigDict, host: int = 0, hosts: int = 1):
-    """Makes a pod of one host; `join` makes the others."""
+    """Make a pod of one host; for more, use `join`."""
     self.host, self.hosts, self._limits = host, hosts, limits
     self._point, self._since = "start", time.monotonic()
     self._note: tuple[int, float] | None = None
@@ -49,18 +53,18 @@ class Pod:
 
   @classmethod
   def join(cls, limits: ml_collections.ConfigDict, stop: Callable[[], bool]) -> "Pod":
-    """Finds the other hosts, before anything else of JAX is used.
+    """Find the other hosts, before anything else of JAX is used.
 
-    JAX_COORDINATOR_ADDRESS=HOST:PORT with JAX_NUM_PROCESSES and JAX_PROCESS_ID tell where host 0 is, how many there are,
-    and which this one is; without them JAX looks for a cluster that it knows (TPU pods, Slurm, MPI). Where there is none
-    this host is the only one.
+    JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID give the address of host
+    0, the number of hosts and the number of this one. Without them JAX detects a cluster (TPU pods,
+    Slurm, MPI). If there is none, this host is the only one.
 
     Args:
       limits: `config.pod`.
-      stop: asked while waiting.
+      stop: whether this host is asked to stop, polled while it waits.
 
     Raises:
-      ConfigError: if the environment says only half of it, or hosts contradict each other.
+      ConfigError: if only some of the variables are set, or hosts contradict each other.
       HostLost: naming the hosts that did not come up in time.
       Preempted: if a host was asked to stop meanwhile.
     """
@@ -88,12 +92,12 @@ class Pod:
       except OSError as error:
         if stop():
           raise Preempted(
-            "Stopped before the other hosts were found; nothing was begun."
+            "Stopped before the other hosts were found; nothing was started."
           ) from error
         if time.monotonic() > deadline:
           raise HostLost(
-            f"Host {self.host} could not reach host 0 at {address} within {limits.start_seconds:g} s "
-            f"({error}). Is it up, and may hosts reach each other?"
+            f"Host {self.host} could not reach host 0 at {address} within "
+            f"{limits.start_seconds:g} s ({error}). Is it up, and can the hosts reach each other?"
           ) from error
         time.sleep(0.5)
     refused = self._line.ask("hello", hosts=self.hosts).get("refused")
@@ -116,14 +120,14 @@ class Pod:
           HostLost,
         )
 
-    # The other hosts hear from host 0 where JAX listens: whatever port is free.
+    # JAX's coordinator listens at any free port of host 0, which the other hosts learn here.
     free = _free_port() if self.host == 0 else None
     ports = self.gather("start", free, wanted)
     self._catch_aborts()
-    # The stop is agreed in the step (see trainer.step); JAX's own service would take SIGTERM away from us.
+    # Stops are agreed in the step (trainer/pod/requests.py); JAX's own service would catch SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     self.at("jax.distributed.initialize")
-    # JAX's own heartbeat comes late: it ends the process without a word about which host is missing.
+    # JAX's own heartbeat must come later: it ends the process without naming the missing host.
     jax.distributed.initialize(
       f"{name}:{ports[0]}",
       self.hosts,
@@ -135,18 +139,18 @@ class Pod:
     )
 
   def at(self, point: str) -> None:
-    """Notes where this host is, for itself and the others."""
+    """Note where this host is, for its own messages and those of the others."""
     self._point, self._since = point, time.monotonic()
 
   def gather(
     self, name: str, value: Any, while_waiting: Callable[[list[int]], None] = lambda missing: None
   ) -> dict[int, Any]:
-    """Returns what every host gave; all hosts call it in the same order.
+    """Return the value of every host, by number; all hosts call this in the same order.
 
     Args:
-      name: of this exchange, and of the point where hosts wait for each other.
-      value: JSON-able.
-      while_waiting: called every second with the hosts that are missing; what it raises ends the wait.
+      name: name of this exchange, and of the point where the hosts wait for each other.
+      value: value of this host, JSON-able.
+      while_waiting: called every second with the missing hosts; an exception ends the wait.
 
     Raises:
       HostLost: if a host is lost meanwhile, or host 0 cannot be reached.
@@ -169,21 +173,22 @@ class Pod:
       while_waiting([host for host in range(self.hosts) if str(host) not in reply["given"]])
 
   def agree(self, name: str, value: bool) -> bool:
-    """Tells whether any host says True."""
+    """Whether `value` is true on any host."""
     return any(self.gather(name, value).values())
 
   def exchange(self, step: int, seconds: float) -> dict[int, float]:
-    """Gives this host's figure of the window that ends with `step`, a time of its clock, without waiting.
+    """Report a time of this host's clock for the window that ends with `step`, without waiting.
 
     Returns:
-      The figures of all hosts, by the clock of host 0, for the last window that all have given; {} before that.
+      The times of all hosts, in seconds by the clock of host 0, for the newest window that all have
+      reported; {} before the first.
     """
     self._note = step, seconds
     return self._notes if self.hosts > 1 else {0: seconds}
 
   def _watch(self, line: Line) -> None:
-    """Tells where this host is and hears what is wrong elsewhere, until `leave`."""
-    best, offset = float("inf"), 0.0  # of the clock of host 0, by the quickest reply
+    """Report where this host is and receive what is wrong elsewhere, until `leave`."""
+    best, offset = float("inf"), 0.0  # clock of host 0 minus ours, by the quickest reply
     while True:
       note = self._note and (self._note[0], self._note[1] + offset)
       asked = time.time()
@@ -215,11 +220,11 @@ class Pod:
     return f"Host {self.host} at '{self._point}' gives up: {reason.rstrip('.')}.{advice}"
 
   def _give_up(self, reason: str, code: int) -> None:
-    """Ends this process with a sentence; the main thread may be held in C++, where no exception reaches it."""
-    self._dying.acquire()  # for good: one sentence is enough
+    """End this process with one sentence; no exception would reach a main thread held in C++."""
+    self._dying.acquire()  # never released: one sentence is enough
     logging.error("%s", self._farewell(reason, code))
     if self.host == 0:
-      self._lifeline.wait_for_others()  # the others hear it from here
+      self._lifeline.wait_for_others()  # they receive the reason from here
     logging.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -228,37 +233,37 @@ class Pod:
     try:
       line.ask("failed", sentence=sentence, code=code)
     except OSError:
-      logging.warning("Host 0 could not be told.")
+      logging.warning("Host 0 could not be notified.")
 
   def _fail(self, what: str, kind: type[TrainerError]) -> None:
-    """Tells the others, and raises."""
+    """Notify the others, and raise."""
     self._line_failed(f"host {self.host} {what}", kind.exit_code, self._line)
     raise kind(f"Host {self.host} {what}.")
 
   def _await_verdict(self) -> None:
-    """Waits for the watching thread to end this process, as long as it may take it to find out why."""
+    """Give the watching thread the time to find out what is wrong, and to end this process."""
     time.sleep(self._limits.timeout_seconds * (1 + 2 / _TICKS))
 
   def _catch_aborts(self) -> None:
-    """Lets an abort in C++ wait for the reason: when a host dies, JAX and gloo abort the others before they can tell."""
+    """Delay aborts in C++: when a host dies, JAX and gloo abort the others before they know why."""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(number: int) -> None:
       del number
       self._await_verdict()
       self._give_up(
-        "JAX's runtime aborted this process for the reason above, and all hosts are there",
+        "JAX's runtime aborted this process for the reason above; no other host is missing",
         HOST_LOST,
       )
 
-    self._on_abort = on_abort  # or it would be freed
+    self._on_abort = on_abort  # C holds no reference to it
     ctypes.CDLL(None).signal(signal.SIGABRT, on_abort)
 
   def __enter__(self) -> "Pod":
     return self
 
   def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: object
   ) -> None:
     if self.hosts == 1:
       return
@@ -266,9 +271,9 @@ class Pod:
       self.leave()
       return
     if not issubclass(kind, (TrainerError, DataError)):
-      # Most often the end of another host, as gloo sees it.
+      # Most often an error of gloo because another host has ended.
       logging.error(
-        "Host %d at '%s': %s. Looking whether another host is lost ...",
+        "Host %d at '%s': %s. Checking whether another host is lost ...",
         self.host,
         self._point,
         str(error).splitlines()[0][:200] if str(error) else kind.__name__,
@@ -282,7 +287,7 @@ class Pod:
       self._lifeline.wait_for_others()
 
   def leave(self) -> None:
-    """Leaves together with the others; nobody listens any more."""
+    """Leave together with the others."""
     if self.hosts > 1:
       self.gather("end", None)
       jax.distributed.shutdown()
@@ -293,7 +298,7 @@ class Pod:
 
 
 def _find_hosts(timeout: float) -> tuple[str, int, int]:
-  """Returns the address of host 0, the number of hosts, and the number of this one."""
+  """Return the address of host 0, the number of hosts, and the number of this one."""
   address = os.environ.get("JAX_COORDINATOR_ADDRESS")
   if address:
     try:
@@ -301,7 +306,7 @@ def _find_hosts(timeout: float) -> tuple[str, int, int]:
     except (KeyError, ValueError) as error:
       raise ConfigError(
         f"JAX_COORDINATOR_ADDRESS={address} needs the numbers JAX_NUM_PROCESSES and JAX_PROCESS_ID "
-        f"beside it ({error})."
+        f"with it ({error})."
       ) from error
     if not 0 <= host < hosts or not address.rpartition(":")[2].isdigit():
       raise ConfigError(
@@ -309,14 +314,12 @@ def _find_hosts(timeout: float) -> tuple[str, int, int]:
         f"JAX_NUM_PROCESSES={hosts}."
       )
     return address, hosts, host
-  if (
-    os.environ.get("JAX_PLATFORMS") == "cpu"
-  ):  # a smoke run on a worker of a pod is a run of its own
+  if os.environ.get("JAX_PLATFORMS") == "cpu":  # as in a smoke run on one worker of a TPU pod
     return "", 1, 0
-  address, hosts, host, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+  found, hosts, host, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
     None, None, None, None, None, round(timeout)
   )
-  return (address, hosts, host) if address and hosts else ("", 1, 0)
+  return ("", 1, 0) if not found or not hosts or host is None else (found, hosts, host)
 
 
 def _free_port() -> int:

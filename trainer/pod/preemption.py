@@ -1,23 +1,26 @@
-"""A stop that somebody asks for: SIGTERM of a preempted machine, or Ctrl-C."""
+"""Requests to stop from outside: SIGTERM of a preempted machine, or Ctrl-C."""
 
 import signal
 import sys
 
 
 class StopRequest:
-  """Remembers that a stop was asked for; the loop looks at it between steps, where the state is whole.
+  """Whether a stop was requested; the loop calls it between steps, where the state is whole.
 
-  Call it to ask. Ctrl-C after that ends the process at once: what the last checkpoint holds is safe in any case.
+  Ctrl-C after the first request ends the process at once; the last checkpoint is safe in any case.
+
+  Attributes:
+    reason: name of the signal that came first, or None.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.reason: str | None = None
 
   def __call__(self) -> bool:
     return self.reason is not None
 
   def install(self) -> None:
-    """Takes over SIGTERM and SIGINT of this process; call it on the main thread."""
+    """Handle SIGTERM and SIGINT of this process; call it on the main thread."""
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self._on_signal)
 
@@ -25,9 +28,10 @@ class StopRequest:
     del frame
     if self.reason is None:
       self.reason = signal.Signals(number).name
-      # A person who is impatient. Of SIGTERM a machine that is taken away, its guard and a launcher may each send one.
+      # A second Ctrl-C is a person who will not wait. A second SIGTERM is not: a machine that is
+      # taken away, its guard and a launcher may each send one.
       signal.signal(signal.SIGINT, signal.SIG_DFL)
-      # Not by logging: a handler may interrupt the logger while it holds its lock.
+      # Not by logging: this handler may interrupt the logger while it holds its lock.
       sys.stderr.write(
         f"\n{self.reason}: stopping after this step and saving; Ctrl-C now ends at once.\n"
       )

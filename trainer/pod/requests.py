@@ -1,7 +1,7 @@
 """What a host may ask for at any step: that the run saves, or saves and stops.
 
-Hosts agree in the step itself: each passes its request to the devices with the batch, and the step returns the highest
-one. A few steps later all hosts read the same number, without another message.
+Hosts agree in the step itself: each passes its request to the devices with the batch, and the step
+returns the highest one. Two steps later all hosts read the same number, without another message.
 """
 
 import collections
@@ -14,7 +14,8 @@ from trainer import mesh as mesh_lib
 
 NOTHING, SAVE, STOP = range(3)
 
-# Results of a step are read when this many later steps are queued behind it, so that the devices never wait for the host.
+# Results of a step are read when this many later steps are queued behind it, so that the devices
+# never wait for the host.
 LAG = 2
 
 
@@ -22,7 +23,8 @@ class Requests:
   """The requests of this host on their way in, and what all hosts agreed on.
 
   Attributes:
-    agreed: the highest request of any host at the steps read so far, unless forgotten since; the same on all hosts.
+    agreed: the highest request of any host at the steps read so far, unless forgotten since; the
+      same on all hosts.
   """
 
   def __init__(
@@ -48,7 +50,7 @@ class Requests:
     return self._flags[STOP if self._stop() else SAVE if self._wanted() else NOTHING]
 
   def note(self, step: int, request: jax.Array) -> None:
-    """Takes the int32 scalar that the step just dispatched returns, and reads that of `LAG` steps before."""
+    """Takes the int32 scalar of the step just dispatched, and reads that of `LAG` steps before."""
     self._pending.append((step, request))
     while self._pending[0][0] <= step - LAG:
       self._read()

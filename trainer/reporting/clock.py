@@ -74,3 +74,13 @@ class WallClock:
     seconds = self.since_first_start()
     total = sum(seconds.values())
     return seconds["step"] / total if total else 0.0
+
+
+def format_seconds(seconds: float) -> str:
+  """Return seconds in the two units that matter: '48.2 s', '12 min 5 s', '3 h 20 min'."""
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes = int(seconds // 60)
+  if minutes < 60:
+    return f"{minutes} min {int(seconds % 60)} s"
+  return f"{minutes // 60} h {minutes % 60} min"

@@ -14,7 +14,7 @@ def describe(program: Program, train_source: sources.Source, eval_source: source
   config, lengths, devices = program.config, program.lengths, jax.devices()
   data = config.data
   family = models.family_of(config.model).describe(models.own_fields(config.model))
-  model = [config.model.name, family, f"{count_params(program):,} parameters"]
+  model = [family, f"{count_params(program):,} parameters"]
   model += [f"{config.model.num_classes} classes", config.model.dtype]
   order = loader.describe_order(
     train_source,
@@ -22,21 +22,25 @@ def describe(program: Program, train_source: sources.Source, eval_source: source
     global_batch_size=config.global_batch_size,
     hosts=jax.process_count(),
   )
-  every = lengths.eval_every or lengths.total
+  splits = f"{len(train_source):,} to train, {len(eval_source):,} to evaluate"
+  sizes = f"{data.image_size} and {data.eval_image_size} px"
+  length = f"{lengths.total:,} steps of {config.global_batch_size}"
+  epochs = f"{lengths.total / lengths.per_epoch:.2f} epochs, warm-up {lengths.warmup:,}"
+  every = f"evaluation every {lengths.eval_every or lengths.total:,}"
+  mesh = f"mesh {dict(program.mesh.shape)}, {jax.process_count()} process(es)"
   params = program.abstract_state.params
+  lines = {
+    "model": ", ".join(model),
+    "data": f"{data.path or data.kind}: {splits}, at {sizes}",
+    "order": order,
+    "length": f"{length}, {epochs}, {every}",
+    "decay": _decay(program),
+    "devices": f"{len(devices)} x {devices[0].device_kind}, {mesh}",
+  }
   return "\n".join(
     [
       "This run:",
-      "  model     " + ", ".join(filter(None, model)),
-      f"  data      {data.path or data.kind}: {len(train_source):,} to train, "
-      f"{len(eval_source):,} to evaluate, at {data.image_size} and {data.eval_image_size} px",
-      "  order     " + order,
-      f"  length    {lengths.total:,} steps of {config.global_batch_size}, "
-      f"{lengths.total / lengths.per_epoch:.2f} epochs, warm-up {lengths.warmup:,}, "
-      f"evaluation every {every:,}",
-      f"  decay     {_decay(program)}",
-      f"  devices   {len(devices)} x {devices[0].device_kind}, mesh {dict(program.mesh.shape)}, "
-      f"{jax.process_count()} process(es)",
+      *[f"  {name:9} {line}" for name, line in lines.items()],
       *[f"  {line}" for line in mesh_lib.describe_shardings(program.abstract_state)],
       parameter_overview.get_parameter_overview(params, include_stats=False),
     ]

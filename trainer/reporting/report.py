@@ -1,9 +1,10 @@
 """One page about a run: its result, its curves, where the time went, what its config changes.
 
-    python -m trainer.report WORKDIR
+    python -m trainer.report WORKDIR [--picture=FILE.png]
 
 writes WORKDIR/report.html, a single file without links to anything, from what the run left in its
-workdir: `events/` (curves), `config.json` and, once it is finished, `final.json`.
+workdir: `events/` (curves), `config.json` and, once it is finished, `final.json`. With `--picture`
+it also writes a PNG of result, first curves and wall time, small enough to be sent or committed.
 """
 
 import argparse
@@ -13,20 +14,27 @@ import html
 import io
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from etils import epath
 import ml_collections
 import numpy as np
 
 from configs import base
 from trainer import config as config_lib
-from trainer.errors import ConfigError
+from trainer import models
+from trainer.errors import ConfigError, TrainerError
 from trainer.reporting import events
-from trainer.workdir import storage
+from trainer.reporting.clock import format_seconds
+from trainer.workdir import files, storage
+from trainer.workdir.paths import Workdir
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 # Steps, values and wall times by name, as events.read_scalars returns them.
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+# Legend, colour, steps and values.
+Curve = tuple[str, str, np.ndarray, np.ndarray]
 
 # Of different lightness too, for those who do not tell them apart by hue.
 _TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"
@@ -115,47 +123,94 @@ def write_report(workdir: str) -> str:
   Raises:
     ValueError: if the run has logged nothing yet, or the folder is no workdir.
     ConfigError: if it is a bucket that cannot be used.
+    TrainerError: if a file of it cannot be read.
+  """
+  run, config, final, scalars = _read_run(workdir)
+  sections = [_headline(run.path.name, config, final, scalars), _curves(scalars)]
+  if final is not None:
+    sections.append(_time(final["wall_seconds"], final["goodput"]))
+  if config is not None:
+    sections.append(_config_changes(config))
+  storage.write_whole(
+    run.report,
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<title>{html.escape(_title(config))}: {html.escape(run.path.name)}</title>\n"
+    f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+    + "\n".join(sections)
+    + "\n</main>\n</body>\n</html>\n",
+  )
+  return str(run.report)
+
+
+def write_picture(workdir: str, path: str) -> None:
+  """Write a PNG of a run: result, the first curves and, of a finished run, the wall time by cause.
+
+  Args:
+    workdir: folder of the run, local or gs://.
+    path: file to write, local or gs://.
+
+  Raises:
+    ValueError, TrainerError: as `write_report` does.
+    OSError: if `path` cannot be written.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+  from PIL import Image
+
+  _, config, final, scalars = _read_run(workdir)
+  panels = _panels(scalars)[:6]
+  title = _title(config)
+  if final is not None:
+    title += f": {final['top1']:.2%} top-1 after {final['epochs']:.1f} epochs on {final['devices']}"
+  figure = Figure(figsize=(10.8, 6.4), dpi=100, layout="constrained")
+  figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold", color="#1c2430")
+  grid = figure.subplot_mosaic("012;345;ttt", height_ratios=[1, 1, 0.16])
+  for axes in grid.values():
+    axes.set_axis_off()
+  for i, panel in enumerate(panels):
+    grid[str(i)].set_axis_on()
+    _draw(grid[str(i)], *panel)
+  if final is not None:
+    _draw_time(grid["t"], final["wall_seconds"])
+  canvas, picture = FigureCanvasAgg(figure), io.BytesIO()
+  canvas.draw()
+  # A palette is enough for lines on white, and a fraction of the size.
+  Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256).save(
+    picture, "PNG", optimize=True
+  )
+  storage.path_of(path).write_bytes(picture.getvalue())
+
+
+def _read_run(
+  workdir: str,
+) -> tuple[Workdir, dict[str, Any] | None, dict[str, Any] | None, Scalars]:
+  """Return the folder of a run, its config and its result as far as they exist, and its curves.
+
+  Raises:
+    ValueError, TrainerError: as `write_report` does.
   """
   directory = storage.path_of(workdir)
   trouble = storage.problem(directory)
   if trouble:
     raise ConfigError(f"{directory} cannot be read: {trouble}.")
-  folder = directory / "events"
-  scalars = events.read_scalars(folder) if folder.exists() else {}
+  run = Workdir(directory)
+  scalars = events.read_scalars(run.events) if run.events.exists() else {}
   if not scalars:
     raise ValueError(
-      f"{directory} has nothing to report: {folder} holds no event files with scalars."
+      f"{directory} has nothing to report: {run.events} holds no event files with scalars."
     )
-  config, final = _read_json(directory / "config.json"), _read_json(directory / "final.json")
-  sections = [_headline(directory.name, config, final, scalars), _curves(scalars)]
-  if final is not None:
-    sections.append(_time(final["wall_seconds"], final["goodput"]))
-  if config is not None:
-    sections.append(_config_changes(config))
-  report = directory / "report.html"
-  storage.write_whole(
-    report,
-    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{html.escape(_title(config))}: {html.escape(directory.name)}</title>\n"
-    f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-    + "\n".join(sections)
-    + "\n</main>\n</body>\n</html>\n",
-  )
-  return str(report)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-  return json.loads(path.read_text()) if path.exists() else None
+  return run, files.read_json(run.config), files.read_json(run.final), scalars
 
 
 def _title(config: Mapping[str, Any] | None) -> str:
   if config is None:
     return "Training run"
-  names = {"resnet": "ResNet", "cifar_resnet": "CIFAR ResNet"}
-  model = config["model"]
-  width = "" if model["width"] == 1 else f", width {model['width']:g}"
-  return f"{names.get(model['name'], model['name'])}-{model['depth']}{width}"
+  model = ml_collections.ConfigDict(config["model"])
+  try:
+    return models.family_of(model).describe(models.own_fields(model))
+  except ValueError:  # a family from elsewhere that is not on this machine
+    return model.name
 
 
 def _headline(
@@ -176,7 +231,7 @@ def _headline(
       (f"{final['top5']:.2%}", "top-5"),
       (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
       (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
-      (_duration(sum(_causes(final["wall_seconds"]).values())), "wall time"),
+      (format_seconds(sum(_causes(final["wall_seconds"]).values())), "wall time"),
       (f"{final['images_per_second']:,.0f}", "images per second"),
       (_millions(final["params"]), "parameters"),
       (str(final["devices"]), "devices"),
@@ -212,36 +267,50 @@ def _headline(
   )
 
 
-def _curves(scalars: Scalars) -> str:
-  """Returns a picture for each panel of which at least one curve was logged."""
-  pictures = []
-  for title, factor, curves in _PANELS:
+def _panels(scalars: Scalars) -> list[tuple[str, list[Curve]]]:
+  """Return title and curves of each panel of which at least one curve was logged."""
+  panels = []
+  for title, factor, names in _PANELS:
     curves = [
       (label, colour, scalars[name][0], factor * scalars[name][1])
-      for name, label, colour in curves
+      for name, label, colour in names
       if name in scalars
     ]
     if curves:
-      last = ", ".join(
-        f"{label or 'last value'} {values[-1]:.4g}" for label, _, _, values in curves
-      )
-      pictures.append(
-        f'<img alt="{title}: {last}" src="data:image/png;base64,'
-        f'{base64.b64encode(_plot(title, curves)).decode()}">'
-      )
+      panels.append((title, curves))
+  return panels
+
+
+def _curves(scalars: Scalars) -> str:
+  """Return the curves as HTML, a picture for each panel."""
+  pictures = []
+  for title, curves in _panels(scalars):
+    last = ", ".join(f"{label or 'last value'} {values[-1]:.4g}" for label, _, _, values in curves)
+    pictures.append(
+      f'<img alt="{title}: {last}" src="data:image/png;base64,'
+      f'{base64.b64encode(_plot(title, curves)).decode()}">'
+    )
   return '<h2>Curves</h2>\n<div class="panels">\n' + "\n".join(pictures) + "\n</div>"
 
 
-def _plot(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> bytes:
-  """Returns the PNG of curves (legend, colour, steps, values) over the step."""
+def _plot(title: str, curves: Sequence[Curve]) -> bytes:
+  """Return the PNG of a panel."""
   # Imported here: a training process that ends badly has no use for it. The Agg canvas is asked for
   # by name, so that neither a display nor matplotlib's global state takes part.
-  from matplotlib import ticker
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(5.4, 3.1), dpi=150, layout="constrained")
-  axes = figure.add_subplot()
+  _draw(figure.add_subplot(), title, curves)
+  picture = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(picture)
+  return picture.getvalue()
+
+
+def _draw(axes: "Axes", title: str, curves: Sequence[Curve]) -> None:
+  """Draw curves over the step on the axes of matplotlib."""
+  from matplotlib import ticker
+
   for label, colour, steps, values in curves:
     # A few points, as of evaluations, are worth a mark each; a long curve is not.
     axes.plot(
@@ -267,9 +336,6 @@ def _plot(title: str, curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]])
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
   if len(curves) > 1:
     axes.legend(fontsize=9, frameon=False, labelcolor="#1c2430")
-  picture = io.BytesIO()
-  FigureCanvasAgg(figure).print_png(picture)
-  return picture.getvalue()
 
 
 def _causes(wall_seconds: Mapping[str, float]) -> dict[str, float]:
@@ -289,7 +355,7 @@ def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
     bar.append(f'<div style="flex: {share:.6f} 0 0; background: {colour}"></div>')
     legend.append(
       f'<span><i style="background: {colour}"></i>{html.escape(label)} '
-      f'<span class="muted">{_duration(seconds)}, {share:.1%}</span></span>'
+      f'<span class="muted">{format_seconds(seconds)}, {share:.1%}</span></span>'
     )
   starts = "one start" if goodput["starts"] == 1 else f"{goodput['starts']} starts"
   return (
@@ -299,10 +365,36 @@ def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
   )
 
 
+def _draw_time(axes: "Axes", wall_seconds: Mapping[str, float]) -> None:
+  """Draw the bar of `_time` on the axes of matplotlib; causes below a pixel get no words."""
+  causes, left = _causes(wall_seconds), 0.0
+  total = sum(causes.values())
+  for cause, seconds in causes.items():
+    label, colour = _CAUSES.get(cause, (cause, "#9aa3af"))
+    words = f"{label} {format_seconds(seconds)}" if seconds > total / 1000 else None
+    axes.barh(0, seconds, left=left, color=colour, label=words)
+    left += seconds
+  axes.set_xlim(0, total)
+  axes.set_title("Wall time by cause", loc="left", fontsize=11, fontweight="bold", color="#1c2430")
+  axes.legend(
+    loc="upper left",
+    bbox_to_anchor=(0, 0),
+    ncols=7,
+    fontsize=9,
+    frameon=False,
+    borderaxespad=0,
+    handlelength=1,
+    columnspacing=1.5,
+  )
+
+
 def _config_changes(config: Mapping[str, Any]) -> str:
   """Returns the fields in which the config differs from configs/base.py."""
   ours = config_lib.flatten(ml_collections.ConfigDict(config))
-  defaults = config_lib.flatten(base.get_config())
+  try:
+    defaults = config_lib.flatten(base.get_config(config["model"]["name"]))
+  except ValueError:  # a family from elsewhere that is not on this machine
+    defaults = config_lib.flatten(base.get_config())
   rows = "".join(
     f"<tr><td>{html.escape(field)}</td><td>{html.escape(_value(ours, field))}</td>"
     f'<td class="muted">{html.escape(_value(defaults, field))}</td></tr>\n'
@@ -321,16 +413,6 @@ def _value(flat: Mapping[str, Any], field: str) -> str:
   return json.dumps(flat[field]) if field in flat else "absent"
 
 
-def _duration(seconds: float) -> str:
-  """Returns seconds in the two units that matter: '48.2 s', '12 min 5 s', '3 h 20 min'."""
-  if seconds < 60:
-    return f"{seconds:.1f} s"
-  minutes = int(seconds // 60)
-  if minutes < 60:
-    return f"{minutes} min {int(seconds % 60)} s"
-  return f"{minutes // 60} h {minutes % 60} min"
-
-
 def _millions(number: int) -> str:
   return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
@@ -341,9 +423,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog="python -m trainer.report", description=__doc__.split("\n")[0]
   )
   parser.add_argument("workdir", help="folder of the run")
+  parser.add_argument("--picture", metavar="FILE.png", help="also write a small picture of it")
+  options = parser.parse_args(arguments)
   try:
-    print(write_report(parser.parse_args(arguments).workdir))
-  except (ValueError, ConfigError) as error:
+    print(write_report(options.workdir))
+    if options.picture:
+      write_picture(options.workdir, options.picture)
+  except (ValueError, TrainerError, OSError) as error:
     print(error, file=sys.stderr)
     return 2
   return 0

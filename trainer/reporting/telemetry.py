@@ -19,10 +19,10 @@ import tqdm
 from trainer.errors import NonFiniteError
 from trainer.pod.requests import LAG
 from trainer.reporting import events
-from trainer.reporting.clock import WallClock
+from trainer.reporting.clock import WallClock, format_seconds
+from trainer.reporting.clu import metric_writers, periodic_actions
 from trainer.step import METRICS
-
-from clu import metric_writers, periodic_actions  # isort: skip  (trainer.reporting.events makes them importable)
+from trainer.workdir.paths import Workdir
 
 # What is known of all hosts: (last step of a window, this host's mean dispatch time in it) -> {host: mean} of the
 # newest window that is complete, which may be the one before.
@@ -72,9 +72,9 @@ class Telemetry:
     self._config, self._clock = config, clock
     self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
     self._seconds_at_peak, self._exchange, self._reads = seconds_at_peak, exchange, reads
-    directory = str(workdir / "events")
+    directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
-    writers = [events.SummaryWriter(directory)] if self._chief else []
+    writers = [events.EventWriter(directory)] if self._chief else []
     self._writer = metric_writers.AsyncMultiWriter(writers)
     self._progress = periodic_actions.ReportProgress(
       num_train_steps=total_steps,
@@ -192,7 +192,7 @@ class Telemetry:
         scalars["grad_norm"],
         speed,
         waiting,
-        _duration((self._total_steps - step) * training / steps),
+        format_seconds((self._total_steps - step) * training / steps),
       )
       if len(means) > 1 and self._chief:
         logging.info(
@@ -229,13 +229,6 @@ class Telemetry:
     self._bar.close()
     self._writer.flush()
     self._writer.close()
-
-
-def _duration(seconds: float) -> str:
-  hours, minutes = divmod(round(seconds / 60), 60)
-  return (
-    f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
-  )
 
 
 def _memory() -> dict[str, int]:

@@ -28,11 +28,13 @@ import ml_collections
 from configs import base
 from input_pipeline import loader, sources
 from trainer import mesh as mesh_lib
+from trainer import program as program_lib
 from trainer import train as train_lib
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
 from trainer.workdir.checkpoint import Checkpointer
+from trainer.workdir.paths import Workdir
 
 
 def loop_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
@@ -177,7 +179,7 @@ def bench_save(args: argparse.Namespace) -> None:
       start, steps = time.perf_counter(), 0
       checkpointer.save(number, loop.state, {"best": None, "wall_seconds": {}})
       stall = time.perf_counter() - start
-      while not (epath.Path(folder) / "checkpoints" / str(number)).exists():
+      while not (Workdir(epath.Path(folder)).checkpoints / str(number)).exists():
         loop.run()
         checkpointer.poll()
         steps += 1

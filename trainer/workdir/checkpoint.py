@@ -1,15 +1,16 @@
-"""What a checkpoint holds, when one is taken, and how a run comes back from it.
+"""What a checkpoint holds, when one is taken, and how a run is restored from it.
 
-A checkpoint is a folder `WORKDIR/checkpoints/STEP` that Orbax writes in the background and renames into place when it
-is whole; in a bucket, where no folder can be renamed at once, it gets a last object `commit_success.txt` instead.
-Its items are `params`, `batch_stats`, `opt_state`, `ema` where there is one, and `meta`: step, position in the data,
-config, clocks, best result, and a hash of every leaf. Orbax restores a flipped bit without a word, so the hashes are
-computed on the devices before the save, and again after each restore.
+A checkpoint is a folder `WORKDIR/checkpoints/STEP` that Orbax writes in the background and renames
+into place once it is whole; in a bucket, where folders cannot be renamed at once, a last object
+`commit_success.txt` marks it whole. Its items are the non-empty parts of the state (`_ITEMS`) and
+`meta`: step, position in the data, config, clocks, best result, and a hash of every leaf. Orbax
+does not notice a flipped bit, so the hashes are computed on the devices before each save, and again
+after each restore.
 """
 
-from collections.abc import Sequence
 from concurrent import futures
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -24,35 +25,28 @@ import flax
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from trainer import config as config_lib
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.state import TrainState, fingerprints
 from trainer.workdir import storage
+from trainer.workdir.paths import Workdir
+
+Tree = Any  # a pytree of arrays or of their shapes
 
 FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
+# Parts of the state that are items of a checkpoint, unless they are absent or empty. The step is in
+# `meta`.
 _ITEMS = ("params", "batch_stats", "others", "opt_state", "ema")
 
-# What reading a damaged checkpoint was seen to raise. Anything else (no memory, no permission, no network) says nothing
-# about the checkpoint, which then must not be set aside.
+# What damaged checkpoints were seen to raise when they are read. Any other error (no memory, no
+# permission, no network) proves nothing about the checkpoint, which then must not be set aside.
 _DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError)
 _LOST = (FileNotFoundError, NotADirectoryError)
 _UNREACHABLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
-
-
-class _KeepLatestAndBest:
-  """Orbax preservation policy: the newest N and the best one, which Orbax's own `best_fn` does not combine."""
-
-  def __init__(self, keep_last: int):
-    self.keep_last = keep_last
-    self.best_step: int | None = None
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-    del context
-    oldest_kept = len(checkpoints) - self.keep_last
-    return [i >= oldest_kept or info.step == self.best_step for i, info in enumerate(checkpoints)]
 
 
 class Checkpointer:
@@ -61,30 +55,36 @@ class Checkpointer:
   def __init__(
     self, pod: Pod, workdir: epath.Path, config: ml_collections.ConfigDict, every_steps: int
   ):
-    """Opens the checkpoints of a workdir.
+    """Open the checkpoints of a workdir.
 
     Args:
       pod: this host among the others.
       workdir: folder of the run.
       config: validated config of the run.
-      every_steps: steps between periodic checkpoints; 0 is none by steps.
+      every_steps: steps between periodic checkpoints; 0 for none by steps.
+
+    Raises:
+      StorageError: if they cannot be listed.
     """
     self._pod = pod
-    self._workdir = workdir
+    self._workdir = Workdir(workdir)
     self._config = config
     self._every_steps = every_steps
     if pod.hosts > 1:
-      # Orbax's hosts wait for each other in collectives of the devices, for ever and only in step with the training loop;
-      # with this flag they do so in JAX's coordination service, from any thread and for a limited time.
-      flags.FLAGS.experimental_orbax_use_distributed_barrier = True
-    self._policy = _KeepLatestAndBest(config.checkpoint.keep_last)
-    self._directory = workdir / "checkpoints"
+      # By default Orbax synchronises hosts by collectives of the devices, without a time limit and
+      # only in step with the training loop. With this flag it uses JAX's coordination service, from
+      # any thread and with a time limit.
+      flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
+    # The newest N and the best. Not by Orbax's BestN: a checkpoint is saved before its evaluation,
+    # so its metric is unknown when it is written.
+    self._preserved = [LatestN(config.checkpoint.keep_last), CustomSteps([])]
+    self._directory = self._workdir.checkpoints
     try:
       self._manager = self._open_manager()
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      # In a bucket also where host 0 clears away the only save, a torn one, while this host lists it.
+      # Also if host 0 removes the only save, a torn one, from a bucket while this host lists it.
       raise StorageError(
         f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
         "again."
@@ -100,41 +100,42 @@ class Checkpointer:
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy, cleanup_tmp_directories=True
+        preservation_policy=AnyPreservationPolicy(self._preserved), cleanup_tmp_directories=True
       ),
     )
 
   def set_best(self, step: int) -> None:
-    """Tells which step must outlive the newest N."""
+    """Keep the checkpoint of this step, beside the newest N, until another is the best."""
     if self._config.checkpoint.keep_best:
-      self._policy.best_step = step
+      self._preserved[1] = CustomSteps([step])
 
   def due(self, step: int) -> bool:
-    """Tells whether a periodic save belongs after this step; the same on all hosts."""
+    """Whether a periodic save is due after this step; the same on all hosts."""
     return bool(self._every_steps and step % self._every_steps == 0)
 
   def wanted(self) -> bool:
-    """Tells whether the clock of this host asks for a save: the last was long ago, or one has failed."""
+    """Whether a save is due by the clock of this host: the last was long ago, or has failed."""
     now, every = time.monotonic(), 60 * self._config.checkpoint.every_minutes
     if self._retry_time is not None:
       return now >= self._retry_time
     return bool(every and now - self._last_time >= every)
 
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts an asynchronous save; returns when the state may be donated.
+    """Start an asynchronous save; return once the state may be donated.
 
-    The loop stands still for the hashes and for a copy of the state on the devices. All else is done by a thread, Orbax's
-    own preparations too, which are most of the time that it keeps a caller.
+    The caller waits for the hashes and for a copy of the state on the devices. A thread does the
+    rest, including Orbax's own preparations, which take most of the time that Orbax blocks.
 
-    A save that fails is logged and tried again after `config.checkpoint.retry_seconds`; it never ends the run.
+    A save that fails is logged and tried again after `config.checkpoint.retry_seconds`; it never
+    ends the run.
 
     Args:
-      step: steps taken; a step that is already saved is left alone.
+      step: steps taken; nothing happens if this step is already saved.
       state: what to save.
-      meta: JSON-able facts of the run to keep beside it: the clocks and the best result.
+      meta: JSON-able facts of the run to save with it, such as the clocks and the best result.
     """
     self.poll(wait=True)
-    items = {name: getattr(state, name) for name in _ITEMS if jax.tree.leaves(getattr(state, name))}
+    items = _items(state)
     if not self._ready(step, items):
       return
     next_step = step + meta.get("offset", 0)
@@ -152,7 +153,7 @@ class Checkpointer:
     meta["digest"] = _digest(meta)
     self._in_flight = step, self._thread.submit(self._write, step, meta, _copy(items))
 
-  def _write(self, step: int, meta: dict[str, Any], items: dict[str, Any]) -> None:
+  def _write(self, step: int, meta: dict[str, Any], items: dict[str, Tree]) -> None:
     self._manager.save(
       step,
       force=True,
@@ -164,11 +165,11 @@ class Checkpointer:
     del items  # Orbax has its own copy now, on the host
     self._manager.wait_until_finished()
 
-  def _ready(self, step: int, items: dict[str, Any]) -> bool:
-    """Tells whether to save: not what is saved already, and not where a host cannot.
+  def _ready(self, step: int, items: dict[str, Tree]) -> bool:
+    """Whether to save: the step is not saved already, and every host can write.
 
-    One that could not would keep the others waiting in Orbax. And a full disk that Orbax itself finds, midway, leaves
-    threads that fill the log.
+    Otherwise the hosts that can write would wait in Orbax for the one that cannot, and a disk that
+    fills up during a save leaves threads of Orbax that flood the log.
     """
     problem = None
     if storage.in_bucket(self._directory):
@@ -184,14 +185,14 @@ class Checkpointer:
     hosts = self._pod.gather(f"save of step {step}", [self._broken, problem])
     problem = _first_problem({host: theirs for host, (_, theirs) in hosts.items()})
     if any(broken for broken, _ in hosts.values()) and not problem:
-      self._broken, mine = True, None  # of one, of all: they open new managers together
+      self._broken, mine = True, None  # if any host failed, all hosts reopen
       self._close_manager()
       try:
         self._manager = self._open_manager()
         self._newest = self._manager.latest_step()
       except Exception as error:
         mine = storage.first_line(error)
-      problem = _first_problem(self._pod.gather(f"checkpoints opened again for step {step}", mine))
+      problem = _first_problem(self._pod.gather(f"checkpoints reopened for step {step}", mine))
       self._broken = bool(problem)
     if step in self._manager.all_steps():
       return False
@@ -203,22 +204,22 @@ class Checkpointer:
     return not problem
 
   def poll(self, wait: bool = False) -> None:
-    """Takes note of how the save in flight ended, if it has; with `wait`, when it has."""
+    """Note how the save in flight ended, if it has; with `wait`, wait until it has."""
     if self._in_flight is None or not (wait or self._in_flight[1].done()):
       return
     (step, written), self._in_flight = self._in_flight, None
     try:
       written.result()
       self._newest = step
-    except Exception as error:  # those of a bucket are of many kinds
+    except Exception as error:  # errors of buckets are of many kinds
       self._broken = True
       self._save_failed(step, storage.first_line(error))
 
   def _save_failed(self, step: int, reason: str) -> None:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
     logging.error(
-      "The checkpoint of step %d could not be saved (%s). Training goes on and tries again in %g s; "
-      "the newest whole checkpoint is that of step %s.",
+      "The checkpoint of step %d could not be saved (%s). Training goes on; the next try is in "
+      "%g s. The newest whole checkpoint is that of step %s.",
       step,
       reason,
       self._config.checkpoint.retry_seconds,
@@ -226,38 +227,39 @@ class Checkpointer:
     )
 
   def _clear_torn(self) -> None:
-    """Removes what failed saves left on a disk, for its room; called when none is in flight."""
+    """Remove what failed saves left on a disk, to free its space; no save may be in flight."""
     if self._pod.host == 0:
       for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
         torn.rmtree(missing_ok=True)
 
   def save_and_wait(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Saves unless this step is saved already, and returns when the checkpoint is whole.
+    """Save this step unless it is saved already, and return once the checkpoint is whole.
 
     Raises:
       CheckpointError: if it could not be written.
     """
-    for _ in range(2):  # one that has just failed is worth another try, as nothing comes after it
+    for _ in range(2):  # a save that has just failed is worth another try: no later one will come
       self.save(step, state, meta)
       self.poll(wait=True)
     if self._newest != step:
       raise CheckpointError(
-        f"The checkpoint of step {step} could not be written to {self._directory}; the newest whole "
-        f"one is that of step {self._newest}. Make room or mend the folder, then run again."
+        f"The checkpoint of step {step} could not be written to {self._directory}; the newest "
+        f"whole one is that of step {self._newest}. Make room or repair the folder, then run again."
       )
 
   def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """Restores the newest checkpoint that is whole and true, setting aside those that are not.
+    """Restore the newest checkpoint that is whole and true, and set newer, damaged ones aside.
 
     Args:
       abstract_state: shapes, dtypes and shardings of the state.
 
     Returns:
-      The state, placed as asked, and its meta; None if there is no checkpoint.
+      The state, placed as asked, and its meta, with `changes`: in which fields the config of this
+      run differs from that of the checkpoint. None if there is no checkpoint.
 
     Raises:
       ConfigError: if the checkpoint belongs to another config.
-      StorageError: if the storage cannot be read at all.
+      StorageError: if the storage cannot be read now.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       self._pod.at(f"restore of step {step}")
@@ -267,7 +269,8 @@ class Checkpointer:
       except ConfigError:
         raise
       except Exception as error:
-        cause = error.__cause__ or error  # Orbax wraps what TensorStore says in a bare Exception
+        # Orbax wraps errors of TensorStore in a bare Exception.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         unreachable = storage.is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
         if not isinstance(cause, _DAMAGE) and not unreachable:
           raise
@@ -277,7 +280,7 @@ class Checkpointer:
             f"{storage.first_line(cause)}."
           ) from error
         damage = storage.first_line(cause)
-      # Good on one host is not good enough: all go on from the same step.
+      # All hosts resume from the same step, so if any host found damage, none uses this one.
       damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")
       if damage:
         self._set_aside(step, damage)
@@ -295,17 +298,14 @@ class Checkpointer:
       raise ConfigError(
         f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}."
       )
-    changes = config_lib.check_same_run(meta["config"], self._config, str(self._workdir))
-    abstract = {
-      name: getattr(abstract_state, name)
-      for name in _ITEMS
-      if jax.tree.leaves(getattr(abstract_state, name))
-    }
+    changes = config_lib.check_same_run(meta["config"], self._config, str(self._workdir.path))
+    if changes is not None:
+      meta |= {"changes": changes}
     items = dict(
       self._manager.restore(
         step,
         args=ocp.args.Composite(
-          **{name: ocp.args.StandardRestore(item) for name, item in abstract.items()}
+          **{name: ocp.args.StandardRestore(item) for name, item in _items(abstract_state).items()}
         ),
       )
     )
@@ -317,12 +317,12 @@ class Checkpointer:
         f"({len(wrong)} of {len(found)} leaves differ)"
       )
     step_array = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
-    return abstract_state.replace(step=step_array, **items), meta | {"changes": changes}
+    return dataclasses.replace(abstract_state, step=step_array, **items), meta
 
   def _set_aside(self, step: int, reason: str) -> None:
     source, target = (
       self._directory / str(step),
-      self._workdir / "damaged" / f"{step}-{int(time.time())}",
+      self._workdir.damaged / f"{step}-{int(time.time())}",
     )
     if self._pod.host == 0:
       storage.move_folder(source, target)
@@ -330,26 +330,32 @@ class Checkpointer:
     self._manager.reload()
     self._newest = self._manager.latest_step()
     logging.error(
-      "Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is taken.",
+      "Checkpoint %s is damaged: %s. It is set aside as %s; the one before it is tried.",
       source,
       reason,
       target,
     )
 
   def close(self) -> None:
-    """Waits for the save in flight and frees Orbax's threads."""
+    """Wait for the save in flight, and end Orbax's threads."""
     self.poll(wait=True)
     self._thread.shutdown()
     self._close_manager()
 
   def _close_manager(self) -> None:
-    # What once failed in its background a manager raises again on close; `_save_failed` has told it.
+    # A manager raises the error of a failed save again when it is closed; it has been logged.
     with contextlib.suppress(Exception) if self._broken else contextlib.nullcontext():
       self._manager.close()
 
 
+def _items(state: TrainState) -> dict[str, Tree]:
+  """Return the parts of a state that are saved; what is absent or empty needs no item."""
+  trees = {name: getattr(state, name, None) for name in _ITEMS}
+  return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
 @jax.jit
-def _copy(tree: Any) -> Any:
+def _copy(tree: Tree) -> Tree:
   return jax.tree.map(jax.numpy.copy, tree)
 
 

@@ -1,6 +1,7 @@
-"""Where a workdir lies: a folder, or a bucket of Google Cloud Storage through etils, gcsfs and TensorStore.
+"""Where a workdir lies: a folder, or a bucket of Google Cloud Storage.
 
-Nothing here waits for ever: what cannot be reached is tried again for a minute or two, and then the caller hears of it.
+Buckets are reached through etils, gcsfs and TensorStore. Nothing here waits for ever: requests that
+fail are retried for a minute or two, then the error is raised.
 """
 
 import importlib.util
@@ -12,18 +13,22 @@ from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import tensorstore as bucket
 from trainer.errors import ConfigError
 
+# The same for workdirs as for data: whether an error is the storage's, and its first line.
+is_failure, first_line = remote.is_failure, remote.said
+
 _PREFIX = "gs://"
-_SILENCE_SECONDS = 30.0  # of a connection of TensorStore
-_PROBE_SECONDS = 10.0  # for one request of `problem`, and for the pauses between its tries
-# TensorStore's own are 32 retries, a quarter of an hour for each write, in which no newer checkpoint can be begun.
+_SILENCE_SECONDS = 30.0  # after which TensorStore gives up a connection
+_PROBE_SECONDS = 10.0  # for one request of `problem`, and for all pauses between its retries
+# TensorStore's default of 32 retries takes a quarter of an hour for each write, during which no
+# newer checkpoint can be started.
 _RETRIES = {"max_retries": 7, "initial_delay": "1s", "max_delay": "32s"}
 
 
 def path_of(workdir: str) -> epath.Path:
-  """Returns the path of a workdir, and makes its kind of storage ready to be used in this process.
+  """Return the path of a workdir, and set up its kind of storage in this process.
 
   Raises:
-    ConfigError: if it names a storage that is not known, no bucket, or one for which nothing is installed.
+    ConfigError: if it is neither a folder nor a bucket, or a bucket and gcsfs is not installed.
   """
   if "://" not in workdir:
     return epath.Path(workdir).expanduser().absolute()
@@ -39,7 +44,8 @@ def path_of(workdir: str) -> epath.Path:
 
 def _configure() -> None:
   bucket.limit_waits(_SILENCE_SECONDS)
-  from orbax.checkpoint._src.serialization import tensorstore_utils  # Orbax has no option for it
+  # Private: Orbax has no option for retries. Held by tests/trainer/test_private_apis.py.
+  from orbax.checkpoint._src.serialization import tensorstore_utils
 
   remote.limit_requests()
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
@@ -47,15 +53,15 @@ def _configure() -> None:
 
 
 def in_bucket(path: epath.Path) -> bool:
-  """Tells whether a path is one of a bucket."""
+  """Whether a path is in a bucket."""
   return str(path).startswith(_PREFIX)
 
 
 def problem(path: epath.Path) -> str | None:
-  """Asks for the bucket of a path; returns what is wrong with it, within half a minute, or None, as for a folder."""
+  """Return what is wrong with the bucket of a path, within half a minute; None for a folder."""
   if not in_bucket(path):
     return None
-  # Imported here: they come with [gcs]. This is also what Orbax uses to ask for the kind of a bucket.
+  # Imported here: they come with [gcs]. Orbax asks for the kind of a bucket in the same way.
   from google.api_core import exceptions
   from google.auth import exceptions as auth_exceptions
   from google.cloud import storage
@@ -81,7 +87,7 @@ def problem(path: epath.Path) -> str | None:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file of which nobody sees a part: an object appears whole, a file is renamed into place."""
+  """Write a file that appears whole: as one object, or renamed into place."""
   if in_bucket(path):
     path.write_text(text)
   else:
@@ -91,27 +97,12 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-  """Moves a folder to where nothing is yet. In a bucket the objects go one by one, and none through this host."""
+  """Move a folder to a path that does not exist yet; in a bucket the cloud copies each object."""
   if in_bucket(source):
     import fsspec
 
-    # Not by epath, which wants the folder above to be there, as on a disk.
+    # Not by epath, which requires the parent folder to exist, as on a disk.
     fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)
   else:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)
-
-
-def is_failure(error: Exception) -> bool:
-  """Tells whether an error is the storage's: those of gcsfs, aiohttp and Google's libraries have no base in common."""
-  return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
-    "gcsfs",
-    "aiohttp",
-    "google",
-  )
-
-
-def first_line(error: Exception) -> str:
-  """Returns an error as one line for a message."""
-  lines = str(error).splitlines() or [""]
-  return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -1,0 +1,29 @@
+"""The small files of a workdir: whole, absent, or refused with one sentence."""
+
+from etils import epath
+import pytest
+
+from trainer.errors import TrainerError
+from trainer.workdir import files
+
+
+def test_json_comes_back_and_absent_is_none(tmp_path):
+  path = epath.Path(tmp_path) / "final.json"
+  assert files.read_json(path) is None
+  files.write_json(path, {"top1": 0.5, "best": None})
+  assert files.read_json(path) == {"top1": 0.5, "best": None}
+  assert [p.name for p in tmp_path.iterdir()] == ["final.json"]
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+  (tmp_path / "starts.json").write_text('{"first_start": 17')
+  with pytest.raises(TrainerError, match=r"starts\.json is damaged .*remove it"):
+    files.read_json(epath.Path(tmp_path) / "starts.json")
+
+
+def test_what_cannot_be_read_or_written_is_named(tmp_path):
+  (tmp_path / "final.json").mkdir()
+  with pytest.raises(TrainerError, match=r"final\.json could not be read .*same command again"):
+    files.read_json(epath.Path(tmp_path) / "final.json")
+  with pytest.raises(TrainerError, match=r"final\.json could not be written .*same command again"):
+    files.write_json(epath.Path(tmp_path) / "final.json", {})

@@ -1,0 +1,65 @@
+"""What the folder of a run holds: every name in it, once."""
+
+import dataclasses
+
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """The folder of a run and the paths in it, whether or not anything is there yet.
+
+  Attributes:
+    path: the folder itself.
+  """
+
+  path: epath.Path
+
+  @property
+  def config(self) -> epath.Path:
+    """The config of the newest start."""
+    return self.path / "config.json"
+
+  @property
+  def starts(self) -> epath.Path:
+    """When the run was first started, and how often since."""
+    return self.path / "starts.json"
+
+  @property
+  def final(self) -> epath.Path:
+    """The result of a finished run."""
+    return self.path / "final.json"
+
+  @property
+  def evaluation(self) -> epath.Path:
+    """The result of the newest evaluation by `--mode=eval`."""
+    return self.path / "eval.json"
+
+  @property
+  def report(self) -> epath.Path:
+    """The report of the run as one page."""
+    return self.path / "report.html"
+
+  @property
+  def events(self) -> epath.Path:
+    """Folder of TensorBoard event files."""
+    return self.path / "events"
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    """Folder of whole checkpoints, each in a folder named by its step."""
+    return self.path / "checkpoints"
+
+  @property
+  def damaged(self) -> epath.Path:
+    """Folder of checkpoints that were set aside."""
+    return self.path / "damaged"
+
+  @property
+  def compiled(self) -> epath.Path:
+    """Folder of compiled programs."""
+    return self.path / "compiled"
+
+  def probe(self, host: int) -> epath.Path:
+    """File that a host writes to find out whether the folder can be written; short-lived."""
+    return self.path / f".probe-{host}"
