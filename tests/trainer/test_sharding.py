@@ -1,7 +1,6 @@
 """However a run is laid over devices and hosts it computes the same numbers, and nothing crosses devices that need not.
 
-The runs themselves are those of tests/trainer/sharded.py, in processes with eight virtual devices. They compile without
-optimisation: that takes half the time, and changes no collective.
+The runs themselves are those of tests/trainer/sharded.py, in processes with eight virtual devices.
 """
 
 import contextlib
@@ -35,7 +34,6 @@ def launch(*args, devices):
   environment = os.environ | {
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_ENABLE_X64": str(int(args[0] == "float64")),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }
   return subprocess.Popen(
     [sys.executable, "-m", "tests.trainer.sharded", *args],

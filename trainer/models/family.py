@@ -78,5 +78,7 @@ class Family(nnx.Module):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return the name of the model, and the values that are not the default."""
-    changed = [f"{n} {value}" for n, value in fields.items() if value != cls.FIELDS[n].default]
+    changed = [
+      f"{n} {v}" for n, v in fields.items() if n in cls.FIELDS and v != cls.FIELDS[n].default
+    ]
     return ", ".join([cls.__name__, *changed])
