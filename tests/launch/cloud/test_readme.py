@@ -1,4 +1,4 @@
-"""Every command of README's section on pods is one that its program accepts."""
+"""Every command of the READMEs' sections on pods is one that its program accepts."""
 
 import json
 import os
@@ -16,9 +16,12 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def commands_of(program):
-  section = (ROOT / "README.md").read_text().split("## The pod in ten minutes")[1].split("\n## ")[0]
-  lines = re.findall(r"^    (\S.*)$", section.replace("\\\n", ""), re.MULTILINE)
-  found = [line for line in lines if line.startswith(f"{program} ")]
+  found = []
+  for readme in ("README.md", "launch/README.md"):
+    text = (ROOT / readme).read_text()
+    section = text.split("## The pod in ten minutes")[1].split("\n## ")[0]
+    lines = re.findall(r"^    (\S.*)$", section.replace("\\\n", ""), re.MULTILINE)
+    found += [line for line in lines if line.startswith(f"{program} ")]
   assert found
   return found
 
