@@ -27,7 +27,7 @@ class Clock:
 
 @pytest.fixture
 def run(tmp_path, config, monkeypatch, caplog):
-  """Opens telemetry on made-up time; take(step) is a step of 0.1 s of which a fifth waits for input."""
+  """Open telemetry on made-up time; take(step) is a step of 0.1 s, a fifth of it input wait."""
   config.log.every_steps = 4
   now = [50.0]
   monkeypatch.setattr(
