@@ -1,4 +1,4 @@
-"""python -m trainer.bench: the command; its code is in trainer.tools.bench."""
+"""The command `python -m trainer.bench`; its code is in trainer/tools/bench.py."""
 
 from trainer.tools.bench import main
 

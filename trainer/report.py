@@ -1,4 +1,4 @@
-"""python -m trainer.report: the command; its code is in trainer.reporting.report."""
+"""The command `python -m trainer.report`; its code is in trainer/reporting/report.py."""
 
 import sys
 

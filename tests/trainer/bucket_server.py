@@ -1,8 +1,10 @@
-"""A server of Google Cloud Storage on loopback that fails on demand: python -m tests.trainer.bucket_server PORT FAULTS REFUSED
+"""A server of Google Cloud Storage on loopback that fails on demand.
 
-It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs want besides. FAULTS is a file with
-JSON, read at each request: while it has a `status`, each request whose method and path match `match` is answered with it,
-and noted as a line of the file REFUSED.
+    python -m tests.trainer.bucket_server PORT FAULTS REFUSED
+
+It is gcp-storage-emulator with a bucket `bucket`, and with what TensorStore and gcsfs need besides.
+FAULTS is a JSON file, read at each request: while it has a `status`, each request whose method and
+path match `match` is answered with that status, and noted as a line of the file REFUSED.
 """
 
 import contextlib
@@ -31,18 +33,17 @@ def _generation(storage, request):
 
 
 def _download(request, response, storage):
-  """With the generation, which TensorStore needs of what it reads and the emulator does not tell."""
+  """Download with the generation, which TensorStore needs and the emulator leaves out."""
   objects.download(request, response, storage)
   response["X-Goog-Generation"] = _generation(storage, request)
 
 
 def _insert(request, response, storage):
-  """With the condition on which TensorStore and gcloud replace an object, which the emulator does not know."""
+  """Insert on the condition by which TensorStore and gcloud replace an object."""
   wanted = request.query.get("ifGenerationMatch")
   if wanted:
-    name = request.query.get("name") or [
-      request.data.get("meta", request.data)["name"]
-    ]  # gcloud's is in the body
+    # gcloud sends the name in the body.
+    name = request.query.get("name") or [request.data.get("meta", request.data)["name"]]
     request.params["object_id"] = name[0]
   if wanted and wanted[0] != _generation(storage, request):
     response.status = HTTPStatus.PRECONDITION_FAILED
@@ -59,7 +60,7 @@ def _insert(request, response, storage):
 
 
 def _move(request, response, storage):
-  """moveTo, by which gcsfs renames and which the emulator lacks."""
+  """Move an object, which gcsfs renames by and the emulator lacks."""
   request.params["dest_bucket_name"] = request.params["bucket_name"]
   objects.copy(request, response, storage)
   if response.status == HTTPStatus.OK:
@@ -67,7 +68,7 @@ def _move(request, response, storage):
 
 
 def _layout(request, response, storage):
-  """What gcloud asks before it lists a bucket or removes folders: whether there is more in it than objects."""
+  """Answer gcloud, which asks for managed folders before it lists a bucket or removes folders."""
   response.json({"hierarchicalNamespace": {"enabled": False}, "items": []})
 
 

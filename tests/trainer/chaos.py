@@ -1,12 +1,13 @@
-"""A training that everything happens to, and the proof that nothing came of it.
+"""A training run hit by every kind of failure, and the proof that none leaves a trace.
 
     python -m tests.trainer.chaos [--events N] [--seed N] [--folder DIR]
 
-Real processes train a tiny net on 1, 2 or 4 hosts while random events hit them: SIGTERM, kill -9 or SIGSTOP of a random
-host, a restart on another number of hosts, damage of the newest checkpoint. After each event every process must be gone
-within a time limit, with the exit code that says so, and the next start must go on from the newest whole checkpoint.
-In the end every stretch on one number of hosts is trained again without events: its checkpoints must be the same in every
-bit. Needs two cores and, for thirty events, about half an hour.
+Real processes train a tiny net on 1, 2 or 4 hosts while random events hit them: SIGTERM, SIGKILL or
+SIGSTOP of a random host, a restart on another number of hosts, damage of the newest checkpoint.
+After each event every process must be gone within a time limit, with the right exit code, and the
+next start must resume from the newest whole checkpoint. At the end every stretch on one number of
+hosts is trained again without events: its checkpoints must be equal bit for bit. Needs two cores
+and, for thirty events, about half an hour.
 """
 
 import argparse
@@ -29,7 +30,8 @@ HOSTS = (2, 1, 4)
 EVERY = 20  # steps between checkpoints and between lines of the log
 STEPS_PER_EVENT = 120  # an event comes within the first hundred of a start
 SILENCE = 8  # seconds after which a host is lost
-LIMIT = 60  # seconds in which every process must be gone after an event; an unloaded machine needs a fifth of it
+# Seconds in which every process must be gone after an event; an idle machine needs a fifth of it.
+LIMIT = 60
 
 
 def start(workdir: pathlib.Path, hosts: int, total_steps: int) -> LocalPod:
@@ -62,7 +64,7 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
 
 
 def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
-  """Harms a checkpoint in one of the ways that disks and killed processes do."""
+  """Damage a checkpoint in one of the ways that disks and killed processes do."""
   folder = workdir / "checkpoints" / str(step)
   data = max(
     (path for path in (folder / "params").rglob("*") if path.is_file()),
@@ -83,13 +85,13 @@ def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
 def chaos(
   folder: pathlib.Path, events: list[str], seed: int, counts: Sequence[int] = HOSTS
 ) -> None:
-  """Trains through the events and checks everything.
+  """Train through the events and check everything.
 
   Args:
-    folder: for the run and what it is compared with.
-    events: of EVENTS, in their order.
-    seed: of when and where they strike.
-    counts: numbers of hosts; the first one begins.
+    folder: folder of the run and of the runs it is compared with.
+    events: names from EVENTS, in order.
+    seed: seed of the moment and the host of each event.
+    counts: numbers of hosts to choose from; the run starts with the first.
 
   Raises:
     AssertionError: with what went wrong.
@@ -138,7 +140,7 @@ def chaos(
     stretches[-1][2].update({step: fingerprints(workdir, step) for step in steps})
     reached = max(map(int, re.findall(r"step (\d+)/", pod.log)))
     newest = max(checkpoints(workdir))
-    # A killed host may take the save that is in flight with it, and the one that its last steps asked for.
+    # A killed host may lose the save that is in flight, and the one that its last steps asked for.
     assert newest > reached - 2 * EVERY, (
       f"step {reached} was reached, but {newest} is the newest checkpoint"
     )
@@ -152,8 +154,8 @@ def chaos(
         f"{hosts} -> {(hosts := rng.choice([count for count in counts if count != hosts]))} hosts"
       )
     print(
-      f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, step {reached}, "
-      f"checkpoint {newest}",
+      f"{number + 1:3} {event:8} {note:32} start {came:5.1f} s, gone after {gone:4.1f} s, "
+      f"step {reached}, checkpoint {newest}",
       flush=True,
     )
 
@@ -175,7 +177,8 @@ def chaos(
         f"checkpoint {step} on {hosts} hosts is not that of a quiet run"
       )
     print(
-      f"{hosts} hosts, steps {first} to {max(periodic)}: {len(periodic)} checkpoints are those of a quiet run, bit for bit",
+      f"{hosts} hosts, steps {first} to {max(periodic)}: {len(periodic)} checkpoints are those of "
+      "a quiet run, bit for bit",
       flush=True,
     )
     shutil.rmtree(quiet)
@@ -187,7 +190,7 @@ def main() -> None:
   parser.add_argument("--events", type=int, default=30)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
-    "--folder", type=pathlib.Path, help="kept for a look; a temporary one otherwise"
+    "--folder", type=pathlib.Path, help="folder of the runs, kept (default: a temporary one)"
   )
   args = parser.parse_args()
   rng = random.Random(args.seed)

@@ -1,4 +1,4 @@
-"""The benchmarks run and print what they promise; their figures are no matter here."""
+"""The benchmarks run and print what they promise, whatever the figures."""
 
 import os
 import subprocess

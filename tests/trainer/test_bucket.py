@@ -1,4 +1,4 @@
-"""A workdir in a bucket, against a server on loopback: what a run writes there, and what happens when it refuses."""
+"""A workdir in a bucket, on a loopback server: what a run writes, and what a refusal does."""
 
 import importlib.util
 import json
@@ -232,7 +232,7 @@ def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
   checkpointer.save(3, make_state(program, 3), META)
   assert "step 3 could not be saved (bucket bucket cannot be reached" in caplog.text
   with pytest.raises(
-    CheckpointError, match="checkpoint of step 4 could not be written .* is that of step 1"
+    CheckpointError, match=r"checkpoint of step 4 could not be written .* is that of step 1"
   ):
     save(checkpointer, program, 4)
   server.answer()
@@ -308,7 +308,7 @@ def test_a_missing_extra_is_named(config, monkeypatch):
 
 def test_a_result_that_cannot_be_written_is_one_sentence(server, workdir):
   server.refuse(ANY_WRITE, 403)
-  with pytest.raises(TrainerError, match="final.json could not be written .*Forbidden"):
+  with pytest.raises(TrainerError, match=r"final\.json could not be written .*Forbidden"):
     files.write_json(workdir / "final.json", {})
 
 

@@ -1,4 +1,4 @@
-"""A short version of `python -m tests.trainer.chaos`, with one event of each kind."""
+"""A short version of `python -m tests.trainer.chaos`: one event of each kind."""
 
 from tests.trainer import chaos
 

@@ -1,4 +1,4 @@
-"""Every second of a run belongs to one cause, over all its processes, also over those that left nothing behind."""
+"""Every second of a run belongs to one cause, also those of processes that left nothing behind."""
 
 import json
 import signal

@@ -20,48 +20,56 @@ def f(x):  # float32 [2, 8] on each of 8 devices, in pairs and fours
   gathered = jax.lax.all_gather(x, "four", tiled=True)
   scattered = jax.lax.psum_scatter(gathered, "four", tiled=True)
   moved = jax.lax.ppermute(scattered, "four", [(0, 1), (1, 2), (2, 3)])
-  looped, _ = jax.lax.scan(lambda carry, _: (jnp.sin(jax.lax.psum(carry, "pair")), None), moved, length=3)
-  return looped
+  def body(carry, _):
+    return jnp.sin(jax.lax.psum(carry, "pair")), None
+  return jax.lax.scan(body, moved, length=3)[0]
 
-mesh, spec = jax.make_mesh((2, 4), ("pair", "four"), axis_types=(AxisType.Auto,) * 2), P(("pair", "four"))
+mesh = jax.make_mesh((2, 4), ("pair", "four"), axis_types=(AxisType.Auto,) * 2)
+spec = P(("pair", "four"))
 jitted = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 text = jitted.lower(jax.ShapeDtypeStruct((16, 8), jnp.float32)).compile().as_text()
 print(json.dumps([dataclasses.astuple(each) for each in collectives.read(text)]))
 """
 
-# Cut down from what the compiler writes for v5e:2x2.
+# Shortened from what the compiler writes for v5e:2x2.
 TPU_PROGRAM = """\
-HloModule jit_step, is_scheduled=true, replica_count=1, num_partitions=4, entry_computation_layout={...}
+HloModule jit_step, is_scheduled=true, replica_count=1, num_partitions=4, \
+entry_computation_layout={...}
 
 %all-reduce-scatter.1 (input: bf16[64,64]) -> bf16[16,64] {
   %all-reduce.1 = bf16[64,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, \
 replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %dynamic-slice.1 = bf16[16,64]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %offset, %zero)
+  ROOT %dynamic-slice.1 = bf16[16,64]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %offset, \
+%zero)
 }
 
 %fused_computation.1 (param: f32[16,64]) -> (f32[16,64], f32[64,64], s32[2]) {
   %all-gather.1 = f32[64,64]{1,0:T(8,128)} all-gather(%param), channel_id=2, \
-replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="0"}
+replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
   ROOT %custom-call = (f32[16,64], f32[64,64], s32[2]) custom-call(%all-gather.1), \
 custom_call_target="AsyncCollectiveStart"
 }
 
 %async_collective_fusion.1 (param.1: f32[16,64]) -> (f32[16,64], f32[64,64], s32[2]) {
   %all-gather.2 = f32[64,64]{1,0:T(8,128)} all-gather(%param.1), channel_id=2, \
-replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="0"}
+replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="0"}
 }
 
 %body (state: (f32[4,8], s32[])) -> (f32[4,8], s32[]) {
-  %collective-permute-start = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), \
-channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %collective-permute-start = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
   %collective-permute-done = f32[4,8]{1,0} collective-permute-done(%collective-permute-start)
 }
 
 ENTRY %main (input: f32[16,64]) -> f32[] {
   %all-reduce.2 = (f32[96]{0:T(128)S(1)}, bf16[8,8]{1,0}) all-reduce(%a, %b), channel_id=1, \
 replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, to_apply=%add.2
-  %all-gather-start = (f32[2,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%c), channel_id=5, replica_groups=[2,2]<=[4]
-  %recv = (f32[4,8]{1,0}, u32[], token[]) recv(%g), channel_id=7, is_host_transfer=true, frontend_attributes={\
+  %all-gather-start = (f32[2,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%c), channel_id=5, \
+replica_groups=[2,2]<=[4]
+  %recv = (f32[4,8]{1,0}, u32[], token[]) recv(%g), channel_id=7, is_host_transfer=true, \
+frontend_attributes={\
 _xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv.1 = (f32[4,8]{1,0}, u32[], token[]) recv(%g), channel_id=8, is_host_transfer=true
   %all-reduce.3 = pred[3]{0} all-reduce(%d), channel_id=6, replica_groups={}, to_apply=%or
@@ -111,7 +119,10 @@ def test_program_of_tpu():
   ],
 )
 def test_every_way_to_write_groups(axes, devices):
-  line = f"  %all-reduce = f32[]{{:T(128)}} all-reduce(%x), channel_id=1, replica_groups={axes}, to_apply=%add"
+  line = (
+    "  %all-reduce = f32[]{:T(128)} all-reduce(%x), channel_id=1, "
+    f"replica_groups={axes}, to_apply=%add"
+  )
   assert collectives.read(line) == [Collective("all-reduce", devices, 4, False)]
 
 

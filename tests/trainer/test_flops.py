@@ -19,7 +19,8 @@ def program_of(name, depth, size):
 @pytest.mark.parametrize(
   "name, depth, size, multiply_adds",
   [
-    # torchvision's "GFLOPS" of its weights, which are multiply-adds: docs.pytorch.org/vision/stable/models.html
+    # The "GFLOPS" of torchvision's weights, which are multiply-adds:
+    # docs.pytorch.org/vision/stable/models.html
     ("resnet", 18, 224, 1.81e9),
     ("resnet", 50, 224, 4.09e9),
     ("resnet", 152, 224, 11.51e9),

@@ -1,4 +1,4 @@
-"""Several hosts as real processes: they stop together, and nobody waits for ever."""
+"""Several hosts as real processes: they stop together, and none waits for ever."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
   assert pod.codes() == {0: PREEMPTED, 1: PREEMPTED}
   saved = int(pod.log.split("Stopped and saved at step ")[1].split()[0])
   assert 20 <= saved < 200
-  # The same topology goes on in the same bits, a single host in the same numbers but for the order of sums.
+  # The same topology resumes bit for bit, a single host up to the order of sums.
   shutil.copytree(stopped, alone)
   for hosts, workdir in ((2, stopped), (1, alone)):
     assert f"Resuming from checkpoint {saved} of 200" in run(hosts, 1, trainer(workdir, *overrides))
@@ -51,7 +51,7 @@ def test_sigterm_before_the_first_step_stops_all(tmp_path, moment):
     os.kill(pod.pids()[1], signal.SIGTERM)
     assert pod.finish() != 0
   codes = set(pod.codes().values())
-  # A signal that comes before Python can take it ends that process as it ends any other; the next host says so.
+  # A signal that comes before Python can handle it ends that process; the other host names it.
   assert codes == {PREEMPTED} or (moment == "start" and codes == {-signal.SIGTERM, HOST_LOST}), (
     pod.log
   )
@@ -180,8 +180,12 @@ import collections, os, shutil
 from tests.trainer import tiny
 
 usage = shutil.disk_usage
+
+def full(path):
+  return usage(path) if os.path.exists({sign!r}) else usage(path)._replace(free=0)
+
 if os.environ["JAX_PROCESS_ID"] == "1":
-  shutil.disk_usage = lambda path: usage(path)._replace(free=0 if not os.path.exists({sign!r}) else usage(path).free)
+  shutil.disk_usage = full
 
 get_config = tiny.get_config
 """

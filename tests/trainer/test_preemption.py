@@ -1,4 +1,4 @@
-"""A stop that is asked for more than once."""
+"""A stop that is requested more than once."""
 
 import signal
 import subprocess

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -88,6 +89,11 @@ def workdir(tmp_path):
   return workdir
 
 
+def page_of(workdir):
+  """Write the report of a run, and return it."""
+  return pathlib.Path(report.write_report(str(workdir))).read_text()
+
+
 def pictures(page):
   return [
     Image.open(io.BytesIO(base64.b64decode(data)))
@@ -127,13 +133,13 @@ def test_finished_run(workdir):
 
 
 def test_page_needs_nothing_from_outside(workdir):
-  page = open(report.write_report(str(workdir))).read()
+  page = page_of(workdir)
   assert not re.search(r"https?://|<link|<script|url\(", page)
   assert len(page) < 1_000_000
 
 
 def test_time_is_split_by_cause_without_the_total(workdir):
-  page = open(report.write_report(str(workdir))).read()
+  page = page_of(workdir)
   shares = [float(share) for share in re.findall(r"flex: ([0-9.]+) 0 0", page)]
   assert len(shares) == 7 and sum(shares) == pytest.approx(1, abs=1e-4)
   assert shares[0] == pytest.approx(3700 / 4000)
@@ -141,7 +147,7 @@ def test_time_is_split_by_cause_without_the_total(workdir):
 
 
 def test_only_changed_fields_of_the_config_are_listed(workdir):
-  page = open(report.write_report(str(workdir))).read()
+  page = page_of(workdir)
   rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td class=\"muted\">(.*?)</td></tr>", page)
   assert rows == [
     ("data.path", "&quot;gs://bucket/&lt;imagenet&gt;&quot;", "&quot;&quot;"),
@@ -152,17 +158,17 @@ def test_only_changed_fields_of_the_config_are_listed(workdir):
 def test_config_equal_to_the_base_and_fields_of_another_version(workdir):
   config = base.get_config().to_dict()
   (workdir / "config.json").write_text(json.dumps(config))
-  assert "Nothing differs from" in open(report.write_report(str(workdir))).read()
+  assert "Nothing differs from" in page_of(workdir)
   del config["seed"]
   config["model"]["gone"] = 3
   (workdir / "config.json").write_text(json.dumps(config))
-  page = open(report.write_report(str(workdir))).read()
+  page = page_of(workdir)
   assert "<td>seed</td><td>absent</td>" in page and "<td>model.gone</td><td>3</td>" in page
 
 
 def test_unfinished_run_says_so(workdir):
   (workdir / "final.json").unlink()
-  page = open(report.write_report(str(workdir))).read()
+  page = page_of(workdir)
   assert "This run is not finished" in page and "last logged step is 10,000" in page
   assert "75.59%" in page  # of the last evaluation
   assert re.search(r"<b>90.0%</b>.*goodput", page)
@@ -173,7 +179,7 @@ def test_run_that_was_never_evaluated(tmp_path):
   writer = events.EventWriter(str(tmp_path / "events"))
   writer.write_scalars(1, {"train/loss": 7.0, "train/grad_norm": float("nan")})
   writer.close()
-  page = open(report.write_report(str(tmp_path))).read()
+  page = page_of(tmp_path)
   assert "Training run" in page and "7.000" in page
   assert len(pictures(page)) == 2
 
@@ -181,7 +187,7 @@ def test_run_that_was_never_evaluated(tmp_path):
 def test_best_may_be_absent_or_the_last(workdir):
   for best in (None, {"step": 10_000, "top1": 0.76512}):
     (workdir / "final.json").write_text(json.dumps(FINAL | {"best": best}))
-    assert "top-1, the best of the run" in open(report.write_report(str(workdir))).read()
+    assert "top-1, the best of the run" in page_of(workdir)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: (path / "events").mkdir()])

@@ -1,4 +1,4 @@
-"""What the event files and the log say of a run whose clocks are made up."""
+"""Event files and log of a run whose clocks are made up."""
 
 import logging
 import types
@@ -27,7 +27,7 @@ class Clock:
 
 @pytest.fixture
 def run(tmp_path, config, monkeypatch, caplog):
-  """Opens telemetry on made-up time; take(step) is a step of 0.1 s of which a fifth waits for input."""
+  """Open telemetry on made-up time; take(step) is a step of 0.1 s, a fifth of it input wait."""
   config.log.every_steps = 4
   now = [50.0]
   monkeypatch.setattr(
@@ -135,6 +135,25 @@ def test_straggler_is_named(run, caplog):
   assert scalars["straggler_host"] == {8: 3}
   assert scalars["straggler_seconds"][8] == pytest.approx(0.041, abs=1e-4)
   assert "last host: 3, 41 ms behind the median over the last 4 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "seconds, delay, late",
+  [
+    (0.1, 0.012, True),
+    (0.1, 0.009, False),  # more than 5 % of a step, but clocks may differ by as much
+    (1.0, 0.051, True),
+    (1.0, 0.049, False),  # less than 5 % of a step
+  ],
+)
+def test_only_a_host_that_is_late_is_logged(run, caplog, seconds, delay, late):
+  run = run(exchange=lambda step, mean: {0: mean, 1: mean, 2: mean + delay})
+  for step in range(1, 7):
+    run.take(step, seconds)
+  scalars = run.read()
+  assert scalars["straggler_host"] == {4: 2}
+  assert scalars["straggler_seconds"][4] == pytest.approx(delay, abs=1e-6)
+  assert ("last host: 2" in caplog.text) == late
 
 
 def test_only_process_0_writes_files(run, tmp_path, monkeypatch):

@@ -316,10 +316,10 @@ def _find_hosts(timeout: float) -> tuple[str, int, int]:
     return address, hosts, host
   if os.environ.get("JAX_PLATFORMS") == "cpu":  # as in a smoke run on one worker of a TPU pod
     return "", 1, 0
-  found, hosts, host, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+  where, count, number, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
     None, None, None, None, None, round(timeout)
   )
-  return ("", 1, 0) if not found or not hosts or host is None else (found, hosts, host)
+  return ("", 1, 0) if not where or not count or number is None else (where, count, number)
 
 
 def _free_port() -> int:

@@ -33,7 +33,7 @@ class Requests:
     stop: Callable[[], bool],
     wanted: Callable[[], bool] = lambda: False,
   ):
-    """Puts one array for each kind of request on the devices of this host.
+    """Put one array for each kind of request on the devices of this host.
 
     Args:
       mesh: the mesh of the run.
@@ -46,22 +46,22 @@ class Requests:
     self.agreed = NOTHING
 
   def flags(self) -> jax.Array:
-    """Returns what this host asks for now, int32 [devices]; the argument of the next step."""
+    """Return what this host asks for now, int32 [devices]; the argument of the next step."""
     return self._flags[STOP if self._stop() else SAVE if self._wanted() else NOTHING]
 
   def note(self, step: int, request: jax.Array) -> None:
-    """Takes the int32 scalar of the step just dispatched, and reads that of `LAG` steps before."""
+    """Take the int32 scalar of the step just dispatched, and read that of `LAG` steps before."""
     self._pending.append((step, request))
     while self._pending[0][0] <= step - LAG:
       self._read()
 
   def flush(self) -> None:
-    """Waits for every step noted, and reads its request."""
+    """Wait for every step noted, and read its request."""
     while self._pending:
       self._read()
 
   def forget(self, request: int) -> None:
-    """Drops a request that has been met, and only that one."""
+    """Drop a request that has been met, and only that one."""
     if self.agreed == request:
       self.agreed = NOTHING
 

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes, over all the processes that it took."""
+"""Where the wall time of a run goes, over all its processes."""
 
 from collections.abc import Iterator
 import contextlib
@@ -9,23 +9,24 @@ from typing import Any
 class WallClock:
   """Splits wall time into causes; every second of this process belongs to exactly one.
 
-  `restore` brings back the clock of the checkpoint that a run goes on from, so the causes hold what still counts: the
-  steps that an earlier process took after that checkpoint are done again, and their time is in none of them. `start`
-  brings back when the run was first started. What has passed since then and is in no cause is the price of restarts:
-  the time between two processes, the imports of the later one, and the work that is done again.
+  `restore` adds the clock of the checkpoint that the run resumes from. So the causes hold only time
+  that still counts: steps that an earlier process took after that checkpoint are repeated, and
+  their time is in no cause. `start` restores the time of the first start. Time since then that is
+  in no cause is the cost of restarts: the pause between two processes, the imports of the later
+  one, and the repeated work.
   """
 
   CAUSES = ("compile", "input_wait", "step", "eval", "checkpoint", "other")
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.seconds = dict.fromkeys(self.CAUSES, 0.0)
     self.starts = 1
     self._cause = "other"
     self._since = time.monotonic()
-    self._first_start = time.time()  # not monotonic: the clock that machines share
+    self._first_start = time.time()  # not monotonic, but the same on all machines
 
   def switch(self, cause: str) -> str:
-    """Counts time towards `cause` from now on, and returns the cause before."""
+    """Count time towards `cause` from now on, and return the cause before."""
     now = time.monotonic()
     self.seconds[self._cause] += now - self._since
     before, self._cause, self._since = self._cause, cause, now
@@ -33,7 +34,7 @@ class WallClock:
 
   @contextlib.contextmanager
   def __call__(self, cause: str) -> Iterator[None]:
-    """Counts the body towards `cause`."""
+    """Count the body towards `cause`."""
     before = self.switch(cause)
     try:
       yield
@@ -41,36 +42,36 @@ class WallClock:
       self.switch(before)
 
   def read(self) -> dict[str, float]:
-    """Returns seconds by cause, up to now."""
+    """Return seconds by cause, up to now."""
     self.switch(self._cause)
     return dict(self.seconds)
 
   def restore(self, seconds: dict[str, float]) -> None:
-    """Adds what the clock held at the checkpoint that this process goes on from."""
+    """Add the seconds by cause of the checkpoint that this process resumes from."""
     for cause, value in seconds.items():
       self.seconds[cause] += value
 
   def start(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Takes note of the earlier starts of this run.
+    """Note the earlier starts of this run.
 
     Args:
-      earlier: what the process before was given by this function; None for the first.
+      earlier: what this method returned in the process before; None in the first.
 
     Returns:
-      {'first_start': seconds since 1970, 'starts': number of processes with this one}, for the next process.
+      {'first_start': seconds since 1970, 'starts': number of processes including this one}.
     """
     if earlier:
       self._first_start, self.starts = earlier["first_start"], earlier["starts"] + 1
     return {"first_start": self._first_start, "starts": self.starts}
 
   def since_first_start(self) -> dict[str, float]:
-    """Returns seconds by cause, `restart` among them; they sum up to the time since the first start."""
+    """Return seconds by cause, with `restart`; they sum up to the time since the first start."""
     seconds = self.read()
-    # Below 0 only by as much as the clocks of two machines differ.
+    # Negative only by as much as the clocks of two machines differ.
     return seconds | {"restart": max(0.0, time.time() - self._first_start - sum(seconds.values()))}
 
   def goodput(self) -> float:
-    """Returns the share of the time since the first start that went into steps that count."""
+    """Return the share of the time since the first start that went into steps that count."""
     seconds = self.since_first_start()
     total = sum(seconds.values())
     return seconds["step"] / total if total else 0.0

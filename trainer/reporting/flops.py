@@ -1,10 +1,11 @@
-"""How well the chips are used: the floating-point operations of the model, over what the chips could do meanwhile.
+"""How well the chips are used: the FLOPs of the model over what the chips can do in the same time.
 
-Model FLOPs are those of the mathematics, not of the program: 2 for each multiply-add of the convolutions and the linear
-head, padding included (as papers and torchvision count), and nothing for batch norm, activations, pooling, loss and
-optimizer. A training step counts as three forward passes: on the way back, each convolution meets two of its size, one
-for the gradient of its input and one for that of its kernel. What is computed again to save memory counts once. The
-quotient is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
+Model FLOPs are those of the mathematics, not of the program: 2 for each multiply-add of
+convolutions and matrix products, padding included (as papers and torchvision count), and none for
+normalisation, activations, pooling, loss and optimizer. A training step counts as three forward
+passes: the backward pass of a convolution is two of its size, for the gradients of its input and of
+its kernel. Recomputation to save memory does not count. The quotient is the model FLOPs utilisation
+(MFU) of arXiv:2204.02311, appendix B.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 
 from trainer.state import Model, Variables
 
-# Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind. Kinds are those of jax/_src/pallas/mosaic/tpu_info.py.
+# Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind; kinds as in
+# jax/_src/pallas/mosaic/tpu_info.py.
 _PEAK = {
   "TPU v2": 46e12,  # doi:10.1145/3360307
   "TPU v3": 123e12,  # docs.cloud.google.com/tpu/docs/v3
@@ -30,10 +32,10 @@ _PEAK = {
 
 
 def peak(devices: Sequence[jax.Device]) -> float | None:
-  """Returns the bfloat16 FLOP/s of the chips that `devices` belong to, or None for chips that are not in the table.
+  """Return the bfloat16 FLOP/s of the chips that `devices` belong to, or None if one is unknown.
 
-  A device is a chip or one of its two cores: a core on v2, v3 and TPU7x, and on v4 and v5p what they are set up for.
-  Cores of one chip have the same coordinates.
+  A device is a core on v2, v3 and TPU7x, where a chip has two; a core or a whole chip on v4 and
+  v5p, depending on their setup; else a chip. Cores of one chip have the same coordinates.
   """
   if any(device.device_kind not in _PEAK for device in devices):
     return None
@@ -55,7 +57,7 @@ def forward_flops(model: Model, variables: Variables, image_size: int) -> int:
 
 
 def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
-  """Returns the multiply-adds of all convolutions and matrix products of a function, those of a scan once per round."""
+  """Return the multiply-adds of all convolutions and matrix products, once per round of a scan."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "conv_general_dilated":

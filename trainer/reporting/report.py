@@ -36,7 +36,7 @@ Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 # Legend, colour, steps and values.
 Curve = tuple[str, str, np.ndarray, np.ndarray]
 
-# Of different lightness too, for those who do not tell them apart by hue.
+# They differ in lightness too, for readers who cannot tell them apart by hue.
 _TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"
 # Title, factor of the values, and (scalar, legend, colour) of each curve.
 _PANELS = (
@@ -112,7 +112,7 @@ td { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
 
 
 def write_report(workdir: str) -> str:
-  """Writes the report of a run, finished or not.
+  """Write the report of a run, finished or not.
 
   Args:
     workdir: folder of the run, local or gs://.
@@ -216,7 +216,7 @@ def _title(config: Mapping[str, Any] | None) -> str:
 def _headline(
   name: str, config: Mapping[str, Any] | None, final: Mapping[str, Any] | None, scalars: Scalars
 ) -> str:
-  """Returns title and result, or how far the run is."""
+  """Return title and result, or how far the run is."""
   last_step = max(int(steps[-1]) for steps, _, _ in scalars.values())
   note = ""
   if final is not None:
@@ -238,8 +238,8 @@ def _headline(
     ]
   else:
     note = (
-      f'<p class="note">This run is not finished: there is no final result, and its last '
-      f"logged step is {last_step:,}.</p>"
+      '<p class="note">This run is not finished: there is no final result, and the last logged '
+      f"step is {last_step:,}.</p>"
     )
     cards = []
     if "eval/top1" in scalars:
@@ -295,8 +295,8 @@ def _curves(scalars: Scalars) -> str:
 
 def _plot(title: str, curves: Sequence[Curve]) -> bytes:
   """Return the PNG of a panel."""
-  # Imported here: a training process that ends badly has no use for it. The Agg canvas is asked for
-  # by name, so that neither a display nor matplotlib's global state takes part.
+  # Imported here: a training process that fails needs no matplotlib. The Agg canvas is named, so
+  # that neither a display nor matplotlib's global state is involved.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -312,7 +312,7 @@ def _draw(axes: "Axes", title: str, curves: Sequence[Curve]) -> None:
   from matplotlib import ticker
 
   for label, colour, steps, values in curves:
-    # A few points, as of evaluations, are worth a mark each; a long curve is not.
+    # Mark the points of a curve that has few, such as that of evaluations.
     axes.plot(
       steps,
       values,
@@ -328,7 +328,7 @@ def _draw(axes: "Axes", title: str, curves: Sequence[Curve]) -> None:
   axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
   axes.tick_params(labelsize=9, colors="#5c6675", length=0)
   if title != "Loss":
-    axes.set_ylim(bottom=0)  # noise is to look as small as it is; a loss may be far from 0 for good
+    axes.set_ylim(bottom=0)  # so that noise looks as small as it is; a loss may stay far from 0
   axes.set_xlabel("step", fontsize=9, color="#5c6675")
   axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -339,13 +339,13 @@ def _draw(axes: "Axes", title: str, curves: Sequence[Curve]) -> None:
 
 
 def _causes(wall_seconds: Mapping[str, float]) -> dict[str, float]:
-  """Returns the seconds of each cause, the longest first; a total is no cause."""
+  """Return the seconds of each cause, the longest first; a total is no cause."""
   causes = {name: seconds for name, seconds in wall_seconds.items() if name != "total"}
   return dict(sorted(causes.items(), key=lambda item: -item[1]))
 
 
 def _time(wall_seconds: Mapping[str, float], goodput: Mapping[str, Any]) -> str:
-  """Returns a bar of the wall time by cause, and the share of it that went into steps that count."""
+  """Return a bar of the wall time by cause, and the share of it that went into steps that count."""
   causes = _causes(wall_seconds)
   total = sum(causes.values())
   bar, legend = [], []
@@ -389,7 +389,7 @@ def _draw_time(axes: "Axes", wall_seconds: Mapping[str, float]) -> None:
 
 
 def _config_changes(config: Mapping[str, Any]) -> str:
-  """Returns the fields in which the config differs from configs/base.py."""
+  """Return the fields in which the config differs from configs/base.py."""
   ours = config_lib.flatten(ml_collections.ConfigDict(config))
   try:
     defaults = config_lib.flatten(base.get_config(config["model"]["name"]))
@@ -418,7 +418,7 @@ def _millions(number: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Writes the report of the workdir named in `arguments`; returns the exit code."""
+  """Write the report of the workdir named in `arguments`; return the exit code."""
   parser = argparse.ArgumentParser(
     prog="python -m trainer.report", description=__doc__.split("\n")[0]
   )

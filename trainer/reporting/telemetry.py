@@ -1,4 +1,4 @@
-"""What a run tells: the progress line, and the curves in the event files."""
+"""The progress line of a run, and the curves in its event files."""
 
 import collections
 from collections.abc import Callable, Mapping
@@ -7,7 +7,6 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -24,19 +23,22 @@ from trainer.reporting.clu import metric_writers, periodic_actions
 from trainer.step import METRICS
 from trainer.workdir.paths import Workdir
 
-# What is known of all hosts: (last step of a window, this host's mean dispatch time in it) -> {host: mean} of the
-# newest window that is complete, which may be the one before.
+# (last step of a window, mean time at which this host dispatched its steps) -> {host: mean time} of
+# the newest window that all hosts have reported, which may be the one before.
 Exchange = Callable[[int, float], dict[int, float]]
+
+# A host is logged as late from this share of a step on, and from what cannot be an error of clocks.
+_LATE, _CLOCK_SECONDS = 0.05, 0.01
 
 
 def straggler(means: dict[int, float]) -> tuple[int, float]:
-  """Returns which host came last, and how many seconds after the median one.
+  """Return the host that came last, and by how many seconds after the median one.
 
   Args:
-    means: host -> mean over a window of the times, in seconds since 1970, at which it dispatched each step. Clocks of
-      machines are compared, so differences of a few milliseconds may be theirs.
+    means: host -> mean over a window of the times, in seconds since 1970, at which it dispatched
+      each step. Clocks of machines differ by a few milliseconds.
   """
-  last = max(sorted(means), key=means.get)
+  last = max(sorted(means), key=lambda host: means[host])
   return last, means[last] - statistics.median_low(means.values())
 
 
@@ -56,17 +58,18 @@ class Telemetry:
     exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
     reads: Callable[[], Mapping[str, int]] = dict,
   ):
-    """Opens the event files on process 0; the other processes write nothing.
+    """Open the event files on process 0; the other processes write nothing.
 
     Args:
-      workdir: folder of the run; event files go to its `events`.
+      workdir: folder of the run.
       config: config of the run.
-      clock: where its time goes.
+      clock: wall time of the run by cause.
       first_step: steps taken before this process.
       total_steps: length of the run.
-      steps_per_epoch: for the epoch of the progress line.
-      seconds_at_peak: time of a step at the peak of all chips, for the MFU (trainer.flops); None where it is unknown.
-      exchange: how hosts learn of each other's dispatch times; called on every host at the end of each window.
+      steps_per_epoch: for the epoch in the progress line.
+      seconds_at_peak: time of a step at the peak of all chips, for the MFU; None if unknown (see
+        trainer.reporting.flops).
+      exchange: exchanges dispatch times; called on every host at the end of each window.
       reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
     """
     self._config, self._clock = config, clock
@@ -111,7 +114,7 @@ class Telemetry:
     self._mark = self._clock.read()
 
   def step(self, step: int, metrics: jax.Array) -> None:
-    """Takes the metrics of a step that was just dispatched, and looks at those of `LAG` steps before.
+    """Take the metrics of the step just dispatched, and read those of `LAG` steps before.
 
     Raises:
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite numbers.
@@ -125,14 +128,14 @@ class Telemetry:
       self._absorb()
 
   def flush(self) -> None:
-    """Waits for every dispatched step.
+    """Wait for every dispatched step, and read its metrics.
 
     Raises:
       NonFiniteError: as `step` does.
     """
     while self._pending:
       self._absorb()
-    # What comes next is a save or an evaluation, and no part of the step after it.
+    # What comes next, a save or an evaluation, is not part of the step after it.
     self._last_ready = None
 
   def _absorb(self) -> None:
@@ -142,8 +145,8 @@ class Telemetry:
     if not np.isfinite(metrics).all():
       values = ", ".join(f"{name} {value:g}" for name, value in zip(METRICS, metrics))
       raise NonFiniteError(
-        f"Step {step} is not finite ({values}). Nothing of it was saved; lower the learning rate or "
-        "set config.optimizer.clip_norm, then run again: the last checkpoint is from before."
+        f"Step {step} is not finite ({values}). Nothing of it was saved. Lower the learning rate "
+        "or set config.optimizer.clip_norm, then run again: the last checkpoint is from before it."
       )
     self._window.append(metrics)
     self._dispatched.append(dispatched)
@@ -165,7 +168,10 @@ class Telemetry:
     scalars["input_wait"] = seconds["input_wait"] / training
     scalars["checkpoint_stall_seconds"] = seconds["checkpoint"]
     scalars["goodput"] = self._clock.goodput()
-    speed = f"{scalars['images_per_second']:.0f} img/s ({scalars['images_per_second_per_device']:.0f} per device)"
+    speed = (
+      f"{scalars['images_per_second']:.0f} img/s "
+      f"({scalars['images_per_second_per_device']:.0f} per device)"
+    )
     if self._seconds_at_peak:
       scalars["mfu"] = steps * self._seconds_at_peak / training
       speed += f"  MFU {100 * scalars['mfu']:.1f}%"
@@ -174,15 +180,19 @@ class Telemetry:
       scalars |= {"step_seconds_median": median, "step_seconds_p99": p99}
       speed += f"  step {1000 * median:.1f} ms (p99 {1000 * p99:.1f})"
     means = self._exchange(step, statistics.fmean(self._dispatched))
+    late = False
     if len(means) > 1:
       scalars["straggler_host"], scalars["straggler_seconds"] = straggler(means)
+      median = scalars.get("step_seconds_median", training / steps)
+      late = scalars["straggler_seconds"] >= max(_CLOCK_SECONDS, _LATE * median)
     scalars |= {f"read_{name}": count for name, count in self._reads().items()}
     self._open_window()
     self.write(step, "train", scalars | _memory())
     epoch, waiting = step / self._steps_per_epoch, 100 * scalars["input_wait"]
     if self._bar.disable:
       logging.info(
-        "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  input wait %.1f%%  ETA %s",
+        "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  "
+        "input wait %.1f%%  ETA %s",
         step,
         self._total_steps,
         epoch,
@@ -194,7 +204,7 @@ class Telemetry:
         waiting,
         format_seconds((self._total_steps - step) * training / steps),
       )
-      if len(means) > 1 and self._chief:
+      if late and self._chief:
         logging.info(
           "last host: %d, %.0f ms behind the median over the last %d steps",
           scalars["straggler_host"],
@@ -206,12 +216,12 @@ class Telemetry:
         f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
       )
 
-  def write(self, step: int, group: str, scalars: Mapping[str, Any]) -> None:
-    """Writes scalars named GROUP/NAME at a step to the event files, in the background."""
+  def write(self, step: int, group: str, scalars: Mapping[str, float]) -> None:
+    """Write scalars named GROUP/NAME at a step to the event files, in the background."""
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
-  def evaluated(self, step: int, result: Mapping[str, Any]) -> None:
-    """Writes and logs the result of an evaluation."""
+  def evaluated(self, step: int, result: Mapping[str, float]) -> None:
+    """Write and log the result of an evaluation: top1, top5, loss, examples."""
     self.write(step, "eval", result)
     self._writer.flush()
     logging.info(
@@ -225,14 +235,14 @@ class Telemetry:
     )
 
   def close(self) -> None:
-    """Writes what is left."""
+    """Write what is left."""
     self._bar.close()
     self._writer.flush()
     self._writer.close()
 
 
 def _memory() -> dict[str, int]:
-  """Returns bytes in use by this process (its decoding processes not counted) and by the fullest of its devices."""
+  """Return bytes in use by this process (not its decoding processes) and its fullest device."""
   memory, statm = {}, pathlib.Path("/proc/self/statm")
   if statm.exists():
     memory["host_memory_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,10 +1,10 @@
-"""What the trainer costs beside its steps, measured in one run each:
+"""What the trainer costs beside its steps, one command for each cost:
 
-    python -m trainer.bench loop      steps per second of `train()` over those of the bare jitted step
-    python -m trainer.bench save      time that a step loop loses to an asynchronous save, over the duration of the save
-    python -m trainer.bench startup   seconds to the first step of a second start over those of the first
+    python -m trainer.bench loop      steps per second of `train()` over those of the bare step
+    python -m trainer.bench save      time that steps lose to an asynchronous save over its duration
+    python -m trainer.bench startup   seconds to the first step of a second start over the first
 
-Options are listed by `--help` behind each of them.
+`--help` after a command lists its options.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trainer.workdir.paths import Workdir
 
 
 def loop_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
-  """Returns the config of both sides."""
+  """Return the config of both sides."""
   config = base.get_config()
   config.global_batch_size = config.eval.batch_size = batch_size
   config.total_epochs, config.total_steps = 0.0, steps
@@ -51,14 +51,14 @@ def loop_config(batch_size: int, steps: int) -> ml_collections.ConfigDict:
 
 
 def loop_speed(config: ml_collections.ConfigDict) -> float:
-  """Returns steps per second of `train()`."""
+  """Return steps per second of `train()`."""
   with tempfile.TemporaryDirectory() as workdir:
     seconds = train_lib.train(config, workdir)["wall_seconds"]
   return config.total_steps / (seconds["step"] + seconds["input_wait"])
 
 
 def bare_speed(config: ml_collections.ConfigDict) -> float:
-  """Returns steps per second of the compiled step on one batch."""
+  """Return steps per second of the compiled step on one batch."""
   program = program_lib.build(config, config.data.synthetic_examples)
   train_step = program.compile("train", **program.sizes("train"))
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
@@ -82,17 +82,17 @@ def bare_speed(config: ml_collections.ConfigDict) -> float:
 
 
 def bench_loop(args: argparse.Namespace) -> None:
-  """Prints what the loop costs: steps per second of `train()` over those of the bare jitted step.
+  """Print what the loop costs: steps per second of `train()` over those of the bare jitted step.
 
-  The net is tiny (CIFAR ResNet-8 of a quarter of the width on 16 px images), so that a step is short and whatever the
-  loop adds shows. `train()` runs in full, with logging, event files and prefetching, on synthetic batches that cost
-  nothing to make; the bare step gets one batch that is on the device already. Compiling, the last evaluation and the
-  last save are left out of both.
+  The net is tiny (CIFAR ResNet-8 of a quarter of the width on 16 px images), so that a step is
+  short and whatever the loop adds shows. `train()` runs in full, with logging, event files and
+  prefetching, on synthetic batches that cost nothing to make; the bare step gets one batch that is
+  on the device already. Neither side includes compilation, evaluation or saves.
   """
   config = loop_config(args.batch_size, args.steps)
   rounds = []
   with tempfile.TemporaryDirectory() as compiled:
-    config.compilation_cache = compiled  # or every round would compile both sides again
+    config.compilation_cache = compiled  # so that only the first round compiles
     for number in range(args.rounds):
       loop, bare = loop_speed(config), bare_speed(config)
       rounds.append((loop, bare))
@@ -101,24 +101,24 @@ def bench_loop(args: argparse.Namespace) -> None:
         f"ratio {loop / bare:.3f}",
         flush=True,
       )
-  # Whatever else the machine does can only slow a round down, so the fastest one of each side says most.
+  # Other load of the machine can only slow a round down, so the fastest round of each side counts.
   loop, bare = map(max, zip(*rounds))
   print(
-    f"fastest rounds: ratio {loop / bare:.3f}, a bare step takes {1000 / bare:.2f} ms, train() adds "
-    f"{1e6 * (1 / loop - 1 / bare):.0f} us; median ratio {statistics.median(l / b for l, b in rounds):.3f} "
-    f"({devices()}, batch {args.batch_size})"
+    f"fastest rounds: ratio {loop / bare:.3f}, a bare step takes {1000 / bare:.2f} ms, train() "
+    f"adds {1e6 * (1 / loop - 1 / bare):.0f} us; median ratio "
+    f"{statistics.median(l / b for l, b in rounds):.3f} ({devices()}, batch {args.batch_size})"
   )
 
 
 class StepLoop:
-  """Cheap steps that read, write and donate a whole training state, two of them queued as in `train()`."""
+  """Cheap steps that read, write and donate a training state, two in flight as in `train()`."""
 
   def __init__(self, state: TrainState, idle_seconds: float):
-    """Compiles the step.
+    """Compile the step.
 
     Args:
-      state: what the steps go on from.
-      idle_seconds: pause of the host in each step, for an accelerator that works without it.
+      state: state before the first step; donated.
+      idle_seconds: pause of the host in each step, as while an accelerator computes.
     """
     self.state = state
     self._idle_seconds = idle_seconds
@@ -132,7 +132,7 @@ class StepLoop:
     )
 
   def run(self) -> None:
-    """Takes a step."""
+    """Take a step."""
     self.state, metrics = self._step(self.state)
     self._queued.append(metrics)
     time.sleep(self._idle_seconds)
@@ -140,12 +140,12 @@ class StepLoop:
       self._queued.popleft().block_until_ready()
 
   def drain(self) -> None:
-    """Waits for all steps."""
+    """Wait for all steps."""
     self._queued.clear()
     jax.block_until_ready(self.state)
 
   def seconds_per_step(self, steps: int) -> float:
-    """Returns the mean over `steps` steps."""
+    """Return the mean over `steps` steps."""
     self.drain()
     start = time.perf_counter()
     for _ in range(steps):
@@ -155,11 +155,11 @@ class StepLoop:
 
 
 def bench_save(args: argparse.Namespace) -> None:
-  """Prints what a step loop loses to the asynchronous save of a ResNet-50 with SGD momentum.
+  """Print what a step loop loses to the asynchronous save of a ResNet-50 with SGD momentum.
 
-  Lost is the time for which the loop stands still (hashing the leaves, copying them to the host, starting the save),
-  and with it what the steps beside the save take longer than without one: writing needs the processors of the host,
-  which may be the device as well.
+  The loss is the time for which the loop stands still (hashing the leaves, copying them on the
+  device, starting the save) plus what the steps during the save take longer than without one:
+  writing needs the processors of the host, which may be the device as well.
   """
   config = base.get_config()
   config.global_batch_size, config.checkpoint.keep_last = jax.device_count(), 1
@@ -188,12 +188,12 @@ def bench_save(args: argparse.Namespace) -> None:
       checkpointer.poll(wait=True)
       lost = whole - steps * quiet
       print(
-        f"{f'save {number:2}:' if number else 'first:  '} stood still {stall:.3f} s, lost {lost:.3f} s of "
-        f"{whole:.3f} s, ratios {stall / whole:.3f} and {lost / whole:.3f}; {steps} steps beside it, of "
-        f"{1000 * quiet:.1f} ms without it",
+        f"{f'save {number:2}:' if number else 'first:  '} stood still {stall:.3f} s, "
+        f"lost {lost:.3f} s of {whole:.3f} s, ratios {stall / whole:.3f} and {lost / whole:.3f}; "
+        f"{steps} steps during it, of {1000 * quiet:.1f} ms without it",
         flush=True,
       )
-      if number:  # the first compiles the hashes, once in a process
+      if number:  # the first save compiles the hashes, once in a process
         rounds.append((stall / whole, lost / whole))
     checkpointer.close()
   stall, lost = map(statistics.median, zip(*rounds))
@@ -201,10 +201,11 @@ def bench_save(args: argparse.Namespace) -> None:
 
 
 def bench_startup(args: argparse.Namespace) -> None:
-  """Prints how much sooner the second start of a run takes its first step, with the programs that the first compiled.
+  """Print how much sooner a second start takes its first step, with what the first one compiled.
 
-  Both are processes of `python -m trainer` with a ResNet-18 on synthetic images of 64 px, from the start of the
-  interpreter to the progress line of step 1. Nothing but the compilation cache is common to them.
+  Both are processes of `python -m trainer` with a ResNet-18 on synthetic images of 64 px, timed
+  from the start of the interpreter to the progress line of step 1. They share the compilation cache
+  only.
   """
   seconds = []
   with tempfile.TemporaryDirectory() as folder:
@@ -238,6 +239,7 @@ def bench_startup(args: argparse.Namespace) -> None:
       start = time.perf_counter()
       log = []
       with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
         for line in process.stderr:
           log.append(line)
           if "step 1/100 " in line:
@@ -248,27 +250,33 @@ def bench_startup(args: argparse.Namespace) -> None:
       if not compiled:
         sys.exit("".join(log))
       print(
-        f"start {number + 1}: first step after {seconds[-1]:.1f} s, {compiled[1]} s of it to compile",
+        f"start {number + 1}: first step after {seconds[-1]:.1f} s, of which it compiled for "
+        f"{compiled[1]} s",
         flush=True,
       )
   print(f"ratio {seconds[1] / seconds[0]:.3f}")
 
 
 def devices() -> str:
-  """Returns what this process runs on."""
+  """Return what this process runs on."""
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
+def _first_line(doc: str | None) -> str:
+  return (doc or "").partition("\n")[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  """Run the benchmark that `arguments` name."""
+  parser = argparse.ArgumentParser(prog="python -m trainer.bench", description=_first_line(__doc__))
   commands = parser.add_subparsers(required=True)
 
   def add(
     name: str,
     function: Callable[[argparse.Namespace], None],
     **options: tuple[int | float | str, str],
-  ):
-    command = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+  ) -> None:
+    command = commands.add_parser(name, help=_first_line(function.__doc__))
     command.set_defaults(function=function)
     for option, (default, text) in options.items():
       command.add_argument(
@@ -279,16 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     "loop",
     bench_loop,
     steps=(1000, "steps of each side in each round"),
-    rounds=(6, "rounds, each of both sides in turn"),
+    rounds=(6, "rounds, each with both sides"),
     batch_size=(32, "images per step"),
   )
   add(
     "save",
     bench_save,
     rounds=(5, "saves after the first"),
-    steps=(10, "steps that are timed before each save"),
+    steps=(10, "steps timed before each save"),
     idle_seconds=(0.1, "pause of the host in each step"),
-    folder=(tempfile.gettempdir(), "disk to be written to"),
+    folder=(tempfile.gettempdir(), "folder on the disk to write to"),
   )
   add("startup", bench_startup)
   args = parser.parse_args(arguments)

@@ -1,11 +1,14 @@
-"""What a compiled program sends between devices, read from its text: the same for CPU and TPU."""
+"""What a compiled program sends between devices, read from its text, for CPU and TPU alike."""
 
 import dataclasses
 import itertools
 import math
 import re
 
-_KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|recv"
+_KINDS = (
+  "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|"
+  "collective-broadcast|recv"
+)
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.* -> .* \{$")
 _COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({_KINDS})(-start)?\(')
 _BETWEEN_SLICES = re.compile(
@@ -19,11 +22,11 @@ class Collective:
   """An operation between devices.
 
   Attributes:
-    kind: as XLA calls it: all-reduce, all-gather, reduce-scatter, collective-permute, all-to-all, ...; followed by
-      "between slices" where it goes through the network of the data centre.
-    devices: how many share it.
-    bytes: of what each device has once it is gathered, or before it is scattered; else of the result.
-    in_loop: whether it stands in a loop, and so may run more than once.
+    kind: its name in XLA: all-reduce, all-gather, reduce-scatter, collective-permute, all-to-all,
+      ...; followed by "between slices" if it uses the network of the data centre.
+    devices: number of devices that share it.
+    bytes: bytes on each device after a gather or before a scatter; else those of the result.
+    in_loop: whether it is in a loop, and so may run more than once.
   """
 
   kind: str
@@ -33,24 +36,28 @@ class Collective:
 
 
 def read(text: str) -> list[Collective]:
-  """Returns the collectives of a compiled program.
+  """Return the collectives of a compiled program.
 
-  Four habits of the compiler of TPUs hide what they are. A reduce-scatter is a fusion named all-reduce-scatter, with an
-  all-reduce and the cut of its result inside. A collective that runs beside other work stands once in each fusion that
-  moves it on, with the same chain_id in each. One that starts and ends apart names its operands in its result. And
-  between slices it is a send and a recv, with the kind and the numbers of the slices in their attributes.
+  Four habits of the TPU compiler disguise them. A reduce-scatter is a fusion named
+  all-reduce-scatter that contains an all-reduce and slices its result. A collective that overlaps
+  other work appears in each fusion that advances it, with the same chain_id. One that is split into
+  start and done has its operands in the shape of its result. Between slices it is a send and a recv
+  whose attributes hold the kind and the numbers of the slices.
 
   Args:
-    text: `as_text()` of what `jax.jit(f).lower(...).compile()` gives.
+    text: `as_text()` of a compiled jitted function.
   """
   partitions = int(found[1]) if (found := re.search(r"\bnum_partitions=(\d+)", text)) else 1
   replicas = int(found[1]) if (found := re.search(r"\breplica_count=(\d+)", text)) else 1
-  computation, lines, callers, bodies = "", [], {}, set()
+  computation = ""
+  lines: list[tuple[str, str, str, str | None, str]] = []
+  callers: dict[str, set[str]] = {}
+  bodies: set[str] = set()
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       computation = header[1]
     elif found := _COLLECTIVE.match(line):
-      lines.append((computation, *found.groups(), line))
+      lines.append((computation, found[1], found[2], found[3], line))
     for how, name in _CALLED.findall(line):
       callers.setdefault(name, set()).add(computation)
       if how == "body":
@@ -74,7 +81,7 @@ def read(text: str) -> list[Collective]:
       kind = "reduce-scatter"
     elif kind == "reduce-scatter":
       size *= devices
-    elif kind == "recv":
+    elif between and kind == "recv":
       kind = between[2].lower().replace("_", "-") + " between slices"
       devices = between[1].count(",") + 1
     if start and kind == "all-gather":
@@ -86,23 +93,24 @@ def read(text: str) -> list[Collective]:
 
 
 def describe(collectives: list[Collective]) -> list[str]:
-  """Returns a line for each kind and number of devices: how many, and the bytes of all together."""
+  """Return a line for each kind and number of devices, with their count and bytes in total."""
 
   def key(collective: Collective) -> tuple[str, int]:
     return collective.kind, collective.devices
 
   lines = []
-  for (kind, devices), group in itertools.groupby(sorted(collectives, key=key), key):
-    group = list(group)
-    line = f"{kind:25} over {devices} devices: {len(group)}, {sum(each.bytes for each in group) / 2**20:.2f} MiB"
+  for (kind, devices), found in itertools.groupby(sorted(collectives, key=key), key):
+    group = list(found)
+    size = sum(each.bytes for each in group) / 2**20
+    line = f"{kind:25} over {devices} devices: {len(group)}, {size:.2f} MiB"
     looped = sum(each.in_loop for each in group)
     lines.append(line + f"; {looped} of them in loops, counted once" * (looped > 0))
   return lines
 
 
 def _size(shape: str) -> float:
-  """Returns the bytes of all arrays in a shape, as in '(f32[8,128]{1,0:T(8,128)}, bf16[])'."""
-  # pred, which has no number of bits in its name, takes a byte.
+  """Return the bytes of all arrays in a shape such as '(f32[8,128]{1,0:T(8,128)}, bf16[])'."""
+  # pred, the type without a number of bits in its name, takes a byte.
   return sum(
     math.prod(int(length) for length in re.findall(r"\d+", dimensions)) * int(bits or 8) / 8
     for bits, dimensions in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
@@ -110,7 +118,7 @@ def _size(shape: str) -> float:
 
 
 def _group_size(line: str) -> int | None:
-  """Returns how many devices share the collective of a line; None where it names none, which means all."""
+  """Return how many devices share the collective of a line; None if it names none: all of them."""
   if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
     return _chain(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
   if axes := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", line):
@@ -126,7 +134,7 @@ def _group_size(line: str) -> int | None:
 
 
 def _chain(pairs: list[tuple[str, str]]) -> int:
-  """Returns the number of devices in the longest chain that (from, to) pairs make."""
+  """Return the number of devices in the longest chain of (from, to) pairs."""
   groups: dict[str, set[str]] = {}
   for pair in pairs:
     joined = set.union(*(groups.get(device, {device}) for device in pair))

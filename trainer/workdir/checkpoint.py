@@ -30,11 +30,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from trainer import config as config_lib
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod.pod import Pod
-from trainer.state import TrainState, fingerprints
+from trainer.state import TrainState, Tree, fingerprints
 from trainer.workdir import storage
 from trainer.workdir.paths import Workdir
-
-Tree = Any  # a pytree of arrays or of their shapes
 
 FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
@@ -298,9 +296,9 @@ class Checkpointer:
       raise ConfigError(
         f"{self._directory / str(step)} has format {meta['format']}, this version reads {FORMAT}."
       )
-    changes = config_lib.check_same_run(meta["config"], self._config, str(self._workdir.path))
-    if changes is not None:
-      meta |= {"changes": changes}
+    meta["changes"] = config_lib.check_same_run(
+      meta["config"], self._config, str(self._workdir.path)
+    )
     items = dict(
       self._manager.restore(
         step,
@@ -350,7 +348,7 @@ class Checkpointer:
 
 def _items(state: TrainState) -> dict[str, Tree]:
   """Return the parts of a state that are saved; what is absent or empty needs no item."""
-  trees = {name: getattr(state, name, None) for name in _ITEMS}
+  trees = {name: getattr(state, name) for name in _ITEMS}
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
