@@ -35,9 +35,10 @@ prepare() {
   tar --extract --file="$data/code.tar.gz" --directory="$data/code"
   python3 -m venv "$data"/tool
   "$data"/tool/bin/pip install --quiet --require-hashes --requirement="$data/code/launch/requirements-uv.lock"
-  "$data"/tool/bin/uv venv --quiet --python=3.11 "$data"/venv
-  "$data"/tool/bin/uv pip sync --quiet --python="$data/venv/bin/python" --require-hashes \
-    "$data"/code/launch/requirements-tpu.lock
+  lock="$data/code/launch/requirements-tpu.lock"
+  version="$(sed -n 's/^#.* --python-version[ =]\([0-9.]*\).*/\1/p' "$lock")" # of the command in its first lines
+  "$data"/tool/bin/uv venv --quiet --python="$version" "$data"/venv
+  "$data"/tool/bin/uv pip sync --quiet --python="$data/venv/bin/python" --require-hashes "$lock"
   # Shards of an earlier machine that was lost are kept, if their checksums are right.
   gcloud storage rsync "$out" "$data"/shards --recursive --quiet || true
   gcloud storage rsync "$source" "$data"/archives --recursive --quiet

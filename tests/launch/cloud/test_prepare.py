@@ -28,13 +28,17 @@ case "${@: -1}" in
   */name) echo prep ;; */zone) echo projects/1/zones/us-west4-a ;; *) exit 22 ;;
 esac
 """
-# Makes the environments without a network: pip does nothing, uv makes one with the Python of this test.
+# Makes the environments without a network: pip does nothing, uv makes one with the Python of this
+# test, whatever version it is asked for.
 PYTHON = r"""#!/bin/bash
 [[ $2 == venv ]] || exit 1
 mkdir -p "$3/bin"
 printf '#!/bin/bash\n' >"$3/bin/pip"
 echo '#!/bin/bash
-[[ $1 == pip ]] || { mkdir -p "${@: -1}/bin"; ln -s "$REAL" "${@: -1}/bin/python"; }' >"$3/bin/uv"
+[[ $1 == venv ]] || exit 0
+[[ $* == *" --python=3."[0-9]* ]] || exit 2
+mkdir -p "${@: -1}/bin"
+ln -s "$REAL" "${@: -1}/bin/python"' >"$3/bin/uv"
 chmod +x "$3/bin/"*
 """
 
