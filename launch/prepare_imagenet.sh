@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Startup script of the machine that `launch/tpu prepare` makes: shards of ImageNet, next to the bucket.
-# What to do comes from the machine's metadata. The machine deletes itself when it is done or has failed; its log is
-# in the bucket either way.
+# Startup script of the machine that `launch/tpu prepare` creates: makes the shards of ImageNet near the bucket.
+# Its arguments are in the machine's metadata. The machine deletes itself when it is done or has failed; either way
+# its log is in the bucket.
 set -euo pipefail
 
 metadata() {
@@ -38,7 +38,7 @@ prepare() {
   "$data"/tool/bin/uv venv --quiet --python=3.11 "$data"/venv
   "$data"/tool/bin/uv pip sync --quiet --python="$data/venv/bin/python" --require-hashes \
     "$data"/code/launch/requirements-tpu.lock
-  # Shards of an earlier machine that was lost are kept, if their checksums are right.
+  # Shards of an earlier machine that was lost are kept if their checksums match.
   gcloud storage rsync "$out" "$data"/shards --recursive --quiet || true
   gcloud storage rsync "$source" "$data"/archives --recursive --quiet
   mapfile -t arguments <"$data"/arguments

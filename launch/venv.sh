@@ -3,7 +3,7 @@
 #
 #   ensure_venv EXTRA    sets PY to the Python of ROOT/.venv, with the extra [EXTRA] of setup.cfg installed
 #
-# PYTHON=... chooses the interpreter that makes .venv. Nothing is fetched when what setup.cfg asks for is there.
+# PYTHON=... chooses the interpreter that makes .venv. Nothing is fetched if the requirements of setup.cfg are met.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -35,7 +35,7 @@ ensure_venv() {
   echo "Installing resnet-pod[$extra] into .venv (a minute or two, once) ..."
   if ! "$PY" -m pip install --disable-pip-version-check -e "${ROOT}[$extra]" >"$log" 2>&1; then
     tail -n 5 "$log" >&2
-    fail "pip could not install the packages of setup.cfg; the network may be down. All it said is in $log; run this again when it is mended."
+    fail "pip could not install the packages of setup.cfg; the network may be down. Its output is in $log; run this again once that is fixed."
   fi
   printf '%s' "$wanted" >"$stamp"
 }

@@ -1,7 +1,8 @@
 """Every gcloud line that the launcher can emit, as lists of words; nothing here runs anything.
 
-Flags are those of the GA commands where there is one; `--zone` and `--project` are always given, because gcloud fills
-in what is missing from wherever it finds it. Lines are joined by shlex for a person, and never pass through a shell.
+The commands are GA where one exists. `--zone` and `--project` are always given, because gcloud
+would fill them in from its configuration. Lines are joined by shlex for display, and never pass
+through a shell.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _where(place: Place) -> Line:
 
 
 def create(settings: Settings, attempt: int, wait: float) -> Line:
-  """Asks for the slices of an attempt; the request ends by itself after `wait` seconds in the queue."""
+  """Request the slices of an attempt; the request expires after `wait` seconds in the queue."""
   labels = [
     ("run", settings.run),
     ("owner", settings.owner),
@@ -30,7 +31,7 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
     ("launcher", LAUNCHER),
     *settings.labels,
   ]
-  # autocheckpoint is alpha only; all else is GA, whose --spot and --reserved send what the service expects.
+  # autocheckpoint is alpha only; the --spot and --reserved of alpha send wrong requests.
   track = ["gcloud", "alpha", "compute", "tpus"] if settings.autocheckpoint else _TPUS
   nodes = (
     [f"--node-id={settings.run}"]
@@ -51,7 +52,7 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
     f"--accelerator-type={settings.type}",
     f"--runtime-version={settings.runtime_version}",
     *([f"--{settings.capacity}"] if settings.capacity != "on-demand" else []),
-    *([f"--{name}={value}" for name, value in named if value]),
+    *(f"--{name}={value}" for name, value in named if value),
     *(["--internal-ips"] if settings.internal_ips else []),
     *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
     "--labels=" + ",".join(f"{key}={value}" for key, value in labels),
@@ -62,32 +63,32 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
 
 
 def describe(place: Place) -> Line:
-  """Reads the queued resource of a run."""
+  """Read the queued resource of a run."""
   return [*_TPUS, "queued-resources", "describe", place.run, "--format=json", *_where(place)]
 
 
 def list_queued(place: Place) -> Line:
-  """Reads all queued resources of a zone."""
+  """Read all queued resources of a zone."""
   return [*_TPUS, "queued-resources", "list", "--format=json", *_where(place)]
 
 
 def list_nodes(place: Place) -> Line:
-  """Reads all nodes of a zone: one call for any number of slices."""
+  """Read all nodes of a zone: one call for any number of slices."""
   return [*_TPUS, "tpu-vm", "list", "--format=json", *_where(place)]
 
 
 def delete(place: Place) -> Line:
-  """Removes a queued resource with its nodes; without --force an active one stays."""
+  """Remove a queued resource with its nodes; without --force an ACTIVE one stays."""
   return [*_TPUS, "queued-resources", "delete", place.run, "--force", "--async", *_where(place)]
 
 
 def delete_node(place: Place, node: str) -> Line:
-  """Removes a node that no queued resource holds any more."""
+  """Remove a node that no queued resource holds any more."""
   return [*_TPUS, "tpu-vm", "delete", node, "--async", *_where(place)]
 
 
 def _hosts(slice_number: int | None, worker: int | None) -> Line:
-  # Never a range of workers: where all of one fail, gcloud ends with 0.
+  # Never a range of workers: if all of a range fail, gcloud exits with 0.
   return [
     f"--node={'all' if slice_number is None else slice_number}",
     f"--worker={'all' if worker is None else worker}",
@@ -95,8 +96,8 @@ def _hosts(slice_number: int | None, worker: int | None) -> Line:
 
 
 def agent(place: Place, sha: str, *words: str) -> str:
-  """Returns the command line for hosts: fetches the agent if it is not there, and runs one of its verbs."""
-  name, folder = f"agent-{sha}.py", shlex.quote(f"tpu/{place.run}")
+  """Returns the command for hosts: fetch the agent if it is not there, and run one of its verbs."""
+  name, folder = f"agent-{sha}.pyz", shlex.quote(f"tpu/{place.run}")
   fetch = shlex.join(["gcloud", "storage", "cp", f"{place.url}/launch/{name}", name, "--quiet"])
   verb = shlex.join(["python3", name, place.url, *words])
   return (
@@ -108,7 +109,7 @@ def agent(place: Place, sha: str, *words: str) -> str:
 def ssh(
   settings: Settings, command: str, slice_number: int | None = None, worker: int | None = None
 ) -> Line:
-  """Runs a command line on hosts, 64 at a time; it may be run again after a lost connection."""
+  """Run a command on hosts, 64 at a time; gcloud repeats it after a lost connection."""
   return [
     *_TPUS,
     "queued-resources",
@@ -126,7 +127,7 @@ def ssh(
 
 
 def copy_environment(settings: Settings) -> Line:
-  """Copies the file of secrets to every host, past command lines, labels, metadata and the bucket."""
+  """Copy the file of secrets to every host, not by command line, label, metadata or bucket."""
   return [
     *_TPUS,
     "queued-resources",
@@ -140,7 +141,7 @@ def copy_environment(settings: Settings) -> Line:
 
 
 def upload(place: Place, path: str, url: str, generation: str | None = None) -> Line:
-  """Copies a file to the bucket; with `generation` only if that is the one which is there ("0": none)."""
+  """Copy a file to the bucket; with `generation` only over that one ("0": only if none exists)."""
   condition = [f"--if-generation-match={generation}"] if generation is not None else []
   return [
     "gcloud",
@@ -156,12 +157,12 @@ def upload(place: Place, path: str, url: str, generation: str | None = None) -> 
 
 
 def read(place: Place, url: str) -> Line:
-  """Prints an object, or all that a pattern matches."""
+  """Print an object, or all that match a pattern."""
   return ["gcloud", "storage", "cat", url, f"--project={place.project}", "--quiet"]
 
 
 def object_generation(place: Place, url: str) -> Line:
-  """Reads which generation of an object is there."""
+  """Read the current generation of an object."""
   return [
     "gcloud",
     "storage",
@@ -175,30 +176,30 @@ def object_generation(place: Place, url: str) -> Line:
 
 
 def list_objects(place: Place, url: str) -> Line:
-  """Lists objects by a pattern."""
+  """List the objects that match a pattern."""
   return ["gcloud", "storage", "ls", url, f"--project={place.project}", "--quiet"]
 
 
-# Only doctor's.
+# The lines of doctor.
 
 
 def version() -> Line:
-  """Reads the version of gcloud; nothing is asked of the cloud."""
+  """Read the version of gcloud, offline."""
   return ["gcloud", "version", "--format=json"]
 
 
 def account() -> Line:
-  """Reads who is logged in."""
+  """Read which account is logged in."""
   return ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=json"]
 
 
 def default_project() -> Line:
-  """Reads the project that gcloud is set to."""
+  """Read the default project of gcloud."""
   return ["gcloud", "config", "get", "project"]
 
 
 def services(place: Place) -> Line:
-  """Lists the enabled APIs of a project."""
+  """List the enabled APIs of a project."""
   return [
     "gcloud",
     "services",
@@ -211,7 +212,7 @@ def services(place: Place) -> Line:
 
 
 def bucket(place: Place) -> Line:
-  """Reads where a bucket lies."""
+  """Read the location of a bucket."""
   return [
     "gcloud",
     "storage",
@@ -225,7 +226,7 @@ def bucket(place: Place) -> Line:
 
 
 def bucket_policy(place: Place) -> Line:
-  """Reads who may do what with a bucket."""
+  """Read the permissions on a bucket."""
   return [
     "gcloud",
     "storage",
@@ -239,12 +240,12 @@ def bucket_policy(place: Place) -> Line:
 
 
 def project_policy(place: Place) -> Line:
-  """Reads who may do what in a project."""
+  """Read the permissions in a project."""
   return ["gcloud", "projects", "get-iam-policy", place.project, "--format=json", "--quiet"]
 
 
 def project_number(place: Place) -> Line:
-  """Reads the number in the name of the default service account."""
+  """Read the number in the name of the default service account."""
   return [
     "gcloud",
     "projects",
@@ -256,12 +257,12 @@ def project_number(place: Place) -> Line:
 
 
 def accelerator_types(place: Place) -> Line:
-  """Lists the accelerator types of a zone."""
+  """List the accelerator types of a zone."""
   return [*_TPUS, "accelerator-types", "list", "--format=json", *_where(place)]
 
 
 def quotas(place: Place) -> Line:
-  """Lists the TPU quotas of a project."""
+  """List the TPU quotas of a project."""
   return [
     "gcloud",
     "beta",
@@ -276,12 +277,12 @@ def quotas(place: Place) -> Line:
 
 
 def shell(line: Line) -> str:
-  """Returns a line ready to paste."""
+  """Returns a line ready to paste into a shell."""
   return shlex.join(line)
 
 
 def every_line() -> Iterator[Line]:
-  """Yields each line in each variant, with values that are hard to quote where a value may be any text."""
+  """Yields each line in each variant, with values that are hard to quote."""
   place = Place("run-1", "my-project", "us-central2-b", "gs://my-bucket/some/folder")
   base = Settings(
     place, owner="me", type="v4-32", runtime_version="tpu-ubuntu2204-base", max_seconds=3600

@@ -1,4 +1,4 @@
-"""Turns what the service, the hosts and the bucket say into the `World` that decisions are made from."""
+"""Reads the service, the hosts and the bucket into the `World` that decisions are made from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
 from launch.cloud import bundle, commands
 from launch.cloud.gcloud import Gcloud, GcloudError
 from launch.cloud.settings import Place, Settings, UsageError
-from launch.cloud.states import Memory, Node, Queued, Report, World
+from launch.cloud.world import Memory, Node, Queued, Report, World
 
 
 def queued_of(value: dict[str, Any]) -> Queued:
@@ -49,7 +50,7 @@ def node_of(value: dict[str, Any]) -> Node:
 
 
 def report_of(value: dict[str, Any]) -> Report:
-  """Reads what an agent says; what this version does not know is left out."""
+  """Reads the report of an agent; entries of other versions are left out."""
   known = {field.name for field in dataclasses.fields(Report)}
   return Report(
     **{name: entry for name, entry in value.items() if name in known and entry is not None}
@@ -58,23 +59,18 @@ def report_of(value: dict[str, Any]) -> Report:
 
 def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, Any]]:
   """Returns the nodes of a run, slice 0 first."""
-
-  def number(value: dict[str, Any]) -> int | None:
+  mine: list[tuple[int, str, dict[str, Any]]] = []
+  for value in listed:
     name = value["name"].rsplit("/", 1)[-1]
     found = re.fullmatch(rf"{re.escape(run)}(?:-(\d+))?", name)
-    return int(found[1] or 0) if found else None
-
-  # By label where there is one: a run named "a" must not take the node of a run named "a-1".
-  mine = [
-    value
-    for value in listed
-    if number(value) is not None and value.get("labels", {}).get("run", run) == run
-  ]
-  return sorted(mine, key=number)
+    # By label where there is one: a run named "a" must not take the node of a run named "a-1".
+    if found and value.get("labels", {}).get("run", run) == run:
+      mine.append((int(found[1] or 0), name, value))
+  return [value for _, _, value in sorted(mine, key=lambda entry: entry[:2])]
 
 
 def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> None:
-  """Uploads a file under a name that says what is in it, unless that is there."""
+  """Upload a file under a name made of its hash, unless it is there."""
   try:
     gcloud.run(commands.upload(place, str(path), url, "0"))
   except GcloudError as error:
@@ -83,7 +79,7 @@ def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> No
 
 
 class Looker:
-  """Looks at one run."""
+  """What is seen of one run."""
 
   def __init__(self, gcloud: Gcloud, settings: Settings, clock: Callable[[], float] = time.time):
     self._gcloud, self.settings, self._clock = gcloud, settings, clock
@@ -91,11 +87,11 @@ class Looker:
     self._agent_there = False
 
   def world(self, memory: Memory) -> World:
-    """Looks: one call to the service, and where there is a slice a second, and one to its hosts.
+    """Read the queued resource, and if it is ACTIVE its nodes and hosts: three calls at most.
 
     Raises:
       GcloudError: if the service does not answer, or refuses.
-      UsageError: if the queued resource is another's.
+      UsageError: if the queued resource belongs to another owner or run.
     """
     place, trouble = self.settings.place, ""
     try:
@@ -109,8 +105,8 @@ class Looker:
       place.run,
     ):
       raise UsageError(
-        f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run {queued.run}; "
-        "take another name."
+        f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run "
+        f"{queued.run}; use another name."
       )
     if not queued or queued.state != "ACTIVE":
       lost = memory.active or (queued is None and memory.started is not None)
@@ -120,7 +116,7 @@ class Looker:
         heartbeat=self.heartbeat() if lost else None,
         reports=self.left_behind(memory.attempt) if queued is None and memory.started else (),
       )
-    # Of an earlier life with more slices something may be left over, which `down` removes.
+    # Nodes of an earlier life with more slices may be left over; `down` removes them.
     names = (
       [place.run]
       if self.settings.slices == 1
@@ -141,14 +137,16 @@ class Looker:
     )
 
   def ship_agent(self) -> None:
-    """Puts the agent into the bucket, unless it is there: hosts fetch it from there."""
+    """Put the agent into the bucket, unless it is there: hosts fetch it from there."""
     if not self._agent_there:
       place = self.settings.place
-      upload_new(self._gcloud, place, bundle.AGENT, f"{place.url}/launch/agent-{self._sha}.py")
+      with tempfile.TemporaryDirectory() as folder:
+        path = bundle.pack_agent(pathlib.Path(folder))
+        upload_new(self._gcloud, place, path, f"{place.url}/launch/{path.name}")
       self._agent_there = True
 
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
-    """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
+    """Run a verb of the agent on all hosts; return the reports, and why others are missing."""
     lines, trouble = self._gcloud.hosts(
       commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words))
     )
@@ -157,22 +155,23 @@ class Looker:
       if line.startswith('{"') and '"tpu_agent"' in line:
         try:
           report = report_of(json.loads(line))
-        except (ValueError, TypeError):  # a line that another host wrote into
+        except (ValueError, TypeError):  # the lines of two hosts were mixed
           continue
         reports[report.name] = report
       elif line.startswith("tpu-agent-failed"):
         failed.append(line.split()[-1])
-    if failed and not self._agent_there:  # of other code than this, as `up` was typed with
+    if failed and not self._agent_there:  # `up` shipped the agent of other code than this
       self.ship_agent()
       return self.ask(*words)
     if failed:
-      trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
+      why = trouble or "can its service account read the bucket?"
+      trouble = f"the agent failed on {', '.join(failed)}: {why}"
     return tuple(
       sorted(reports.values(), key=lambda report: (report.slice, report.worker))
     ), trouble
 
   def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
-    """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
+    """Returns the last lines of a host's log, or of its copy in the bucket if the host is gone."""
     number, worker = map(int, host.split("-"))
     command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
     found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
@@ -187,12 +186,12 @@ class Looker:
       return [str(error)]
 
   def heartbeat(self) -> dict[str, Any] | None:
-    """Returns what host 0 last said in the bucket, of whatever attempt."""
+    """Returns the newest report that host 0 left in the bucket, of whatever attempt."""
     found = self._objects("logs/*/heartbeat.json")
     return max(found, key=lambda beat: beat["now"], default=None)
 
   def left_behind(self, attempt: int) -> tuple[Report, ...]:
-    """Returns how the trainers of an attempt ended, as far as hosts could say so in the bucket."""
+    """Returns how the trainers of an attempt ended, as far as the bucket has it."""
     return tuple(map(report_of, self._objects(f"logs/attempt-{attempt}/exit-*.json")))
 
   def _objects(self, pattern: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Stands in for gcloud: a folder is the cloud, its files are what a test looks at and changes.
+"""A stand-in for gcloud: a folder is the cloud, whose files a test reads and changes.
 
-CLOUD/objects/BUCKET/...    what lies in buckets; the generation of an object is the mtime of its file, in ns
-CLOUD/queued.json           name -> queued resource; a new one gets the state in CLOUD/grant, default ACTIVE
+CLOUD/objects/BUCKET/...    objects; the generation of one is the mtime of its file, in ns
+CLOUD/queued.json           name -> queued resource; CLOUD/grant is the state of a new one (ACTIVE)
 CLOUD/nodes.json            name -> node, made with the queued resource when that is ACTIVE
 CLOUD/hosts/0-1             home of worker 1 of slice 0; `down` beside it: does not answer
 CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail
@@ -83,9 +83,11 @@ def ssh(flags):
     node for name, node in nodes.items() if not name.endswith("-7")
   ]  # of an earlier life, see test_life
   for number, node in enumerate(held):
-    for worker in range(len(node["networkEndpoints"])):
-      if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker)):
-        hosts.append((number, worker))
+    hosts += [
+      (number, worker)
+      for worker in range(len(node["networkEndpoints"]))
+      if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker))
+    ]
   running = []
   for number, worker in hosts:
     home = CLOUD / "hosts" / f"{number}-{worker}"

@@ -1,4 +1,4 @@
-"""What a person types: told what is wrong in one sentence, quoted once, and shown before it is run."""
+"""The command line: errors in one sentence, one level of quoting, lines shown before they run."""
 
 import os
 import pathlib
@@ -41,7 +41,7 @@ def settings(*words):
     (["status", "r1"], "--project is needed"),
     (["status", "r1", "--project=my-project"], "--zone is needed"),
     (["status", "r1", *WHERE[:2]], "--bucket is needed"),
-    (["status", "r1", *WHERE, "--fast"], "--fast"),
+    (["status", "r1", *WHERE, "--fast"], "no option --fast"),
     (["status", "Run", *WHERE], "run name 'Run'"),
     (["down", *WHERE], "run name ''"),
     (["logs", "r1", *WHERE, "--worker=1-2"], "--worker '1-2'"),
@@ -54,7 +54,7 @@ def settings(*words):
     ([*UP, "--max-hours=0"], "--max-hours 0"),
     ([*UP, "--autocheckpoint"], "--autocheckpoint"),
     ([*UP, "--label=Team=x"], "--label Team=x"),
-    ([*UP, "--label=run=x"], "the launcher's own"),
+    ([*UP, "--label=run=x"], "set by the launcher"),
     ([*UP, "--label=team"], "KEY=VALUE"),
     ([*UP, "--secret=KEY=the value itself"], "never its value"),
     ([*UP, "--service-account=me"], "--service-account"),
@@ -63,7 +63,7 @@ def settings(*words):
     ([*UP, "--config=configs/base.py"], "--config is given 2 times"),
     ([*UP[:4], *WHERE], "--config"),
     ([*UP, "--workdir=here"], "--workdir=here"),
-    ([*UP, "x", "y"], "no flag of the trainer"),
+    ([*UP, "x", "y"], "not a flag of the trainer"),
     ([*UP, "--zone=us west"], "--zone"),
     ([*UP, "--bucket=my-bucket"], "gs://BUCKET"),
     ([*UP, "--project=p;rm"], "--project"),
@@ -129,7 +129,7 @@ def test_the_command_of_hosts_reaches_the_agent_as_words(tmp_path):
   place = Place("r1", "p", "z", "gs://b/it's $(a) folder")
   folder = tmp_path / "tpu" / "r1"
   folder.mkdir(parents=True)
-  (folder / "agent-abc.py").write_text("import sys; print(sys.argv[1:])")
+  (folder / "agent-abc.pyz").write_text("import sys; print(sys.argv[1:])")
   done = subprocess.run(
     ["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")],
     cwd=tmp_path,
@@ -168,7 +168,7 @@ def test_dry_run_prints_lines_and_runs_none(verb, capsys):
   lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
   assert lines and all(line[0] == "gcloud" for line in lines)
   assert all(
-    not line[1:4] == ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line
+    line[1:4] != ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line
     for line in lines
   )
 
@@ -214,7 +214,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1w", "1h30m", "nan"])
 def test_durations_that_are_none(text):
-  with pytest.raises(UsageError, match="is no duration"):
+  with pytest.raises(UsageError, match="is not a duration"):
     duration(text)
 
 
@@ -223,11 +223,17 @@ def test_durations_that_are_none(text):
   "stderr, kind",
   [
     (
-      "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource 'r' already exists",
+      (
+        "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource "
+        "'r' already exists"
+      ),
       "exists",
     ),
     (
-      "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' was not found",
+      (
+        "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' "
+        "was not found"
+      ),
       "not_found",
     ),
     (
@@ -235,11 +241,17 @@ def test_durations_that_are_none(text):
       "permission",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded. Limit: 32",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been "
+        "exceeded. Limit: 32"
+      ),
       "quota",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric "
+        "'Requests' and limit 'Requests per minute'"
+      ),
       "throttled",
     ),
     ('ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity in the zone "z"', "capacity"),
@@ -247,7 +259,10 @@ def test_durations_that_are_none(text):
     ("ERROR: (gcloud.x) HTTPError 503: backend error", "unavailable"),
     ("ERROR: (gcloud.x) You do not currently have an active account selected.", "auth"),
     (
-      "ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.",
+      (
+        "ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions "
+        "you specified did not hold."
+      ),
       "precondition",
     ),
     (
@@ -264,20 +279,31 @@ def test_durations_that_are_none(text):
     ("........ERROR: HTTPError 412\n.\n", "precondition"),
     ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
     (
-      "ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
+      (
+        "ERROR: (gcloud.x) NOT_FOUND: Resource "
+        "'projects/p/locations/z/queuedResources/quota-404-network' was not found"
+      ),
       "not_found",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in "
+        "project [rate-1]."
+      ),
       "quota",
     ),
     (
-      "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant",
+      (
+        "ERROR: (gcloud.storage.cat) The following URLs matched no objects or "
+        "files:\ngs://b/forbidden/invalid_grant"
+      ),
       "not_found",
     ),
     (
-      "This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
-      "ERROR: (gcloud.x) Connection reset by peer",
+      (
+        "This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
+        "ERROR: (gcloud.x) Connection reset by peer"
+      ),
       "unavailable",
     ),
   ],
@@ -327,7 +353,7 @@ def test_a_busy_service_is_asked_again_and_others_are_not(program):
   folder = program(
     'echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) UNAVAILABLE: later" >&2; exit 1'
   )
-  with pytest.raises(GcloudError, match="^UNAVAILABLE: later$"):
+  with pytest.raises(GcloudError, match=r"^UNAVAILABLE: later$"):
     Gcloud(10, sleep=pauses.append).run(["gcloud", "x"])
   assert pauses == [2.0, 6.0] and (folder / "count").read_text() == "x\n" * 3
   program(

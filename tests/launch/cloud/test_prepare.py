@@ -19,16 +19,19 @@ words=()
 for word in "$@"; do [[ $word == --* ]] || words+=("${word/gs:\/\//$CLOUD/}"); done
 case "${words[*]:0:2}" in
   "storage cp") mkdir -p "$(dirname "${words[3]}")"; cp "${words[2]}" "${words[3]}" ;;
-  "storage rsync") [[ -d ${words[2]} ]] && mkdir -p "${words[3]}" && cp -r "${words[2]}/." "${words[3]}" ;;
+  "storage rsync")
+    [[ -d ${words[2]} ]] && mkdir -p "${words[3]}" && cp -r "${words[2]}/." "${words[3]}" ;;
 esac
 """
 CURL = r"""#!/bin/bash
 case "${@: -1}" in
-  */prepare-url) echo gs://b/prep ;; */prepare-source) echo gs://b/images ;; */prepare-out) echo gs://b/shards ;;
+  */prepare-url) echo gs://b/prep ;;
+  */prepare-source) echo gs://b/images ;;
+  */prepare-out) echo gs://b/shards ;;
   */name) echo prep ;; */zone) echo projects/1/zones/us-west4-a ;; *) exit 22 ;;
 esac
 """
-# Makes the environments without a network: pip does nothing, uv makes one with the Python of this test.
+# Makes environments offline: pip does nothing, uv makes one with the Python of this test.
 PYTHON = r"""#!/bin/bash
 [[ $2 == venv ]] || exit 1
 mkdir -p "$3/bin"

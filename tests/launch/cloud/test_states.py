@@ -1,4 +1,4 @@
-"""What the launcher does in every state of the service and of the hosts, by a clock that the test moves."""
+"""The decisions in every state of the service and of the hosts, by the clock of the test."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ import json
 import pytest
 
 from launch.cloud import states
+from launch.cloud import world as world_lib
 from launch.cloud.settings import Place, Settings
-from launch.cloud.states import Memory, Node, Queued, Report, World
+from launch.cloud.world import Memory, Node, Queued, Report, World
 
 SETTINGS = Settings(
   Place("run", "project", "us-west4-a", "gs://bucket"),
@@ -76,7 +77,9 @@ def test_a_quiet_life():
   assert life.see("ACTIVE", reports=[Report(0, 1)]).reason == "1 of 2 hosts answer"
   start = life.see("ACTIVE", reports=[Report(0, 0), Report(0, 1)])
   assert (start.kind, life.memory.attempt) == ("start", 1)
-  assert life.see("ACTIVE", reports=life.hosts("installing")).reason == "2 of 2 hosts install"
+  assert (
+    life.see("ACTIVE", reports=life.hosts("installing")).reason == "2 of 2 hosts are installing"
+  )
   for step in range(100, 1000, 100):
     assert life.see("ACTIVE", reports=life.hosts(step=step)).reason == "training"
   assert life.end(0, None).kind == "wait"
@@ -102,14 +105,14 @@ QUEUED = {
   "A_STATE_OF_TOMORROW": ("wait", "delete"),
 }
 NODES = (
-  dict.fromkeys((*states.COMING, "A_STATE_OF_TOMORROW"), ("wait", "delete"))
-  | dict.fromkeys(states.GONE, ("delete", "delete"))
+  dict.fromkeys((*world_lib.COMING, "A_STATE_OF_TOMORROW"), ("wait", "delete"))
+  | dict.fromkeys(world_lib.GONE, ("delete", "delete"))
   | {"READY": ("wait", "delete")}
 )
 
 
 def test_the_tables_hold_every_state():
-  assert set(states.QUEUED_STATES) < set(QUEUED) and set(states.NODE_STATES) < set(NODES)
+  assert set(world_lib.QUEUED_STATES) < set(QUEUED) and set(world_lib.NODE_STATES) < set(NODES)
 
 
 @pytest.mark.parametrize("state", QUEUED)
@@ -130,7 +133,7 @@ def test_every_state_of_a_node(state):
   assert life.see("ACTIVE", nodes=node, seconds=86400).kind == later
 
 
-@pytest.mark.parametrize("health", states.HEALTHS)
+@pytest.mark.parametrize("health", world_lib.HEALTHS)
 def test_a_node_that_is_called_ill_is_only_replaced_when_it_is_silent(health):
   life = Life(max_seconds=None).train()
   ill = [Node("run", "READY", health, hosts=2)]
@@ -265,7 +268,7 @@ def test_two_crashes_at_the_same_step_end_the_run(step):
   assert "for the second time" in action.reason
 
 
-def test_a_failure_that_a_rerun_does_not_mend():
+def test_a_failure_that_a_rerun_does_not_fix():
   life = Life().train()
   action = life.end(76, 2)
   assert (action.kind, action.code, action.blame) == ("delete", states.CRASHED, "0-1")
@@ -289,7 +292,7 @@ def test_a_stall():
   assert life.see("ACTIVE", reports=life.hosts(step=100)).kind == "stacks"
   restart = life.see("ACTIVE", reports=life.hosts(step=100))
   assert (restart.kind, restart.attempt) == ("start", 2)
-  # It goes on from an earlier checkpoint, and stalls at the same step.
+  # It resumes from an earlier checkpoint, and stalls at the same step.
   kinds = [life.see("ACTIVE", reports=life.hosts(step=100)).kind for _ in range(18)]
   assert kinds == ["wait"] * 16 + ["stacks", "delete"]
   assert life.memory.ending[0] == states.CRASHED

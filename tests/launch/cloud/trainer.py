@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Stands in for the Python of a host and the trainer that it would run: makes 12 steps and a checkpoint every 4.
+"""A stand-in for the Python of a host and its trainer: 12 steps, and a checkpoint every 4.
 
-Started as `python -m trainer ...` by the agent. CLOUD/plan.json says {"pause": after this step, "ATTEMPT": {"HOST":
-[step, what]}}, where what is an exit code, "hang" or "crash".
+Started as `python -m trainer ...` by the agent. CLOUD/plan.json holds {"pause": after this step,
+"ATTEMPT": {"HOST": [step, what]}}, where what is an exit code, "hang" or "crash".
 """
 
 import faulthandler
