@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import Any
 import urllib.parse
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from tests.followed import Followed
 from tests.launch.fake_cloud import Cloud
 from tests.trainer import bucket_server, tiny
 
@@ -46,31 +46,23 @@ class Process:
       start_new_session=True,
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    self.log, self.ended, self._lines = "", False, threading.Condition()
-    threading.Thread(target=self._read, daemon=True).start()
+    self._output = Followed(self._process)
 
-  def _read(self) -> None:
-    for line in self._process.stdout:
-      with self._lines:
-        self.log += line
-        self._lines.notify_all()
-    with self._lines:
-      self.ended = True
-      self._lines.notify_all()
+  @property
+  def log(self) -> str:
+    return self._output.log
+
+  @property
+  def ended(self) -> bool:
+    return self._output.ended
 
   def wait_for(self, pattern: str, limit: float = LIMIT) -> None:
     """Returns when the log has it; an AssertionError ends the wait for what does not come."""
-    with self._lines:
-      self._lines.wait_for(lambda: re.search(pattern, self.log) or self.ended, timeout=limit)
-      assert re.search(pattern, self.log), f"{pattern!r} did not come:\n{self.log[-5000:]}"
+    self._output.wait_for(pattern, limit)
 
   def finish(self, limit: float = LIMIT) -> int:
     """Returns its exit code."""
-    with self._lines:
-      assert self._lines.wait_for(lambda: self.ended, timeout=limit), (
-        f"no end within {limit} s:\n{self.log[-5000:]}"
-      )
-    return self._process.wait()
+    return self._output.wait(limit)
 
   def interrupt(self) -> None:
     """Ctrl-C."""

@@ -22,11 +22,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 import psutil
 
+from tests.followed import Followed
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints
 
@@ -69,24 +69,18 @@ class Pod:
       text=True,
       env=os.environ | {"XLA_FLAGS": flags},
     )
-    self.log, self._lines = "", threading.Condition()
-    threading.Thread(target=self._read, daemon=True).start()
+    self._output = Followed(self._process)
 
-  def _read(self) -> None:
-    for line in self._process.stdout:
-      with self._lines:
-        self.log += line
-        self._lines.notify_all()
-    with self._lines:
-      self.log += "END"
-      self._lines.notify_all()
+  @property
+  def log(self) -> str:
+    return self._output.log
+
+  @property
+  def ended(self) -> bool:
+    return self._output.ended
 
   def wait_for(self, pattern: str, limit: float) -> None:
-    with self._lines:
-      if not self._lines.wait_for(
-        lambda: re.search(pattern, self.log) or self.log.endswith("END"), timeout=limit
-      ):
-        raise AssertionError(f"{pattern!r} did not come within {limit} s:\n{self.log[-3000:]}")
+    self._output.wait_for(pattern, limit)
 
   def pids(self) -> list[int]:
     return [int(pid) for pid in re.findall(r"started as process (\d+)", self.log)]
@@ -99,8 +93,7 @@ class Pod:
 
   def finish(self, limit: float) -> dict[int, int]:
     """Returns the exit code of each host when all are gone, and makes sure that they are."""
-    self.wait_for("END$", limit)
-    self._process.wait()
+    self._output.wait(limit)
     left = [pid for pid in self.pids() if psutil.pid_exists(pid)]
     assert not left, f"processes {left} are left"
     return self.codes()
@@ -227,7 +220,7 @@ def chaos(
     if first:
       shutil.copytree(workdir / "checkpoints" / str(first), quiet / "checkpoints" / str(first))
     pod = Pod(quiet, hosts, total)
-    while not (quiet / "checkpoints" / str(max(periodic))).exists() and not pod.log.endswith("END"):
+    while not (quiet / "checkpoints" / str(max(periodic))).exists() and not pod.ended:
       time.sleep(0.2)
     pod.stop()
     for step in periodic:
