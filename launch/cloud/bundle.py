@@ -86,20 +86,24 @@ def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pa
 
 def pack_agent(folder: pathlib.Path) -> pathlib.Path:
   """Write launch/host as one file that Python runs; its name holds its hash."""
-  content = _agent()
-  path = folder / f"agent-{hashlib.sha256(content).hexdigest()[:12]}.pyz"
-  path.write_bytes(content)
+  path = folder / agent_name()
+  path.write_bytes(agent())
   return path
 
 
+def agent_name() -> str:
+  """Returns the name of the agent in the bucket and on hosts."""
+  return f"agent-{agent_sha()[:12]}.pyz"
+
+
 def agent_sha() -> str:
-  """Return the hash of the agent, which is part of its name on hosts."""
-  return hashlib.sha256(_agent()).hexdigest()[:12]
+  """Returns the SHA-256 of the agent."""
+  return hashlib.sha256(agent()).hexdigest()
 
 
 @functools.cache
-def _agent() -> bytes:
-  """Return a zip file of launch/host, the same bytes on every machine."""
+def agent() -> bytes:
+  """Returns a zip file of launch/host, the same bytes on every machine."""
   files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in _HOST.glob("*.py")}
   files["launch/__init__.py"] = b""
   files["__main__.py"] = b"from launch.host.__main__ import main\nmain()\n"

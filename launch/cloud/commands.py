@@ -22,8 +22,15 @@ def _where(place: Place) -> Line:
   return [f"--project={place.project}", f"--zone={place.zone}", "--quiet"]
 
 
-def create(settings: Settings, attempt: int, wait: float) -> Line:
-  """Request the slices of an attempt; the request expires after `wait` seconds in the queue."""
+def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
+  """Request the slices of an attempt; without --async, for the error of a request that fails.
+
+  Args:
+    settings: of the run.
+    attempt: number of the attempt.
+    wait: seconds in the queue after which the request expires.
+    boot: path of the startup script; see launch/cloud/boot.py.
+  """
   labels = [
     ("run", settings.run),
     ("owner", settings.owner),
@@ -57,7 +64,7 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
     *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
     "--labels=" + ",".join(f"{key}={value}" for key, value in labels),
     f"--valid-until-duration={max(60, round(wait))}s",
-    "--async",
+    f"--metadata-from-file=startup-script={boot}",
     *_where(settings.place),
   ]
 
@@ -95,14 +102,39 @@ def _hosts(slice_number: int | None, worker: int | None) -> Line:
   ]
 
 
-def agent(place: Place, sha: str, *words: str) -> str:
-  """Returns the command for hosts: fetch the agent if it is not there, and run one of its verbs."""
-  name, folder = f"agent-{sha}.pyz", shlex.quote(f"tpu/{place.run}")
-  fetch = shlex.join(["gcloud", "storage", "cp", f"{place.url}/launch/{name}", name, "--quiet"])
-  verb = shlex.join(["python3", name, place.url, *words])
+# For sh -c as root: RUN NAME URL SHA HOME VERB ...; its exit codes are those of AGENT_TROUBLE.
+_AGENT_STEPS = (
+  'd="${TPU_STATE:-/var/lib/tpu}/$1"; n="$2"; f="$d/$2"; u="$3"; s="$4"; e="$5/tpu-$1.env"',
+  'shift 5; umask 077; mkdir -p "$d" && cd "$d" || exit 80',
+  'whole() { echo "$s  $1" | sha256sum --check --status 2>/dev/null; }',
+  'bad() { rm -f "$f.$$"; exit "$1"; }',
+  'if ! whole "$f"; then gcloud storage cp "$u/launch/$n" "$f.$$" --quiet >&2 || bad 81',
+  'whole "$f.$$" || bad 82; mv "$f.$$" "$f"; fi',
+  'if [ -f "$e" ]; then install -m 600 "$e" env && rm -f "$e"; fi',
+  'python3 "$f" "$u" "$@"',
+)
+_AGENT = "; ".join(_AGENT_STEPS)
+AGENT_TROUBLE = {
+  "80": "it cannot write to /var/lib/tpu",
+  "81": "it cannot fetch its agent: may its service account read the bucket?",
+  "82": "the agent in the bucket is not the one of this launcher: somebody else has written there",
+  "1": "it broke, or sudo is not allowed to this login (OS Login: roles/compute.osAdminLogin)",
+}
+
+
+def agent(place: Place, name: str, sha: str, *words: str) -> str:
+  """Returns the command for hosts: run a verb of the agent as root, whoever logs in.
+
+  Args:
+    place: of the run.
+    name: of the agent in the bucket, from where a host fetches it that does not have it.
+    sha: its SHA-256, checked before each use.
+    *words: verb and argument.
+  """
+  fixed, verb = shlex.join([place.run, name, place.url, sha]), shlex.join(words)
   return (
-    f"mkdir -p {folder} && cd {folder} && (test -f {name} || {fetch} 1>&2) && {verb} || "
-    'echo "tpu-agent-failed $(hostname)"'
+    f'sudo -n sh -c {shlex.quote(_AGENT)} sh {fixed} "$HOME" {verb} || '
+    'echo "tpu-agent-failed $? $(hostname)"'
   )
 
 
@@ -133,7 +165,7 @@ def copy_environment(settings: Settings) -> Line:
     "queued-resources",
     "scp",
     settings.env_file,
-    f"{settings.run}:tpu/{settings.run}/env",
+    f"{settings.run}:tpu-{settings.run}.env",
     *_hosts(None, None),
     *(["--tunnel-through-iap"] if settings.iap else []),
     *_where(settings.place),
@@ -293,7 +325,7 @@ def every_line() -> Iterator[Line]:
         settings = dataclasses.replace(
           base, slices=slices, capacity=capacity, autocheckpoint=autocheckpoint
         )
-        yield create(settings, 3, 6 * 3600)
+        yield create(settings, 3, 6 * 3600, "/tmp/a b/boot.sh")
         yield create(
           dataclasses.replace(
             settings,
@@ -305,6 +337,7 @@ def every_line() -> Iterator[Line]:
           ),
           1,
           1,
+          "boot.sh",
         )
   yield from (
     describe(place),
@@ -325,7 +358,7 @@ def every_line() -> Iterator[Line]:
         ("tail", "30"),
         ("follow", "30"),
       ):
-        yield ssh(settings, agent(place, "0123456789ab", *words), *hosts)
+        yield ssh(settings, agent(place, "agent-01.pyz", "0123456789ab", *words), *hosts)
     yield copy_environment(settings)
   for generation in (None, "0", "1764000000000000"):
     yield upload(place, "/tmp/a b/run.json", f"{place.url}/run.json", generation)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import hashlib
 import json
 import pathlib
 import tempfile
 import time
 from typing import Any
 
-from launch.cloud import bundle, commands, states
+from launch.cloud import boot, bundle, commands, states
 from launch.cloud.gcloud import FATAL, Gcloud, GcloudError
-from launch.cloud.look import Looker, upload_new
+from launch.cloud.look import Looker
 from launch.cloud.run import Run, Store, TakenOver
 from launch.cloud.screen import Screen, View
 from launch.cloud.settings import Settings, UsageError, describe_seconds
@@ -118,8 +119,7 @@ class Driver:
       self._delete()
     elif action.kind == "start":
       if self._end_earlier(world):
-        self._ship_attempt()
-        self._ask("start", str(memory.attempt))
+        self._ask("start", str(memory.attempt), self._ship_attempt())
         self._limits_told = True
     else:
       self._ask(action.kind)
@@ -131,9 +131,10 @@ class Driver:
     memory, settings = self.run.memory, self.settings
     waited = self._clock() - (memory.waiting_since or self._clock())
     try:
-      self._gcloud.run(
-        commands.create(settings, memory.attempt, settings.max_wait - waited), tries=1
-      )
+      with tempfile.TemporaryDirectory() as folder:
+        script = boot.write(settings, memory, pathlib.Path(folder))
+        wait = settings.max_wait - waited
+        self._gcloud.run(commands.create(settings, memory.attempt, wait, str(script)), tries=1)
       return None
     except GcloudError as error:
       if error.kind == "exists":  # from our own first try or another launcher: seen next turn
@@ -189,32 +190,39 @@ class Driver:
     )
     return False
 
-  def _ship_attempt(self) -> None:
-    """Put the spec of an attempt into the bucket, and secrets onto the hosts only."""
+  def _ship_attempt(self) -> str:
+    """Put the spec of an attempt into the bucket, and secrets onto the hosts only.
+
+    Returns:
+      The SHA-256 of the spec.
+    """
     place, memory = self.settings.place, self.run.memory
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, f"attempt-{memory.attempt}.json")
-      path.write_text(json.dumps(attempt_spec(self.run, self._clock())))
+      path.write_text(json.dumps(attempt_spec(self.run)))
+      sha = hashlib.sha256(path.read_bytes()).hexdigest()
       self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
     if self.settings.env_file:
       self._gcloud.run(commands.copy_environment(self.settings))
+    return sha
 
   def _ship_code(self, code: bundle.Bundle) -> None:
-    """Put the code into the bucket, unless it is there, and record it as that of the run."""
+    """Put the code into the bucket and record it as that of the run."""
+    place = self.settings.place
     with tempfile.TemporaryDirectory() as folder:
-      for path in bundle.pack(code, pathlib.Path(folder)):
-        upload_new(
-          self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}"
-        )
+      archive, diff = bundle.pack(code, pathlib.Path(folder))
+      sha = hashlib.sha256(archive.read_bytes()).hexdigest()
+      for path in (archive, diff):
+        self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
     self.run.code, self.run.commit, self.run.dirty = code.tree, code.commit, code.dirty
+    self.run.archive = sha
     self._write()
 
   def _tell_limits(self) -> None:
     """Send the limits of this launcher to hosts whose trainer was started by an earlier one."""
     if not self._limits_told:
       self._limits_told = True
-      self._ship_attempt()
-      self._ask("start", str(self.run.memory.attempt))
+      self._ask("start", str(self.run.memory.attempt), self._ship_attempt())
 
   def _show_last_lines(self, reason: str, host: str) -> None:
     lines = self._looker.last_lines(host, self.run.memory.attempt, _LAST_LINES)
@@ -238,23 +246,19 @@ class Driver:
       self._screen.lines([f"run.json was not written: {error}"])
 
 
-def attempt_spec(run: Run, now: float) -> dict[str, Any]:
+def attempt_spec(run: Run) -> dict[str, Any]:
   """Returns what hosts need for the next attempt; read by launch/host/."""
-  settings, place = run.settings, run.settings.place
-  deadline = (
-    None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
-  )
+  settings, memory = run.settings, run.memory
   return {
-    "attempt": run.memory.attempt,
-    "run": place.run,
-    "project": place.project,
-    "zone": place.zone,
+    "attempt": memory.attempt,
+    "project": settings.place.project,
     "argv": settings.argv,
     "code": run.code,
+    "archive": run.archive,
     "secrets": dict(settings.secrets),
     "python": settings.python,
-    "deadline": deadline,
-    "idle": None if settings.keep else settings.idle,
+    "limits": boot.limits(settings, memory),
+    "request": boot.request(settings, memory),
   }
 
 
@@ -300,21 +304,40 @@ def leave(run: Run, store: Store) -> list[str]:
   # If it fails, another launcher takes over a little later, when our sign of life is stale.
   with contextlib.suppress(GcloudError, TakenOver):
     store.write(run, driving=False)
-  settings, name = run.settings, run.settings.run
-  ends = (
-    []
-    if settings.keep
-    else [f"{describe_seconds(settings.idle)} after the trainer has ended, if no launcher runs"]
-  )
-  if settings.max_seconds is not None:
-    left = max(0.0, settings.max_seconds - run.memory.seconds())
-    ends.append(f"in {describe_seconds(left)}, at --max-hours")
-  stays = "The slice stays and is paid for" if run.memory.active else "The request stays"
+  settings, memory, name = run.settings, run.memory, run.settings.run
+  if memory.active:
+    lines = [f"Left. The slice stays and is paid for ({View.chips_text(settings)})."]
+  elif memory.requested:
+    lines = [
+      "Left. The request stays in the queue, which costs nothing.",
+      "If it is granted, its hosts count from then, with this machine off too.",
+    ]
+  else:
+    lines = ["Left. There is no slice and no request, so nothing is paid for."]
+  if memory.active or memory.requested:
+    lines += [f"It removes itself {_ends(run)}.", *([] if memory.guarded else [_UNPROVEN])]
   return [
-    f"Left. {stays} ({View.chips_text(settings)}).",
-    *([f"It removes itself {', or '.join(ends)}."] if ends else []),
+    *lines,
     "No launcher restarts it after a preemption. Next:",
     f"  launch/tpu watch {name}    watch over it again",
     f"  launch/tpu stop {name}     save, and end the trainer",
     f"  launch/tpu down {name}     remove everything that is paid for",
   ]
+
+
+_UNPROVEN = (
+  "Its hosts have not proven yet that their service account may remove it; launch/tpu doctor "
+  "checks that, and launch/tpu down removes it in any case."
+)
+
+
+def _ends(run: Run) -> str:
+  """Returns when a slice removes itself."""
+  settings = run.settings
+  ends = []
+  if not settings.keep:
+    ends.append(f"after {describe_seconds(settings.idle)} without a trainer and a launcher")
+  if settings.max_seconds is not None:
+    left = max(0.0, settings.max_seconds - run.memory.seconds())
+    ends.append(f"after {describe_seconds(left)} of existing, the limit of --max-hours")
+  return ", or ".join(ends)

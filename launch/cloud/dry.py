@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import dataclasses
+import hashlib
 import json
 import pathlib
 import tempfile
-import time
 
-from launch.cloud import bundle, commands, verbs
+from launch.cloud import boot, bundle, commands, verbs
 from launch.cloud.commands import Line
 from launch.cloud.driver import attempt_spec
 from launch.cloud.run import Run, noted
@@ -30,7 +30,9 @@ def _settings(place: Place) -> Settings:
 
 
 def _agent(settings: Settings, *words: str) -> Line:
-  return commands.ssh(settings, commands.agent(settings.place, bundle.agent_sha(), *words))
+  return commands.ssh(
+    settings, commands.agent(settings.place, bundle.agent_name(), bundle.agent_sha(), *words)
+  )
 
 
 def _read_run(place: Place) -> list[Line]:
@@ -49,23 +51,23 @@ def up(settings: Settings) -> list[Line]:
   folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{place.run}-"))
   run = Run(settings, code=tree.tree, commit=tree.commit, dirty=tree.dirty)
   (folder / "run.json").write_text(json.dumps(run.to_json()))
-  (folder / "attempt-1.json").write_text(json.dumps(attempt_spec(run, time.time())))
+  spec = json.dumps(attempt_spec(run))
+  (folder / "attempt-1.json").write_text(spec)
   agent = bundle.pack_agent(folder)
   shipped = [
-    commands.upload(place, str(path), f"{launch}/{path.name}", "0")
-    for path in bundle.pack(tree, folder)
+    commands.upload(place, str(path), f"{launch}/{path.name}") for path in bundle.pack(tree, folder)
   ]
   return [
     *_read_run(place),
     commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
-    commands.upload(place, str(agent), f"{launch}/{agent.name}", "0"),
+    commands.upload(place, str(agent), f"{launch}/{agent.name}"),
     *shipped,
     commands.describe(place),
-    commands.create(settings, 1, settings.max_wait),
+    commands.create(settings, 1, settings.max_wait, str(boot.write(settings, run.memory, folder))),
     *_turn(settings),
     commands.upload(place, str(folder / "attempt-1.json"), f"{launch}/attempt-1.json"),
     *([commands.copy_environment(settings)] if settings.env_file else []),
-    _agent(settings, "start", "1"),
+    _agent(settings, "start", "1", hashlib.sha256(spec.encode()).hexdigest()),
     *_turn(settings),
     commands.delete(place),
   ]
@@ -96,10 +98,10 @@ def logs(place: Place, request: verbs.LogRequest) -> list[Line]:
   agent = bundle.pack_agent(pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{place.run}-")))
   live = [
     commands.describe(place),
-    commands.upload(place, str(agent), f"{place.url}/launch/{agent.name}", "0"),
+    commands.upload(place, str(agent), f"{place.url}/launch/{agent.name}"),
     commands.ssh(
       _settings(place),
-      commands.agent(place, bundle.agent_sha(), *words),
+      commands.agent(place, bundle.agent_name(), bundle.agent_sha(), *words),
       None if worker is None else request.slice,
       worker,
     ),

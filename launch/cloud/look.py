@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import datetime
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 from launch.cloud import bundle, commands
 from launch.cloud.gcloud import Gcloud, GcloudError
-from launch.cloud.settings import Place, Settings, UsageError
+from launch.cloud.settings import Settings, UsageError
 from launch.cloud.world import Memory, Node, Queued, Report, World
 
 
@@ -45,8 +46,18 @@ def node_of(value: dict[str, Any]) -> Node:
     value.get("state", "UNKNOWN"),
     value.get("health") or "HEALTHY",
     max(1, len(value.get("networkEndpoints", []))),
+    _time(value.get("createTime", "")),
     maintenance.strip(),
   )
+
+
+def _time(text: str) -> float | None:
+  """Reads a time of the API, as in 2026-01-02T03:04:05.678901234Z."""
+  try:
+    seconds = datetime.datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+  except ValueError:
+    return None
+  return seconds.timestamp()
 
 
 def report_of(value: dict[str, Any]) -> Report:
@@ -69,21 +80,12 @@ def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, A
   return [value for _, _, value in sorted(mine, key=lambda entry: entry[:2])]
 
 
-def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> None:
-  """Upload a file under a name made of its hash, unless it is there."""
-  try:
-    gcloud.run(commands.upload(place, str(path), url, "0"))
-  except GcloudError as error:
-    if error.kind != "precondition":
-      raise
-
-
 class Looker:
   """What is seen of one run."""
 
   def __init__(self, gcloud: Gcloud, settings: Settings, clock: Callable[[], float] = time.time):
     self._gcloud, self.settings, self._clock = gcloud, settings, clock
-    self._sha = bundle.agent_sha()
+    self._agent = bundle.agent_name(), bundle.agent_sha()
     self._agent_there = False
 
   def world(self, memory: Memory) -> World:
@@ -109,7 +111,8 @@ class Looker:
         f"{queued.run}; use another name."
       )
     if not queued or queued.state != "ACTIVE":
-      lost = memory.active or (queued is None and memory.started is not None)
+      # A slice may have come and gone while no launcher was running.
+      lost = memory.active or (queued is None and bool(memory.request or memory.started))
       return World(
         self._clock(),
         queued,
@@ -137,18 +140,18 @@ class Looker:
     )
 
   def ship_agent(self) -> None:
-    """Put the agent into the bucket, unless it is there: hosts fetch it from there."""
+    """Put the agent into the bucket, for hosts whose startup script brought another one."""
     if not self._agent_there:
       place = self.settings.place
       with tempfile.TemporaryDirectory() as folder:
         path = bundle.pack_agent(pathlib.Path(folder))
-        upload_new(self._gcloud, place, path, f"{place.url}/launch/{path.name}")
+        self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
       self._agent_there = True
 
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
     """Run a verb of the agent on all hosts; return the reports, and why others are missing."""
     lines, trouble = self._gcloud.hosts(
-      commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words))
+      commands.ssh(self.settings, commands.agent(self.settings.place, *self._agent, *words))
     )
     reports, failed = {}, []
     for line in lines:
@@ -159,13 +162,15 @@ class Looker:
           continue
         reports[report.name] = report
       elif line.startswith("tpu-agent-failed"):
-        failed.append(line.split()[-1])
+        failed.append(line.split()[1:])
     if failed and not self._agent_there:  # `up` shipped the agent of other code than this
       self.ship_agent()
       return self.ask(*words)
     if failed:
-      why = trouble or "can its service account read the bucket?"
-      trouble = f"the agent failed on {', '.join(failed)}: {why}"
+      code, name = failed[0][0], failed[0][-1]
+      why = commands.AGENT_TROUBLE.get(code) or trouble or f"code {code}"
+      several = f" and {len(failed) - 1} more hosts" if len(failed) > 1 else ""
+      trouble = f"{name}{several} answers ssh, but its agent failed: {why}"
     return tuple(
       sorted(reports.values(), key=lambda report: (report.slice, report.worker))
     ), trouble
@@ -173,7 +178,7 @@ class Looker:
   def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
     """Returns the last lines of a host's log, or of its copy in the bucket if the host is gone."""
     number, worker = map(int, host.split("-"))
-    command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
+    command = commands.agent(self.settings.place, *self._agent, "tail", str(lines))
     found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
     if found := [line for line in found if line.startswith("[")]:
       return found[-lines:]
@@ -186,9 +191,8 @@ class Looker:
       return [str(error)]
 
   def heartbeat(self) -> dict[str, Any] | None:
-    """Returns the newest report that host 0 left in the bucket, of whatever attempt."""
-    found = self._objects("logs/*/heartbeat.json")
-    return max(found, key=lambda beat: beat["now"], default=None)
+    """Returns the last report of the guard of host 0, of whatever slice."""
+    return next(iter(self._objects("heartbeat.json")), None)
 
   def left_behind(self, attempt: int) -> tuple[Report, ...]:
     """Returns how the trainers of an attempt ended, as far as the bucket has it."""

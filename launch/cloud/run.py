@@ -27,6 +27,7 @@ from launch.cloud.world import Memory
 _BEAT = 120.0  # seconds between two signs of life of the launcher
 _STALE = 360.0  # age of the last sign of life after which another may drive
 _EVENTS = 500
+_FIELDS = ("code", "archive", "commit", "dirty", "driver", "wanted", "result", "events")
 
 
 class TakenOver(Exception):
@@ -61,6 +62,7 @@ class Run:
   settings: Settings
   memory: Memory = dataclasses.field(default_factory=Memory)
   code: str = ""  # git tree of the code that the next attempt runs
+  archive: str = ""  # SHA-256 of its archive in the bucket
   commit: str = ""
   dirty: bool = False
   driver: dict[str, Any] | None = None  # {id, host, pid, seen}
@@ -79,20 +81,14 @@ class Run:
       "settings": self.settings.to_json(),
       "memory": self.memory.to_json(),
       "attempt": self.memory.attempt,
-    } | {
-      name: getattr(self, name)
-      for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
-    }
+    } | {name: getattr(self, name) for name in _FIELDS}
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> Run:
     return cls(
       Settings.from_json(value["settings"]),
       Memory.from_json(value["memory"]),
-      **{
-        name: value[name]
-        for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
-      },
+      **{name: value[name] for name in _FIELDS if name in value},
     )
 
   def event(self, what: str, now: float) -> None:
@@ -221,7 +217,7 @@ def _describe_driver(driver: dict[str, Any] | None) -> str:
 def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:
   """Leave out what changes every turn and is found again by the next one."""
   memory = dict(value["memory"])
-  memory["slices"] = [first for first, _ in memory["slices"]]
+  memory["slices"] = [entry[2:] for entry in memory["slices"]]
   memory.pop("step_at")
   memory.pop("step")
   memory.pop("step_now")

@@ -64,6 +64,11 @@ class Settings:
   call_limit: float = 120
 
   @property
+  def save_seconds(self) -> float:
+    """How long before the cost limit trainers are asked to save and end."""
+    return min(120.0, 0.1 * self.max_seconds) if self.max_seconds else 120.0
+
+  @property
   def run(self) -> str:
     return self.place.run
 
@@ -200,6 +205,8 @@ def check(settings: Settings) -> Settings:
       "--on-demand (the default) needs --max-hours: how long slices of this run may exist, over "
       "all attempts."
     )
+  if settings.keep and settings.max_seconds is None:
+    raise UsageError("--keep needs --max-hours: a slice that is kept must end some day.")
   if settings.autocheckpoint and settings.capacity == "spot":
     raise UsageError(
       "--autocheckpoint is for the maintenance of --on-demand and --reserved slices; when a --spot "

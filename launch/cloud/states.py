@@ -8,6 +8,7 @@ the loop may be killed between any two of these calls and continue on another ma
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from launch.cloud.settings import Settings, describe_seconds
 from launch.cloud.world import (
@@ -27,6 +28,7 @@ DONE, ERROR, NO_CAPACITY, CRASHED, COST = 0, 1, 3, 4, 5
 # Exit codes of the trainer; 0 is done, any other is a crash.
 FAILED, PREEMPTED, HOST_LOST = 2, 75, 76
 COMPLETE = "the run is complete"
+ABLE = "able"  # of launch/host/guard.py
 MAX_CRASHES = 3
 MAX_IN_VAIN = 3  # starts in a row without a new step, before the slice is replaced
 _DELETE_AGAIN = 30.0  # seconds for a delete to show before it is sent again
@@ -41,9 +43,10 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
     memory.requested = memory.requested or now
   if state != "ACTIVE":
     memory.waiting_since = memory.waiting_since or now
-    if memory.active and world.heartbeat:  # it may have existed longer than it was seen
-      memory.slices[-1][1] = min(now, max(memory.slices[-1][1], world.heartbeat["now"]))
-    memory.active = memory.answered = False
+    if world.heartbeat:
+      _bill_unseen(world.heartbeat, memory, now)
+    memory.active = memory.answered = memory.guarded = False
+    memory.unguarded_since = None
     memory.missing, memory.unready_since, memory.ended_since = {}, None, None
     if state == "ABSENT":
       memory.deleting = None
@@ -51,8 +54,16 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
 
   if not memory.active:
     memory.active = True
-    memory.slices.append([now, now])
-  memory.slices[-1][1] = now
+    if not memory.slices or memory.slices[-1][2:] != [memory.request]:
+      memory.slices.append([now, now, memory.request])
+  ages = [report.age for report in world.reports if report.age is not None]
+  ages += [now - node.created for node in world.nodes if node.created is not None and not ages]
+  if ages:
+    memory.slices[-1][:2] = [now - max(ages), now]
+  memory.slices[-1][1] = max(memory.slices[-1][1], now)
+  memory.guarded = bool(world.reports) and all(report.guard == ABLE for report in world.reports)
+  if world.reports:
+    memory.unguarded_since = None if memory.guarded else memory.unguarded_since or now
   memory.waiting_since, memory.refusals = None, 0
   ready = len(world.nodes) >= settings.slices and all(
     node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes
@@ -81,6 +92,18 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
   memory.ended_since = (memory.ended_since or now) if ended else None
 
 
+def _bill_unseen(beat: dict[str, Any], memory: Memory, now: float) -> None:
+  """Count the time for which a slice existed unseen, by what its guard left in the bucket."""
+  age, name = beat.get("age"), beat.get("request")
+  if age is None or name is None:
+    return
+  entry = next((entry for entry in memory.slices if entry[2:] == [name]), None)
+  if entry is None and name == memory.request:
+    memory.slices.append([now - age, now, name])
+  elif entry is not None and entry[1] - entry[0] < age:
+    entry[1] = entry[0] + age
+
+
 def decide(world: World, memory: Memory, settings: Settings) -> Action:
   """Return the next action."""
   queued, now = world.queued, world.now
@@ -101,7 +124,7 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
     return Action("delete", "the slice was taken away")
   if queued.state == "FAILED":
     return _failed(queued)
-  if _spent(memory, settings):
+  if _spent(memory, settings) or any(report.removing == "deadline" for report in world.reports):
     return _end_of_money(world, memory, settings)
   if queued.state in QUEUED:
     waited = now - (memory.waiting_since or now)
@@ -129,7 +152,7 @@ def acted(action: Action, memory: Memory, settings: Settings, now: float) -> Non
   if action.crash:
     memory.crashes.append(action.crash)
   if action.kind == "create":
-    memory.requested = now
+    memory.requested, memory.request = now, f"{memory.attempt}-{now:.0f}"
   elif action.kind == "delete":
     memory.requested, memory.deleting, memory.in_vain = None, now, 0
     if action.code is not None:
@@ -157,7 +180,10 @@ def next_attempt(memory: Memory) -> int:
 
 
 def _spent(memory: Memory, settings: Settings) -> bool:
-  return settings.max_seconds is not None and memory.seconds() >= settings.max_seconds
+  """Whether it is time to save and end, so that nothing is paid for after the limit."""
+  if settings.max_seconds is None:
+    return False
+  return memory.seconds() >= settings.max_seconds - settings.save_seconds
 
 
 def _cost_reason(memory: Memory) -> str:
@@ -174,7 +200,7 @@ def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
   if (
     running
     and memory.stopped_at is not None
-    and world.now - memory.stopped_at < min(120.0, settings.exit_grace)
+    and world.now - memory.stopped_at < min(settings.save_seconds, settings.exit_grace)
   ):
     return Action("wait", "the trainer is saving: " + _cost_reason(memory))
   return Action("delete", _cost_reason(memory), COST)
@@ -182,8 +208,7 @@ def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
 
 def _absent(world: World, memory: Memory, settings: Settings) -> Action:
   now, beat = world.now, world.heartbeat or {}
-  of_this_attempt = memory.started and beat.get("attempt") == memory.attempt
-  removing = beat.get("removing") if of_this_attempt else None
+  removing = beat.get("removing") if beat.get("request") == memory.request else None
   # The trainers may have ended while no launcher was running.
   if memory.started and memory.hosts and len(world.reports) >= memory.hosts:
     verdict = _judge(world, memory, settings)
@@ -270,12 +295,28 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
       return Action(
         "delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}"
       )
-    return Action(
+    return _unguarded(world, memory, settings) or Action(
       "start",
       f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
       attempt=memory.attempt,
     )
   return _started(world, memory, settings)
+
+
+def _unguarded(world: World, memory: Memory, settings: Settings) -> Action | None:
+  """Returns what to do about a slice that may not be able to remove itself, or None if it is."""
+  report = next((report for report in world.reports if report.guard != ABLE), None)
+  if report is None:
+    return None
+  what = f"host {report.name} cannot remove its slice: {report.guard or 'its guard does not run'}"
+  if "may not delete" in report.guard:
+    fix = "launch/tpu doctor prints the command that grants it"
+    return Action("delete", f"{what}; {fix}", ERROR)
+  if world.now - (memory.unguarded_since or world.now) > settings.start_limit:
+    return Action("delete", what, ERROR)
+  return Action(
+    "wait", f"waiting for the guard: {what}" if report.guard else "waiting for the guard"
+  )
 
 
 def _missing(world: World, memory: Memory, settings: Settings) -> Action | None:
@@ -324,8 +365,6 @@ def _started(world: World, memory: Memory, settings: Settings) -> Action:
     if any(report.preempted for report in ended) and waited < settings.exit_grace:
       return Action("wait", "the machines are about to be taken away")
     return _judge(world, memory, settings)
-  if _spent(memory, settings):
-    return _end_of_money(world, memory, settings)
   installing = [report.name for report in world.reports if report.phase == "installing"]
   if installing:
     if now - started > settings.start_limit:

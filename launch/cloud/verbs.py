@@ -298,7 +298,7 @@ def logs(place: Place, request: LogRequest) -> int:
     words = ("follow" if request.follow else "tail", str(request.lines))
     line = commands.ssh(
       run.settings,
-      commands.agent(place, bundle.agent_sha(), *words),
+      commands.agent(place, bundle.agent_name(), bundle.agent_sha(), *words),
       None if worker is None else request.slice,
       worker,
     )

@@ -34,6 +34,7 @@ class Node:
   state: str
   health: str = "HEALTHY"
   hosts: int = 1
+  created: float | None = None  # seconds since 1970
   maintenance: str = ""  # what is announced, and for when
 
 
@@ -54,6 +55,9 @@ class Report:
   preempted: bool = False  # the cloud has announced that it takes the machine away
   trouble: str = ""
   hostname: str = ""
+  guard: str = ""  # "able" once its guard has proven that it can remove the slice, else why not
+  removing: str = ""  # why its guard is about to remove the slice: "deadline" or "idle"
+  age: float | None = None  # seconds since the creation of the slice, by the clock of the cloud
 
   @property
   def name(self) -> str:
@@ -65,12 +69,12 @@ class World:
   """Everything that is seen at one time.
 
   Attributes:
-    now: seconds since 1970.
+    now: seconds since 1970, by the clock of the cloud.
     queued: None if it does not exist.
     nodes: those of the queued resource; empty unless it is ACTIVE.
     reports: of the hosts that answered; where the slice is gone, those that hosts of the newest
       attempt left in the bucket.
-    heartbeat: what host 0 last left in the bucket, if it was read: `now`, `step`, `removing`.
+    heartbeat: what host 0 last left in the bucket, if it was read: `age`, `step`, `removing`.
     trouble: why something could not be seen, in a sentence.
   """
 
@@ -97,6 +101,7 @@ class Memory:
 
   attempt: int = 1
   started: float | None = None  # first request to start the trainers of this attempt
+  request: str = ""  # name of the last create
   requested: float | None = None  # last create, while the queued resource should exist
   deleting: float | None = None
   waiting_since: float | None = None  # for a slice
@@ -104,9 +109,11 @@ class Memory:
   state_since: float = 0.0
   not_before: float = 0.0  # of the next request
   refusals: int = 0  # in a row, for want of capacity
-  # [from, last seen] of each slice that was ACTIVE
-  slices: list[list[float]] = dataclasses.field(default_factory=list)
+  # [creation, last seen, request] of each slice, by the clock of the cloud
+  slices: list[list[Any]] = dataclasses.field(default_factory=list)
   active: bool = False  # whether the last of them still is
+  guarded: bool = False  # whether every host has proven that it can remove it
+  unguarded_since: float | None = None  # since when hosts answer without that
   answered: bool = False  # whether any of its hosts has answered
   hosts: int = 0  # its number of hosts
   # host -> since when it does not answer
@@ -132,8 +139,12 @@ class Memory:
     return cls(**{name: entry for name, entry in value.items() if name in known})
 
   def seconds(self) -> float:
-    """Return how long slices have existed."""
-    return sum(last - first for first, last in self.slices)
+    """Return how long slices have existed, as the cloud bills it."""
+    return sum(entry[1] - entry[0] for entry in self.slices)
+
+  def seconds_before(self) -> float:
+    """Return the same without the slice that exists now."""
+    return sum(entry[1] - entry[0] for entry in self.slices[: -1 if self.active else None])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,19 +4,20 @@
 
     status          where this host is, as one line of JSON
     end ATTEMPT     end the trainer of an earlier attempt; status
-    start ATTEMPT   start the trainer of an attempt, once, however often it is asked; status
+    start ATTEMPT SHA    start the trainer of an attempt, once; SHA is that of its spec; status
     stop            ask the trainer to save and end, and keep the slice; status
     stacks          have the trainer write the stacks of its threads into its log; status
     tail LINES      the last lines of the trainer's log, each after the name of its host
     follow LINES    those, and all that follow
 
-It needs Python 3.8 and no package. No verb stays connected: `start` leaves two processes behind,
-the supervisor of the trainer and the guard of the slice.
+It needs Python 3.8 and no package, and runs as root; all state is in the folder that it lies in.
+boot.sh starts its verb `guard` at every boot; `start` leaves the supervisor of a trainer behind.
 """
 
 from __future__ import annotations
 
 import json
+import pathlib
 import signal
 import sys
 import time
@@ -31,7 +32,7 @@ def main() -> None:
   """Run one verb."""
   argv = sys.argv
   url, verb = argv[1:3]
-  host = Host(url)
+  host = Host(url, pathlib.Path(argv[0]).resolve().parent)
   if verb == "supervise":
     supervise(host)
     return
@@ -47,7 +48,7 @@ def main() -> None:
   trouble = None
   try:
     if verb == "start":
-      host.start(int(argv[3]))
+      host.start(int(argv[3]), argv[4])
     elif verb == "end":
       host.end(int(argv[3]))
     elif verb == "stop":
@@ -55,7 +56,7 @@ def main() -> None:
     elif verb == "stacks":
       host.signal_trainer(signal.SIGUSR1)  # faulthandler of trainer.__main__
       time.sleep(1)
-      host.upload(host.log(), f"host-{host.name}.log")
+      host.upload_log()
     host.keep_guard()
   except (OSError, RuntimeError) as error:
     trouble = str(error)

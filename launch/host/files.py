@@ -29,14 +29,6 @@ def write_json(path: pathlib.Path, value: Json) -> None:
   partial.replace(path)
 
 
-def number_in(path: pathlib.Path) -> float | None:
-  """Return the number that a file holds, or None."""
-  try:
-    return float(path.read_text())
-  except (FileNotFoundError, ValueError):
-    return None
-
-
 @contextlib.contextmanager
 def locked(path: pathlib.Path, seconds: float, kind: int = fcntl.LOCK_EX) -> Iterator[int]:
   """Hold a lock that ends with the process; TimeoutError if another process holds it for longer."""

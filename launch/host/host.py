@@ -13,10 +13,11 @@ import sys
 import time
 from typing import Any
 
-from launch.host.files import Json, is_free, locked, number_in, read_json, write_json
+from launch.host.files import Json, is_free, locked, read_json, write_json
 from launch.host.google import gcloud, metadata
-from launch.host.install import free_devices
+from launch.host.install import fetch, free_devices
 from launch.host.logs import progress
+from launch.host.meter import FAKE_BOOT
 
 CRASHED = 1
 HOST_LOST = 76  # of trainer.errors: the same command on all hosts resumes from the last checkpoint
@@ -26,7 +27,8 @@ _BEGIN_SECONDS = 60.0  # for a supervisor to take its lock
 
 def boot_id() -> str:
   """Return a word that changes when the machine is booted."""
-  return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  fake = os.environ.get(FAKE_BOOT)
+  return fake or pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def identity(home: pathlib.Path) -> Json:
@@ -52,12 +54,19 @@ def identity(home: pathlib.Path) -> Json:
 
 
 class Host:
-  """All state is in files of one folder, so any process may ask or take over."""
+  """All state is in files of one folder of the run, so any process may ask or take over.
 
-  def __init__(self, url: str):
-    self.url, self.run = url, url.rsplit("/", 1)[1]
-    self.home = pathlib.Path.home() / "tpu" / self.run
-    self.home.mkdir(parents=True, exist_ok=True)
+  The folder belongs to root and not to a login: whoever asks, there is one trainer.
+
+  Attributes:
+    url: the folder of the run in the bucket.
+    home: the folder of the run on this host.
+    me: slice and worker of this host.
+    name: both as "SLICE-WORKER".
+  """
+
+  def __init__(self, url: str, home: pathlib.Path):
+    self.url, self.home = url, home
     self.me = identity(self.home)
     self.name = f"{self.me['slice']}-{self.me['worker']}"
 
@@ -98,31 +107,46 @@ class Host:
         else "the trainer is gone and left no exit code",
       )
     report.update(progress(self.log()) if state["attempt"] else progress(None))
-    guard = self.home / "guard.trouble"
-    if not report["trouble"] and guard.exists():
-      report["trouble"] = guard.read_text()[:300]
     return dict(
       report,
       stop_requested=(self.home / "stop").exists(),
       preempted=(self.home / "preempted").exists(),
-      deadline=number_in(self.home / "deadline"),
+      guard=self.ability(),
+      removing=self.removing(),
+      age=(read_json(self.home / "meter.json") or {}).get("age"),
     )
+
+  def ability(self) -> str:
+    """Return what the guard knows of its right to remove the slice; "able" if it has that right."""
+    path = self.home / "guard.txt"
+    return path.read_text() if path.exists() else ""
+
+  def removing(self) -> str | None:
+    """Return why the guard is about to remove the slice, or None."""
+    path = self.home / "removing"
+    return path.read_text() if path.exists() else None
 
   def contacted(self) -> None:
     """Note that a launcher asked."""
     (self.home / "contact").touch()
 
-  def start(self, attempt: int) -> None:
-    """Start an attempt unless it, or a later one, was started here before."""
+  def start(self, attempt: int, sha: str) -> None:
+    """Start an attempt, unless it or a later one was started here before, and take its limits.
+
+    Args:
+      attempt: its number.
+      sha: SHA-256 of its spec, which comes from the bucket.
+    """
     with locked(self.home / "lock", 60):
       state = self.state()
-      if state["attempt"] is not None and state["attempt"] >= attempt:
-        self.take_limits(f"attempt-{state['attempt']}.json")
+      if state["attempt"] is not None and state["attempt"] > attempt:
+        return
+      self.take_spec(f"attempt-{attempt}.json", sha)
+      if state["attempt"] == attempt:
         return
       self.end_trainer(_END_SECONDS)
       free_devices()
-      self.take_limits(f"attempt-{attempt}.json")
-      for flag in ("stop", "guard.trouble", "preempted"):
+      for flag in ("stop", "preempted"):
         with contextlib.suppress(FileNotFoundError):
           (self.home / flag).unlink()
       folder = self.home / f"attempt-{attempt}"
@@ -132,8 +156,8 @@ class Host:
       self.leave_behind("supervise", folder / "supervisor.log")
 
   def keep_guard(self) -> None:
-    """Start the guard of a host that was given a trainer, unless one runs; a reboot ends it."""
-    if self.state()["attempt"] is not None and is_free(self.home / "guard.lock"):
+    """Start the guard if none runs: systemd does that too, where the startup script has run."""
+    if (self.home / "request.json").exists() and is_free(self.home / "guard.lock"):
       self.leave_behind("guard", self.home / "guard.log")
 
   def end(self, attempt: int) -> None:
@@ -146,14 +170,15 @@ class Host:
           trouble = "ended for the next attempt"
           self.change(phase="ended", code=CRASHED, ended=time.time(), trouble=trouble)
 
-  def take_limits(self, name: str) -> None:
-    """Fetch the spec of an attempt; a later `up` may have given the slice more time."""
+  def take_spec(self, name: str, sha: str) -> None:
+    """Fetch the spec of an attempt; a later `up` may have changed the limits of the slice."""
     partial = self.home / f"spec.{os.getpid()}.tmp"
-    gcloud("storage", "cp", f"{self.url}/launch/{name}", str(partial))
+    fetch(f"{self.url}/launch/{name}", partial, sha)
     partial.replace(self.home / "spec.json")
-    deadline = self.spec().get("deadline")
-    if deadline:
-      (self.home / "deadline").write_text(str(deadline))
+    spec = self.spec()
+    write_json(self.home / "limits.json", spec["limits"])
+    if not (self.home / "request.json").exists():  # the startup script has not run
+      write_json(self.home / "request.json", spec["request"])
 
   def leave_behind(self, verb: str, log: pathlib.Path) -> None:
     """Start this program again as a process that survives the end of the connection."""
@@ -202,11 +227,18 @@ class Host:
       if self.alive():
         raise RuntimeError("the processes of this host could not be ended")
 
-  def upload(self, path: pathlib.Path, name: str, seconds: float = 300.0) -> bool:
-    """Copy a file into the logs of its attempt in the bucket; False where that failed."""
-    target = f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}"
+  def upload_log(self, seconds: float = 300.0) -> bool:
+    """Copy the log of the newest attempt to the bucket; False if that failed."""
+    return self.upload(self.log(), self.log_url(f"host-{self.name}.log"), seconds)
+
+  def log_url(self, name: str) -> str:
+    """Return where a file of the newest attempt lies in the bucket."""
+    return f"{self.url}/logs/attempt-{self.state()['attempt']}/{name}"
+
+  def upload(self, path: pathlib.Path, url: str, seconds: float) -> bool:
+    """Copy a file to the bucket; False if that failed."""
     try:
-      gcloud("storage", "cp", str(path), target, seconds=seconds)
+      gcloud("storage", "cp", str(path), url, seconds=seconds)
       return True
     except RuntimeError as error:
       print(f"{time.ctime()}: {error}", file=sys.stderr, flush=True)

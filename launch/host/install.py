@@ -37,7 +37,7 @@ def prepare(
   """
   code = home / "code" / spec["code"]
   if not code.exists():
-    _fetch_code(f"{url}/launch/code-{spec['code']}.tar.gz", code)
+    _fetch_code(f"{url}/launch/code-{spec['code']}.tar.gz", code, spec["archive"])
   environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONPATH=str(code))
   environment.update(read_environment(home / "env"))
   for name, secret in spec["secrets"].items():
@@ -47,12 +47,20 @@ def prepare(
   return [python, "-m", "trainer", *spec["argv"]], code, environment
 
 
-def _fetch_code(url: str, code: pathlib.Path) -> None:
+def fetch(url: str, path: pathlib.Path, sha: str) -> None:
+  """Copy an object of the bucket, where others may write, if its SHA-256 is the expected one."""
+  gcloud("storage", "cp", url, str(path), seconds=300)
+  if hashlib.sha256(path.read_bytes()).hexdigest() != sha:
+    path.unlink()
+    raise RuntimeError(f"{url} is not what the launcher put there: somebody else has written it")
+
+
+def _fetch_code(url: str, code: pathlib.Path, sha: str) -> None:
   partial = code.with_name(f"{code.name}.tmp")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   archive = partial.with_suffix(".tar.gz")
-  gcloud("storage", "cp", url, str(archive), seconds=300)
+  fetch(url, archive, sha)
   with tarfile.open(archive) as tar:
     if hasattr(tarfile, "tar_filter"):
       tar.extractall(partial, filter="tar")

@@ -11,6 +11,8 @@ from launch.host.files import locked, write_json
 from launch.host.host import CRASHED, Host
 from launch.host.install import prepare
 
+_GUARD_SECONDS = 10.0
+
 
 def supervise(host: Host) -> None:
   """Run the trainer of the current attempt to its end."""
@@ -33,7 +35,7 @@ def supervise(host: Host) -> None:
       host.change(phase="running", pid=trainer.pid, running=time.time())
       if (host.home / "stop").exists():
         host.ask_to_end()
-      code = trainer.wait()
+      code = _wait(host, trainer)
     except Exception as error:  # of any kind: the report is the only place where it is seen
       if trainer:
         trainer.kill()
@@ -45,6 +47,15 @@ def supervise(host: Host) -> None:
     host.change(pid=None)
     exit_file = host.log().with_name("exit.json")
     write_json(exit_file, dict(host.status(), **ended))
-    host.upload(exit_file, f"exit-{host.name}.json", seconds=60)
-    host.upload(host.log(), f"host-{host.name}.log", seconds=60)
+    host.upload(exit_file, host.log_url(f"exit-{host.name}.json"), seconds=60)
+    host.upload_log(seconds=60)
     host.change(**ended)  # last: a launcher that reads it may remove this machine
+
+
+def _wait(host: Host, trainer: subprocess.Popen[bytes]) -> int:
+  """Return the exit code of the trainer; meanwhile, see to it that there is a guard."""
+  while True:
+    try:
+      return trainer.wait(_GUARD_SECONDS)
+    except subprocess.TimeoutExpired:
+      host.keep_guard()

@@ -1,6 +1,7 @@
 """The agent of a host: one trainer at a time, idempotent requests, and a guard."""
 
 import ast
+import hashlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import time
 import pytest
 
 from launch.cloud import bundle
-from launch.host import files, guard, install, logs
+from launch.host import files, install, logs
 from launch.host import host as host_lib
 
 LINE = "12:00:00 I step {}/100  epoch 0.10  loss 2.5  ETA 5 min"
@@ -20,10 +21,9 @@ LINE = "12:00:00 I step {}/100  epoch 0.10  loss 2.5  ETA 5 min"
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("TPU_WORKER_ID", "3")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
-  made = host_lib.Host("gs://bucket/r1")
+  made = host_lib.Host("gs://bucket/r1", tmp_path)
   made.contacted()
   return made
 
@@ -43,8 +43,8 @@ def test_it_runs_on_the_python_of_old_images():
 
 def test_it_is_one_file_of_the_same_bytes_everywhere(tmp_path):
   packed = bundle.pack_agent(tmp_path)
-  assert packed.name == f"agent-{bundle.agent_sha()}.pyz"
-  environment = os.environ | {"HOME": str(tmp_path), "GCE_METADATA_HOST": "localhost:9"}
+  assert packed.name == bundle.agent_name()
+  environment = os.environ | {"GCE_METADATA_HOST": "localhost:9"}
   done = subprocess.run(
     [sys.executable, "-IS", packed, "gs://bucket/r1", "status"],
     capture_output=True,
@@ -68,11 +68,10 @@ def test_the_first_words_of_a_host(host):
 
 
 def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("GCE_METADATA_HOST", "localhost:9")
   for name in ("TPU_WORKER_ID", "MEGASCALE_SLICE_ID"):
     monkeypatch.delenv(name, raising=False)
-  assert host_lib.Host("gs://bucket/r1").name == "0-0"
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "0-0"
   monkeypatch.setattr(
     host_lib,
     "metadata",
@@ -81,9 +80,9 @@ def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
       "attributes/tpu-env": "A: 'b'\nMEGASCALE_SLICE_ID: '2'\n",
     }.get,
   )
-  assert host_lib.Host("gs://bucket/r1").name == "2-5"
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "2-5"
   monkeypatch.setattr(host_lib, "metadata", {}.get)
-  assert host_lib.Host("gs://bucket/r1").name == "2-5"
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "2-5"
 
 
 def test_progress_is_the_last_line(tmp_path):
@@ -137,7 +136,8 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
   fake = tmp_path / "bin" / "gcloud"
   fake.parent.mkdir()
   fake.write_text(
-    "#!/bin/bash\n[[ $3 == *.json ]] && exec cp $HOME/spec.json $4\nexec cp $HOME/code.tar.gz $4\n"
+    "#!/bin/bash\n[[ $3 == *.json ]] && exec cp $HOME/in-bucket.json $4\n"
+    "exec cp $HOME/code.tar.gz $4\n"
   )
   fake.chmod(0o755)
   subprocess.run(["tar", "czf", tmp_path / "code.tar.gz", "--files-from=/dev/null"], check=True)
@@ -146,21 +146,16 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
     "#!/bin/bash\necho one trainer; trap 'exit 75' TERM; while :; do sleep 0.05; done\n"
   )
   trainer.chmod(0o755)
-  (tmp_path / "spec.json").write_text(
-    json.dumps(
-      {
-        "code": "abc",
-        "secrets": {},
-        "argv": [],
-        "python": str(trainer),
-        "deadline": None,
-        "idle": None,
-      }
-    )
-  )
+  spec = {"code": "abc", "secrets": {}, "argv": [], "python": str(trainer)}
+  spec["archive"] = hashlib.sha256((tmp_path / "code.tar.gz").read_bytes()).hexdigest()
+  spec["limits"] = {"max_seconds": None, "idle": None}
+  spec["request"] = spec["limits"] | {"run": "r1", "project": "p", "zone": "z"}
+  (tmp_path / "in-bucket.json").write_text(json.dumps(spec))
+  sha = hashlib.sha256((tmp_path / "in-bucket.json").read_bytes()).hexdigest()
   environment = os.environ | {
     "PATH": f"{fake.parent}:{os.environ['PATH']}",
     "GCE_METADATA_HOST": "localhost:9",
+    "HOME": str(tmp_path),
   }
 
   program = bundle.pack_agent(tmp_path)
@@ -175,21 +170,23 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
     )
 
   try:
-    asked = [ask("start", "1") for _ in range(3)]
+    asked = [ask("start", "1", sha) for _ in range(3)]
     answers = [json.loads(process.communicate(timeout=60)[0]) for process in asked]
     assert {(answer["attempt"], answer["trouble"]) for answer in answers} == {(1, None)}
+    altered = json.loads(ask("start", "2", "0" * 64).communicate(timeout=60)[0])
+    assert altered["attempt"] == 1 and "somebody else has written it" in altered["trouble"]
     deadline = time.monotonic() + 30
     while not (log := host.log()).exists() or "one trainer" not in log.read_text():
       assert time.monotonic() < deadline
       time.sleep(0.05)
-    ask("start", "1").communicate(timeout=60)
+    ask("start", "1", sha).communicate(timeout=60)
     assert log.read_text().count("one trainer") == 1
     # A late repetition ends nothing; a later attempt ends the earlier one, which stays ended.
     assert json.loads(ask("end", "1").communicate(timeout=60)[0])["phase"] == "running"
     ended = json.loads(ask("end", "2").communicate(timeout=60)[0])
     assert (ended["attempt"], ended["phase"], ended["code"]) == (1, "ended", 75)
-    assert json.loads(ask("start", "2").communicate(timeout=60)[0])["attempt"] == 2
-    assert json.loads(ask("start", "1").communicate(timeout=60)[0])["attempt"] == 2
+    assert json.loads(ask("start", "2", sha).communicate(timeout=60)[0])["attempt"] == 2
+    assert json.loads(ask("start", "1", sha).communicate(timeout=60)[0])["attempt"] == 2
     ask("stop").communicate(timeout=60)
     while host.status()["phase"] != "ended":
       assert time.monotonic() < deadline + 30
@@ -204,31 +201,6 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
           os.kill(int(path.parent.name), 9)
       except OSError:
         pass
-
-
-@pytest.mark.parametrize(
-  "seconds_ago, alive, stopped, deadline, idle, why",
-  [
-    (0, False, False, None, 600, None),
-    (700, False, False, None, 600, "idle"),
-    (700, True, False, None, 600, None),
-    (700, False, True, None, 600, None),
-    (700, False, False, None, None, None),
-    (0, True, False, -1, 600, "deadline"),
-    (0, False, True, -1, None, "deadline"),
-    (0, False, False, 100, 600, None),
-  ],
-)
-def test_when_a_slice_removes_itself(host, seconds_ago, alive, stopped, deadline, idle, why):
-  began(host, phase="ended", ended=time.time() - 1000, code=0)
-  files.write_json(host.home / "spec.json", {"idle": idle})
-  os.utime(host.home / "contact", (time.time() - seconds_ago,) * 2)
-  if stopped:
-    (host.home / "stop").touch()
-  if deadline:
-    (host.home / "deadline").write_text(str(time.time() + deadline))
-  with files.locked(host.home / ("attempt.lock" if alive else "other.lock"), 0):
-    assert guard.Guard(host).why_remove() == why
 
 
 def test_a_trainer_is_asked_to_end_once_whoever_asks(host):

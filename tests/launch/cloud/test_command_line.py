@@ -1,5 +1,6 @@
 """The command line: errors in one sentence, one level of quoting, lines shown before they run."""
 
+import hashlib
 import os
 import pathlib
 import shlex
@@ -127,26 +128,44 @@ def test_every_line_survives_a_shell():
 
 def test_the_command_of_hosts_reaches_the_agent_as_words(tmp_path):
   place = Place("r1", "p", "z", "gs://b/it's $(a) folder")
-  folder = tmp_path / "tpu" / "r1"
+  folder = tmp_path / "a state" / "r1"
   folder.mkdir(parents=True)
-  (folder / "agent-abc.pyz").write_text("import sys; print(sys.argv[1:])")
-  done = subprocess.run(
-    ["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stdout == f"{[place.url, 'tail', '3 ; false']}\n"
-  done = subprocess.run(
-    ["bash", "-c", commands.agent(place, "def", "status")],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)},
-    check=True,
-  )
-  assert done.stdout.startswith("tpu-agent-failed ")
+  program = folder / "agent-abc.pyz"
+  program.write_text("import sys; print(sys.argv[1:])")
+  sha = hashlib.sha256(program.read_bytes()).hexdigest()
+  (tmp_path / "tpu-r1.env").write_text("A=b")
+  binaries = tmp_path / "bin"
+  binaries.mkdir()
+  for name, text in {
+    "sudo": 'shift; exec "$@"',
+    "gcloud": 'echo altered >"$4"; exit ${REFUSED:-0}',
+  }.items():
+    (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
+    (binaries / name).chmod(0o755)
+
+  def run(sha, *words, **environment):
+    command = commands.agent(place, program.name, sha, *words)
+    return subprocess.run(
+      ["bash", "-c", command],
+      cwd="/",
+      capture_output=True,
+      text=True,
+      check=True,
+      env=os.environ
+      | {
+        "HOME": str(tmp_path),
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "TPU_STATE": str(tmp_path / "a state"),
+      }
+      | environment,
+    ).stdout
+
+  assert run(sha, "tail", "3 ; false") == f"{[place.url, 'tail', '3 ; false']}\n"
+  assert (folder / "env").read_text() == "A=b" and not (tmp_path / "tpu-r1.env").exists()
+  # What comes from the bucket is run only if it is what the launcher has put there.
+  assert run("0" * 64, "status").startswith("tpu-agent-failed 82 ")
+  assert run("0" * 64, "status", REFUSED="1").startswith("tpu-agent-failed 81 ")
+  assert list(folder.glob("agent-*")) == [program]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +202,7 @@ def test_the_request_says_what_was_asked_for():
     "--max-wait=2h",
     "--owner=Ann.B",
   )
-  line = commands.create(wanted, 3, wanted.max_wait)
+  line = commands.create(wanted, 3, wanted.max_wait, "boot.sh")
   for word in (
     "--node-count=2",
     "--node-prefix=r1",
@@ -195,7 +214,7 @@ def test_the_request_says_what_was_asked_for():
     "--network=net",
     "--labels=run=r1,owner=ann-b,attempt=3,launcher=resnet-pod,team=vision",
     "--valid-until-duration=7200s",
-    "--async",
+    "--metadata-from-file=startup-script=boot.sh",
     "--project=my-project",
     "--zone=us-west4-a",
   ):

@@ -35,13 +35,18 @@ class Cloud:
       f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ES", str(HERE / "gcloud.py")])} "$@"\n'
     )
     binary.chmod(0o755)
+    # Everybody is root; there is no systemd.
+    programs = {"sudo": 'shift; exec "$@"', "systemctl": "exit 1", "systemd-run": "exit 1"}
+    for name, text in programs.items():
+      program = binary.with_name(name)
+      program.write_text(f"#!/bin/sh\n{text}\n")
+      program.chmod(0o755)
     self.environment = os.environ | {
       "FAKE_CLOUD": str(self.folder),
       "PATH": f"{binary.parent}:{os.environ['PATH']}",
       "PYTHON": sys.executable,
       "XDG_STATE_HOME": str(folder / "state"),
       "CLOUDSDK_CORE_PROJECT": "my-project",
-      "RUN": "r1",
       "CLOUDSDK_COMPUTE_ZONE": "us-west4-a",
       "TPU_BUCKET": "gs://my-bucket/a",
       "USER": "me",
@@ -119,8 +124,8 @@ class Cloud:
     queued["r1"]["state"]["state"] = "SUSPENDED"
     self.write("queued.json", queued)
     self.end_hosts()
-    for host in (self.folder / "hosts").glob("*/tpu"):
-      host.rename(host.with_name(f"lost-{time.time()}"))
+    for state in (self.folder / "hosts").glob("*/state"):
+      state.rename(state.with_name(f"lost-{time.time()}"))
 
 
 @pytest.fixture
@@ -222,7 +227,7 @@ def test_a_crash_is_started_again_and_the_second_at_the_same_step_ends_it(cloud)
 @pytest.mark.slow
 def test_a_failure_that_a_rerun_does_not_fix(cloud):
   cloud.write("plan.json", {"1": {"0-1": [5, 76], "0-0": [5, 2]}})
-  code, output = cloud.run(*cloud.up("--keep"))
+  code, output = cloud.run(*cloud.up("--keep", "--max-hours=5"))
   assert code == 4, output
   assert "host 0-0 failed for a reason that a rerun does not fix" in output
   assert "launch/tpu down r1" in output and "r1" in cloud.read("queued.json")
@@ -368,4 +373,6 @@ def test_secrets_go_by_file_only(cloud):
   assert (
     not cloud.lines("hush") and "hush" not in output and "hush" not in json.dumps(cloud.run_json())
   )
-  assert (cloud.folder / "hosts/0-0/tpu/r1/env").stat().st_mode & 0o777 == 0o600
+  (kept,) = (cloud.folder / "hosts/0-0").glob("lost-*/r1/env")
+  assert kept.stat().st_mode & 0o777 == 0o600
+  assert not (cloud.folder / "hosts/0-0/tpu-r1.env").exists()  # of the login

@@ -24,7 +24,9 @@ def read_plan():
 
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
 faulthandler.register(signal.SIGUSR1)
-attempt = json.loads((home / "tpu" / os.environ["RUN"] / "spec.json").read_text())["attempt"]
+attempt = json.loads(pathlib.Path(os.environ["TPU_STATE"], "r1", "spec.json").read_text())[
+  "attempt"
+]
 print(f"attempt {attempt}: {sys.argv[1:]} {os.environ.get('SECRET')}", flush=True)
 for step in range(int(checkpoint.read_text() or 0) if checkpoint.exists() else 0, 12):
   time.sleep(0.05)
