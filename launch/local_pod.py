@@ -1,11 +1,13 @@
-"""Runs a command on several hosts that are processes of this machine: the test bed of everything that pods do.
+"""Runs a command on several hosts that are processes of this machine: the test bed of pods.
 
-    python -m launch.local_pod --hosts=4 --devices-per-host=2 [--cpus=N] -- python -m trainer --config=... --workdir=...
+    python -m launch.local_pod --hosts=4 --devices-per-host=2 [--cpus=N] -- \\
+        python -m trainer --config=... --workdir=...
 
-Each process is a host of its own to `jax.distributed`, with forced CPU devices and gloo in place of a pod's network.
-Its lines are prefixed with its number. SIGTERM and SIGINT go to all hosts; send a signal to one of them by the process id
-that is printed at start. When a host fails, its last lines are shown, the others get `--grace` seconds to end by
-themselves, and whatever is left is killed. The exit code is that of the host that failed first, else 0.
+Each process is a host of its own to `jax.distributed`, with forced CPU devices and gloo in place of
+a pod's network. Its lines are prefixed with its number. SIGTERM and SIGINT go to all hosts; to
+signal one of them, use the process id that is printed at start. When a host fails, its last lines
+are shown, the others get `--grace` seconds to end, and whatever is left is killed. The exit code is
+that of the host that failed first, else 0.
 """
 
 import argparse
@@ -24,21 +26,21 @@ _LAST_LINES = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command and returns its exit code."""
+  """Run the command and return its exit code."""
   parser = argparse.ArgumentParser(
     prog="python -m launch.local_pod",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--hosts", type=int, default=2, help="processes (default 2)")
+  parser.add_argument("--hosts", type=int, default=2, help="number of processes (default 2)")
   parser.add_argument(
-    "--devices-per-host", type=int, default=1, help="CPU devices of each (default 1)"
+    "--devices-per-host", type=int, default=1, help="CPU devices per host (default 1)"
   )
   parser.add_argument(
     "--cpus",
     type=int,
     default=0,
-    help="cores of this machine for each host (default 0: all for all)",
+    help="cores of this machine per host (default 0: every host may use all)",
   )
   parser.add_argument(
     "--grace",
@@ -46,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     default=150.0,
     help="seconds for the other hosts to end when one has failed (default 150)",
   )
-  parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what each host runs")
+  parser.add_argument(
+    "command", nargs=argparse.REMAINDER, help="after --: the command of each host"
+  )
   args = parser.parse_args(argv)
   command = args.command[1:] if args.command[:1] == ["--"] else args.command
   if args.hosts < 1 or args.devices_per_host < 1:
@@ -54,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   cores = sorted(os.sched_getaffinity(0))
   if not 0 <= args.cpus * args.hosts <= len(cores):
     parser.error(
-      f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this machine"
+      f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this "
+      "machine"
     )
   if not command:
-    parser.error("give the command behind --")
+    parser.error("give the command after --")
   shares = [cores[args.cpus * host : args.cpus * (host + 1)] or cores for host in range(args.hosts)]
   return _LocalPod(shares, args.devices_per_host, args.grace, command).run()
 
@@ -72,10 +77,12 @@ class _LocalPod:
     grace: float,
     command: Sequence[str],
   ):
-    """Starts a host for each entry of `cores`, on these cores."""
+    """Start a host for each entry of `cores`, on these cores."""
     hosts, self._grace = len(cores), grace
     self._lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
-    self._last = [collections.deque(maxlen=_LAST_LINES) for _ in range(hosts)]
+    self._last: list[collections.deque[str]] = [
+      collections.deque(maxlen=_LAST_LINES) for _ in range(hosts)
+    ]
     port = _free_port()
     self._processes = [
       subprocess.Popen(
@@ -103,7 +110,9 @@ class _LocalPod:
       threading.Thread(target=self._read, args=(host,), daemon=True).start()
 
   def _read(self, host: int) -> None:
-    for line in self._processes[host].stdout:
+    output = self._processes[host].stdout
+    assert output is not None  # a pipe
+    for line in output:
       self._lines.put((host, line.rstrip("\n")))
     self._lines.put((host, None))
 
@@ -113,10 +122,11 @@ class _LocalPod:
         os.killpg(process.pid, number)
 
   def run(self) -> int:
-    """Returns when no process is left."""
+    """Wait until no process is left, and return the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda number, _: self._send(number))
-    first, deadline, running = None, float("inf"), len(self._processes)
+    first: tuple[int, int] | None = None
+    deadline, running = float("inf"), len(self._processes)
     try:
       while running:
         try:
@@ -132,10 +142,11 @@ class _LocalPod:
           print(f"[{host}] ended with code {code}", flush=True)
           if code and first is None:
             first, deadline = (host, code), time.monotonic() + self._grace
-        if time.monotonic() > deadline:
-          left = [host for host, process in enumerate(self._processes) if process.poll() is None]
+        if first and time.monotonic() > deadline:
+          left = [str(host) for host, one in enumerate(self._processes) if one.poll() is None]
           print(
-            f"killing host {', '.join(map(str, left))}, still there {self._grace:g} s after host {first[0]} ended",
+            f"killing host {', '.join(left)}, still running {self._grace:g} s after host "
+            f"{first[0]} ended",
             flush=True,
           )
           self._send(signal.SIGKILL)

@@ -1,9 +1,10 @@
-"""Compiles the train step of a run for a TPU topology, on a machine without a TPU, and prints what it would be.
+"""Compiles the train step of a run for a TPU topology, on a machine without a TPU.
 
     python -m launch.preflight --topology=v5e:4x4 --config=configs/X.py [--config.field=value ...]
 
-It needs libtpu (pip install -e '.[tpu]') and no data, and takes minutes. The step is compiled and not run: what is said
-of memory is the compiler's estimate. This is the one command of launch/ that imports JAX.
+Prints mesh, shardings, collectives and memory. It needs libtpu (pip install -e '.[tpu]') and no
+data, and takes minutes. The step is not run: memory is the compiler's estimate. This is the only
+command of launch/ that imports JAX.
 """
 
 import importlib.util
@@ -21,32 +22,32 @@ from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
-  "topology", None, "Chips of a slice, as the compiler calls them: v5e:4x4, v4:2x2x4, v6e:16x16."
+  "topology", None, "Topology of a slice, as the compiler names it: v5e:4x4, v4:2x2x4, v6e:16x16."
 )
 flags.DEFINE_integer(
   "slices", 1, "Number of such slices, joined by the data centre's network.", lower_bound=1
 )
 
-# Only constants in the schedule depend on the number of examples, so that of ImageNet serves for any data.
+# Only constants of the schedule depend on the number of examples, so ImageNet's fits any data.
 EXAMPLES = 1_281_167
 
 
 def topology_devices(topology: str, slices: int) -> list:
-  """Returns stand-ins for the devices of TPU slices, to compile for.
+  """Returns descriptions of the devices of TPU slices, to compile for.
 
   Args:
-    topology: of one slice, as in "v5e:4x4".
-    slices: how many of them.
+    topology: of one slice, e.g. "v5e:4x4".
+    slices: number of slices.
 
   Raises:
     ConfigError: if libtpu is missing or does not know the topology.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
-      "The compiler of TPUs is missing; install it with pip install -e '.[tpu]' (480 MB)."
+      "The TPU compiler is missing; install it with pip install -e '.[tpu]' (480 MB)."
     )
-  # Keeps libtpu from looking for a TPU and its metadata server, of whatever type it says, and from its lock: several
-  # compilers may run at once where there is no TPU to share.
+  # Keep libtpu from searching a TPU and its metadata server, whatever its type, and from its lock:
+  # without a TPU to share, several compilers may run at once.
   os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -65,10 +66,10 @@ def topology_devices(topology: str, slices: int) -> list:
 
 
 def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> None:
-  """Compiles the train step of a config for a topology and prints what there is to know about it.
+  """Compile the train step of a config for a topology and print what is known about it.
 
   Raises:
-    TrainerError: with one sentence where they do not fit, or the step does not fit the memory.
+    TrainerError: with one sentence if config and topology do not fit, or the memory is too small.
   """
   devices = topology_devices(topology, slices)
   import jax  # after the environment is set
@@ -85,8 +86,10 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   _section(
     "Mesh",
     [
-      f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
-      f"{slices} slice(s)"
+      (
+        f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
+        f"{slices} slice(s)"
+      )
     ],
   )
   _section("State", mesh_lib.describe_shardings(program.abstract_state))
@@ -97,7 +100,7 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
     raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
   seconds = time.perf_counter() - start
   _section(
-    "Collectives of a step", collectives.describe(collectives.read(step.as_text())) or ["none"]
+    "Collectives of a step", collectives.describe(collectives.read(step.as_text() or "")) or ["none"]
   )
   _section(
     "Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis())
@@ -125,7 +128,7 @@ def _section(title: str, lines: list[str]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-  """Returns what an error of XLA says, without the code in front and the trace behind."""
+  """Returns the message of an XLA error, without its code and its trace."""
   line = str(error).strip().splitlines()[0]
   return re.sub(r"^[A-Z_]+: ", "", line).rstrip(".") + "."
 

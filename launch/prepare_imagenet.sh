@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Startup script of the machine that `launch/tpu prepare` makes: shards of ImageNet, next to the bucket.
-# What to do comes from the machine's metadata. The machine deletes itself when it is done or has failed; its log is
-# in the bucket either way.
+# Startup script of the machine that `launch/tpu prepare` creates: makes the shards of ImageNet near the bucket.
+# Its arguments are in the machine's metadata. The machine deletes itself when it is done or has failed; either way
+# its log is in the bucket.
 set -euo pipefail
 
 metadata() {

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From a bare machine with Python 3.11+ to a trained, evaluated model on one CPU, through the path that a pod uses.
 #
-#   bash launch/smoke.sh            sets up what is missing, then trains, or goes on with a run that was stopped
-#   bash launch/smoke.sh --fresh    throws the last smoke run away first
-#   bash launch/smoke.sh --config.total_epochs=2 ...    more flags go to the trainer
+#   bash launch/smoke.sh            set up what is missing, then train, or resume a run that was stopped
+#   bash launch/smoke.sh --fresh    delete the last smoke run first
+#   bash launch/smoke.sh --config.total_epochs=2 ...    further flags go to the trainer
 set -euo pipefail
 
 # shellcheck source=launch/venv.sh
@@ -37,10 +37,10 @@ code=0
 case "$code" in
   0) ;;
   75)
-    echo "Stopped; 'bash launch/smoke.sh' goes on from there, 'bash launch/smoke.sh --fresh' starts again."
+    echo "Stopped; 'bash launch/smoke.sh' resumes, 'bash launch/smoke.sh --fresh' starts again."
     exit "$code"
     ;;
-  *) fail "the run failed with code $code; what it said last is above. 'bash launch/smoke.sh --fresh' starts again." ;;
+  *) fail "the run failed with code $code; its last messages are above. 'bash launch/smoke.sh --fresh' starts again." ;;
 esac
 
 "$PY" - "$workdir" "$ROOT" <<'PYTHON'
@@ -50,7 +50,7 @@ workdir, root = map(pathlib.Path, sys.argv[1:])
 final = json.loads((workdir / "final.json").read_text())
 seconds = final["wall_seconds"]
 print(f"""
-The model reads {100 * final['top1']:.1f} % of {final['examples']} digits that it never saw, after {final['epochs']:.0f} epochs:
+The model reads {100 * final['top1']:.1f} % of {final['examples']} unseen digits after {final['epochs']:.0f} epochs:
 {seconds['total']:.0f} s, of which {seconds['compile']:.0f} s to compile, {seconds['step']:.0f} s to train, {seconds['eval']:.0f} s to evaluate.
 
   checkpoints       {workdir}/checkpoints
@@ -59,7 +59,7 @@ The model reads {100 * final['top1']:.1f} % of {final['examples']} digits that i
   all figures       {workdir}/final.json
 
 Next:
-  bash {root}/launch/smoke.sh --fresh --config.model.depth=20       a deeper net, from the start
+  bash {root}/launch/smoke.sh --fresh --config.model.depth=20       a deeper network, from the start
   {root}/.venv/bin/python -m trainer --mode=eval --config={root}/configs/smoke.py --workdir={workdir} --config.data.path={root}/data/digits
   bash {root}/tests/run.sh                                          every test
 """)

@@ -64,7 +64,7 @@ ensure_venv() {
   echo "Installing resnet-pod[$extra] into .venv (a minute or two, once) ..."
   if ! "$PY" -m pip install --disable-pip-version-check -e "${ROOT}[$extra]" >"$log" 2>&1; then
     tail -n 5 "$log" >&2
-    fail "pip could not install the packages of setup.cfg; the network may be down. Its output is in $log; run this again when it is mended."
+    fail "pip could not install the packages of setup.cfg; the network may be down. Its output is in $log; run this again once that is fixed."
   fi
   printf '%s' "$wanted" >"$stamp"
 }

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import os
 import pathlib
 import subprocess
 import tempfile
+import zipfile
 
 from launch.cloud.settings import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-AGENT = pathlib.Path(__file__).with_name("agent.py")
-# Untracked files are taken from these folders only, because others may hold what should stay at home.
+_HOST = pathlib.Path(__file__).resolve().parents[1] / "host"
+# Untracked files are taken only from these folders: others may hold private files.
 _FOLDERS = ("configs", "input_pipeline", "launch", "trainer")
 _MAX_BYTES = 50 << 20
 
@@ -24,8 +27,8 @@ class Bundle:
 
   Attributes:
     tree: its hash, the name of the code.
-    commit: that it is nearest to.
-    dirty: whether it differs from that.
+    commit: HEAD.
+    dirty: whether the tree differs from it.
   """
 
   tree: str
@@ -49,10 +52,10 @@ def _git(*words: str, index: str | None = None) -> str:
 
 
 def look() -> Bundle:
-  """Takes down the tree of all tracked files as they are on disk, and of new ones in the packages.
+  """Record the tree of all tracked files as they are on disk, and of new ones in the packages.
 
   Raises:
-    UsageError: if this is no clone.
+    UsageError: if this is not a clone.
   """
   commit = _git("rev-parse", "HEAD")
   with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +68,7 @@ def look() -> Bundle:
 
 
 def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  """Writes the archive of a tree, and its difference to the commit, into a folder.
+  """Write the archive of a tree, and its difference to the commit, into a folder.
 
   Raises:
     UsageError: if it is too large to be code.
@@ -74,13 +77,38 @@ def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pa
   _git("archive", "--format=tar.gz", f"--output={archive}", bundle.tree)
   if archive.stat().st_size > _MAX_BYTES:
     raise UsageError(
-      f"The code is {archive.stat().st_size >> 20} MiB as an archive; keep data out of git and of "
-      f"{', '.join(_FOLDERS)} (.gitignore)."
+      f"The archive of the code has {archive.stat().st_size >> 20} MiB; keep data out of git and "
+      f"out of {', '.join(_FOLDERS)} (.gitignore)."
     )
   _git("diff", "--binary", f"--output={diff}", bundle.commit, bundle.tree)
   return archive, diff
 
 
+def pack_agent(folder: pathlib.Path) -> pathlib.Path:
+  """Write launch/host as one file that Python runs; its name holds its hash."""
+  path = folder / agent_name()
+  path.write_bytes(agent())
+  return path
+
+
+def agent_name() -> str:
+  """Returns the name of the agent in the bucket and on hosts."""
+  return f"agent-{agent_sha()[:12]}.pyz"
+
+
 def agent_sha() -> str:
-  """Returns the hash of the agent, which is part of its name on hosts."""
-  return hashlib.sha256(AGENT.read_bytes()).hexdigest()[:12]
+  """Returns the SHA-256 of the agent."""
+  return hashlib.sha256(agent()).hexdigest()
+
+
+@functools.cache
+def agent() -> bytes:
+  """Returns a zip file of launch/host, the same bytes on every machine."""
+  files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in _HOST.glob("*.py")}
+  files["launch/__init__.py"] = b""
+  files["__main__.py"] = b"from launch.host.__main__ import main\nmain()\n"
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as archive:
+    for name in sorted(files):
+      archive.writestr(zipfile.ZipInfo(name), files[name])
+  return buffer.getvalue()

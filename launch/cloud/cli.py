@@ -1,17 +1,17 @@
 """launch/tpu VERB [RUN] [options] [trainer flags]
 
-    up       gives a run a slice and trains, from wherever it is; the same line again goes on, reattaches, resumes
-    watch    looks after a run that `up` began: shows it, and takes a new slice when it loses one
-    status   one look at it
-    logs     of any host, also when the slice is gone
-    stop     saves a checkpoint and ends the trainer; the slice stays, and is paid for
-    down     removes everything of the run that is paid for
-    list     what there is in a zone, whose it is, and what is left over
-    doctor   whether account, project, quota, bucket and service account are fit for it, and what to type if not
-    prepare  makes the shards of ImageNet on a machine next to the bucket
+    up       get a slice for a run and train; the same command again reattaches or resumes
+    watch    watch over a run that `up` started: show it, and replace a slice that it loses
+    status   show a run once
+    logs     print the log of any host, also after its slice is gone
+    stop     save a checkpoint and end the trainer; the slice is kept, and paid for
+    down     remove everything of a run that is paid for
+    list     list the slices of a zone, their owners, and what is left over
+    doctor   check account, project, quota, bucket and service account; print the fixes
+    prepare  make the shards of ImageNet on a machine near the bucket
 
---dry-run prints the lines of gcloud that a verb would run. Exit codes: 0 done, 1 failed, 2 wrong arguments,
-3 no capacity, 4 the trainer crashes, 5 cost limit, 130 left.
+--dry-run prints the gcloud lines of a verb without running them. Exit codes: 0 done, 1 failed,
+2 wrong arguments, 3 no capacity, 4 the trainer crashes, 5 cost limit, 130 left.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from launch.cloud.settings import (
 
 USAGE, ERROR = 2, 1
 _DURATIONS = {
-  "max-wait": "in the queue, without a slice",
-  "poll": "between two looks",
-  "stall": "without a new step, before stacks are taken and the trainer is started again",
-  "unreachable": "without an answer of a host, before the slice is replaced",
-  "start-limit": "for hosts to answer, to install, and to come back from repair",
-  "provision-limit": "in the state PROVISIONING",
-  "exit-grace": "for the other hosts to end when one has",
-  "idle": "without trainer and launcher, before the slice removes itself",
+  "max-wait": "longest wait for a slice",
+  "poll": "time between two turns",
+  "stall": "time without a new step after which the trainer is restarted",
+  "unreachable": "time without an answer of a host after which the slice is replaced",
+  "start-limit": "longest time for hosts to answer, to install, and to return from repair",
+  "provision-limit": "longest time in the state PROVISIONING",
+  "exit-grace": "time for the other hosts to end when one has",
+  "idle": "time without trainer and launcher after which the slice removes itself",
   "backoff": "first pause when there is no capacity",
-  "call-limit": "for one line of gcloud",
+  "call-limit": "longest time for one line of gcloud",
 }
 
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     raise UsageError(
-      f"{message[:1].upper()}{message[1:]}. launch/tpu {self.prog.split()[-1]} --help tells more."
+      f"{message[:1].upper()}{message[1:]}. See launch/tpu {self.prog.split()[-1]} --help."
     )
 
 
@@ -80,30 +80,30 @@ def parser() -> argparse.ArgumentParser:
     if run:
       one.add_argument("run", metavar="RUN", nargs=None if run == "required" else "?", default="")
     where = one.add_argument_group(
-      "where; what is not given is taken from the environment, or as it was for this run before"
+      "where; defaults are those of the environment, then those of this run's last command"
     )
-    where.add_argument("--project", help="or CLOUDSDK_CORE_PROJECT, or gcloud's own default")
-    where.add_argument("--zone", help="or CLOUDSDK_COMPUTE_ZONE")
-    where.add_argument("--bucket", metavar="gs://B[/FOLDER]", help="or TPU_BUCKET")
-    where.add_argument("--owner", help="whose runs these are (default: your user name)")
+    where.add_argument("--project", help="default: CLOUDSDK_CORE_PROJECT, or that of gcloud")
+    where.add_argument("--zone", help="default: CLOUDSDK_COMPUTE_ZONE")
+    where.add_argument("--bucket", metavar="gs://B[/FOLDER]", help="default: TPU_BUCKET")
+    where.add_argument("--owner", help="owner of the run (default: your user name)")
     one.add_argument(
-      "--dry-run", action="store_true", help="prints the lines of gcloud and runs none"
+      "--dry-run", action="store_true", help="print the gcloud lines without running them"
     )
     if as_json:
-      one.add_argument("--json", action="store_true", help="one JSON object a line")
+      one.add_argument("--json", action="store_true", help="print one JSON object per line")
     return one
 
   up = verb("up")
   _add_slice(up)
   up.add_argument(
-    "--no-watch", action="store_true", help="ends when the trainer runs; nobody restarts it then"
+    "--no-watch", action="store_true", help="return when the trainer runs; it is not restarted then"
   )
   up.add_argument(
-    "--take-over", action="store_true", help="drives the run even if another launcher does"
+    "--take-over", action="store_true", help="drive the run even if another launcher does"
   )
   watch = verb("watch")
   watch.add_argument(
-    "--take-over", action="store_true", help="drives the run even if another launcher does"
+    "--take-over", action="store_true", help="drive the run even if another launcher does"
   )
   verb("status")
   logs = verb("logs", as_json=False)
@@ -113,16 +113,21 @@ def parser() -> argparse.ArgumentParser:
     "--attempt", type=int, metavar="N", help="of an earlier attempt, from the bucket"
   )
   logs.add_argument("--lines", type=int, default=50, metavar="N")
-  logs.add_argument("-f", "--follow", action="store_true", help="and all that come")
+  logs.add_argument("-f", "--follow", action="store_true", help="print new lines as they come")
   verb("stop")
   down = verb("down", run="optional")
   down.add_argument(
-    "--all", action="store_true", help="everything of yours in the zone, also what no run knows of"
+    "--all",
+    action="store_true",
+    help="everything of yours in the zone, even without a run",
   )
   verb("list", run=None)
   doctor_ = verb("doctor", run="optional")
   doctor_.add_argument(
-    "--type", default="", metavar="TYPE", help="also whether the zone has it, as in v5litepod-64"
+    "--type",
+    default="",
+    metavar="TYPE",
+    help="also check that the zone offers this type",
   )
   doctor_.add_argument("--service-account", default="")
   prepare.add_arguments(verb("prepare", as_json=False))
@@ -131,16 +136,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_slice(up: argparse.ArgumentParser) -> None:
   what = up.add_argument_group("the slice")
-  what.add_argument("--type", required=True, help="as in v5litepod-64, v4-32, v6e-16")
+  what.add_argument("--type", required=True, help="e.g. v5litepod-64, v4-32, v6e-16")
   what.add_argument("--slices", type=int, default=1, metavar="N")
   kind = what.add_mutually_exclusive_group()
   for name in ("on-demand", "spot", "reserved"):
     kind.add_argument(
       f"--{name}", dest="capacity", action="store_const", const=name, default="on-demand"
     )
-  what.add_argument(
-    "--runtime-version", default="", help="image of the hosts (default: by the type)"
-  )
+  what.add_argument("--runtime-version", default="", help="image of the hosts (default: by type)")
   what.add_argument(
     "--service-account", default="", help="of the hosts (default: the project's Compute Engine one)"
   )
@@ -149,13 +152,13 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
   what.add_argument(
     "--internal-ips",
     action="store_true",
-    help="no external addresses; implies --iap; needs Cloud NAT",
+    help="no external addresses; implies --iap; installing needs Cloud NAT",
   )
   what.add_argument("--iap", action="store_true", help="ssh through Identity-Aware Proxy")
   what.add_argument(
     "--autocheckpoint",
     action="store_true",
-    help="the trainer is told before host maintenance (alpha)",
+    help="notify the trainer before host maintenance (alpha)",
   )
   what.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
   limits = up.add_argument_group("limits: durations as in 90s, 15m, 6h, 2d")
@@ -163,7 +166,7 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
     "--max-hours",
     type=float,
     metavar="H",
-    help="that slices of this run may exist, over all attempts; holds with this machine off, too",
+    help="longest time that slices of this run may exist, over all attempts; enforced by the slice",
   )
   for name, text in _DURATIONS.items():
     default = getattr(Settings, name.replace("-", "_"))
@@ -174,38 +177,38 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
       metavar="TIME",
       help=f"{text} (default {default:g} s)",
     )
-  limits.add_argument("--keep", action="store_true", help="leaves the slice when the run has ended")
+  limits.add_argument("--keep", action="store_true", help="keep the slice when the run has ended")
   limits.add_argument(
     "--dollars-per-chip-hour",
     type=float,
     default=0.0,
     metavar="X",
-    help="shows the cost in dollars",
+    help="show the cost in dollars",
   )
   host = up.add_argument_group("the trainer")
   host.add_argument(
     "--env-file",
     default="",
     metavar="FILE",
-    help="lines NAME=VALUE, copied to the hosts by scp; for what must not be on a command line",
+    help="lines NAME=VALUE for the trainer, copied to the hosts by scp",
   )
   host.add_argument(
     "--secret",
     action="append",
     default=[],
     metavar="NAME=SECRET",
-    help="a variable of the trainer, from Secret Manager, read on the hosts",
+    help="variable of the trainer, read from Secret Manager by the hosts",
   )
   host.add_argument(
     "--python",
     default="",
     metavar="PATH",
-    help="of an image that has all that is needed: installs nothing",
+    help="Python of an image with all packages: install nothing",
   )
 
 
 def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
-  """Returns where a run is."""
+  """Returns the place of a run."""
   known = noted(args.run) if re.fullmatch(r"[-a-z0-9]+", getattr(args, "run", "")) else None
 
   def one(name: str, *variables: str) -> str:
@@ -252,7 +255,7 @@ def _owner(args: argparse.Namespace) -> str:
 
 
 def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
-  """Returns what `up` asks for, checked.
+  """Returns the checked settings of `up`.
 
   Raises:
     UsageError: naming the argument that is wrong.
@@ -266,13 +269,13 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
   configs = [word for word in argv if word.split("=")[0] == "--config"]
   if len(configs) > 1:
     raise UsageError(f"--config is given {len(configs)} times.")
-  argv = configs + [word for word in argv if word not in configs]  # its fields must come behind it
+  argv = configs + [word for word in argv if word not in configs]  # its fields must follow it
   if args.max_hours is not None and not args.max_hours > 0:
     raise UsageError(f"--max-hours {args.max_hours:g} must be above 0.")
   if args.env_file and not os.access(args.env_file, os.R_OK):
     raise UsageError(f"--env-file {args.env_file} cannot be read.")
   if args.env_file and os.stat(args.env_file).st_mode & 0o077:
-    raise UsageError(f"--env-file {args.env_file} can be read by others; chmod 600 it.")
+    raise UsageError(f"--env-file {args.env_file} is readable by others; chmod 600 it.")
   pairs = {
     name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")
   }
@@ -304,7 +307,7 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
   )
   for word in settings.argv:
     if word.startswith("--config=") and not (bundle.ROOT / word[9:].split(":")[0]).is_file():
-      raise UsageError(f"{word} is no file of {bundle.ROOT}, which is what hosts get.")
+      raise UsageError(f"{word} is not a file of {bundle.ROOT}, the folder that hosts get.")
   return settings
 
 
@@ -316,8 +319,8 @@ def _pair(name: str, text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a verb and returns its exit code."""
-  # A closed terminal, or a polite kill, leaves as Ctrl-C does.
+  """Run a verb and return its exit code."""
+  # A closed terminal, or SIGTERM, leaves as Ctrl-C does.
   for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.default_int_handler)
   try:
@@ -327,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
     return USAGE
   except GcloudError as error:
     print(
-      f"launch/tpu: {' '.join(error.line[:5])}: {error}\nlaunch/tpu doctor looks for the reason.",
+      f"launch/tpu: {' '.join(error.line[:5])}: {error}\nRun launch/tpu doctor to find the reason.",
       file=sys.stderr,
     )
     return ERROR
@@ -342,7 +345,7 @@ def _run(argv: list[str]) -> int:
   args, unknown = parser().parse_known_args(argv[:end])
   trainer = unknown + argv[end + 1 :]
   if args.verb != "up" and trainer:
-    raise UsageError(f"launch/tpu {args.verb} does not know {trainer[0]}.")
+    raise UsageError(f"launch/tpu {args.verb} has no option {trainer[0]}.")
   if args.verb == "up":
     settings = settings_of(args, trainer)
     if args.dry_run:

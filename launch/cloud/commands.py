@@ -1,7 +1,8 @@
 """Every gcloud line that the launcher can emit, as lists of words; nothing here runs anything.
 
-Flags are those of the GA commands where there is one; `--zone` and `--project` are always given, because gcloud fills
-in what is missing from wherever it finds it. Lines are joined by shlex for a person, and never pass through a shell.
+The commands are GA where one exists. `--zone` and `--project` are always given, because gcloud
+would fill them in from its configuration. Lines are joined by shlex for display, and never pass
+through a shell.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ def _where(place: Place) -> Line:
   return [f"--project={place.project}", f"--zone={place.zone}", "--quiet"]
 
 
-def create(settings: Settings, attempt: int, wait: float) -> Line:
-  """Asks for the slices of an attempt; the request ends by itself after `wait` seconds in the queue."""
+def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
+  """Request the slices of an attempt; without --async, for the error of a request that fails.
+
+  Args:
+    settings: of the run.
+    attempt: number of the attempt.
+    wait: seconds in the queue after which the request expires.
+    boot: path of the startup script; see launch/cloud/boot.py.
+  """
   labels = [
     ("run", settings.run),
     ("owner", settings.owner),
@@ -30,7 +38,7 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
     ("launcher", LAUNCHER),
     *settings.labels,
   ]
-  # autocheckpoint is alpha only; all else is GA, whose --spot and --reserved send what the service expects.
+  # autocheckpoint is alpha only; the --spot and --reserved of alpha send wrong requests.
   track = ["gcloud", "alpha", "compute", "tpus"] if settings.autocheckpoint else _TPUS
   nodes = (
     [f"--node-id={settings.run}"]
@@ -51,64 +59,89 @@ def create(settings: Settings, attempt: int, wait: float) -> Line:
     f"--accelerator-type={settings.type}",
     f"--runtime-version={settings.runtime_version}",
     *([f"--{settings.capacity}"] if settings.capacity != "on-demand" else []),
-    *([f"--{name}={value}" for name, value in named if value]),
+    *(f"--{name}={value}" for name, value in named if value),
     *(["--internal-ips"] if settings.internal_ips else []),
     *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
     "--labels=" + ",".join(f"{key}={value}" for key, value in labels),
     f"--valid-until-duration={max(60, round(wait))}s",
-    "--async",
+    f"--metadata-from-file=startup-script={boot}",
     *_where(settings.place),
   ]
 
 
 def describe(place: Place) -> Line:
-  """Reads the queued resource of a run."""
+  """Read the queued resource of a run."""
   return [*_TPUS, "queued-resources", "describe", place.run, "--format=json", *_where(place)]
 
 
 def list_queued(place: Place) -> Line:
-  """Reads all queued resources of a zone."""
+  """Read all queued resources of a zone."""
   return [*_TPUS, "queued-resources", "list", "--format=json", *_where(place)]
 
 
 def list_nodes(place: Place) -> Line:
-  """Reads all nodes of a zone: one call for any number of slices."""
+  """Read all nodes of a zone: one call for any number of slices."""
   return [*_TPUS, "tpu-vm", "list", "--format=json", *_where(place)]
 
 
 def delete(place: Place) -> Line:
-  """Removes a queued resource with its nodes; without --force an active one stays."""
+  """Remove a queued resource with its nodes; without --force an ACTIVE one stays."""
   return [*_TPUS, "queued-resources", "delete", place.run, "--force", "--async", *_where(place)]
 
 
 def delete_node(place: Place, node: str) -> Line:
-  """Removes a node that no queued resource holds any more."""
+  """Remove a node that no queued resource holds any more."""
   return [*_TPUS, "tpu-vm", "delete", node, "--async", *_where(place)]
 
 
 def _hosts(slice_number: int | None, worker: int | None) -> Line:
-  # Never a range of workers: where all of one fail, gcloud ends with 0.
+  # Never a range of workers: if all of a range fail, gcloud exits with 0.
   return [
     f"--node={'all' if slice_number is None else slice_number}",
     f"--worker={'all' if worker is None else worker}",
   ]
 
 
-def agent(place: Place, sha: str, *words: str) -> str:
-  """Returns the command line for hosts: fetches the agent if it is not there, and runs one of its verbs."""
-  name, folder = f"agent-{sha}.py", shlex.quote(f"tpu/{place.run}")
-  fetch = shlex.join(["gcloud", "storage", "cp", f"{place.url}/launch/{name}", name, "--quiet"])
-  verb = shlex.join(["python3", name, place.url, *words])
+# For sh -c as root: RUN NAME URL SHA HOME VERB ...; its exit codes are those of AGENT_TROUBLE.
+_AGENT_STEPS = (
+  'd="${TPU_STATE:-/var/lib/tpu}/$1"; n="$2"; f="$d/$2"; u="$3"; s="$4"; e="$5/tpu-$1.env"',
+  'shift 5; umask 077; mkdir -p "$d" && cd "$d" || exit 80',
+  'whole() { echo "$s  $1" | sha256sum --check --status 2>/dev/null; }',
+  'bad() { rm -f "$f.$$"; exit "$1"; }',
+  'if ! whole "$f"; then gcloud storage cp "$u/launch/$n" "$f.$$" --quiet >&2 || bad 81',
+  'whole "$f.$$" || bad 82; mv "$f.$$" "$f"; fi',
+  'if [ -f "$e" ]; then install -m 600 "$e" env && rm -f "$e"; fi',
+  'python3 "$f" "$u" "$@"',
+)
+_AGENT = "; ".join(_AGENT_STEPS)
+AGENT_TROUBLE = {
+  "80": "it cannot write to /var/lib/tpu",
+  "81": "it cannot fetch its agent: may its service account read the bucket?",
+  "82": "the agent in the bucket is not the one of this launcher: somebody else has written there",
+  "1": "it broke, or sudo is not allowed to this login (OS Login: roles/compute.osAdminLogin)",
+}
+
+
+def agent(place: Place, name: str, sha: str, *words: str) -> str:
+  """Returns the command for hosts: run a verb of the agent as root, whoever logs in.
+
+  Args:
+    place: of the run.
+    name: of the agent in the bucket, from where a host fetches it that does not have it.
+    sha: its SHA-256, checked before each use.
+    *words: verb and argument.
+  """
+  fixed, verb = shlex.join([place.run, name, place.url, sha]), shlex.join(words)
   return (
-    f"mkdir -p {folder} && cd {folder} && (test -f {name} || {fetch} 1>&2) && {verb} || "
-    'echo "tpu-agent-failed $(hostname)"'
+    f'sudo -n sh -c {shlex.quote(_AGENT)} sh {fixed} "$HOME" {verb} || '
+    'echo "tpu-agent-failed $? $(hostname)"'
   )
 
 
 def ssh(
   settings: Settings, command: str, slice_number: int | None = None, worker: int | None = None
 ) -> Line:
-  """Runs a command line on hosts, 64 at a time; it may be run again after a lost connection."""
+  """Run a command on hosts, 64 at a time; gcloud repeats it after a lost connection."""
   return [
     *_TPUS,
     "queued-resources",
@@ -126,13 +159,13 @@ def ssh(
 
 
 def copy_environment(settings: Settings) -> Line:
-  """Copies the file of secrets to every host, past command lines, labels, metadata and the bucket."""
+  """Copy the file of secrets to every host, not by command line, label, metadata or bucket."""
   return [
     *_TPUS,
     "queued-resources",
     "scp",
     settings.env_file,
-    f"{settings.run}:tpu/{settings.run}/env",
+    f"{settings.run}:tpu-{settings.run}.env",
     *_hosts(None, None),
     *(["--tunnel-through-iap"] if settings.iap else []),
     *_where(settings.place),
@@ -140,7 +173,7 @@ def copy_environment(settings: Settings) -> Line:
 
 
 def upload(place: Place, path: str, url: str, generation: str | None = None) -> Line:
-  """Copies a file to the bucket; with `generation` only if that is the one which is there ("0": none)."""
+  """Copy a file to the bucket; with `generation` only over that one ("0": only if none exists)."""
   condition = [f"--if-generation-match={generation}"] if generation is not None else []
   return [
     "gcloud",
@@ -156,12 +189,12 @@ def upload(place: Place, path: str, url: str, generation: str | None = None) -> 
 
 
 def read(place: Place, url: str) -> Line:
-  """Prints an object, or all that a pattern matches."""
+  """Print an object, or all that match a pattern."""
   return ["gcloud", "storage", "cat", url, f"--project={place.project}", "--quiet"]
 
 
 def object_generation(place: Place, url: str) -> Line:
-  """Reads which generation of an object is there."""
+  """Read the current generation of an object."""
   return [
     "gcloud",
     "storage",
@@ -175,30 +208,30 @@ def object_generation(place: Place, url: str) -> Line:
 
 
 def list_objects(place: Place, url: str) -> Line:
-  """Lists objects by a pattern."""
+  """List the objects that match a pattern."""
   return ["gcloud", "storage", "ls", url, f"--project={place.project}", "--quiet"]
 
 
-# Only doctor's.
+# The lines of doctor.
 
 
 def version() -> Line:
-  """Reads the version of gcloud; nothing is asked of the cloud."""
+  """Read the version of gcloud, offline."""
   return ["gcloud", "version", "--format=json"]
 
 
 def account() -> Line:
-  """Reads who is logged in."""
+  """Read which account is logged in."""
   return ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=json"]
 
 
 def default_project() -> Line:
-  """Reads the project that gcloud is set to."""
+  """Read the default project of gcloud."""
   return ["gcloud", "config", "get", "project"]
 
 
 def services(place: Place) -> Line:
-  """Lists the enabled APIs of a project."""
+  """List the enabled APIs of a project."""
   return [
     "gcloud",
     "services",
@@ -211,7 +244,7 @@ def services(place: Place) -> Line:
 
 
 def bucket(place: Place) -> Line:
-  """Reads where a bucket lies."""
+  """Read the location of a bucket."""
   return [
     "gcloud",
     "storage",
@@ -225,7 +258,7 @@ def bucket(place: Place) -> Line:
 
 
 def bucket_policy(place: Place) -> Line:
-  """Reads who may do what with a bucket."""
+  """Read the permissions on a bucket."""
   return [
     "gcloud",
     "storage",
@@ -239,12 +272,12 @@ def bucket_policy(place: Place) -> Line:
 
 
 def project_policy(place: Place) -> Line:
-  """Reads who may do what in a project."""
+  """Read the permissions in a project."""
   return ["gcloud", "projects", "get-iam-policy", place.project, "--format=json", "--quiet"]
 
 
 def project_number(place: Place) -> Line:
-  """Reads the number in the name of the default service account."""
+  """Read the number in the name of the default service account."""
   return [
     "gcloud",
     "projects",
@@ -256,12 +289,12 @@ def project_number(place: Place) -> Line:
 
 
 def accelerator_types(place: Place) -> Line:
-  """Lists the accelerator types of a zone."""
+  """List the accelerator types of a zone."""
   return [*_TPUS, "accelerator-types", "list", "--format=json", *_where(place)]
 
 
 def quotas(place: Place) -> Line:
-  """Lists the TPU quotas of a project."""
+  """List the TPU quotas of a project."""
   return [
     "gcloud",
     "beta",
@@ -276,12 +309,12 @@ def quotas(place: Place) -> Line:
 
 
 def shell(line: Line) -> str:
-  """Returns a line ready to paste."""
+  """Returns a line ready to paste into a shell."""
   return shlex.join(line)
 
 
 def every_line() -> Iterator[Line]:
-  """Yields each line in each variant, with values that are hard to quote where a value may be any text."""
+  """Yields each line in each variant, with values that are hard to quote."""
   place = Place("run-1", "my-project", "us-central2-b", "gs://my-bucket/some/folder")
   base = Settings(
     place, owner="me", type="v4-32", runtime_version="tpu-ubuntu2204-base", max_seconds=3600
@@ -292,7 +325,7 @@ def every_line() -> Iterator[Line]:
         settings = dataclasses.replace(
           base, slices=slices, capacity=capacity, autocheckpoint=autocheckpoint
         )
-        yield create(settings, 3, 6 * 3600)
+        yield create(settings, 3, 6 * 3600, "/tmp/a b/boot.sh")
         yield create(
           dataclasses.replace(
             settings,
@@ -304,6 +337,7 @@ def every_line() -> Iterator[Line]:
           ),
           1,
           1,
+          "boot.sh",
         )
   yield from (
     describe(place),
@@ -324,7 +358,7 @@ def every_line() -> Iterator[Line]:
         ("tail", "30"),
         ("follow", "30"),
       ):
-        yield ssh(settings, agent(place, "0123456789ab", *words), *hosts)
+        yield ssh(settings, agent(place, "agent-01.pyz", "0123456789ab", *words), *hosts)
     yield copy_environment(settings)
   for generation in (None, "0", "1764000000000000"):
     yield upload(place, "/tmp/a b/run.json", f"{place.url}/run.json", generation)

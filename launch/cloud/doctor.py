@@ -1,4 +1,4 @@
-"""Whether account, project, zone, bucket and service account are fit for a run, and what to type where they are not."""
+"""Checks account, project, zone, bucket and service account, with the commands that fix them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from launch.cloud.gcloud import Gcloud, GcloudError
 from launch.cloud.look import queued_of
 from launch.cloud.settings import Place
 
-_TESTED = 528  # of the Google Cloud CLI; the lines of commands.py were checked by its parser
+_TESTED = 528  # version of the Google Cloud CLI whose parser accepts all lines of commands.py
 _SERVICES = ("tpu.googleapis.com", "compute.googleapis.com", "storage.googleapis.com")
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-  """What a run would be asked for; type and service account may be ""."""
+  """What a run would need; type and service account may be ""."""
 
   place: Place
   owner: str
@@ -31,7 +31,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """One thing that was looked at: good, or what to type."""
+  """The result of one check; `advice` is what to do if it is not good."""
 
   about: str
   good: bool
@@ -40,7 +40,7 @@ class Finding:
 
 
 def lines(wanted: Wanted) -> list[commands.Line]:
-  """Returns what `run` runs."""
+  """Returns the lines that `run` runs."""
   place = wanted.place
   return [
     commands.version(),
@@ -58,7 +58,7 @@ def lines(wanted: Wanted) -> list[commands.Line]:
 
 
 def run(wanted: Wanted, as_json: bool, gcloud: Gcloud | None = None) -> int:
-  """Prints what is found; returns 0 if all is well, else 1."""
+  """Print all findings; return 0 if all are good, else 1."""
   gcloud = gcloud or Gcloud(60, lambda line: print(line, file=sys.stderr))
   bad = 0
   for finding in findings(wanted, gcloud):
@@ -73,7 +73,7 @@ def run(wanted: Wanted, as_json: bool, gcloud: Gcloud | None = None) -> int:
 
 
 def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
-  """Looks at one thing after the other."""
+  """Make one check after the other."""
   checks: list[tuple[str, Callable[[Wanted, Gcloud], Iterator[Finding]]]] = [
     ("gcloud", _version),
     ("account", _account),
@@ -91,7 +91,7 @@ def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     except GcloudError as error:
       advice = {
         "auth": "gcloud auth login",
-        "permission": f"you may not look: {commands.shell(error.line)}",
+        "permission": f"you lack the permission for: {commands.shell(error.line)}",
       }.get(error.kind, "")
       yield Finding(about, False, f"could not be checked: {error}", advice)
       if error.kind in ("auth", "not_installed"):
@@ -107,7 +107,7 @@ def _version(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     "gcloud",
     good,
     f"Google Cloud SDK {found}",
-    "" if good else f"older than {_TESTED}, which this was tested with: gcloud components update",
+    "" if good else f"older than {_TESTED}, the tested version: gcloud components update",
   )
 
 
@@ -117,7 +117,7 @@ def _account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   if accounts:
     yield Finding("account", True, accounts[0].get("account", "?"))
   else:
-    yield Finding("account", False, "nobody is logged in", "gcloud auth login")
+    yield Finding("account", False, "no account is logged in", "gcloud auth login")
 
 
 def _services(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -148,8 +148,8 @@ def _accelerator(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     f"{wanted.type} {'is' if good else 'is not'} offered in {wanted.place.zone}",
     ""
     if good
-    else "there are: "
-    + (", ".join(names) or "none; take a zone of https://cloud.google.com/tpu/docs/regions-zones"),
+    else "offered: "
+    + (", ".join(names) or "none; use a zone of https://cloud.google.com/tpu/docs/regions-zones"),
   )
 
 
@@ -175,7 +175,7 @@ def _quota(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     or f"none for {wanted.type or 'TPUs'} in {wanted.place.zone}",
     ""
     if mine
-    else "ask for it: https://console.cloud.google.com/iam-admin/quotas, service Cloud TPU API",
+    else "request it: https://console.cloud.google.com/iam-admin/quotas, service Cloud TPU API",
   )
 
 
@@ -198,7 +198,7 @@ def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   yield Finding(
     "bucket",
     good,
-    f"{name} is in {location}, and the zone in {region}",
+    f"{name} is in {location}, the zone in {region}",
     "" if good else f"reading ImageNet across regions is slow and is charged for; {make}",
   )
 
@@ -236,7 +236,7 @@ def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
         "roles/storage.admin",
       },
       "roles/storage.legacyBucketReader",
-      "ask for the kind of",
+      "read the metadata of",
     ),
   ):
     good = bool(bucket & roles)
@@ -260,7 +260,7 @@ def _roles(policy: dict[str, Any], account: str) -> set[str]:
 
 
 def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
-  """gcloud refuses to reach many hosts if an ssh-agent runs and does not have its key."""
+  """gcloud refuses to reach many hosts if an ssh-agent runs without its key."""
   del wanted, gcloud
   key = "~/.ssh/google_compute_engine"
   try:
@@ -280,7 +280,7 @@ def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
       "ssh",
       False,
       "the ssh-agent does not have gcloud's key",
-      f"ssh-add {key}   (gcloud makes it at the first ssh)",
+      f"ssh-add {key}   (gcloud makes the key at its first ssh)",
     )
   else:
     yield Finding(
@@ -288,7 +288,7 @@ def _ssh(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
       True,
       "gcloud's key is in the ssh-agent"
       if done.returncode == 0
-      else "no ssh-agent has keys, so gcloud takes its own; that must have no passphrase",
+      else "no ssh-agent has keys, so gcloud uses its own, which must have no passphrase",
     )
 
 
@@ -307,7 +307,7 @@ def _stale(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     yield Finding(
       "left over",
       False,
-      f"queued resource {name} is {listed[name].state} and counts against quota",
+      f"queued resource {name} is {listed[name].state} but counts against quota",
       f"launch/tpu down {name} --project={place.project} --zone={place.zone}",
     )
   orphans = []

@@ -1,23 +1,25 @@
-"""Drives a run: looks, decides, acts, writes down, and again, until it has ended or the user leaves."""
+"""The loop of a launcher: see, decide, record, act, until the run has ended or the user leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
+import hashlib
 import json
 import pathlib
 import tempfile
 import time
 from typing import Any
 
-from launch.cloud import bundle, commands, states
+from launch.cloud import boot, bundle, commands, states
 from launch.cloud.gcloud import FATAL, Gcloud, GcloudError
-from launch.cloud.look import Looker, upload_new
+from launch.cloud.look import Looker
 from launch.cloud.run import Run, Store, TakenOver
 from launch.cloud.screen import Screen, View
 from launch.cloud.settings import Settings, UsageError, describe_seconds
-from launch.cloud.states import Action, World
+from launch.cloud.world import Action, World
 
-_SOON = 15.0  # seconds until the next look, when something has just been done
+_SOON = 15.0  # seconds until the next turn after an action
 _LAST_LINES = 30
 
 
@@ -43,19 +45,19 @@ class Driver:
     return self.run.settings
 
   def drive(self, code: bundle.Bundle | None, until_running: bool = False) -> int:
-    """Returns the exit code of the launcher when the run has ended, or runs and that is all that is wanted.
+    """Drive the run to its end and return the exit code of the launcher.
 
     Args:
-      code: what attempts that begin from now on shall run; None leaves it. It is taken once: what is edited here later
-        does not get into a restart that nobody looks at.
-      until_running: returns when all trainers run.
+      code: the code of the attempts that start from now on; None leaves it. It is shipped once, so
+        later edits here do not get into an unattended restart.
+      until_running: return as soon as all trainers run.
 
     Raises:
       TakenOver: if another launcher drives the run now.
-      GcloudError, UsageError: if there is no sense in going on.
+      GcloudError, UsageError: if continuing is pointless.
     """
     self._store.write(self.run)
-    if code:  # before anything is paid for
+    if code:  # before anything costs money
       self._ship_code(code)
     self._looker.ship_agent()
     while True:
@@ -73,7 +75,7 @@ class Driver:
       try:
         done = self._act(action, world)
       except GcloudError as error:
-        # What was wanted is decided again, from what is there then.
+        # The next turn decides again, from what is there then.
         if error.kind in FATAL:
           raise
         self._say(f"{action.kind} failed: {error}")
@@ -89,7 +91,7 @@ class Driver:
       self._sleep(self.settings.poll if steady else min(_SOON, self.settings.poll))
 
   def _act(self, action: Action, world: World) -> int | None:
-    """Does one thing; what is meant is written down before it is done, and what it led to is seen at the next look."""
+    """Do one thing: the intent is recorded before, the effect is seen in the next turn."""
     memory, settings = self.run.memory, self.settings
     if action.kind == "wait":
       if world.queued and world.queued.state == "ACTIVE" and memory.started and not memory.missing:
@@ -97,7 +99,7 @@ class Driver:
       self._write()
       return None
     if action.blame:
-      self._show_last_lines(action)
+      self._show_last_lines(action.reason, action.blame)
     states.acted(action, memory, settings, self._clock())
     self.run.event(f"{action.kind}: {action.reason}", self._clock())
     if action.kind == "finish":
@@ -117,31 +119,31 @@ class Driver:
       self._delete()
     elif action.kind == "start":
       if self._end_earlier(world):
-        self._ship_attempt()
-        self._ask("start", str(memory.attempt))
+        self._ask("start", str(memory.attempt), self._ship_attempt())
         self._limits_told = True
     else:
       self._ask(action.kind)
       if action.kind == "stacks":
-        self._say(f"they are in {settings.place.url}/logs/attempt-{memory.attempt}/")
+        self._say(f"the stacks are in {settings.place.url}/logs/attempt-{memory.attempt}/")
     return None
 
   def _create(self) -> int | None:
     memory, settings = self.run.memory, self.settings
     waited = self._clock() - (memory.waiting_since or self._clock())
     try:
-      self._gcloud.run(
-        commands.create(settings, memory.attempt, settings.max_wait - waited), tries=1
-      )
+      with tempfile.TemporaryDirectory() as folder:
+        script = boot.write(settings, memory, pathlib.Path(folder))
+        wait = settings.max_wait - waited
+        self._gcloud.run(commands.create(settings, memory.attempt, wait, str(script)), tries=1)
       return None
     except GcloudError as error:
-      if error.kind == "exists":  # our own first try, or another's, which the next look tells
+      if error.kind == "exists":  # from our own first try or another launcher: seen next turn
         return None
       self._say(f"the request failed: {error}")
       memory.requested = None
       if error.kind == "quota":
         return self._give_up(
-          states.NO_CAPACITY, f"{error}; ask for more quota, or take another zone or type"
+          states.NO_CAPACITY, f"{error}; request more quota, or use another zone or type"
         )
       if error.kind in (*FATAL, "not_found"):
         return self._give_up(states.ERROR, str(error))
@@ -164,7 +166,11 @@ class Driver:
       self._say(f"{words[0]}: {len(reports)} of {self.run.memory.hosts} hosts answered. {trouble}")
 
   def _end_earlier(self, world: World) -> bool:
-    """Ends earlier attempts on all hosts, before one of them starts another: its trainer would meet an old one."""
+    """End earlier attempts on all hosts, since a new trainer would meet an old one elsewhere.
+
+    Returns:
+      Whether all of them have ended.
+    """
     attempt = self.run.memory.attempt
     if all(
       report.phase in ("none", "ended") or report.attempt == attempt for report in world.reports
@@ -179,41 +185,49 @@ class Driver:
     if len(reports) == self.run.memory.hosts and not left:
       return True
     self._say(
-      f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. {trouble}"
+      f"attempt {attempt} waits for host {', '.join(left) or '(one that does not answer)'} to end. "
+      f"{trouble}"
     )
     return False
 
-  def _ship_attempt(self) -> None:
-    """Puts into the bucket what an attempt is, and onto the hosts what must not lie there."""
+  def _ship_attempt(self) -> str:
+    """Put the spec of an attempt into the bucket, and secrets onto the hosts only.
+
+    Returns:
+      The SHA-256 of the spec.
+    """
     place, memory = self.settings.place, self.run.memory
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder, f"attempt-{memory.attempt}.json")
-      path.write_text(json.dumps(attempt_spec(self.run, self._clock())))
+      path.write_text(json.dumps(attempt_spec(self.run)))
+      sha = hashlib.sha256(path.read_bytes()).hexdigest()
       self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
     if self.settings.env_file:
       self._gcloud.run(commands.copy_environment(self.settings))
+    return sha
 
   def _ship_code(self, code: bundle.Bundle) -> None:
-    """Puts the code into the bucket, unless it is there, and notes it as that of the run."""
+    """Put the code into the bucket and record it as that of the run."""
+    place = self.settings.place
     with tempfile.TemporaryDirectory() as folder:
-      for path in bundle.pack(code, pathlib.Path(folder)):
-        upload_new(
-          self._gcloud, self.settings.place, path, f"{self.settings.place.url}/launch/{path.name}"
-        )
+      archive, diff = bundle.pack(code, pathlib.Path(folder))
+      sha = hashlib.sha256(archive.read_bytes()).hexdigest()
+      for path in (archive, diff):
+        self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
     self.run.code, self.run.commit, self.run.dirty = code.tree, code.commit, code.dirty
+    self.run.archive = sha
     self._write()
 
   def _tell_limits(self) -> None:
-    """Tells hosts whose trainer runs already how long this launcher lets the slice stay."""
+    """Send the limits of this launcher to hosts whose trainer was started by an earlier one."""
     if not self._limits_told:
       self._limits_told = True
-      self._ship_attempt()
-      self._ask("start", str(self.run.memory.attempt))
+      self._ask("start", str(self.run.memory.attempt), self._ship_attempt())
 
-  def _show_last_lines(self, action: Action) -> None:
-    lines = self._looker.last_lines(action.blame, self.run.memory.attempt, _LAST_LINES)
+  def _show_last_lines(self, reason: str, host: str) -> None:
+    lines = self._looker.last_lines(host, self.run.memory.attempt, _LAST_LINES)
     self._screen.lines(
-      [f"{action.reason}; the last lines of host {action.blame}:", *(f"  {line}" for line in lines)]
+      [f"{reason}; the last lines of host {host}:", *(f"  {line}" for line in lines)]
     )
 
   def _show(self, world: World, action: Action) -> None:
@@ -232,28 +246,24 @@ class Driver:
       self._screen.lines([f"run.json was not written: {error}"])
 
 
-def attempt_spec(run: Run, now: float) -> dict[str, Any]:
-  """Returns what hosts have to know of the next attempt; read by launch/cloud/agent.py."""
-  settings, place = run.settings, run.settings.place
-  deadline = (
-    None if settings.max_seconds is None else now + settings.max_seconds - run.memory.seconds()
-  )
+def attempt_spec(run: Run) -> dict[str, Any]:
+  """Returns what hosts need for the next attempt; read by launch/host/."""
+  settings, memory = run.settings, run.memory
   return {
-    "attempt": run.memory.attempt,
-    "run": place.run,
-    "project": place.project,
-    "zone": place.zone,
+    "attempt": memory.attempt,
+    "project": settings.place.project,
     "argv": settings.argv,
     "code": run.code,
+    "archive": run.archive,
     "secrets": dict(settings.secrets),
     "python": settings.python,
-    "deadline": deadline,
-    "idle": None if settings.keep else settings.idle,
+    "limits": boot.limits(settings, memory),
+    "request": boot.request(settings, memory),
   }
 
 
 def begin(run: Run, settings: Settings, now: float) -> None:
-  """Makes a run that may have ended, or of which a launcher died, ready to be driven with these settings."""
+  """Prepare a run, which may have ended or lost its launcher, to be driven with these settings."""
   memory = run.memory
   if run.result is not None:
     memory.attempt = states.next_attempt(memory)
@@ -261,15 +271,15 @@ def begin(run: Run, settings: Settings, now: float) -> None:
     memory.crashes, memory.in_vain, memory.in_vain_step = [], 0, None
   run.settings, run.result, run.wanted = settings, None, "run"
   memory.ending = memory.stopped_at = memory.stacks_at = memory.deleting = None
-  # Of before: whether something is there is seen now, and time in which nobody waited is not waiting.
+  # What exists is seen in the first turn; time without a launcher does not count as waiting.
   memory.requested = memory.waiting_since = None
   memory.not_before, memory.refusals, memory.missing = 0.0, 0, {}
   memory.state_since = memory.step_at = now
-  run.event("a launcher begins", now)
+  run.event("a launcher starts", now)
 
 
 def follow(store: Store, run: Run, screen: Screen, sleep: Callable[[float], None]) -> int | None:
-  """Shows what another launcher writes; returns the result, or None when that launcher is gone."""
+  """Show what another launcher records; return the result, or None if that launcher is gone."""
   told = -1
   while True:
     other = store.other_driver(run)
@@ -289,28 +299,45 @@ def follow(store: Store, run: Run, screen: Screen, sleep: Callable[[float], None
 
 
 def leave(run: Run, store: Store) -> list[str]:
-  """Lets go of a run that goes on; returns what to tell the user."""
+  """Stop driving a run that continues; return the lines to show."""
   run.driver = None
-  try:
+  # If it fails, another launcher takes over a little later, when our sign of life is stale.
+  with contextlib.suppress(GcloudError, TakenOver):
     store.write(run, driving=False)
-  except (GcloudError, TakenOver):
-    pass  # another launcher may take over a little later, when our sign of life is old
-  settings, name = run.settings, run.settings.run
-  ends = (
-    []
-    if settings.keep
-    else [f"{describe_seconds(settings.idle)} after the trainer has ended, if nobody looks"]
-  )
-  if settings.max_seconds is not None:
-    ends.append(
-      f"after another {describe_seconds(max(0.0, settings.max_seconds - run.memory.seconds()))} of existing"
-    )
-  stays = "The slice goes on and is paid for" if run.memory.active else "The request stays"
+  settings, memory, name = run.settings, run.memory, run.settings.run
+  if memory.active:
+    lines = [f"Left. The slice stays and is paid for ({View.chips_text(settings)})."]
+  elif memory.requested:
+    lines = [
+      "Left. The request stays in the queue, which costs nothing.",
+      "If it is granted, its hosts count from then, with this machine off too.",
+    ]
+  else:
+    lines = ["Left. There is no slice and no request, so nothing is paid for."]
+  if memory.active or memory.requested:
+    lines += [f"It removes itself {_ends(run)}.", *([] if memory.guarded else [_UNPROVEN])]
   return [
-    f"Left. {stays} ({View.chips_text(settings)}).",
-    *([f"It removes itself {', or '.join(ends)}."] if ends else []),
-    "Nobody restarts it after a preemption until one of these is typed:",
-    f"  launch/tpu watch {name}    goes on looking after it",
-    f"  launch/tpu stop {name}     saves, ends the trainer",
-    f"  launch/tpu down {name}     removes everything that is paid for",
+    *lines,
+    "No launcher restarts it after a preemption. Next:",
+    f"  launch/tpu watch {name}    watch over it again",
+    f"  launch/tpu stop {name}     save, and end the trainer",
+    f"  launch/tpu down {name}     remove everything that is paid for",
   ]
+
+
+_UNPROVEN = (
+  "Its hosts have not proven yet that their service account may remove it; launch/tpu doctor "
+  "checks that, and launch/tpu down removes it in any case."
+)
+
+
+def _ends(run: Run) -> str:
+  """Returns when a slice removes itself."""
+  settings = run.settings
+  ends = []
+  if not settings.keep:
+    ends.append(f"after {describe_seconds(settings.idle)} without a trainer and a launcher")
+  if settings.max_seconds is not None:
+    left = max(0.0, settings.max_seconds - run.memory.seconds())
+    ends.append(f"after {describe_seconds(left)} of existing, the limit of --max-hours")
+  return ", or ".join(ends)

@@ -1,4 +1,4 @@
-"""Runs gcloud: within a time limit, without a shell, and with an answer to what went wrong."""
+"""Runs gcloud: within a time limit, without a shell, and with the kind of every failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.cloud.commands import Line, shell
 
-# A status of the API, as in "ERROR: (gcloud.compute.x) NOT_FOUND: ...", and a code, as in "HTTPError 404: ...".
+# By the status of the API, as in "ERROR: (gcloud.compute.x) NOT_FOUND: ...".
 _STATUS = {
   "ALREADY_EXISTS": "exists",
   "NOT_FOUND": "not_found",
@@ -31,6 +31,7 @@ _STATUS = {
   "DEADLINE_EXCEEDED": "unavailable",
   "UNKNOWN": "unavailable",
 }
+# By a code, as in "HTTPError 404: ...".
 _HTTP = {
   "400": "bad_request",
   "401": "auth",
@@ -39,13 +40,13 @@ _HTTP = {
   "409": "exists",
   "412": "precondition",
 }
-# What a service that refuses for want of something says; the first that is found counts.
+# By the message of a RESOURCE_EXHAUSTED; the first match counts.
 _EXHAUSTED = (
   ("throttled", r"per minute|per second|\b[Rr]ate\b|[Tt]oo many requests"),
   ("quota", r"[Qq]uota"),
   ("capacity", r"capacity|[Ss]tockout|resources"),
 )
-# What gcloud says of itself.
+# By the messages of gcloud itself.
 _WORDS = (
   ("auth", r"active account|[Rr]eauthentication|invalid_grant|gcloud auth login"),
   ("precondition", r"pre-conditions|PreconditionFailed"),
@@ -55,22 +56,24 @@ _WORDS = (
   ("bad_request", r"unrecognized arguments|must be specified|Invalid (value|choice)|Bad syntax"),
   (
     "unavailable",
-    r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is unreachable"
-    r"|Service Unavailable",
+    (
+      r"[Cc]onnection|Max retries|[Tt]imed out|resolve host|Name or service|[Nn]etwork is "
+      r"unreachable|Service Unavailable"
+    ),
   ),
 )
 TRANSIENT = ("unavailable", "throttled", "timeout")
-FATAL = ("permission", "auth", "bad_request", "not_installed")  # asked again it will be the same
+FATAL = ("permission", "auth", "bad_request", "not_installed")  # the same if tried again
 
 
 class GcloudError(Exception):
   """A line that failed.
 
   Attributes:
-    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable | throttled |
-      bad_request | timeout | not_installed | unknown.
+    kind: quota | capacity | permission | auth | not_found | exists | precondition | unavailable |
+      throttled | bad_request | timeout | not_installed | unknown.
     line: the words that were run.
-    output: what had been printed before.
+    output: what was printed before the failure.
   """
 
   def __init__(self, kind: str, line: Line, message: str, output: str = ""):
@@ -79,12 +82,15 @@ class GcloudError(Exception):
 
 
 def classify(stderr: str) -> str:
-  """Returns the kind of a failure by what gcloud wrote, whatever names are in it."""
-  # Not only at the start of a line: before it stand the dots of a progress bar.
+  """Returns the kind of a failure by the messages of gcloud, whatever names are in them."""
+  # Not only at the start of a line: the dots of a progress bar may precede it.
   status = re.search(r"ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr)
   code = re.search(r"\bHTTPError (\d+)(.*)", stderr)
-  if (status and status[1] == "RESOURCE_EXHAUSTED") or (code and code[1] == "429"):
-    said = _without_names((status or code)[2])
+  exhausted = next(
+    (found for found in (status, code) if found and found[1] in ("RESOURCE_EXHAUSTED", "429")), None
+  )
+  if exhausted:
+    said = _without_names((status or exhausted)[2])
     return next((kind for kind, pattern in _EXHAUSTED if re.search(pattern, said)), "throttled")
   if status and status[1] in _STATUS:
     return _STATUS[status[1]]
@@ -95,12 +101,12 @@ def classify(stderr: str) -> str:
 
 
 def _without_names(text: str) -> str:
-  """Leaves out what may be called anything: addresses, paths, and names in brackets."""
+  """Remove what may have any name: addresses, paths, and names in brackets."""
   return re.sub(r"\S*://\S+|(?:^|(?<=\s))/\S+|\bprojects/\S+|\[[^\]\s]*\]", "", text)
 
 
 def sentence(stderr: str, code: int) -> str:
-  """Returns what gcloud said was wrong, without its hints."""
+  """Returns the error message of gcloud, without its hints."""
   errors = re.findall(r"ERROR: (?:\([\w.-]+\) )?(.+)", stderr)
   lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
   return (errors or lines or [f"gcloud ended with exit code {code}"])[-1].strip()[:500]
@@ -115,7 +121,7 @@ class Gcloud:
     log: Callable[[str], None] = lambda line: None,
     sleep: Callable[[float], None] = time.sleep,
   ):
-    """Makes one that ends a line after `limit` seconds and tells `log` of lines that fail and are run again."""
+    """Makes one that ends a line after `limit` seconds; `log` receives what is tried again."""
     self.limit, self._log, self._sleep = limit, log, sleep
     self._program = os.environ.get("TPU_GCLOUD", "gcloud")
 
@@ -124,7 +130,7 @@ class Gcloud:
 
     Args:
       line: from launch.cloud.commands.
-      tries: how often a service that is busy, silent or down is asked.
+      tries: how often a line is run while the service is busy, silent or down.
 
     Raises:
       GcloudError: if it fails, or takes too long.
@@ -134,7 +140,7 @@ class Gcloud:
       tries -= 1
       try:
         printed, said = self._once(line)
-        # That message is what is asked for, and gcloud says it beside the output.
+        # That message is wanted, and gcloud writes it to stderr.
         return printed + said if "--print-created-message" in line else printed
       except GcloudError as error:
         if error.kind not in TRANSIENT or tries < 1:
@@ -154,7 +160,7 @@ class Gcloud:
       ) from error
 
   def hosts(self, line: Line) -> tuple[list[str], str]:
-    """Runs a line on hosts; returns what they printed, of however many, and what was said of those that failed."""
+    """Run a line on hosts; return the lines that any of them printed, and the error of others."""
     try:
       printed, said = self._once(line)
     except GcloudError as error:
@@ -163,7 +169,7 @@ class Gcloud:
     return printed.splitlines(), sentence("\n".join(errors), 0) if errors else ""
 
   def attach(self, line: Line) -> int:
-    """Runs a line with the terminal as its output; returns its exit code."""
+    """Run a line with the terminal as its output; return its exit code."""
     return subprocess.call([self._program, *line[1:]], stdin=subprocess.DEVNULL)
 
   def _once(self, line: Line) -> tuple[str, str]:
@@ -181,8 +187,8 @@ class Gcloud:
       raise GcloudError(
         "not_installed",
         line,
-        f"{self._program} cannot be run ({error.strerror}); install the Google "
-        "Cloud CLI: https://cloud.google.com/sdk/docs/install",
+        f"{self._program} cannot be run ({error.strerror}); install the Google Cloud CLI: "
+        "https://cloud.google.com/sdk/docs/install",
       ) from error
     output: list[str] = []
     errors: list[str] = []
@@ -197,7 +203,7 @@ class Gcloud:
     except subprocess.TimeoutExpired:
       code = None
     finally:
-      # Also when the user interrupts: gcloud's own children would go on.
+      # Also if the user interrupts: the children of gcloud would survive.
       if process.poll() is None:
         _end(process)
     for reader in readers:

@@ -1,19 +1,21 @@
-"""Turns what the service, the hosts and the bucket say into the `World` that decisions are made from."""
+"""Reads the service, the hosts and the bucket into the `World` that decisions are made from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import datetime
 import json
 import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
 from launch.cloud import bundle, commands
 from launch.cloud.gcloud import Gcloud, GcloudError
-from launch.cloud.settings import Place, Settings, UsageError
-from launch.cloud.states import Memory, Node, Queued, Report, World
+from launch.cloud.settings import Settings, UsageError
+from launch.cloud.world import Memory, Node, Queued, Report, World
 
 
 def queued_of(value: dict[str, Any]) -> Queued:
@@ -44,12 +46,22 @@ def node_of(value: dict[str, Any]) -> Node:
     value.get("state", "UNKNOWN"),
     value.get("health") or "HEALTHY",
     max(1, len(value.get("networkEndpoints", []))),
+    _time(value.get("createTime", "")),
     maintenance.strip(),
   )
 
 
+def _time(text: str) -> float | None:
+  """Reads a time of the API, as in 2026-01-02T03:04:05.678901234Z."""
+  try:
+    seconds = datetime.datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text))
+  except ValueError:
+    return None
+  return seconds.timestamp()
+
+
 def report_of(value: dict[str, Any]) -> Report:
-  """Reads what an agent says; what this version does not know is left out."""
+  """Reads the report of an agent; entries of other versions are left out."""
   known = {field.name for field in dataclasses.fields(Report)}
   return Report(
     **{name: entry for name, entry in value.items() if name in known and entry is not None}
@@ -58,44 +70,30 @@ def report_of(value: dict[str, Any]) -> Report:
 
 def nodes_of_run(listed: Iterable[dict[str, Any]], run: str) -> list[dict[str, Any]]:
   """Returns the nodes of a run, slice 0 first."""
-
-  def number(value: dict[str, Any]) -> int | None:
+  mine: list[tuple[int, str, dict[str, Any]]] = []
+  for value in listed:
     name = value["name"].rsplit("/", 1)[-1]
     found = re.fullmatch(rf"{re.escape(run)}(?:-(\d+))?", name)
-    return int(found[1] or 0) if found else None
-
-  # By label where there is one: a run named "a" must not take the node of a run named "a-1".
-  mine = [
-    value
-    for value in listed
-    if number(value) is not None and value.get("labels", {}).get("run", run) == run
-  ]
-  return sorted(mine, key=number)
-
-
-def upload_new(gcloud: Gcloud, place: Place, path: pathlib.Path, url: str) -> None:
-  """Uploads a file under a name that says what is in it, unless that is there."""
-  try:
-    gcloud.run(commands.upload(place, str(path), url, "0"))
-  except GcloudError as error:
-    if error.kind != "precondition":
-      raise
+    # By label where there is one: a run named "a" must not take the node of a run named "a-1".
+    if found and value.get("labels", {}).get("run", run) == run:
+      mine.append((int(found[1] or 0), name, value))
+  return [value for _, _, value in sorted(mine, key=lambda entry: entry[:2])]
 
 
 class Looker:
-  """Looks at one run."""
+  """What is seen of one run."""
 
   def __init__(self, gcloud: Gcloud, settings: Settings, clock: Callable[[], float] = time.time):
     self._gcloud, self.settings, self._clock = gcloud, settings, clock
-    self._sha = bundle.agent_sha()
+    self._agent = bundle.agent_name(), bundle.agent_sha()
     self._agent_there = False
 
   def world(self, memory: Memory) -> World:
-    """Looks: one call to the service, and where there is a slice a second, and one to its hosts.
+    """Read the queued resource, and if it is ACTIVE its nodes and hosts: three calls at most.
 
     Raises:
       GcloudError: if the service does not answer, or refuses.
-      UsageError: if the queued resource is another's.
+      UsageError: if the queued resource belongs to another owner or run.
     """
     place, trouble = self.settings.place, ""
     try:
@@ -109,18 +107,19 @@ class Looker:
       place.run,
     ):
       raise UsageError(
-        f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run {queued.run}; "
-        "take another name."
+        f"The queued resource {place.run} in {place.zone} belongs to {queued.owner}, run "
+        f"{queued.run}; use another name."
       )
     if not queued or queued.state != "ACTIVE":
-      lost = memory.active or (queued is None and memory.started is not None)
+      # A slice may have come and gone while no launcher was running.
+      lost = memory.active or (queued is None and bool(memory.request or memory.started))
       return World(
         self._clock(),
         queued,
         heartbeat=self.heartbeat() if lost else None,
         reports=self.left_behind(memory.attempt) if queued is None and memory.started else (),
       )
-    # Of an earlier life with more slices something may be left over, which `down` removes.
+    # Nodes of an earlier life with more slices may be left over; `down` removes them.
     names = (
       [place.run]
       if self.settings.slices == 1
@@ -141,40 +140,45 @@ class Looker:
     )
 
   def ship_agent(self) -> None:
-    """Puts the agent into the bucket, unless it is there: hosts fetch it from there."""
+    """Put the agent into the bucket, for hosts whose startup script brought another one."""
     if not self._agent_there:
       place = self.settings.place
-      upload_new(self._gcloud, place, bundle.AGENT, f"{place.url}/launch/agent-{self._sha}.py")
+      with tempfile.TemporaryDirectory() as folder:
+        path = bundle.pack_agent(pathlib.Path(folder))
+        self._gcloud.run(commands.upload(place, str(path), f"{place.url}/launch/{path.name}"))
       self._agent_there = True
 
   def ask(self, *words: str) -> tuple[tuple[Report, ...], str]:
-    """Runs a verb of the agent on all hosts; returns those that answered, and what was said of the others."""
+    """Run a verb of the agent on all hosts; return the reports, and why others are missing."""
     lines, trouble = self._gcloud.hosts(
-      commands.ssh(self.settings, commands.agent(self.settings.place, self._sha, *words))
+      commands.ssh(self.settings, commands.agent(self.settings.place, *self._agent, *words))
     )
     reports, failed = {}, []
     for line in lines:
       if line.startswith('{"') and '"tpu_agent"' in line:
         try:
           report = report_of(json.loads(line))
-        except (ValueError, TypeError):  # a line that another host wrote into
+        except (ValueError, TypeError):  # the lines of two hosts were mixed
           continue
         reports[report.name] = report
       elif line.startswith("tpu-agent-failed"):
-        failed.append(line.split()[-1])
-    if failed and not self._agent_there:  # of other code than this, as `up` was typed with
+        failed.append(line.split()[1:])
+    if failed and not self._agent_there:  # `up` shipped the agent of other code than this
       self.ship_agent()
       return self.ask(*words)
     if failed:
-      trouble = f"the agent failed on {', '.join(failed)}: {trouble or 'can they read the bucket?'}"
+      code, name = failed[0][0], failed[0][-1]
+      why = commands.AGENT_TROUBLE.get(code) or trouble or f"code {code}"
+      several = f" and {len(failed) - 1} more hosts" if len(failed) > 1 else ""
+      trouble = f"{name}{several} answers ssh, but its agent failed: {why}"
     return tuple(
       sorted(reports.values(), key=lambda report: (report.slice, report.worker))
     ), trouble
 
   def last_lines(self, host: str, attempt: int, lines: int) -> list[str]:
-    """Returns the last lines of a host's log, from the host, or where it is gone from the bucket."""
+    """Returns the last lines of a host's log, or of its copy in the bucket if the host is gone."""
     number, worker = map(int, host.split("-"))
-    command = commands.agent(self.settings.place, self._sha, "tail", str(lines))
+    command = commands.agent(self.settings.place, *self._agent, "tail", str(lines))
     found, _ = self._gcloud.hosts(commands.ssh(self.settings, command, number, worker))
     if found := [line for line in found if line.startswith("[")]:
       return found[-lines:]
@@ -187,12 +191,11 @@ class Looker:
       return [str(error)]
 
   def heartbeat(self) -> dict[str, Any] | None:
-    """Returns what host 0 last said in the bucket, of whatever attempt."""
-    found = self._objects("logs/*/heartbeat.json")
-    return max(found, key=lambda beat: beat["now"], default=None)
+    """Returns the last report of the guard of host 0, of whatever slice."""
+    return next(iter(self._objects("heartbeat.json")), None)
 
   def left_behind(self, attempt: int) -> tuple[Report, ...]:
-    """Returns how the trainers of an attempt ended, as far as hosts could say so in the bucket."""
+    """Returns how the trainers of an attempt ended, as far as the bucket has it."""
     return tuple(map(report_of, self._objects(f"logs/attempt-{attempt}/exit-*.json")))
 
   def _objects(self, pattern: str) -> list[dict[str, Any]]:

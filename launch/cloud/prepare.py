@@ -1,4 +1,4 @@
-"""launch/tpu prepare: runs input_pipeline.prepare on a machine next to the bucket, which then deletes itself."""
+"""launch/tpu prepare: input_pipeline.prepare on a machine that deletes itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ARGUMENTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A machine and what it shall do; `arguments` are those of input_pipeline.prepare, with paths below `source`."""
+  """A machine and its work; `arguments` of input_pipeline.prepare have paths below `source`."""
 
   place: Place
   owner: str
@@ -37,19 +37,24 @@ class Plan:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the arguments of the verb."""
-  parser.add_argument("--source", required=True, metavar="gs://B/F", help="where the archives are")
+  """Add the arguments of the verb."""
+  parser.add_argument("--source", required=True, metavar="gs://B/F", help="folder of the archives")
   parser.add_argument(
     "--out",
     required=True,
     metavar="gs://B/F",
-    help="where the shards go: --config.data.path of a run",
+    help="folder for the shards, the --config.data.path of a run",
   )
   parser.add_argument(
-    "--machine", default="n2-standard-32", help="more cores decode faster (default n2-standard-32)"
+    "--machine",
+    default="n2-standard-32",
+    help="more cores decode faster (default n2-standard-32)",
   )
   parser.add_argument(
-    "--disk-gb", type=int, default=500, help="for archives and shards (default 500)"
+    "--disk-gb",
+    type=int,
+    default=500,
+    help="for archives and shards (default 500)",
   )
   parser.add_argument(
     "--service-account", default="", help="default: the project's Compute Engine one"
@@ -59,20 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     type=duration,
     default=12 * 3600.0,
     metavar="TIME",
-    help="after which the cloud deletes the machine, whatever it does (default 12h)",
+    help="after which the cloud deletes the machine in any case (default 12h)",
   )
   parser.add_argument(
     "--argument",
     action="append",
     default=[],
     metavar="WORD",
-    help="of input_pipeline.prepare, instead of "
-    "those for the archives of ILSVRC2012; as in --argument=--folder=images",
+    help="argument of input_pipeline.prepare, in place of those for the archives of ILSVRC2012, "
+    "as in --argument=--folder=images",
   )
 
 
 def plan(args: argparse.Namespace, place: Place) -> Plan:
-  """Returns what to do, checked.
+  """Returns the checked plan.
 
   Raises:
     UsageError: naming the argument that is wrong.
@@ -83,11 +88,11 @@ def plan(args: argparse.Namespace, place: Place) -> Plan:
     ):
       raise UsageError(f"--{name} {getattr(args, name)!r} must be gs://BUCKET/FOLDER.")
   if not re.fullmatch(r"[a-z0-9-]+", args.machine):
-    raise UsageError(f"--machine {args.machine!r} is no machine type.")
+    raise UsageError(f"--machine {args.machine!r} is not a machine type.")
   if args.disk_gb < 20:
     raise UsageError(f"--disk-gb {args.disk_gb} is too small.")
   if args.service_account and not re.fullmatch(r"[^@\s,=]+@[^@\s,=]+", args.service_account):
-    raise UsageError(f"--service-account {args.service_account!r} cannot be one.")
+    raise UsageError(f"--service-account {args.service_account!r} is not valid.")
   if any("\n" in word for word in args.argument):
     raise UsageError("--argument must be one line.")
   return Plan(
@@ -104,7 +109,7 @@ def plan(args: argparse.Namespace, place: Place) -> Plan:
 
 
 def create(wanted: Plan) -> Line:
-  """Makes the machine; the cloud itself deletes it after the time limit."""
+  """Create the machine; the cloud itself deletes it at the time limit."""
   place = wanted.place
   metadata = {"prepare-url": place.url, "prepare-source": wanted.source, "prepare-out": wanted.out}
   return [
@@ -132,13 +137,13 @@ def create(wanted: Plan) -> Line:
 
 
 def lines(wanted: Plan) -> list[Line]:
-  """Returns what `run` runs; the files of the lines are made, in a folder for them."""
+  """Returns the lines that `run` runs, and makes the files that they need."""
   folder = pathlib.Path(tempfile.mkdtemp(prefix=f"tpu-{wanted.place.run}-"))
   return [*_uploads(wanted, folder), create(wanted)]
 
 
 def _uploads(wanted: Plan, folder: pathlib.Path) -> list[Line]:
-  """Makes what the machine fetches, in a folder; returns the lines that upload it."""
+  """Make in a folder what the machine fetches; return the lines that upload it."""
   place = wanted.place
   archive, _ = bundle.pack(bundle.look(), folder)
   (folder / "arguments").write_text("".join(f"{word}\n" for word in wanted.arguments))
@@ -149,7 +154,7 @@ def _uploads(wanted: Plan, folder: pathlib.Path) -> list[Line]:
 
 
 def run(wanted: Plan) -> int:
-  """Makes the machine and returns; it needs nobody to look."""
+  """Create the machine and return; it works unattended."""
   place, gcloud = wanted.place, Gcloud(300)
   with tempfile.TemporaryDirectory() as folder:
     for line in _uploads(wanted, pathlib.Path(folder)):
@@ -157,10 +162,10 @@ def run(wanted: Plan) -> int:
   gcloud.run(create(wanted), tries=1)
   log = commands.shell(commands.read(place, f"{place.url}/prepare.log"))
   print(
-    f"The machine {place.run} prepares {wanted.out}. It deletes itself at the end, after "
-    f"{describe_seconds(wanted.max_seconds)} at the latest.\n"
-    f"  its end:    {log}\n"
-    f"  meanwhile:  gcloud compute instances get-serial-port-output {place.run} --project={place.project} "
-    f"--zone={place.zone}"
+    f"The machine {place.run} prepares {wanted.out}. It deletes itself when it is done, at the "
+    f"latest after {describe_seconds(wanted.max_seconds)}.\n"
+    f"  log, at the end:  {log}\n"
+    f"  meanwhile:        gcloud compute instances get-serial-port-output {place.run} "
+    f"--project={place.project} --zone={place.zone}"
   )
   return 0

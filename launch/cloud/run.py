@@ -1,8 +1,8 @@
-"""What is known of a run, in BUCKET/RUN/run.json, and who drives it.
+"""The record of a run, BUCKET/RUN/run.json, and which launcher drives it.
 
-The object is only ever replaced by generation: who writes must have read what it replaces. So of two launchers one
-wins, the other sees it, and none undoes what the other did. The launcher that drives a run says so in it every two
-minutes.
+The object is replaced only by generation: a writer must have read what it replaces. So of two
+launchers one wins and the other notices, and neither undoes what the other did. The launcher that
+drives a run leaves a sign of life in it every two minutes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ import uuid
 
 from launch.cloud import commands
 from launch.cloud.gcloud import Gcloud, GcloudError
-from launch.cloud.settings import Place, Settings, UsageError
-from launch.cloud.states import Memory
+from launch.cloud.settings import LAUNCHER, Place, Settings, UsageError
+from launch.cloud.world import Memory
 
 _BEAT = 120.0  # seconds between two signs of life of the launcher
-_STALE = 360.0  # after which another may drive
+_STALE = 360.0  # age of the last sign of life after which another may drive
 _EVENTS = 500
+_FIELDS = ("code", "archive", "commit", "dirty", "driver", "wanted", "result", "events")
 
 
 class TakenOver(Exception):
-  """Another launcher has written to the run since we read it."""
+  """Another launcher has written to the run since it was read here."""
 
 
 def state_folder() -> pathlib.Path:
   """Returns where this machine keeps notes of runs."""
-  return (
-    pathlib.Path(os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local/state")
-    / "resnet-pod"
-  )
+  base = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local/state"
+  return pathlib.Path(base, LAUNCHER)
 
 
 def note(settings: Settings) -> None:
-  """Notes what was asked for and where the run is, so that later commands need only its name."""
+  """Note the settings of a run on this machine, so that later commands need only its name."""
   folder = state_folder()
   folder.mkdir(parents=True, exist_ok=True)
   (folder / f"{settings.run}.json").write_text(json.dumps(settings.to_json()))
@@ -62,7 +61,8 @@ class Run:
 
   settings: Settings
   memory: Memory = dataclasses.field(default_factory=Memory)
-  code: str = ""  # tree of the code that the next attempt runs
+  code: str = ""  # git tree of the code that the next attempt runs
+  archive: str = ""  # SHA-256 of its archive in the bucket
   commit: str = ""
   dirty: bool = False
   driver: dict[str, Any] | None = None  # {id, host, pid, seen}
@@ -81,24 +81,18 @@ class Run:
       "settings": self.settings.to_json(),
       "memory": self.memory.to_json(),
       "attempt": self.memory.attempt,
-    } | {
-      name: getattr(self, name)
-      for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
-    }
+    } | {name: getattr(self, name) for name in _FIELDS}
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> Run:
     return cls(
       Settings.from_json(value["settings"]),
       Memory.from_json(value["memory"]),
-      **{
-        name: value[name]
-        for name in ("code", "commit", "dirty", "driver", "wanted", "result", "events")
-      },
+      **{name: value[name] for name in _FIELDS if name in value},
     )
 
   def event(self, what: str, now: float) -> None:
-    """Notes what happened, once in a row."""
+    """Note what happened, unless it is the same as the last event."""
     if not self.events or self.events[-1]["what"] != what:
       self.events = [*self.events, {"time": round(now, 1), "what": what}][-_EVENTS:]
 
@@ -139,10 +133,10 @@ class Store:
         return Run.from_json(json.loads(text))
       except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-          f"{self.url} is not what a launcher of this version writes ({error!r}); take another run name, "
-          "or move it away."
+          f"{self.url} was not written by a launcher of this version ({error!r}); use another run "
+          "name, or move it away."
         ) from error
-    raise GcloudError("unavailable", [], f"{self.url} changes all the time")
+    raise GcloudError("unavailable", [], f"{self.url} keeps changing")
 
   def _is_there(self) -> bool:
     try:
@@ -154,10 +148,10 @@ class Store:
       raise
 
   def write(self, run: Run, driving: bool = True) -> None:
-    """Writes the run if it has changed, or if it is time for a sign of life.
+    """Write the run if it has changed, or if a sign of life is due.
 
     Raises:
-      TakenOver: if it is not the one that was read or written here last.
+      TakenOver: if it is no longer what was last read or written here.
       GcloudError: if the bucket cannot be written.
     """
     now = self._clock()
@@ -177,7 +171,7 @@ class Store:
       except GcloudError as error:
         if error.kind != "precondition":
           raise
-        # Of a write of ours that was answered with an error and done all the same?
+        # Our own write may have succeeded although it was answered with an error.
         generation = str(
           self._gcloud.json(commands.object_generation(self._place, self.url))["generation"]
         )
@@ -194,7 +188,7 @@ class Store:
     self._written, self._beat = text, now + _BEAT
 
   def other_driver(self, run: Run) -> str | None:
-    """Returns who else drives the run, or None: a launcher that left, or of this machine and gone, does not."""
+    """Returns which other launcher drives the run, or None if none does any more."""
     driver = run.driver
     stale = max(_STALE, 3 * run.settings.poll)
     if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > stale:
@@ -221,9 +215,9 @@ def _describe_driver(driver: dict[str, Any] | None) -> str:
 
 
 def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:
-  """Leaves out what changes at every look and is found again by looking."""
+  """Leave out what changes every turn and is found again by the next one."""
   memory = dict(value["memory"])
-  memory["slices"] = [first for first, _ in memory["slices"]]
+  memory["slices"] = [entry[2:] for entry in memory["slices"]]
   memory.pop("step_at")
   memory.pop("step")
   memory.pop("step_now")

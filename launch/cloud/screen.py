@@ -1,4 +1,4 @@
-"""What `watch` shows: a few lines that stay in place on a terminal, plain lines elsewhere and in a log, or JSON."""
+"""What `watch` shows: lines that stay in place on a terminal, else plain lines or JSON."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from launch.cloud import settings as settings_lib
 from launch.cloud.look import report_of
 from launch.cloud.run import Run
 from launch.cloud.settings import Settings, describe_seconds
-from launch.cloud.states import Action, World
+from launch.cloud.world import Action, World
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """What there is to see of a run at one time.
+  """What is shown of a run at one time.
 
   Attributes:
-    goodput: share of the time that slices existed that went into steps that count, by the median step time of the
-      progress line; None before the first.
+    goodput: steps that count times the median step time of the progress line, over the time that
+      slices existed; None before the first step.
     cost: dollars so far, None without a price.
   """
 
@@ -51,14 +51,12 @@ class View:
 
   @classmethod
   def of(cls, run: Run, world: World, action: Action | None) -> View:
-    """Puts together what is known."""
+    """Collect what is known."""
     settings, memory = run.settings, run.memory
     reports = world.reports or ((report_of(world.heartbeat),) if world.heartbeat else ())
-    report = max(
-      (entry for entry in reports if entry.step is not None),
-      key=lambda entry: entry.step,
-      default=None,
-    )
+    stepped = [entry for entry in reports if entry.step is not None]
+    report = max(stepped, key=lambda entry: entry.step or 0, default=None)
+    step = report.step if report else None
     line = report.progress if report else ""
     step_ms, eta = _number(r"step ([\d.]+) ms", line), re.search(r"ETA (.+)$", line)
     seconds, chips, price = (
@@ -80,14 +78,12 @@ class View:
       hosts=f"{len(world.reports)} of {memory.hosts}",
       attempt=memory.attempt,
       doing=action.reason if action else "",
-      step=report.step if report else memory.step,
+      step=memory.step if step is None else step,
       total=report.total if report else None,
       loss=_number(r"loss ([\d.]+)", line),
       images_per_second=_number(r"(\d+) img/s", line),
       eta=eta[1] if eta else None,
-      goodput=min(1.0, report.step * step_ms / 1000 / seconds)
-      if report and step_ms and seconds
-      else None,
+      goodput=min(1.0, step * step_ms / 1000 / seconds) if step and step_ms and seconds else None,
       slice_seconds=seconds,
       max_seconds=settings.max_seconds,
       chip_hours=chip_hours,
@@ -99,7 +95,7 @@ class View:
 
   @staticmethod
   def chips_text(settings: Settings) -> str:
-    """Returns what an hour of the slices is."""
+    """Returns what an hour of the slices costs."""
     chips = settings_lib.chips(settings)
     if not chips:
       return f"{settings.slices} x {settings.type}"
@@ -171,7 +167,7 @@ class Screen:
   def __init__(
     self, log: pathlib.Path | None = None, as_json: bool = False, output: TextIO | None = None
   ):
-    """Shows on `output` (the standard one by default), and keeps plain lines in `log`."""
+    """Shows on `output` (stdout by default), and keeps plain lines in `log`."""
     self._output = output or sys.stdout
     self._live = self._output.isatty() and not as_json
     self._json, self._log = as_json, log
@@ -180,12 +176,12 @@ class Screen:
     self._last = ""
 
   def show(self, view: View) -> None:
-    """Shows a run as it is now."""
+    """Show a run as it is now."""
     self._view = view
     if self._json:
       self._print(json.dumps(view.to_json()))
       return
-    # Ages in the reason change at every look, and are not news.
+    # Ages in the reason change every turn, and are not news.
     news = re.sub(r"([\d.]+ (s|min|h)\b ?)+", "", view.doing) + str(
       (view.step, view.attempt, view.state)
     )
@@ -196,7 +192,7 @@ class Screen:
       self._draw(view.block())
 
   def lines(self, lines: list[str], at: float | None = None) -> None:
-    """Says something that stays."""
+    """Show lines that stay."""
     if self._json:
       self._print(json.dumps({"message": "\n".join(lines), "time": at or time.time()}))
       return

@@ -1,4 +1,4 @@
-"""What a run asks for, checked before anything is paid for."""
+"""The settings of a run, checked before anything costs money."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 import re
 from typing import Any
 
-LAUNCHER = "resnet-pod"  # label of everything that is made here
+LAUNCHER = "resnet-pod"  # label of everything that this launcher creates
 
 
 class UsageError(Exception):
-  """An argument is missing or wrong; one sentence says which and what to do."""
+  """An argument is missing or wrong; one sentence names it and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What `up` was asked for; durations are seconds."""
+  """The arguments of `up`; durations are seconds."""
 
   place: Place
   owner: str
@@ -46,7 +46,7 @@ class Settings:
   autocheckpoint: bool = False
   labels: tuple[tuple[str, str], ...] = ()
   env_file: str = ""
-  secrets: tuple[tuple[str, str], ...] = ()  # name in the environment, name in Secret Manager
+  secrets: tuple[tuple[str, str], ...] = ()  # (variable, name in Secret Manager)
   python: str = ""
   keep: bool = False
   argv: tuple[str, ...] = ()  # of the trainer
@@ -64,6 +64,11 @@ class Settings:
   call_limit: float = 120
 
   @property
+  def save_seconds(self) -> float:
+    """How long before the cost limit trainers are asked to save and end."""
+    return min(120.0, 0.1 * self.max_seconds) if self.max_seconds else 120.0
+
+  @property
   def run(self) -> str:
     return self.place.run
 
@@ -72,7 +77,7 @@ class Settings:
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> Settings:
-    """Reads what `to_json` gave; fields that this version does not know are left out."""
+    """Reads the result of `to_json`; fields of other versions are left out."""
     known = {field.name for field in dataclasses.fields(cls)}
     value = {name: _tuples(entry) for name, entry in value.items() if name in known}
     return cls(**value | {"place": Place(**value["place"])})
@@ -84,10 +89,10 @@ def _tuples(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A kind of TPU, as cloud.google.com/tpu/docs/runtimes and .../regions-zones name it."""
+  """A kind of TPU, with the names of cloud.google.com/tpu/docs/runtimes and .../regions-zones."""
 
   runtime_version: str
-  per_chip: int  # what the number in the type counts, per chip: cores, or chips
+  per_chip: int  # what a chip adds to the number in the type: 2 where that counts cores, else 1
 
 
 _GENERATIONS = {
@@ -101,25 +106,25 @@ _GENERATIONS = {
 
 
 def generation(accelerator_type: str) -> Generation | None:
-  """Returns what is known of a type, as in v5litepod-64; None for a kind that is not in the table."""
+  """Returns the kind of a type such as v5litepod-64, or None if it is not in the table."""
   return _GENERATIONS.get(accelerator_type.rpartition("-")[0])
 
 
 def chips(settings: Settings) -> int | None:
-  """Returns the number of chips of all slices, or None where the type is not in the table."""
+  """Returns the number of chips of all slices, or None if the type is not in the table."""
   kind = generation(settings.type)
   return settings.slices * int(settings.type.rpartition("-")[2]) // kind.per_chip if kind else None
 
 
 def duration(text: str) -> float:
-  """Returns seconds of 90s, 15m, 6h, 2d, or of a number of seconds.
+  """Returns the seconds of 90s, 15m, 6h, 2d, or of a number of seconds.
 
   Raises:
-    UsageError: if it is none of them, or not above 0.
+    UsageError: if it is not a duration, or not above 0.
   """
   found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
   if not found or not float(found[1]):
-    raise UsageError(f"{text!r} is no duration; write 90s, 15m, 6h or 2d.")
+    raise UsageError(f"{text!r} is not a duration; write 90s, 15m, 6h or 2d.")
   return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
@@ -133,23 +138,24 @@ def describe_seconds(seconds: float) -> str:
 
 
 def check_run(name: str) -> str:
-  """Returns a run name that may be the name of a queued resource, of nodes, a label and a folder.
+  """Returns a run name that can name a queued resource, nodes, a label and a folder.
 
   Raises:
-    UsageError: if it may not.
+    UsageError: if it cannot.
   """
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
     raise UsageError(
-      f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -."
+      f"The run name {name!r} must be 1 to 40 of a-z, 0-9 and -, start with a letter and not end "
+      "with -."
     )
   return name
 
 
 def check_place(place: Place) -> Place:
-  """Returns a place whose parts can go into any command line.
+  """Returns a place whose parts are safe in any command line.
 
   Raises:
-    UsageError: naming the part that cannot.
+    UsageError: naming the part that is not.
   """
   check_run(place.run)
   for name, value, pattern in (
@@ -166,41 +172,45 @@ def check_place(place: Place) -> Place:
 
 
 def label(text: str) -> str:
-  """Returns the nearest text that may be the value of a label."""
+  """Returns the nearest text that is a valid value of a label."""
   return re.sub(r"[^a-z0-9_-]", "-", text.lower())[:63]
 
 
 def check(settings: Settings) -> Settings:
-  """Returns settings that a slice can be asked for with, the defaults that follow from the type filled in.
+  """Returns settings that a slice can be requested with, with the defaults of its type.
 
   Raises:
     UsageError: naming what is wrong.
   """
   check_place(settings.place)
   if not re.fullmatch(r"[a-z0-9]+-\d+", settings.type):
-    raise UsageError(f"--type {settings.type!r} is no accelerator type, as in v5litepod-64.")
+    raise UsageError(f"--type {settings.type!r} is not an accelerator type such as v5litepod-64.")
   if not settings.runtime_version:
     kind = generation(settings.type)
     if not kind:
       raise UsageError(
-        f"--type {settings.type}: give --runtime-version as well; it is known for "
-        f"{', '.join(_GENERATIONS)} only."
+        f"--type {settings.type}: --runtime-version is needed; there is a default only for "
+        f"{', '.join(_GENERATIONS)}."
       )
     settings = dataclasses.replace(settings, runtime_version=kind.runtime_version)
   if settings.slices < 1:
     raise UsageError(f"--slices {settings.slices} must be 1 or more.")
   if len(f"{settings.run}-{settings.slices - 1}") > 40 and settings.slices > 1:
     raise UsageError(
-      f"The run name {settings.run} is too long for {settings.slices} slices; their names add a number."
+      f"The run name {settings.run} is too long for {settings.slices} slices, whose names append a "
+      "number."
     )
   if settings.capacity == "on-demand" and settings.max_seconds is None:
     raise UsageError(
-      "--on-demand (the default) needs --max-hours: the hours that the slice may cost, over all attempts."
+      "--on-demand (the default) needs --max-hours: how long slices of this run may exist, over "
+      "all attempts."
     )
+  if settings.keep and settings.max_seconds is None:
+    raise UsageError("--keep needs --max-hours: a slice that is kept must end some day.")
   if settings.autocheckpoint and settings.capacity == "spot":
     raise UsageError(
-      "--autocheckpoint is for the maintenance of --on-demand and --reserved slices; the trainer saves "
-      "by itself when a --spot slice is taken."
+      "--autocheckpoint is for the maintenance of --on-demand and --reserved slices; when a --spot "
+      "slice is preempted, the trainer saves without it."
     )
   for name, value, pattern in (
     ("runtime-version", settings.runtime_version, r"[-a-z0-9.]+"),
@@ -210,30 +220,30 @@ def check(settings: Settings) -> Settings:
     ("python", settings.python, r"(/[^\0\n]*)?"),
   ):
     if not re.fullmatch(pattern, value):
-      raise UsageError(f"--{name} {value!r} cannot be one.")
+      raise UsageError(f"--{name} {value!r} is not valid.")
   for key, value in settings.labels:
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or label(value) != value:
-      raise UsageError(f"--label {key}={value}: labels are a-z, 0-9, _ and -, 63 at most.")
+      raise UsageError(f"--label {key}={value}: labels are at most 63 of a-z, 0-9, _ and -.")
     if key in ("run", "owner", "attempt", "launcher"):
-      raise UsageError(f"--label {key} is one of the launcher's own.")
+      raise UsageError(f"--label {key} is set by the launcher itself.")
   for name, secret in settings.secrets:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(
       r"[A-Za-z0-9_-]+", secret
     ):
       raise UsageError(
-        f"--secret {name}={secret}: give NAME=SECRET, the name of a variable and of a secret in Secret "
+        f"--secret {name}=...: give NAME=SECRET, the name of a variable and of a secret in Secret "
         "Manager, never its value."
       )
   for word in settings.argv:
     if not word.startswith("--"):
-      raise UsageError(f"{word!r} is no flag of the trainer; write --flag=value.")
+      raise UsageError(f"{word!r} is not a flag of the trainer; write --flag=value.")
   flags = [word.split("=")[0] for word in settings.argv]
   if "--config" not in flags:
     raise UsageError("The trainer needs --config=configs/X.py.")
   for word in settings.argv:
     if word.startswith("--workdir=") and not re.match(r"--workdir=(gs://|/)", word):
       raise UsageError(
-        f"{word}: hosts need a bucket, or a folder that all of them mount, as an absolute path."
+        f"{word}: hosts need a bucket, or the absolute path of a folder that all of them mount."
       )
   if "--workdir" not in flags:
     settings = dataclasses.replace(

@@ -1,8 +1,8 @@
-"""What to do next with a run: a function of what is seen, what is remembered and what was allowed. No input or output.
+"""The next action of a run, a pure function of what is seen, remembered and allowed.
 
-A loop asks three things of this file, in this order: `remember` takes in what is seen now, `decide` says what to do,
-and `acted` takes in that it was done. All that is remembered is in `Memory`, which lives in run.json, so the loop may
-be killed between any two of them and go on elsewhere.
+Each turn of the loop calls `remember` with what is seen now, `decide` for the next action, and
+`acted` when the action was done. Everything remembered is in `Memory`, which lives in run.json, so
+the loop may be killed between any two of these calls and continue on another machine.
 """
 
 from __future__ import annotations
@@ -11,174 +11,31 @@ import dataclasses
 from typing import Any
 
 from launch.cloud.settings import Settings, describe_seconds
-
-DONE, ERROR, NO_CAPACITY, CRASHED, COST = (
-  0,
-  1,
-  3,
-  4,
-  5,
-)  # exit codes of the launcher; 2 is a wrong argument
-FAILED, PREEMPTED, HOST_LOST = (
-  2,
-  75,
-  76,
-)  # exit codes of the trainer; 0 is done, and all others are a crash
-COMPLETE = "the run is complete"
-MAX_CRASHES = 3
-_DELETE_AGAIN = 30.0  # seconds for a delete to show, before it is sent again
-MAX_IN_VAIN = (
-  3  # starts in a row that ask to be run again and reach no new step, before the slice is replaced
+from launch.cloud.world import (
+  GONE,
+  LEAVING,
+  QUEUED,
+  UNHEALTHY,
+  Action,
+  Crash,
+  Memory,
+  Queued,
+  World,
 )
 
-QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES")
-LEAVING = ("SUSPENDING", "DELETING")
-QUEUED_STATES = (*QUEUED, "PROVISIONING", "ACTIVE", *LEAVING, "SUSPENDED", "FAILED")
-COMING = ("CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING", "UNHIDING")
-GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDDEN", "HIDING")
-NODE_STATES = ("READY", *COMING, *GONE)
-UNHEALTHY = ("TIMEOUT", "UNHEALTHY_TENSORFLOW", "UNHEALTHY_MAINTENANCE")
-HEALTHS = ("HEALTHY", *UNHEALTHY)
-
-
-@dataclasses.dataclass(frozen=True)
-class Queued:
-  """A queued resource as the service shows it."""
-
-  state: str
-  code: int = 0  # of failedData.error, by google.rpc.Code
-  message: str = ""
-  owner: str = ""  # its label; so is the next
-  run: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-  """A slice as the service shows it."""
-
-  name: str
-  state: str
-  health: str = "HEALTHY"
-  hosts: int = 1
-  maintenance: str = ""  # what is announced
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What a host says of itself, or left in the bucket; see launch/cloud/agent.py."""
-
-  slice: int
-  worker: int
-  attempt: int | None = None
-  phase: str = "none"  # none | installing | running | ended
-  code: int | None = None
-  ended: float | None = None
-  step: int | None = None
-  total: int | None = None
-  progress: str = ""
-  stop_requested: bool = False
-  preempted: bool = False  # its machine was told that it will be taken away
-  trouble: str = ""
-  hostname: str = ""
-
-  @property
-  def name(self) -> str:
-    return f"{self.slice}-{self.worker}"
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-  """All that is seen at one time.
-
-  Attributes:
-    now: seconds since 1970.
-    queued: None where there is none.
-    nodes: of it; only looked at when it is ACTIVE.
-    reports: of the hosts that answered; where the slice is gone, what hosts of the newest attempt left in the bucket.
-    heartbeat: what host 0 last left in the bucket, if it was looked for: `now`, `step`, `removing`.
-    trouble: what stood in the way of looking, in a sentence.
-  """
-
-  now: float
-  queued: Queued | None
-  nodes: tuple[Node, ...] = ()
-  reports: tuple[Report, ...] = ()
-  heartbeat: dict[str, Any] | None = None
-  trouble: str = ""
-
-
-@dataclasses.dataclass
-class Memory:
-  """What must not be forgotten; times are seconds since 1970."""
-
-  attempt: int = 1
-  started: float | None = None  # when the trainers of this attempt were told to start
-  requested: float | None = None  # when the queued resource that should be there was asked for
-  deleting: float | None = None
-  waiting_since: float | None = None  # for a slice
-  state: str = ""
-  state_since: float = 0.0
-  not_before: float = 0.0  # of the next request
-  refusals: int = 0  # in a row, for want of capacity
-  slices: list[list[float]] = dataclasses.field(
-    default_factory=list
-  )  # [from, last seen] of each that was ACTIVE
-  active: bool = False  # the last of them is
-  answered: bool = False  # some host of it has answered
-  hosts: int = 0  # of it
-  missing: dict[str, float] = dataclasses.field(
-    default_factory=dict
-  )  # host, since when it does not answer
-  unready_since: float | None = None  # a node is not READY and HEALTHY
-  ended_since: float | None = None  # some trainer has ended
-  step: int | None = None  # the highest that was seen
-  step_now: int | None = None  # of this attempt, which goes on from before the highest
-  step_at: float = 0.0  # when that changed
-  stacks_at: float | None = None
-  stopped_at: float | None = None  # by the cost limit
-  crashes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  in_vain: int = 0
-  in_vain_step: int | None = None
-  ending: list[Any] | None = None  # [exit code, reason] once the slice is gone
-
-  def to_json(self) -> dict[str, Any]:
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, value: dict[str, Any]) -> Memory:
-    known = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: entry for name, entry in value.items() if name in known})
-
-  def seconds(self) -> float:
-    """Returns how long slices have existed."""
-    return sum(last - first for first, last in self.slices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Action:
-  """The next thing to do.
-
-  Attributes:
-    kind: wait | create | delete | start (trainers) | stacks | stop (trainers) | finish.
-    reason: for a person.
-    code: exit code, of finish and of a delete that ends the run.
-    attempt: that counts from now on; None leaves it.
-    crash: to be remembered.
-    capacity: the delete is for want of capacity.
-    blame: host whose last lines tell why.
-  """
-
-  kind: str
-  reason: str
-  code: int | None = None
-  attempt: int | None = None
-  crash: dict[str, Any] | None = None
-  capacity: bool = False
-  blame: str | None = None
+# Exit codes of the launcher; 2 is a wrong argument.
+DONE, ERROR, NO_CAPACITY, CRASHED, COST = 0, 1, 3, 4, 5
+# Exit codes of the trainer; 0 is done, any other is a crash.
+FAILED, PREEMPTED, HOST_LOST = 2, 75, 76
+COMPLETE = "the run is complete"
+ABLE = "able"  # of launch/host/guard.py
+MAX_CRASHES = 3
+MAX_IN_VAIN = 3  # starts in a row without a new step, before the slice is replaced
+_DELETE_AGAIN = 30.0  # seconds for a delete to show before it is sent again
 
 
 def remember(world: World, memory: Memory, settings: Settings) -> None:
-  """Takes in what is seen."""
+  """Update the memory with what is seen."""
   now, state = world.now, world.queued.state if world.queued else "ABSENT"
   if state != memory.state:
     memory.state, memory.state_since = state, now
@@ -186,9 +43,10 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
     memory.requested = memory.requested or now
   if state != "ACTIVE":
     memory.waiting_since = memory.waiting_since or now
-    if memory.active and world.heartbeat:  # it may have lived on when nobody looked
-      memory.slices[-1][1] = min(now, max(memory.slices[-1][1], world.heartbeat["now"]))
-    memory.active = memory.answered = False
+    if world.heartbeat:
+      _bill_unseen(world.heartbeat, memory, now)
+    memory.active = memory.answered = memory.guarded = False
+    memory.unguarded_since = None
     memory.missing, memory.unready_since, memory.ended_since = {}, None, None
     if state == "ABSENT":
       memory.deleting = None
@@ -196,8 +54,16 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
 
   if not memory.active:
     memory.active = True
-    memory.slices.append([now, now])
-  memory.slices[-1][1] = now
+    if not memory.slices or memory.slices[-1][2:] != [memory.request]:
+      memory.slices.append([now, now, memory.request])
+  ages = [report.age for report in world.reports if report.age is not None]
+  ages += [now - node.created for node in world.nodes if node.created is not None and not ages]
+  if ages:
+    memory.slices[-1][:2] = [now - max(ages), now]
+  memory.slices[-1][1] = max(memory.slices[-1][1], now)
+  memory.guarded = bool(world.reports) and all(report.guard == ABLE for report in world.reports)
+  if world.reports:
+    memory.unguarded_since = None if memory.guarded else memory.unguarded_since or now
   memory.waiting_since, memory.refusals = None, 0
   ready = len(world.nodes) >= settings.slices and all(
     node.state == "READY" and node.health not in UNHEALTHY for node in world.nodes
@@ -213,7 +79,7 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
   memory.answered = memory.answered or bool(answers)
   memory.missing = {name: memory.missing.get(name, now) for name in names if name not in answers}
   newest = max((report.attempt or 0 for report in world.reports), default=0)
-  if newest > memory.attempt:  # of a launcher whose memory was lost
+  if newest > memory.attempt:  # a launcher whose memory was lost had started it
     memory.attempt, memory.started = newest, None
   current = [report for report in world.reports if report.attempt == memory.attempt]
   if current and memory.started is None:
@@ -226,8 +92,20 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
   memory.ended_since = (memory.ended_since or now) if ended else None
 
 
+def _bill_unseen(beat: dict[str, Any], memory: Memory, now: float) -> None:
+  """Count the time for which a slice existed unseen, by what its guard left in the bucket."""
+  age, name = beat.get("age"), beat.get("request")
+  if age is None or name is None:
+    return
+  entry = next((entry for entry in memory.slices if entry[2:] == [name]), None)
+  if entry is None and name == memory.request:
+    memory.slices.append([now - age, now, name])
+  elif entry is not None and entry[1] - entry[0] < age:
+    entry[1] = entry[0] + age
+
+
 def decide(world: World, memory: Memory, settings: Settings) -> Action:
-  """Returns what to do next."""
+  """Return the next action."""
   queued, now = world.queued, world.now
   if memory.ending:
     code, reason = memory.ending
@@ -246,10 +124,10 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
     return Action("delete", "the slice was taken away")
   if queued.state == "FAILED":
     return _failed(queued)
-  if _spent(memory, settings):
+  if _spent(memory, settings) or any(report.removing == "deadline" for report in world.reports):
     return _end_of_money(world, memory, settings)
   if queued.state in QUEUED:
-    waited = now - memory.waiting_since
+    waited = now - (memory.waiting_since or now)
     if waited > settings.max_wait:
       return Action(
         "delete", f"no slice within --max-wait, after {describe_seconds(waited)}", NO_CAPACITY
@@ -257,14 +135,14 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
     return Action("wait", f"in the queue ({queued.state}) for {describe_seconds(waited)}")
   if queued.state == "ACTIVE":
     return _active(world, memory, settings)
-  # PROVISIONING, and whatever the service may call it one day.
+  # PROVISIONING, and any state of a later version of the service.
   if now - memory.state_since > settings.provision_limit:
     return Action("delete", f"the slice is {queued.state} for {age}", capacity=True)
   return Action("wait", f"the slice is {queued.state} for {age}")
 
 
 def acted(action: Action, memory: Memory, settings: Settings, now: float) -> None:
-  """Takes in that an action was done."""
+  """Update the memory with an action that was done."""
   if action.kind == "start" and action.attempt != memory.attempt and not action.crash:
     memory.in_vain = memory.in_vain + 1 if memory.step == memory.in_vain_step else 0
     memory.in_vain_step = memory.step
@@ -274,7 +152,7 @@ def acted(action: Action, memory: Memory, settings: Settings, now: float) -> Non
   if action.crash:
     memory.crashes.append(action.crash)
   if action.kind == "create":
-    memory.requested = now
+    memory.requested, memory.request = now, f"{memory.attempt}-{now:.0f}"
   elif action.kind == "delete":
     memory.requested, memory.deleting, memory.in_vain = None, now, 0
     if action.code is not None:
@@ -291,23 +169,26 @@ def acted(action: Action, memory: Memory, settings: Settings, now: float) -> Non
 
 
 def refused(memory: Memory, settings: Settings, now: float) -> None:
-  """Takes in that there was no capacity: the pause before the next request doubles, up to ten times the first."""
+  """Note a lack of capacity: the pause before the next request doubles, up to tenfold."""
   memory.refusals += 1
   memory.not_before = now + settings.backoff * min(10, 2 ** (memory.refusals - 1))
 
 
 def next_attempt(memory: Memory) -> int:
-  """Returns the number of an attempt that was not begun."""
+  """Return the number of the next attempt that was not started yet."""
   return memory.attempt if memory.started is None else memory.attempt + 1
 
 
 def _spent(memory: Memory, settings: Settings) -> bool:
-  return settings.max_seconds is not None and memory.seconds() >= settings.max_seconds
+  """Whether it is time to save and end, so that nothing is paid for after the limit."""
+  if settings.max_seconds is None:
+    return False
+  return memory.seconds() >= settings.max_seconds - settings.save_seconds
 
 
 def _cost_reason(memory: Memory) -> str:
   existed = describe_seconds(memory.seconds())
-  return f"the slices of this run have existed for {existed}, which is all that --max-hours allows"
+  return f"the slices of this run have existed for {existed}, the limit of --max-hours"
 
 
 def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
@@ -316,21 +197,22 @@ def _end_of_money(world: World, memory: Memory, settings: Settings) -> Action:
     return _judge(world, memory, settings)
   if running and memory.stopped_at is None:
     return Action("stop", _cost_reason(memory))
-  if running and world.now - memory.stopped_at < min(120.0, settings.exit_grace):
-    return Action("wait", "the trainer saves and ends: " + _cost_reason(memory))
+  if (
+    running
+    and memory.stopped_at is not None
+    and world.now - memory.stopped_at < min(settings.save_seconds, settings.exit_grace)
+  ):
+    return Action("wait", "the trainer is saving: " + _cost_reason(memory))
   return Action("delete", _cost_reason(memory), COST)
 
 
 def _absent(world: World, memory: Memory, settings: Settings) -> Action:
   now, beat = world.now, world.heartbeat or {}
-  removing = (
-    beat.get("removing") if memory.started and beat.get("attempt") == memory.attempt else None
-  )
-  if (
-    memory.started and memory.hosts and len(world.reports) >= memory.hosts
-  ):  # they have ended, if nobody looked
+  removing = beat.get("removing") if beat.get("request") == memory.request else None
+  # The trainers may have ended while no launcher was running.
+  if memory.started and memory.hosts and len(world.reports) >= memory.hosts:
     verdict = _judge(world, memory, settings)
-    # A slice that was taken away may have crashed on its way.
+    # A crash may be the effect of a preemption.
     if (
       verdict.code in (DONE, CRASHED)
       and (not verdict.crash or removing == "idle")
@@ -342,17 +224,15 @@ def _absent(world: World, memory: Memory, settings: Settings) -> Action:
   if _spent(memory, settings):
     return Action("finish", _cost_reason(memory), COST)
   if memory.requested:
-    if (
-      now - memory.requested < 120 and not memory.started
-    ):  # a moment ago, and maybe not listed yet
+    if now - memory.requested < 120 and not memory.started:  # it may not be listed yet
       return Action("wait", "the request was sent")
     if removing == "deadline":
       return Action("finish", _cost_reason(memory), COST)
     if not removing:
       return Action(
         "finish",
-        "the slice is gone, and neither this launcher nor its own guard removed it; the same line "
-        "again goes on with a new one",
+        "the slice is gone, and neither this launcher nor its own guard removed it; "
+        "the same command takes a new one",
         ERROR,
       )
   waited = now - (memory.waiting_since or now)
@@ -368,12 +248,12 @@ def _absent(world: World, memory: Memory, settings: Settings) -> Action:
 
 
 def _failed(queued: Queued) -> Action:
-  """Tells a request that can succeed later from one that cannot, by google.rpc.Code."""
+  """Distinguish, by google.rpc.Code, a request that may succeed later from one that cannot."""
   message = queued.message or "the request failed"
   if "quota" in message.lower():
     return Action(
       "delete",
-      f"{message.rstrip('.')}. Ask for more quota, or take another zone or type",
+      f"{message.rstrip('.')}. Request more quota, or use another zone or type",
       NO_CAPACITY,
     )
   if queued.code in (3, 5, 7, 9, 11, 12, 16):
@@ -403,9 +283,8 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
       return action
 
   behind = [report for report in world.reports if (report.attempt or 0) < memory.attempt]
-  if (
-    behind and memory.missing
-  ):  # what may still run there would be met by a trainer that is started now
+  # A silent host may still run an earlier attempt, which would disturb a new one.
+  if behind and memory.missing:
     return Action(
       "wait", f"attempt {memory.attempt} waits for host {', '.join(memory.missing)} to answer"
     )
@@ -416,7 +295,7 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
       return Action(
         "delete", f"host {behind[0].name} did not start within {describe_seconds(waited)}{trouble}"
       )
-    return Action(
+    return _unguarded(world, memory, settings) or Action(
       "start",
       f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
       attempt=memory.attempt,
@@ -424,8 +303,24 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
   return _started(world, memory, settings)
 
 
+def _unguarded(world: World, memory: Memory, settings: Settings) -> Action | None:
+  """Returns what to do about a slice that may not be able to remove itself, or None if it is."""
+  report = next((report for report in world.reports if report.guard != ABLE), None)
+  if report is None:
+    return None
+  what = f"host {report.name} cannot remove its slice: {report.guard or 'its guard does not run'}"
+  if "may not delete" in report.guard:
+    fix = "launch/tpu doctor prints the command that grants it"
+    return Action("delete", f"{what}; {fix}", ERROR)
+  if world.now - (memory.unguarded_since or world.now) > settings.start_limit:
+    return Action("delete", what, ERROR)
+  return Action(
+    "wait", f"waiting for the guard: {what}" if report.guard else "waiting for the guard"
+  )
+
+
 def _missing(world: World, memory: Memory, settings: Settings) -> Action | None:
-  """Returns what to do about hosts that do not answer, or None to go on with those that do."""
+  """Return what to do about silent hosts, or None to continue with those that answer."""
   now, names = world.now, ", ".join(memory.missing)
   silence = now - min(memory.missing.values())
   what = f"host {names} did not answer for {describe_seconds(silence)}"
@@ -437,54 +332,53 @@ def _missing(world: World, memory: Memory, settings: Settings) -> Action | None:
       )
     if not memory.answered:
       return Action(
-        "delete", f"no host answers ssh{why}; is port 22 open to you, or --iap needed?", ERROR
+        "delete", f"no host answers ssh{why}; is port 22 open, or is --iap needed?", ERROR
       )
     return Action("delete", what)
   if silence <= settings.unreachable:
     return Action("wait", what + why) if not world.reports else None
   if world.heartbeat and now - world.heartbeat["now"] < settings.unreachable:
-    return Action("wait", f"{what}{why}, but the slice writes to the bucket")
+    return Action("wait", f"{what}{why}, but the slice still writes to the bucket")
   if world.reports and now - memory.step_at < settings.unreachable and not memory.ended_since:
-    return None  # the others make steps, so it makes them too
+    return None  # the steps of the others include its share
   return Action("delete", what)
 
 
 def _started(world: World, memory: Memory, settings: Settings) -> Action:
-  """Of hosts that all have begun this attempt, though some may not answer now."""
-  now = world.now
+  """Decide when every host has begun this attempt, though some may be silent now."""
+  now, started = world.now, memory.started or world.now
   ended = [report for report in world.reports if report.phase == "ended"]
   if ended:
+    waited = now - (memory.ended_since or now)
     left = memory.hosts - len(ended)
-    if memory.missing:  # a start would be in vain
+    if memory.missing:  # a start would be useless
       return Action(
         "wait",
-        f"{len(ended)} of {memory.hosts} hosts have ended, and host {', '.join(memory.missing)} does not "
-        "answer",
+        f"{len(ended)} of {memory.hosts} hosts have ended, and host "
+        f"{', '.join(memory.missing)} does not answer",
       )
-    if left and now - memory.ended_since < settings.exit_grace:
+    if left and waited < settings.exit_grace:
       return Action(
         "wait",
-        f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save and end",
+        f"{len(ended)} of {memory.hosts} hosts have ended; waiting for the others to save",
       )
-    if any(report.preempted for report in ended) and now - memory.ended_since < settings.exit_grace:
+    if any(report.preempted for report in ended) and waited < settings.exit_grace:
       return Action("wait", "the machines are about to be taken away")
     return _judge(world, memory, settings)
-  if _spent(memory, settings):
-    return _end_of_money(world, memory, settings)
   installing = [report.name for report in world.reports if report.phase == "installing"]
   if installing:
-    if now - memory.started > settings.start_limit:
-      return _crashed(memory, settings, installing[0], 1, f"host {installing[0]} still installs")
-    return Action("wait", f"{len(installing)} of {memory.hosts} hosts install")
-  # The first step of a process is compiled first.
-  silence, limit = (
-    now - memory.step_at,
-    settings.stall if memory.step_at > memory.started else 2 * settings.stall,
-  )
+    if now - started > settings.start_limit:
+      return _crashed(
+        memory, settings, installing[0], 1, f"host {installing[0]} is still installing"
+      )
+    return Action("wait", f"{len(installing)} of {memory.hosts} hosts are installing")
+  # Before its first step, a process compiles.
+  limit = settings.stall if memory.step_at > started else 2 * settings.stall
+  silence = now - memory.step_at
   if silence > limit and world.reports:
     what = f"no new step for {describe_seconds(silence)}"
     if memory.stacks_at is None:
-      return Action("stacks", f"{what}; asking every host where it is")
+      return Action("stacks", f"{what}; requesting the stacks of every host")
     return _crashed(memory, settings, world.reports[0].name, 0, what)
   return Action("wait", "training")
 
@@ -494,7 +388,7 @@ def _stopped(world: World) -> bool:
 
 
 def _judge(world: World, memory: Memory, settings: Settings) -> Action:
-  """Decides by the exit codes of hosts that have ended."""
+  """Decide by the exit codes of the hosts that have ended."""
   ended = sorted(
     (report for report in world.reports if report.phase == "ended"),
     key=lambda report: report.ended or 0,
@@ -505,7 +399,10 @@ def _judge(world: World, memory: Memory, settings: Settings) -> Action:
   failed = [report for report in ended if report.code == FAILED]
   if failed:
     return _end(
-      settings, CRASHED, f"host {failed[0].name} says that a rerun will not mend it", failed[0].name
+      settings,
+      CRASHED,
+      f"host {failed[0].name} failed for a reason that a rerun does not fix",
+      failed[0].name,
     )
   crashed = [report for report in ended if report.code not in (DONE, PREEMPTED, HOST_LOST)]
   if _stopped(world):
@@ -521,17 +418,20 @@ def _judge(world: World, memory: Memory, settings: Settings) -> Action:
       f"{what}: {first.trouble}" if first.trouble else what,
     )
   if memory.in_vain >= MAX_IN_VAIN:
-    return Action("delete", f"{memory.in_vain} starts in a row made no step; taking another slice")
+    return Action(
+      "delete", f"{memory.in_vain} starts in a row reached no new step; taking another slice"
+    )
+  highest = max(code for code in codes if code is not None)
   return Action(
     "start",
-    f"the trainer ended with code {max(codes)} and goes on from its last checkpoint",
+    f"the trainer ended with code {highest} and resumes from its last checkpoint",
     attempt=memory.attempt + 1,
   )
 
 
 def _crashed(memory: Memory, settings: Settings, host: str, code: int | None, what: str) -> Action:
   step = memory.step_now
-  crash = {"attempt": memory.attempt, "step": step, "code": code, "host": host}
+  crash = Crash(attempt=memory.attempt, step=step, code=code, host=host)
   where = f"at step {step}" if step is not None else "before the first step"
   if any(earlier["step"] == step for earlier in memory.crashes):
     return dataclasses.replace(

@@ -1,10 +1,9 @@
-"""What each verb does, of which `up` and `watch` leave the work to the driver."""
+"""What each verb does; `up` and `watch` are the work of the driver."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from typing import Any
@@ -16,14 +15,15 @@ from launch.cloud.look import Looker, nodes_of_run, queued_of
 from launch.cloud.run import Run, Store, TakenOver, note, state_folder
 from launch.cloud.screen import Screen, View
 from launch.cloud.settings import LAUNCHER, Place, Settings, UsageError, describe_seconds
+from launch.cloud.world import LEAVING
 
-_GONE_SECONDS = 900.0  # for what was deleted to be gone
+_GONE_SECONDS = 900.0  # for a deletion to complete
 _STOP_SECONDS = 600.0  # for a trainer to save and end
 
 
 @dataclasses.dataclass(frozen=True)
 class LogRequest:
-  """Which lines of which hosts; worker is a number or "all", attempt None for the newest."""
+  """Which lines of which hosts: `worker` a number or "all", `attempt` None for the newest."""
 
   worker: str
   slice: int
@@ -43,20 +43,20 @@ def _screen(place: Place, as_json: bool) -> Screen:
 def _read(place: Place, gcloud: Gcloud) -> Run:
   run = Store(gcloud, place).read()
   if run is None:
-    raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up begins one.")
+    raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up starts one.")
   return run
 
 
 def _same_owner(run: Run, owner: str) -> None:
   if run.settings.owner != owner:
     raise UsageError(
-      f"The run {run.settings.run} in {run.settings.place.bucket} belongs to {run.settings.owner}; take "
-      f"another name, or say --owner={run.settings.owner}."
+      f"The run {run.settings.run} in {run.settings.place.bucket} belongs to "
+      f"{run.settings.owner}; use another name, or pass --owner={run.settings.owner}."
     )
 
 
 def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> int:
-  """Begins a run, or goes on with it."""
+  """Start a run, or continue it."""
   gcloud = _gcloud(settings.call_limit)
   store, tree, screen = (
     Store(gcloud, settings.place),
@@ -71,15 +71,17 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
     if result and result.get("complete") and run.settings.argv == settings.argv:
       screen.lines(
         [
-          f"{settings.run} is complete since {time.ctime(result['time'])}; its results are in "
-          f"{settings.place.url}."
+          (
+            f"{settings.run} has been complete since {time.ctime(result['time'])}; its results are "
+            f"in {settings.place.url}."
+          )
         ]
       )
       return states.DONE
     if run.code != tree.tree and run.memory.active:
       print(
-        f"The code here ({tree.tree}) is not that of the run ({run.code}); a later attempt will have it. "
-        f"launch/tpu stop {settings.run}, and this line again, to have it now.",
+        f"The code here ({tree.tree}) differs from that of the run ({run.code}); the next attempt "
+        f"uses it. To use it now: launch/tpu stop {settings.run}, then this command again.",
         file=sys.stderr,
       )
   note(settings)
@@ -88,7 +90,7 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
 
 
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
-  """Refuses to forget a slice of another kind or place, which would be paid for without end."""
+  """Refuse to lose track of a slice of another kind or place, which would be paid for for ever."""
 
   def slices(settings: Settings) -> str:
     place = settings.place
@@ -111,16 +113,16 @@ def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
 
 
 def watch(place: Place, owner: str, as_json: bool, take_over: bool) -> int:
-  """Goes on looking after a run as `up` asked for it."""
+  """Resume watching over a run with the settings of its `up`."""
   gcloud, screen = _gcloud(), _screen(place, as_json)
   store = Store(gcloud, place)
   run = store.read()
   if run is None:
-    raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up begins one.")
+    raise UsageError(f"There is no run {place.run} in {place.bucket}; launch/tpu up starts one.")
   _same_owner(run, owner)
   if run.result:
     screen.lines(
-      [f"{place.run} has ended: {run.result['reason']}. launch/tpu up begins another attempt."]
+      [f"{place.run} has ended: {run.result['reason']}. launch/tpu up starts another attempt."]
     )
     return run.result["code"]
   gcloud.limit = run.settings.call_limit
@@ -142,18 +144,16 @@ def _drive(
     try:
       if other:
         screen.lines(
-          [
-            f"{other} drives {settings.run}; this one only shows it (--take-over drives it from here)."
-          ]
+          [f"{other} drives {settings.run}; this one only shows it (--take-over: drive it here)."]
         )
         result = follow(store, run, screen, time.sleep)
         if result is not None:
           return result
-        screen.lines(["That launcher is gone; going on in its place."])
+        screen.lines(["That launcher is gone; this one takes over."])
       begin(run, settings, time.time())
       result = Driver(gcloud, store, run, screen).drive(code, no_watch)
       if run.result:
-        screen.lines([f"{settings.run}: {run.result['reason']}.", *_what_next(run)])
+        screen.lines([f"{settings.run}: {run.result['reason']}.", *_what_next(run, run.result)])
       else:
         screen.lines(leave(run, store))
       return result
@@ -165,15 +165,17 @@ def _drive(
       screen.lines([f"{error} has written to the run."])
       run, take_over = again, False
     except KeyboardInterrupt:
-      screen.lines(leave(run, store) if not other else ["Left; the other launcher goes on."])
+      screen.lines(
+        leave(run, store) if not other else ["Left; the other launcher still drives the run."]
+      )
       return 130
     except (GcloudError, UsageError):
       leave(run, store)
       raise
 
 
-def _what_next(run: Run) -> list[str]:
-  place, code = run.settings.place, run.result["code"]
+def _what_next(run: Run, result: dict[str, Any]) -> list[str]:
+  place, code = run.settings.place, result["code"]
   lines = (
     [f"  logs of all hosts: {place.url}/logs/attempt-{run.memory.attempt}/"]
     if run.memory.started
@@ -182,13 +184,13 @@ def _what_next(run: Run) -> list[str]:
   if run.memory.active:
     lines.append(f"  the slice is still there: launch/tpu down {place.run}")
   if code == states.CRASHED:
-    lines.append("  when it is mended, the same line again goes on from the last checkpoint")
+    lines.append("  once fixed, the same command resumes from the last checkpoint")
   return lines
 
 
 def status(place: Place, owner: str, as_json: bool) -> int:
-  """Looks once, and changes nothing."""
-  del owner  # anybody may look
+  """Show the run as it is now, and change nothing."""
+  del owner  # anybody may see it
   gcloud = _gcloud()
   run = _read(place, gcloud)
   world = Looker(gcloud, run.settings).world(run.memory)
@@ -215,14 +217,14 @@ def status(place: Place, owner: str, as_json: bool) -> int:
     )
   driver = Store(gcloud, place).other_driver(run)
   print(
-    f"  {driver or 'no launcher'} looks after it"
+    f"  {driver or 'no launcher'} watches over it"
     + (f"; ended: {run.result['reason']}" if run.result else "")
   )
   return states.DONE
 
 
 def stop(place: Place, owner: str, as_json: bool) -> int:
-  """Lets the trainer save and end, and keeps the slice."""
+  """Let the trainer save and end, and keep the slice."""
   gcloud = _gcloud()
   store = Store(gcloud, place)
   run = store.read()
@@ -245,8 +247,10 @@ def stop(place: Place, owner: str, as_json: bool) -> int:
       names = ", ".join(left) or "none"
       screen.lines(
         [
-          f"{len(reports)} of {hosts} hosts answer, and of them {names} has not ended within "
-          f"{_STOP_SECONDS:g} s. {trouble}"
+          (
+            f"{len(reports)} of {hosts} hosts answer; not ended within {_STOP_SECONDS:g} s: "
+            f"{names}. {trouble}"
+          )
         ]
       )
       return states.ERROR
@@ -262,23 +266,23 @@ def stop(place: Place, owner: str, as_json: bool) -> int:
     }
     try:
       store.write(run, driving=False)
-    except (
-      TakenOver
-    ):  # by a launcher that has just begun, or by the last words of one that has just left
+    except TakenOver:  # by a launcher that has just started, or that has just left
       run = store.read()
   screen.lines(
     [
-      f"{place.run}: saved and stopped at step {step}. The slice stays and is paid for "
-      f"({View.chips_text(looker.settings)}).",
+      (
+        f"{place.run}: saved and stopped at step {step}. The slice is kept and paid for "
+        f"({View.chips_text(looker.settings)})."
+      ),
       f"  launch/tpu down {place.run}   removes it",
-      "  launch/tpu up ...    the same line as before goes on",
+      "  launch/tpu up ...    the same command as before resumes",
     ]
   )
   return states.DONE
 
 
 def logs(place: Place, request: LogRequest) -> int:
-  """Prints the log of hosts: from the hosts, or from the bucket when they are gone or of an earlier attempt."""
+  """Print the log of hosts, or its copy in the bucket if they are gone or have a newer attempt."""
   gcloud = _gcloud()
   run = _read(place, gcloud)
   worker = None if request.worker == "all" else int(request.worker)
@@ -294,7 +298,7 @@ def logs(place: Place, request: LogRequest) -> int:
     words = ("follow" if request.follow else "tail", str(request.lines))
     line = commands.ssh(
       run.settings,
-      commands.agent(place, bundle.agent_sha(), *words),
+      commands.agent(place, bundle.agent_name(), bundle.agent_sha(), *words),
       None if worker is None else request.slice,
       worker,
     )
@@ -305,16 +309,15 @@ def logs(place: Place, request: LogRequest) -> int:
   attempt = request.attempt or run.memory.attempt
   hosts = "*" if worker is None else f"{request.slice}-{worker}"
   folder = f"{place.url}/logs/attempt-{attempt}"
-  found = gcloud.run(commands.list_objects(place, f"{folder}/host-{hosts}.log")).split()
-  for url in found:
-    name = re.search(r"host-(\d+-\d+)\.log$", url)[1]
+  for url in gcloud.run(commands.list_objects(place, f"{folder}/host-{hosts}.log")).split():
+    name = url.rsplit("/host-", 1)[-1].removesuffix(".log")
     for text in gcloud.run(commands.read(place, url)).splitlines()[-request.lines :]:
       print(f"[{name}] {text}")
   return states.DONE
 
 
 def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
-  """Removes a run's queued resource and nodes, or all that are the owner's in a zone, and waits until they are gone."""
+  """Remove the slices of a run, or all of an owner in a zone, and wait until they are gone."""
   gcloud, screen = _gcloud(), Screen(as_json=as_json)
   if not everything:
     _mark_down(gcloud, place, owner)
@@ -325,7 +328,7 @@ def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
       screen.lines([f"Nothing of {'yours' if everything else place.run} is left in {place.zone}."])
       return states.DONE
     for name, state in queued.items():
-      if state not in states.LEAVING and name not in told:
+      if state not in LEAVING and name not in told:
         screen.lines([f"removing the queued resource {name} ({state})"])
         told.add(name)
         _delete(gcloud, commands.delete(dataclasses.replace(place, run=name)))
@@ -338,8 +341,10 @@ def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
     if time.monotonic() > deadline:
       screen.lines(
         [
-          f"Still there after {describe_seconds(_GONE_SECONDS)}: {', '.join([*queued, *nodes])}. Look at the "
-          "console; the same line again tries again."
+          (
+            f"Still there after {describe_seconds(_GONE_SECONDS)}: {', '.join([*queued, *nodes])}. "
+            "See the console; the same command tries again."
+          )
         ]
       )
       return states.ERROR
@@ -347,7 +352,7 @@ def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
 
 
 def _mark_down(gcloud: Gcloud, place: Place, owner: str) -> None:
-  """Writes down that the run is not wanted, so that no launcher takes a new slice for it."""
+  """Record that the run is not wanted, so that no launcher takes a new slice for it."""
   for _ in range(5):
     store = Store(gcloud, place)
     run = store.read()
@@ -360,8 +365,8 @@ def _mark_down(gcloud: Gcloud, place: Place, owner: str) -> None:
       store.write(run, driving=False)
       return
     except TakenOver:
-      continue  # its launcher wrote a sign of life
-  raise UsageError(f"The launcher of {place.run} writes all the time; end it, and try again.")
+      continue  # its launcher has just written a sign of life
+  raise UsageError(f"The launcher of {place.run} keeps writing; end it, and try again.")
 
 
 def _delete(gcloud: Gcloud, line: commands.Line) -> None:
@@ -411,7 +416,7 @@ def _labels(value: dict[str, Any]) -> dict[str, str]:
 
 
 def listing(place: Place, as_json: bool) -> int:
-  """Shows what there is in a zone, and what of it is left over."""
+  """List the slices of a zone, and which of them are left over."""
   gcloud = _gcloud()
   rows, held = [], set()
   for value in gcloud.json(commands.list_queued(place)) or []:
@@ -419,7 +424,7 @@ def listing(place: Place, as_json: bool) -> int:
     specs = value.get("tpu", {}).get("nodeSpec", [])
     node = specs[0].get("node", {}) if specs else {}
     note = (
-      "dead, and counts against quota: launch/tpu down"
+      "dead, but counts against quota: launch/tpu down"
       if one.state in ("SUSPENDED", "FAILED")
       else ""
     )

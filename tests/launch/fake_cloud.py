@@ -1,12 +1,13 @@
-"""Google's side of a launch, on loopback: real gcloud creates, reaches and deletes TPU slices whose hosts are folders.
+"""Google's side of a launch, on loopback: real gcloud manages TPU slices whose hosts are folders.
 
     python -m tests.launch.fake_cloud FOLDER
 
-It prints what to export, and serves until Ctrl-C: the TPU API (v2 and v2alpha1), what `gcloud compute tpus ... ssh`
-asks of Compute Engine, one version of every secret, and a metadata server for each host. `ssh`, `scp`, `ssh-keygen` and
-`ssh-add` are programs of FOLDER/bin (see fake_ssh.py) that run a command in the folder of a host, with HOME set to it.
-It follows the published schema, not the service's timing: a queued resource moves on by one state each time that it is
-read. Every public method of Cloud that changes something can also be called by HTTP:
+It prints what to export, and serves until Ctrl-C: the TPU API (v2, v2alpha1), the part of Compute
+Engine that `gcloud compute tpus ... ssh` needs, one version of every secret, and a metadata server
+per host. `ssh`, `scp`, `ssh-keygen` and `ssh-add` are programs of FOLDER/bin (see fake_ssh.py) that
+run a command in the folder of a host, with HOME set to it. It follows the published schema, not the
+service's timing: a queued resource advances by one state each time that it is read. Every public
+method of Cloud that changes something can also be called by HTTP:
 
     curl 127.0.0.1:PORT/control/preempt -d '{"name": "RUN"}'
 
@@ -17,10 +18,6 @@ import argparse
 import base64
 from collections.abc import Callable
 import contextlib
-import dataclasses
-import datetime
-import http.server
-import json
 import os
 import pathlib
 import re
@@ -29,106 +26,13 @@ import signal
 import threading
 import time
 from typing import Any
-import urllib.parse
 
+from tests.launch.fake_api import Api, ApiError, Node, Refusal, Request, Resource, hosts_of
 from tests.launch.fake_hosts import Host, install, serve
 from tests.trainer.shared import free_port
 
 QUEUE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
 OFFLINE = "http://127.0.0.1:1"  # nobody listens there
-
-
-class ApiError(Exception):
-  """What Google answers instead."""
-
-  def __init__(self, code: int, status: str, message: str):
-    super().__init__(message)
-    self.code, self.body = code, {"error": {"code": code, "status": status, "message": message}}
-
-
-@dataclasses.dataclass
-class Refusal:
-  """Requests that are answered with an error.
-
-  Attributes:
-    match: regular expression for "METHOD /path".
-    times: how many more, None for all.
-    too_late: the request is obeyed before it is refused, as by a server that dies before it can answer.
-  """
-
-  match: str
-  error: ApiError
-  times: int | None = None
-  too_late: bool = False
-
-
-@dataclasses.dataclass
-class Request:
-  """What comes with a request."""
-
-  query: dict[str, str]
-  body: dict[str, Any]
-
-
-@dataclasses.dataclass
-class Node:
-  """A slice."""
-
-  name: str
-  spec: dict[str, Any]
-  hosts: list[Host]
-  state: str = "CREATING"
-  health: str = "HEALTHY"
-
-  def json(self) -> dict[str, Any]:
-    endpoints = [{"ipAddress": host.address, "port": 8470} for host in self.hosts]
-    if self.spec.get("networkConfig", {}).get("enableExternalIps", True):
-      endpoints = [
-        endpoint | {"accessConfig": {"externalIp": endpoint["ipAddress"]}} for endpoint in endpoints
-      ]
-    return self.spec | {
-      "name": self.name,
-      "id": "1",
-      "state": self.state,
-      "health": self.health,
-      "apiVersion": "V2_ALPHA1",
-      "networkEndpoints": endpoints,
-    }
-
-
-@dataclasses.dataclass
-class Resource:
-  """A queued resource."""
-
-  name: str
-  request: dict[str, Any]
-  nodes: list[str]
-  expires: float
-  ahead: list[str]  # states to come
-  state: str = "CREATING"
-  initiator: str = "SERVICE"
-  failure: str = ""
-  created: str = dataclasses.field(
-    default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat()
-  )
-
-  def json(self) -> dict[str, Any]:
-    state: dict[str, Any] = {"state": self.state, "stateInitiator": self.initiator}
-    if self.failure:
-      state["failedData"] = {"error": {"code": 8, "message": self.failure}}
-    node, parent = (
-      self.request["tpu"]["nodeSpec"][0]["node"],
-      self.name.partition("/queuedResources")[0],
-    )
-    specs = [
-      {"parent": parent, "nodeId": name.rpartition("/")[2], "node": node} for name in self.nodes
-    ]
-    return self.request | {
-      "name": self.name,
-      "createTime": self.created,
-      "tpu": {"nodeSpec": specs},
-      "state": state,
-    }
 
 
 class Cloud:
@@ -153,7 +57,7 @@ class Cloud:
     Args:
       root: folder for the programs and the hosts.
       host_environment: more variables of each host.
-      clock: tells the time to which --valid-until-duration is added.
+      clock: the time to which --valid-until-duration is added.
     """
     self._root, self._host_environment, self._clock = root.resolve(), host_environment or {}, clock
     self._lock = threading.RLock()
@@ -164,7 +68,7 @@ class Cloud:
     self.resources: dict[str, Resource] = {}
     self.nodes: dict[str, Node] = {}
     self.grants = True
-    self._server = serve(_Api, self)
+    self._server = serve(Api, self)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
     install(self._root)
     home = self._root / "home"
@@ -202,7 +106,7 @@ class Cloud:
     self.close()
 
   def count(self, pattern: str) -> int:
-    """Returns how many requests there were of a kind, by a regular expression for "METHOD /path"."""
+    """Returns the number of requests that match a regular expression for "METHOD /path"."""
     return sum(bool(re.search(pattern, line)) for line in self.calls)
 
   # What the service does by itself, and what a test makes it do.
@@ -228,8 +132,8 @@ class Cloud:
 
     Args:
       name: of the queued resource.
-      notice: seconds between the notice in the metadata, with the SIGTERM of a system that shuts down, and the end.
-      stale: how many more reads the queued resource says ACTIVE.
+      notice: seconds between the notice, in the metadata and as SIGTERM, and the end.
+      stale: for how many more reads the queued resource stays ACTIVE.
     """
     nodes = [self.nodes[node.rpartition("/")[2]] for node in self.resources[name].nodes]
     if notice:
@@ -255,12 +159,12 @@ class Cloud:
       resource.state, resource.failure, resource.ahead = "FAILED", message, []
 
   def set_node(self, name: str, state: str | None = None, health: str | None = None) -> None:
-    """Sets what a node says of itself."""
+    """Sets state and health of a node."""
     node = self.nodes[name]
     node.state, node.health = state or node.state, health or node.health
 
   def set_link(self, name: str, worker: int, link: str, dead: bool = False) -> None:
-    """Sets whether a host can be reached ("up", "down", "hung"); a dead one has lost its processes as well."""
+    """Sets the link of a host ("up", "down", "hung"); a dead one has lost its processes as well."""
     host = self.nodes[name].hosts[worker]
     host.connect(link)
     if dead:
@@ -277,7 +181,7 @@ class Cloud:
     self.nodes[name].state = "READY"
 
   def _make_nodes(self, names: list[str], spec: dict[str, Any]) -> None:
-    coordinator, workers = f"127.0.0.1:{free_port()}", _hosts_of(spec["acceleratorType"])
+    coordinator, workers = f"127.0.0.1:{free_port()}", hosts_of(spec["acceleratorType"])
     for number, name in enumerate(names):
       self._count += 1
       hosts = []
@@ -370,7 +274,7 @@ class Cloud:
         409, "ALREADY_EXISTS", f"Resource '{parent}/queuedResources/{name}' already exists"
       )
     spec = body["tpu"]["nodeSpec"][0]
-    _hosts_of(spec["node"]["acceleratorType"])
+    hosts_of(spec["node"]["acceleratorType"])
     several = spec.get("multisliceParams") or spec.get("multiNodeParams")
     nodes = (
       [spec["nodeId"]]
@@ -507,45 +411,6 @@ _ROUTES = (
 )
 
 
-def _hosts_of(accelerator_type: str) -> int:
-  """Returns the number of hosts of a slice; raises ApiError for a type that does not exist."""
-  match = re.fullmatch(r"(v2|v3|v4|v5p|v5litepod|v6e)-(\d+)", accelerator_type)
-  if not match:
-    raise ApiError(
-      400, "INVALID_ARGUMENT", f"Invalid value for accelerator type: '{accelerator_type}'"
-    )
-  kind, size = match[1], int(match[2])
-  if kind in ("v5litepod", "v6e"):  # sizes are chips; up to 8 of them are one host
-    return 1 if size <= 8 else size // 4
-  return max(1, size // 8)  # sizes are cores, 8 on each host
-
-
-class _Api(http.server.BaseHTTPRequestHandler):
-  def _answer(self):
-    url = urllib.parse.urlsplit(self.path)
-    query = dict(urllib.parse.parse_qsl(url.query))
-    body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-    try:
-      code, answer = (
-        200,
-        self.server.owner.answer(self.command, urllib.parse.unquote(url.path), query, body),
-      )
-    except ApiError as error:
-      code, answer = error.code, error.body
-    content = json.dumps(answer).encode()
-    with contextlib.suppress(ConnectionError):  # of a host that has deleted itself
-      self.send_response(code)
-      self.send_header("Content-Type", "application/json")
-      self.send_header("Content-Length", str(len(content)))
-      self.end_headers()
-      self.wfile.write(content)
-
-  do_GET = do_POST = do_PATCH = do_DELETE = _answer
-
-  def log_message(self, *args):
-    del args
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -565,10 +430,8 @@ def main() -> None:
       flush=True,
     )
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
       signal.pause()
-    except KeyboardInterrupt:
-      pass
 
 
 if __name__ == "__main__":

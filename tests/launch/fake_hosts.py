@@ -26,7 +26,7 @@ def serve(
 
 
 def install(root: pathlib.Path) -> None:
-  """Writes the programs of root/bin and root/host-bin, the folder for hosts, and the home of whoever launches."""
+  """Writes the programs of root/bin and root/host-bin, root/hosts, and the home of the user."""
   (root / "hosts").mkdir()
   for folder, names in (("bin", ("ssh", "scp", "ssh-keygen", "ssh-add")), ("host-bin", ("sudo",))):
     (root / folder).mkdir()
@@ -88,7 +88,7 @@ class Host:
     return found
 
   def kill(self, number: int = signal.SIGKILL) -> None:
-    """Sends a signal to all of them; with SIGKILL until none is left, for they may start others meanwhile."""
+    """Sends a signal to all of them; SIGKILL until none is left, since they may start others."""
     while True:
       found = self.processes()
       for process in found:

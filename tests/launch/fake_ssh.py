@@ -1,8 +1,10 @@
-"""ssh, scp, ssh-keygen, ssh-add and sudo where hosts are folders: python fake_ssh.py ROOT PROGRAM [arguments]
+"""ssh, scp, ssh-keygen, ssh-add and sudo for hosts that are folders.
 
-ROOT/hosts/ADDRESS.json tells the folder and the environment of a host, and its `link`: "up", "down" (nobody answers),
-or "hung" (it accepts the connection and nothing more). A command runs in that folder as a session of its own, so
-that it outlives a connection that breaks. Starts in a moment: it imports next to nothing.
+    python fake_ssh.py ROOT PROGRAM [arguments]
+
+ROOT/hosts/ADDRESS.json holds the folder and the environment of a host, and its `link`: "up", "down"
+(no answer), or "hung" (it accepts the connection, no more). A command runs in that folder in a
+session of its own, so that it outlives a broken connection. Few imports: it must start fast.
 """
 
 import getopt

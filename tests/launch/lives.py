@@ -1,4 +1,4 @@
-"""Whole lives of runs: the real launcher, gcloud and trainer, against the cloud of fake_cloud.py."""
+"""Whole lives of runs: the real launcher, gcloud and trainer, on the cloud of fake_cloud.py."""
 
 from collections.abc import Iterator
 import contextlib
@@ -117,7 +117,7 @@ class Bed:
     return sorted(int(match[1]) for match in found if match)
 
   def wait_for_checkpoint(self, step: int = 1) -> int:
-    """Returns the newest when there is one at or after `step`; a launcher that ends before that will not bring it."""
+    """Returns the newest checkpoint once it is at or after `step`; fails if the launcher ends."""
 
     def newest() -> int | None:
       found = max(self.checkpoints(), default=0)

@@ -1,7 +1,7 @@
 """Records the screen of a launcher: python -m tests.launch.record
 
-A run of the tiny net on two hosts, which are processes of this machine, under the real gcloud and a cloud on loopback;
-it is preempted once. What is printed is the terminal as it stands when the second attempt has made some steps.
+A run of the tiny net on two hosts, which are processes of this machine, under the real gcloud and a
+cloud on loopback; it is preempted once. Prints the terminal after some steps of the second attempt.
 """
 
 import fcntl

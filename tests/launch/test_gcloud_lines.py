@@ -1,4 +1,4 @@
-"""Every line of gcloud that the launcher can emit, in every variant, is one that the real gcloud understands."""
+"""The real gcloud accepts every line that the launcher can emit, in every variant."""
 
 import json
 import os
@@ -49,7 +49,7 @@ VERBS = [
 
 @pytest.fixture(scope="module")
 def lint(tmp_path_factory):
-  """Returns a function that returns what gcloud says against lines, by the line."""
+  """Returns a function from lines to the errors of gcloud's parser, by line."""
   folder = tmp_path_factory.mktemp("gcloud")
   # An account or a configuration of this machine plays no part in it.
   environment = os.environ | {
@@ -81,9 +81,10 @@ def lint(tmp_path_factory):
 @needs_gcloud
 def test_wrong_lines_are_refused(lint):
   start = "gcloud compute tpus queued-resources"
+  create = f"{start} create r --node-id=r --accelerator-type=v4-8 --runtime-version=v --zone=z"
   wrong = [
-    f"{start} create r --node-id=r --accelerator-type=v4-8 --runtime-version=v --zone=z --spto",
-    f"{start} create r --node-id=r --accelerator-type=v4-8 --runtime-version=v --zone=z --best-effort",
+    f"{create} --spto",
+    f"{create} --best-effort",
     f"{start} delete r --zone=z --forced",
     f"{start} list --zone=z --no-such",
     f"{start} sssh r --zone=z",

@@ -1,4 +1,4 @@
-"""Whole lives of runs with the real gcloud and trainer; what the launcher must get through, and how it ends."""
+"""Whole lives of runs with the real gcloud and trainer, each with one disturbance."""
 
 import os
 import signal
@@ -31,9 +31,9 @@ def calls(bed, pattern):
 
 
 def assert_complete(bed, log, steps, attempts=1):
-  """The run is trained to its last step, nothing is paid for any more, and the logs of all hosts are in the bucket.
+  """Fails unless the run is complete, nothing is paid for any more, and all logs are in the bucket.
 
-  A machine with too much to do may need more attempts: hosts that wait for each other wait for 30 s only.
+  An overloaded machine may need more attempts: hosts wait for each other for 30 s only.
   """
   run = bed.json("run.json")
   assert run["result"]["code"] == DONE and run["result"]["complete"], log
@@ -49,7 +49,7 @@ def assert_complete(bed, log, steps, attempts=1):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-  """Returns the final fingerprints of LONG steps on two hosts, without a launcher, a bucket or a disturbance."""
+  """Returns the final fingerprints of LONG undisturbed steps on two hosts, without a launcher."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   words = [word for word in up(steps=LONG) if word.startswith("--config")]
   flags = {"XLA_FLAGS": lives.XLA_FLAGS}
@@ -259,12 +259,12 @@ def test_a_trainer_that_always_crashes_is_given_up(bed, tmp_path):
 
 
 @slow
-def test_a_trainer_that_a_rerun_will_not_mend_is_not_run_again(bed):
+def test_a_trainer_that_a_rerun_does_not_fix_is_not_run_again(bed):
   code, log = bed.run(*up("--config.optimizer.lr_per_256=1e30"))
   assert code == CRASHED, log
   assert bed.json("logs/attempt-1/exit-0-0.json")["code"] == FAILED
   assert bed.json("run.json")["attempt"] == 1
-  assert "will not mend" in log
+  assert "does not fix" in log
   assert not bed.cloud.resources and not bed.cloud.nodes
 
 
@@ -354,7 +354,7 @@ def test_two_launchers_of_one_run(bed):
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
   # What is complete costs nothing when it is asked for again, and its logs are still there.
   code, log = bed.run(*up())
-  assert code == DONE and "is complete" in log and calls(bed, CREATE) == 1
+  assert code == DONE and "has been complete" in log and calls(bed, CREATE) == 1
   code, log = bed.run("logs", NAME, "--worker=all", "--lines=5")
   assert code == DONE and "[0-0] " in log and "[0-1] " in log
 

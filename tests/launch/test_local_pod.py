@@ -25,7 +25,10 @@ def test_every_host_gets_its_environment_and_its_prefix():
     "--",
     "bash",
     "-c",
-    "echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES with $JAX_NUM_CPU_DEVICES at $JAX_COORDINATOR_ADDRESS",
+    (
+      "echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES with $JAX_NUM_CPU_DEVICES"
+      " at $JAX_COORDINATOR_ADDRESS"
+    ),
   )
   assert code == 0
   for host in range(2):
@@ -39,12 +42,12 @@ def test_the_first_host_that_fails_is_told_with_its_last_lines_and_the_others_ar
     "--",
     "bash",
     "-c",
-    "test $JAX_PROCESS_ID != 1 && sleep 600 & wait; echo no such thing; test $JAX_PROCESS_ID != 1 || exit 7; "
-    "sleep 600",
+    "test $JAX_PROCESS_ID != 1 && sleep 600 & wait; echo no such thing; "
+    "test $JAX_PROCESS_ID != 1 || exit 7; sleep 600",
   )
   assert code == 7
   assert "host 1 was the first to fail, with code 7; its last lines:\n  no such thing" in log
-  assert "killing host 0, 2, still there 1 s after host 1 ended" in log
+  assert "killing host 0, 2, still running 1 s after host 1 ended" in log
   pids = [int(line.split()[-1]) for line in log.splitlines() if "started as process" in line]
   assert len(pids) == 3 and not any(map(psutil.pid_exists, pids))
 
@@ -80,7 +83,7 @@ def test_hosts_may_have_cores_of_their_own():
   "arguments, words",
   [
     (["--hosts=0", "--", "true"], "must be 1 or more"),
-    (["--hosts=2"], "give the command behind --"),
+    (["--hosts=2"], "give the command after --"),
     ([f"--hosts={os.cpu_count() + 1}", "--cpus=1", "--", "true"], "is more than the"),
   ],
 )

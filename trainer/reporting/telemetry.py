@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 from trainer.errors import NonFiniteError
+from trainer.evaluate import Result
 from trainer.pod.requests import LAG
 from trainer.reporting import events
 from trainer.reporting.clock import WallClock, format_seconds
@@ -216,13 +217,13 @@ class Telemetry:
         f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
       )
 
-  def write(self, step: int, group: str, scalars: Mapping[str, float]) -> None:
+  def write(self, step: int, group: str, scalars: Mapping[str, Any]) -> None:
     """Write scalars named GROUP/NAME at a step to the event files, in the background."""
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
-  def evaluated(self, step: int, result: Mapping[str, float]) -> None:
+  def evaluated(self, step: int, result: Result) -> None:
     """Write and log the result of an evaluation: top1, top5, loss, examples."""
-    self.write(step, "eval", result)
+    self.write(step, "eval", dict(result))
     self._writer.flush()
     logging.info(
       "step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples",

@@ -1,7 +1,7 @@
-"""Stands in for gcloud: a folder is the cloud, its files are what a test looks at and changes.
+"""A stand-in for gcloud: a folder is the cloud, whose files a test reads and changes.
 
-CLOUD/objects/BUCKET/...    what lies in buckets; the generation of an object is the mtime of its file, in ns
-CLOUD/queued.json           name -> queued resource; a new one gets the state in CLOUD/grant, default ACTIVE
+CLOUD/objects/BUCKET/...    objects; the generation of one is the mtime of its file, in ns
+CLOUD/queued.json           name -> queued resource; CLOUD/grant is the state of a new one (ACTIVE)
 CLOUD/nodes.json            name -> node, made with the queued resource when that is ACTIVE
 CLOUD/hosts/0-1             home of worker 1 of slice 0; `down` beside it: does not answer
 CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail
@@ -14,8 +14,10 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 CLOUD = pathlib.Path(os.environ["FAKE_CLOUD"])
 
@@ -77,37 +79,84 @@ def storage(words, flags):
       print(f"gs://{path.relative_to(root)}")
 
 
+def environment_of(number, worker):
+  """Returns the environment of a host's processes, and makes its home."""
+  home = CLOUD / "hosts" / f"{number}-{worker}"
+  home.mkdir(parents=True, exist_ok=True)
+  return dict(
+    os.environ,
+    HOME=str(home),
+    TPU_STATE=str(home / "state"),
+    TPU_WORKER_ID=str(worker),
+    MEGASCALE_SLICE_ID=str(number),
+    GCE_METADATA_HOST="localhost:9",
+    TPU_FAKE_BOOT=(CLOUD / "booted").read_text(),
+  )
+
+
+def boot(script, slices, hosts):
+  """Runs the startup script of a new slice on all its hosts."""
+  (CLOUD / "booted").write_text(str(time.clock_gettime(time.CLOCK_BOOTTIME)))
+  for number in range(slices):
+    for worker in range(hosts):
+      subprocess.run(["sh", script], env=environment_of(number, worker), check=True, cwd="/")
+
+
+def end_hosts():
+  """Ends all processes of hosts, this one last, and leaves their folders to the next machines."""
+  for state in (CLOUD / "hosts").glob("*/state"):
+    state.rename(state.with_name(f"lost-{time.time_ns()}"))
+  for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+    try:
+      if f"HOME={CLOUD}/hosts/".encode() in path.read_bytes() and path.parent.name != str(
+        os.getpid()
+      ):
+        os.kill(int(path.parent.name), signal.SIGKILL)
+    except OSError:
+      continue
+
+
 def ssh(flags):
   nodes, hosts = load("nodes.json", {}), []
   held = [
     node for name, node in nodes.items() if not name.endswith("-7")
   ]  # of an earlier life, see test_life
   for number, node in enumerate(held):
-    for worker in range(len(node["networkEndpoints"])):
-      if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker)):
-        hosts.append((number, worker))
+    hosts += [
+      (number, worker)
+      for worker in range(len(node["networkEndpoints"]))
+      if flags["node"] in ("all", str(number)) and flags["worker"] in ("all", str(worker))
+    ]
   running = []
   for number, worker in hosts:
-    home = CLOUD / "hosts" / f"{number}-{worker}"
-    home.mkdir(parents=True, exist_ok=True)
+    environment = environment_of(number, worker)
     if not (CLOUD / "hosts" / f"{number}-{worker}.down").exists():
       running.append(
         subprocess.Popen(
           ["bash", "-c", flags["command"]],
-          cwd=home,
+          cwd=environment["HOME"],
           stdin=subprocess.DEVNULL,
-          env=dict(
-            os.environ,
-            HOME=str(home),
-            TPU_WORKER_ID=str(worker),
-            MEGASCALE_SLICE_ID=str(number),
-            GCE_METADATA_HOST="localhost:9",
-          ),
+          env=environment,
         )
       )
   codes = [process.wait() for process in running]
   if len(running) < len(hosts) or any(codes):
     fail("Could not SSH into the instance.")
+
+
+def make_nodes(names, labels):
+  """Makes the slices of a request, and boots their hosts."""
+  nodes, hosts = load("nodes.json", {}), int(os.environ.get("FAKE_HOSTS", "2"))
+  for name in names:
+    nodes[name] = {
+      "name": f"projects/p/locations/z/nodes/{name}",
+      "state": "READY",
+      "health": "HEALTHY",
+      "labels": labels,
+      "networkEndpoints": [{}] * hosts,
+    }
+  save("nodes.json", nodes)
+  boot(CLOUD / "boot.sh", len(names), hosts)
 
 
 def tpus(kind, verb, name, flags):
@@ -124,30 +173,29 @@ def tpus(kind, verb, name, flags):
       "state": {"state": state},
       "tpu": {"nodeSpec": [spec]},
     }
+    shutil.copyfile(flags["metadata-from-file"].split("=", 1)[1], CLOUD / "boot.sh")
     count, prefix = int(flags.get("node-count", 1)), flags.get("node-prefix", name)
+    names = [flags.get("node-id", f"{prefix}-{i}") for i in range(count)]
+    save("request.json", [names, labels])
+    save("queued.json", queued)
     if state == "ACTIVE":
-      hosts = int(os.environ.get("FAKE_HOSTS", "2"))
-      for i in range(count):
-        node = flags.get("node-id", f"{prefix}-{i}")
-        nodes[node] = {
-          "name": f"projects/p/locations/z/nodes/{node}",
-          "state": "READY",
-          "health": "HEALTHY",
-          "labels": labels,
-          "networkEndpoints": [{}] * hosts,
-        }
-  elif verb == "describe":
+      make_nodes(names, labels)
+    return
+  if verb == "describe":
     print(json.dumps(queued[name]) if name in queued else fail("NOT_FOUND: no such resource"))
     return
-  elif verb == "list":
+  if verb == "list":
     print(json.dumps(list((queued if kind == "queued-resources" else nodes).values())))
     return
-  elif verb == "delete":
+  if verb == "delete":
     (queued if kind == "queued-resources" else nodes).pop(name, None) or fail(
       "NOT_FOUND: no such resource"
     )
     if kind == "queued-resources":
-      nodes = {}
+      save("queued.json", queued)
+      save("nodes.json", {})
+      end_hosts()
+      return
   save("queued.json", queued)
   save("nodes.json", nodes)
 
@@ -168,7 +216,12 @@ def main():
     for word in sys.argv[1:]
     if word.startswith("--")
   )
-  if "scp" in words:
+  if words[0] == "grant":  # not a verb of gcloud: a request leaves the queue
+    settings = load("request.json", None)
+    make_nodes(*settings)
+  elif words[0] == "reboot":
+    boot(CLOUD / "boot.sh", 1, int(os.environ.get("FAKE_HOSTS", "2")))
+  elif "scp" in words:
     for home in (CLOUD / "hosts").glob("?-?"):
       shutil.copyfile(words[-2], home / words[-1].split(":")[1])
   elif words[0] == "storage":

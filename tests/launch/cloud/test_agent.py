@@ -1,6 +1,7 @@
-"""What a host says and does: one trainer at a time, whatever is asked twice, and a guard that knows when to end it."""
+"""The agent of a host: one trainer at a time, idempotent requests, and a guard."""
 
 import ast
+import hashlib
 import json
 import os
 import pathlib
@@ -11,23 +12,24 @@ import time
 
 import pytest
 
-from launch.cloud import agent
+from launch.cloud import bundle
+from launch.host import files, install, logs
+from launch.host import host as host_lib
 
 LINE = "12:00:00 I step {}/100  epoch 0.10  loss 2.5  ETA 5 min"
 
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("TPU_WORKER_ID", "3")
   monkeypatch.setenv("MEGASCALE_SLICE_ID", "1")
-  made = agent.Host("gs://bucket/r1")
+  made = host_lib.Host("gs://bucket/r1", tmp_path)
   made.contacted()
   return made
 
 
 def began(host, attempt=1, phase="running", **values):
-  agent.write_json(
+  files.write_json(
     host.home / "state.json",
     {"attempt": attempt, "phase": phase, "boot": host.me["boot"], "started": time.time()} | values,
   )
@@ -35,7 +37,23 @@ def began(host, attempt=1, phase="running", **values):
 
 
 def test_it_runs_on_the_python_of_old_images():
-  ast.parse(pathlib.Path(agent.__file__).read_text(), feature_version=(3, 8))
+  for path in pathlib.Path(host_lib.__file__).parent.glob("*.py"):
+    ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+def test_it_is_one_file_of_the_same_bytes_everywhere(tmp_path):
+  packed = bundle.pack_agent(tmp_path)
+  assert packed.name == bundle.agent_name()
+  environment = os.environ | {"GCE_METADATA_HOST": "localhost:9"}
+  done = subprocess.run(
+    [sys.executable, "-IS", packed, "gs://bucket/r1", "status"],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd="/",
+    env=environment,
+  )
+  assert json.loads(done.stdout)["phase"] == "none"
 
 
 def test_the_first_words_of_a_host(host):
@@ -50,34 +68,33 @@ def test_the_first_words_of_a_host(host):
 
 
 def test_a_host_without_metadata_is_not_remembered(tmp_path, monkeypatch):
-  monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("GCE_METADATA_HOST", "localhost:9")
   for name in ("TPU_WORKER_ID", "MEGASCALE_SLICE_ID"):
     monkeypatch.delenv(name, raising=False)
-  assert agent.Host("gs://bucket/r1").name == "0-0"
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "0-0"
   monkeypatch.setattr(
-    agent,
+    host_lib,
     "metadata",
     {
       "attributes/agent-worker-number": "5",
       "attributes/tpu-env": "A: 'b'\nMEGASCALE_SLICE_ID: '2'\n",
     }.get,
   )
-  assert agent.Host("gs://bucket/r1").name == "2-5"
-  monkeypatch.setattr(agent, "metadata", {}.get)
-  assert agent.Host("gs://bucket/r1").name == "2-5"
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "2-5"
+  monkeypatch.setattr(host_lib, "metadata", {}.get)
+  assert host_lib.Host("gs://bucket/r1", tmp_path).name == "2-5"
 
 
 def test_progress_is_the_last_line(tmp_path):
   log = tmp_path / "log"
-  assert agent.progress(log)["step"] is None
+  assert logs.progress(log)["step"] is None
   log.write_bytes(
     b"\xff" * 100_000
     + b"\n"
     + "\n".join(LINE.format(step) for step in range(50)).encode()
     + b"\nother\n"
   )
-  assert agent.progress(log) == {
+  assert logs.progress(log) == {
     "step": 49,
     "total": 100,
     "progress": LINE.format(49).removeprefix("12:00:00 I "),
@@ -86,14 +103,14 @@ def test_progress_is_the_last_line(tmp_path):
 
 def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost(host):
   began(host)
-  assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.CRASHED)
+  assert (host.status()["phase"], host.status()["code"]) == ("ended", host_lib.CRASHED)
   began(host, phase="installing")
   assert host.status()["phase"] == "installing"
   began(host, phase="installing", started=time.time() - 100)
   assert host.status()["phase"] == "ended"
   began(host, boot="another")
-  assert (host.status()["phase"], host.status()["code"]) == ("ended", agent.HOST_LOST)
-  with agent.locked(host.home / "attempt.lock", 0):
+  assert (host.status()["phase"], host.status()["code"]) == ("ended", host_lib.HOST_LOST)
+  with files.locked(host.home / "attempt.lock", 0):
     began(host)
     assert (host.status()["phase"], host.status()["code"]) == ("running", None)
 
@@ -101,25 +118,26 @@ def test_a_trainer_that_is_gone_has_crashed_and_one_of_before_a_restart_was_lost
 def test_a_lock_is_held_until_its_process_ends(tmp_path):
   path = tmp_path / "lock"
   code = (
-    f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
-    "sys.stdin.read()"
+    f"import fcntl, sys; f = open({str(path)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+    "print(flush=True); sys.stdin.read()"
   )
   with subprocess.Popen(
     [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
   ) as holder:
     holder.stdout.readline()
-    assert not agent.is_free(path)
-    with pytest.raises(TimeoutError), agent.locked(path, 0):
+    assert not files.is_free(path)
+    with pytest.raises(TimeoutError), files.locked(path, 0):
       pass
     holder.kill()
-  assert agent.is_free(path)
+  assert files.is_free(path)
 
 
 def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, monkeypatch):
   fake = tmp_path / "bin" / "gcloud"
   fake.parent.mkdir()
   fake.write_text(
-    "#!/bin/bash\nif [[ $3 == *.json ]]; then cp $HOME/spec.json $4; else cp $HOME/code.tar.gz $4; fi\n"
+    "#!/bin/bash\n[[ $3 == *.json ]] && exec cp $HOME/in-bucket.json $4\n"
+    "exec cp $HOME/code.tar.gz $4\n"
   )
   fake.chmod(0o755)
   subprocess.run(["tar", "czf", tmp_path / "code.tar.gz", "--files-from=/dev/null"], check=True)
@@ -128,26 +146,23 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
     "#!/bin/bash\necho one trainer; trap 'exit 75' TERM; while :; do sleep 0.05; done\n"
   )
   trainer.chmod(0o755)
-  (tmp_path / "spec.json").write_text(
-    json.dumps(
-      {
-        "code": "abc",
-        "secrets": {},
-        "argv": [],
-        "python": str(trainer),
-        "deadline": None,
-        "idle": None,
-      }
-    )
-  )
+  spec = {"code": "abc", "secrets": {}, "argv": [], "python": str(trainer)}
+  spec["archive"] = hashlib.sha256((tmp_path / "code.tar.gz").read_bytes()).hexdigest()
+  spec["limits"] = {"max_seconds": None, "idle": None}
+  spec["request"] = spec["limits"] | {"run": "r1", "project": "p", "zone": "z"}
+  (tmp_path / "in-bucket.json").write_text(json.dumps(spec))
+  sha = hashlib.sha256((tmp_path / "in-bucket.json").read_bytes()).hexdigest()
   environment = os.environ | {
     "PATH": f"{fake.parent}:{os.environ['PATH']}",
     "GCE_METADATA_HOST": "localhost:9",
+    "HOME": str(tmp_path),
   }
+
+  program = bundle.pack_agent(tmp_path)
 
   def ask(*words):
     return subprocess.Popen(
-      [sys.executable, agent.__file__, "gs://bucket/r1", *words],
+      [sys.executable, program, "gs://bucket/r1", *words],
       env=environment,
       cwd=tmp_path,
       stdout=subprocess.PIPE,
@@ -155,21 +170,23 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
     )
 
   try:
-    asked = [ask("start", "1") for _ in range(3)]
+    asked = [ask("start", "1", sha) for _ in range(3)]
     answers = [json.loads(process.communicate(timeout=60)[0]) for process in asked]
     assert {(answer["attempt"], answer["trouble"]) for answer in answers} == {(1, None)}
+    altered = json.loads(ask("start", "2", "0" * 64).communicate(timeout=60)[0])
+    assert altered["attempt"] == 1 and "somebody else has written it" in altered["trouble"]
     deadline = time.monotonic() + 30
     while not (log := host.log()).exists() or "one trainer" not in log.read_text():
       assert time.monotonic() < deadline
       time.sleep(0.05)
-    ask("start", "1").communicate(timeout=60)
+    ask("start", "1", sha).communicate(timeout=60)
     assert log.read_text().count("one trainer") == 1
-    # What is asked for again late ends nothing; a later attempt ends the one before, and an earlier one does not begin.
+    # A late repetition ends nothing; a later attempt ends the earlier one, which stays ended.
     assert json.loads(ask("end", "1").communicate(timeout=60)[0])["phase"] == "running"
     ended = json.loads(ask("end", "2").communicate(timeout=60)[0])
     assert (ended["attempt"], ended["phase"], ended["code"]) == (1, "ended", 75)
-    assert json.loads(ask("start", "2").communicate(timeout=60)[0])["attempt"] == 2
-    assert json.loads(ask("start", "1").communicate(timeout=60)[0])["attempt"] == 2
+    assert json.loads(ask("start", "2", sha).communicate(timeout=60)[0])["attempt"] == 2
+    assert json.loads(ask("start", "1", sha).communicate(timeout=60)[0])["attempt"] == 2
     ask("stop").communicate(timeout=60)
     while host.status()["phase"] != "ended":
       assert time.monotonic() < deadline + 30
@@ -186,40 +203,16 @@ def test_starts_that_are_asked_for_at_once_start_one_trainer(host, tmp_path, mon
         pass
 
 
-@pytest.mark.parametrize(
-  "seconds_ago, alive, stopped, deadline, idle, why",
-  [
-    (0, False, False, None, 600, None),
-    (700, False, False, None, 600, "idle"),
-    (700, True, False, None, 600, None),
-    (700, False, True, None, 600, None),
-    (700, False, False, None, None, None),
-    (0, True, False, -1, 600, "deadline"),
-    (0, False, True, -1, None, "deadline"),
-    (0, False, False, 100, 600, None),
-  ],
-)
-def test_when_a_slice_removes_itself(host, seconds_ago, alive, stopped, deadline, idle, why):
-  began(host, phase="ended", ended=time.time() - 1000, code=0)
-  agent.write_json(host.home / "spec.json", {"idle": idle})
-  os.utime(host.home / "contact", (time.time() - seconds_ago,) * 2)
-  if stopped:
-    (host.home / "stop").touch()
-  if deadline:
-    (host.home / "deadline").write_text(str(time.time() + deadline))
-  with agent.locked(host.home / ("attempt.lock" if alive else "other.lock"), 0):
-    assert host.why_remove() == why
-
-
 def test_a_trainer_is_asked_to_end_once_whoever_asks(host):
   code = (
     "import signal, time; n = 0\ndef count(*_):\n  global n; n += 1\n"
     "signal.signal(signal.SIGTERM, count); print(flush=True)\n"
-    "signal.signal(signal.SIGUSR1, lambda *_: (print(n, flush=True), exit()))\nwhile True: time.sleep(1)"
+    "signal.signal(signal.SIGUSR1, lambda *_: (print(n, flush=True), exit()))\n"
+    "while True: time.sleep(1)"
   )
   with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
     trainer.stdout.readline()
-    with agent.locked(host.home / "attempt.lock", 0):
+    with files.locked(host.home / "attempt.lock", 0):
       began(host, pid=trainer.pid)
       host.stop()
       host.stop()
@@ -232,5 +225,5 @@ def test_a_trainer_is_asked_to_end_once_whoever_asks(host):
 def test_the_file_of_secrets_is_no_shell(tmp_path):
   path = tmp_path / "env"
   path.write_text("# a comment\nTOKEN=a=b $(touch x) 'c\"\n\nEMPTY=\n")
-  assert agent.read_environment(path) == {"TOKEN": "a=b $(touch x) 'c\"", "EMPTY": ""}
+  assert install.read_environment(path) == {"TOKEN": "a=b $(touch x) 'c\"", "EMPTY": ""}
   assert path.stat().st_mode & 0o777 == 0o600

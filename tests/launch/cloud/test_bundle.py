@@ -1,4 +1,4 @@
-"""Hosts get the code as it is on disk: changes and new files of the packages, and nothing that should stay at home."""
+"""Hosts get the code as it is on disk: with changes and new modules, without private files."""
 
 import subprocess
 import tarfile

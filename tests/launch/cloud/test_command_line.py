@@ -1,5 +1,6 @@
-"""What a person types: told what is wrong in one sentence, quoted once, and shown before it is run."""
+"""The command line: errors in one sentence, one level of quoting, lines shown before they run."""
 
+import hashlib
 import os
 import pathlib
 import shlex
@@ -41,7 +42,7 @@ def settings(*words):
     (["status", "r1"], "--project is needed"),
     (["status", "r1", "--project=my-project"], "--zone is needed"),
     (["status", "r1", *WHERE[:2]], "--bucket is needed"),
-    (["status", "r1", *WHERE, "--fast"], "--fast"),
+    (["status", "r1", *WHERE, "--fast"], "no option --fast"),
     (["status", "Run", *WHERE], "run name 'Run'"),
     (["down", *WHERE], "run name ''"),
     (["logs", "r1", *WHERE, "--worker=1-2"], "--worker '1-2'"),
@@ -54,7 +55,7 @@ def settings(*words):
     ([*UP, "--max-hours=0"], "--max-hours 0"),
     ([*UP, "--autocheckpoint"], "--autocheckpoint"),
     ([*UP, "--label=Team=x"], "--label Team=x"),
-    ([*UP, "--label=run=x"], "the launcher's own"),
+    ([*UP, "--label=run=x"], "set by the launcher"),
     ([*UP, "--label=team"], "KEY=VALUE"),
     ([*UP, "--secret=KEY=the value itself"], "never its value"),
     ([*UP, "--service-account=me"], "--service-account"),
@@ -63,7 +64,7 @@ def settings(*words):
     ([*UP, "--config=configs/base.py"], "--config is given 2 times"),
     ([*UP[:4], *WHERE], "--config"),
     ([*UP, "--workdir=here"], "--workdir=here"),
-    ([*UP, "x", "y"], "no flag of the trainer"),
+    ([*UP, "x", "y"], "not a flag of the trainer"),
     ([*UP, "--zone=us west"], "--zone"),
     ([*UP, "--bucket=my-bucket"], "gs://BUCKET"),
     ([*UP, "--project=p;rm"], "--project"),
@@ -127,26 +128,44 @@ def test_every_line_survives_a_shell():
 
 def test_the_command_of_hosts_reaches_the_agent_as_words(tmp_path):
   place = Place("r1", "p", "z", "gs://b/it's $(a) folder")
-  folder = tmp_path / "tpu" / "r1"
+  folder = tmp_path / "a state" / "r1"
   folder.mkdir(parents=True)
-  (folder / "agent-abc.py").write_text("import sys; print(sys.argv[1:])")
-  done = subprocess.run(
-    ["bash", "-c", commands.agent(place, "abc", "tail", "3 ; false")],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stdout == f"{[place.url, 'tail', '3 ; false']}\n"
-  done = subprocess.run(
-    ["bash", "-c", commands.agent(place, "def", "status")],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    env=os.environ | {"PATH": "/bin:/usr/bin", "CLOUDSDK_CONFIG": str(tmp_path)},
-    check=True,
-  )
-  assert done.stdout.startswith("tpu-agent-failed ")
+  program = folder / "agent-abc.pyz"
+  program.write_text("import sys; print(sys.argv[1:])")
+  sha = hashlib.sha256(program.read_bytes()).hexdigest()
+  (tmp_path / "tpu-r1.env").write_text("A=b")
+  binaries = tmp_path / "bin"
+  binaries.mkdir()
+  for name, text in {
+    "sudo": 'shift; exec "$@"',
+    "gcloud": 'echo altered >"$4"; exit ${REFUSED:-0}',
+  }.items():
+    (binaries / name).write_text(f"#!/bin/sh\n{text}\n")
+    (binaries / name).chmod(0o755)
+
+  def run(sha, *words, **environment):
+    command = commands.agent(place, program.name, sha, *words)
+    return subprocess.run(
+      ["bash", "-c", command],
+      cwd="/",
+      capture_output=True,
+      text=True,
+      check=True,
+      env=os.environ
+      | {
+        "HOME": str(tmp_path),
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "TPU_STATE": str(tmp_path / "a state"),
+      }
+      | environment,
+    ).stdout
+
+  assert run(sha, "tail", "3 ; false") == f"{[place.url, 'tail', '3 ; false']}\n"
+  assert (folder / "env").read_text() == "A=b" and not (tmp_path / "tpu-r1.env").exists()
+  # What comes from the bucket is run only if it is what the launcher has put there.
+  assert run("0" * 64, "status").startswith("tpu-agent-failed 82 ")
+  assert run("0" * 64, "status", REFUSED="1").startswith("tpu-agent-failed 81 ")
+  assert list(folder.glob("agent-*")) == [program]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +187,7 @@ def test_dry_run_prints_lines_and_runs_none(verb, capsys):
   lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
   assert lines and all(line[0] == "gcloud" for line in lines)
   assert all(
-    not line[1:4] == ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line
+    line[1:4] != ["compute", "tpus", "queued-resources"] or "--zone=us-west4-a" in line
     for line in lines
   )
 
@@ -183,7 +202,7 @@ def test_the_request_says_what_was_asked_for():
     "--max-wait=2h",
     "--owner=Ann.B",
   )
-  line = commands.create(wanted, 3, wanted.max_wait)
+  line = commands.create(wanted, 3, wanted.max_wait, "boot.sh")
   for word in (
     "--node-count=2",
     "--node-prefix=r1",
@@ -195,7 +214,7 @@ def test_the_request_says_what_was_asked_for():
     "--network=net",
     "--labels=run=r1,owner=ann-b,attempt=3,launcher=resnet-pod,team=vision",
     "--valid-until-duration=7200s",
-    "--async",
+    "--metadata-from-file=startup-script=boot.sh",
     "--project=my-project",
     "--zone=us-west4-a",
   ):
@@ -214,7 +233,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1w", "1h30m", "nan"])
 def test_durations_that_are_none(text):
-  with pytest.raises(UsageError, match="is no duration"):
+  with pytest.raises(UsageError, match="is not a duration"):
     duration(text)
 
 
@@ -223,11 +242,17 @@ def test_durations_that_are_none(text):
   "stderr, kind",
   [
     (
-      "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource 'r' already exists",
+      (
+        "ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource "
+        "'r' already exists"
+      ),
       "exists",
     ),
     (
-      "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' was not found",
+      (
+        "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'r' "
+        "was not found"
+      ),
       "not_found",
     ),
     (
@@ -235,11 +260,17 @@ def test_durations_that_are_none(text):
       "permission",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded. Limit: 32",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been "
+        "exceeded. Limit: 32"
+      ),
       "quota",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric "
+        "'Requests' and limit 'Requests per minute'"
+      ),
       "throttled",
     ),
     ('ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity in the zone "z"', "capacity"),
@@ -247,7 +278,10 @@ def test_durations_that_are_none(text):
     ("ERROR: (gcloud.x) HTTPError 503: backend error", "unavailable"),
     ("ERROR: (gcloud.x) You do not currently have an active account selected.", "auth"),
     (
-      "ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions you specified did not hold.",
+      (
+        "ERROR: (gcloud.storage.cp) HTTPError 412: At least one of the pre-conditions "
+        "you specified did not hold."
+      ),
       "precondition",
     ),
     (
@@ -264,20 +298,31 @@ def test_durations_that_are_none(text):
     ("........ERROR: HTTPError 412\n.\n", "precondition"),
     ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
     (
-      "ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/quota-404-network' was not found",
+      (
+        "ERROR: (gcloud.x) NOT_FOUND: Resource "
+        "'projects/p/locations/z/queuedResources/quota-404-network' was not found"
+      ),
       "not_found",
     ),
     (
-      "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in project [rate-1].",
+      (
+        "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded in "
+        "project [rate-1]."
+      ),
       "quota",
     ),
     (
-      "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://b/forbidden/invalid_grant",
+      (
+        "ERROR: (gcloud.storage.cat) The following URLs matched no objects or "
+        "files:\ngs://b/forbidden/invalid_grant"
+      ),
       "not_found",
     ),
     (
-      "This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
-      "ERROR: (gcloud.x) Connection reset by peer",
+      (
+        "This command is authenticated with /tmp/test_a_quota_is_forbidden/token\n"
+        "ERROR: (gcloud.x) Connection reset by peer"
+      ),
       "unavailable",
     ),
   ],
@@ -327,7 +372,7 @@ def test_a_busy_service_is_asked_again_and_others_are_not(program):
   folder = program(
     'echo x >>$(dirname $0)/count; echo "ERROR: (gcloud.x) UNAVAILABLE: later" >&2; exit 1'
   )
-  with pytest.raises(GcloudError, match="^UNAVAILABLE: later$"):
+  with pytest.raises(GcloudError, match=r"^UNAVAILABLE: later$"):
     Gcloud(10, sleep=pauses.append).run(["gcloud", "x"])
   assert pauses == [2.0, 6.0] and (folder / "count").read_text() == "x\n" * 3
   program(

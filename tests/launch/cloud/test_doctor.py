@@ -1,4 +1,4 @@
-"""What doctor says of an account where all is well, and of ones where one thing is wrong."""
+"""The findings of doctor where all is well, and where one thing is wrong."""
 
 import json
 
@@ -86,7 +86,7 @@ def suspended(name, owner="me"):
   "changes, about, what, advice",
   [
     ({"version": {"Google Cloud SDK": "400.0.0"}}, "gcloud", "400.0.0", "gcloud components update"),
-    ({"auth": []}, "account", "nobody", "gcloud auth login"),
+    ({"auth": []}, "account", "no account", "gcloud auth login"),
     (
       {"services": WELL["services"][1:]},
       "APIs",
@@ -99,12 +99,12 @@ def suspended(name, owner="me"):
       "v5litepod-16 is not offered in us-west4-a",
       "regions-zones",
     ),
-    ({"quotas": []}, "quota", "none for v5litepod-16", "ask for it"),
+    ({"quotas": []}, "quota", "none for v5litepod-16", "request it"),
     (
       {"quotas": [QUOTA | {"quotaId": "TPUV4PodPerProjectPerZoneForTPUAPI"}]},
       "quota",
       "none for v5litepod-16",
-      "ask for it",
+      "request it",
     ),
     (
       {"buckets__describe": {"location": "EUROPE-WEST4"}},
@@ -133,7 +133,7 @@ def suspended(name, owner="me"):
     (
       {"buckets__get_iam_policy": {"bindings": WELL["buckets get-iam-policy"]["bindings"][:1]}},
       "service account",
-      "may not ask for the kind",
+      "may not read the metadata",
       "--role=roles/storage.legacyBucketReader",
     ),
     (
@@ -152,7 +152,7 @@ def suspended(name, owner="me"):
       {"quotas": GcloudError("permission", ["gcloud", "quotas"], "denied")},
       "quota",
       "could not be checked: denied",
-      "you may not look",
+      "you lack the permission",
     ),
   ],
 )

@@ -19,12 +19,15 @@ words=()
 for word in "$@"; do [[ $word == --* ]] || words+=("${word/gs:\/\//$CLOUD/}"); done
 case "${words[*]:0:2}" in
   "storage cp") mkdir -p "$(dirname "${words[3]}")"; cp "${words[2]}" "${words[3]}" ;;
-  "storage rsync") [[ -d ${words[2]} ]] && mkdir -p "${words[3]}" && cp -r "${words[2]}/." "${words[3]}" ;;
+  "storage rsync")
+    [[ -d ${words[2]} ]] && mkdir -p "${words[3]}" && cp -r "${words[2]}/." "${words[3]}" ;;
 esac
 """
 CURL = r"""#!/bin/bash
 case "${@: -1}" in
-  */prepare-url) echo gs://b/prep ;; */prepare-source) echo gs://b/images ;; */prepare-out) echo gs://b/shards ;;
+  */prepare-url) echo gs://b/prep ;;
+  */prepare-source) echo gs://b/images ;;
+  */prepare-out) echo gs://b/shards ;;
   */name) echo prep ;; */zone) echo projects/1/zones/us-west4-a ;; *) exit 22 ;;
 esac
 """

@@ -6,10 +6,11 @@ import json
 from launch.cloud.run import Run
 from launch.cloud.screen import Screen, View
 from launch.cloud.settings import Place, Settings
-from launch.cloud.states import Action, Memory, Node, Queued, Report, World
+from launch.cloud.world import Action, Memory, Node, Queued, Report, World
 
 LINE = (
-  "step 1200/112590  epoch 0.96  loss 6.1234  top1 1.0%  lr 0.1  grad 1.5  23456 img/s (367 per device)  MFU 31.0%"
+  "step 1200/112590  epoch 0.96  loss 6.1234  top1 1.0%  lr 0.1  grad 1.5  "
+  "23456 img/s (367 per device)  MFU 31.0%"
   "  step 50.0 ms (p99 60.0)  input wait 0.1%  ETA 1 h 33 min"
 )
 
@@ -69,7 +70,7 @@ def test_nothing_is_made_up():
   assert "none" in seen.block()[1]
 
 
-def test_when_hosts_are_silent_the_bucket_tells_of_them():
+def test_when_hosts_are_silent_the_bucket_shows_them():
   beat = {
     "slice": 0,
     "worker": 0,

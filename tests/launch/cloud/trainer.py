@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Stands in for the Python of a host and the trainer that it would run: makes 12 steps and a checkpoint every 4.
+"""A stand-in for the Python of a host and its trainer: 12 steps, and a checkpoint every 4.
 
-Started as `python -m trainer ...` by the agent. CLOUD/plan.json says {"pause": after this step, "ATTEMPT": {"HOST":
-[step, what]}}, where what is an exit code, "hang" or "crash".
+Started as `python -m trainer ...` by the agent. CLOUD/plan.json holds {"pause": after this step,
+"ATTEMPT": {"HOST": [step, what]}}, where what is an exit code, "hang" or "crash".
 """
 
 import faulthandler
@@ -24,7 +24,9 @@ def read_plan():
 
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
 faulthandler.register(signal.SIGUSR1)
-attempt = json.loads((home / "tpu" / os.environ["RUN"] / "spec.json").read_text())["attempt"]
+attempt = json.loads(pathlib.Path(os.environ["TPU_STATE"], "r1", "spec.json").read_text())[
+  "attempt"
+]
 print(f"attempt {attempt}: {sys.argv[1:]} {os.environ.get('SECRET')}", flush=True)
 for step in range(int(checkpoint.read_text() or 0) if checkpoint.exists() else 0, 12):
   time.sleep(0.05)
