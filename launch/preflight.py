@@ -99,9 +99,8 @@ def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> 
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
   seconds = time.perf_counter() - start
-  _section(
-    "Collectives of a step", collectives.describe(collectives.read(step.as_text() or "")) or ["none"]
-  )
+  found = collectives.describe(collectives.read(step.as_text() or ""))
+  _section("Collectives of a step", found or ["none"])
   _section(
     "Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis())
   )

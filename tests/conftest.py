@@ -1,4 +1,4 @@
-"""Compiled programs are shared by all tests and the processes that they start: compiling is most of their time."""
+"""All tests and the processes that they start share compiled programs."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-  """A folder of shards: 6 classes, each a hue with noise; 72 images of 20 to 28 px to train, 29 to evaluate."""
+  """A folder of shards: 6 classes, each a hue with noise; 72 and 29 images of 20 to 28 px."""
   folder, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
   rng = np.random.default_rng(0)
   for split, count in (("train", 72), ("val", 29)):

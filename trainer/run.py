@@ -128,7 +128,7 @@ class Run:
       self.clock,
       first_step=self.step,
       total_steps=self.lengths.last,
-      steps_per_epoch=self.lengths.per_epoch,
+      epoch=self.lengths.epoch,
       seconds_at_peak=flops.seconds_at_peak(
         program.model,
         program.abstract_state.for_eval(),

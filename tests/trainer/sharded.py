@@ -1,4 +1,4 @@
-"""Process of test_sharding.py: runs the tiny net on virtual devices in every way to shard it, and prints JSON.
+"""Process of test_sharding.py: runs small nets on virtual devices in every layout; prints JSON.
 
 JAX_NUM_CPU_DEVICES=8 python -m tests.trainer.sharded float32|float64 family ...
 JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS    (of two)
@@ -63,7 +63,8 @@ FAMILIES = {
     "8": (8, ACCUMULATE | {"model.bn_group": "2"}),
     "device": (4, ACCUMULATE | {"model.bn_group": "device"}),
   },
-  # A batch in one go, and in four, where groups make both the same but for the order of the running averages.
+  # A batch in one go, and in four, where groups make both the same but for the order of the running
+  # averages.
   "one": {"1": (1, {"model.bn_group": "1"})},
   "four": {"1": (1, ACCUMULATE | {"model.bn_group": "1"})},
   "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
@@ -104,7 +105,7 @@ def number_of_each(compiled):
 
 
 def kernel_bytes(tree):
-  """Returns {leaf: [bytes on the first device, bytes in all]} of the leaves with more than one dimension."""
+  """Return {leaf: [bytes on the first device, bytes in all]} of leaves that are no vectors."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): [
       leaf.addressable_shards[0].data.nbytes,
@@ -116,7 +117,7 @@ def kernel_bytes(tree):
 
 
 def start(program, host_state=None):
-  """Returns the state of step 0: initialised in place, or placed, for compiling the initialisation takes a while."""
+  """Return the state of step 0, made in place or, without compiling that, copied from the host."""
   shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
   if host_state is not None:
     return jax.device_put(host_state, shardings)
@@ -159,7 +160,7 @@ def run(dtype, num_devices, overrides, host_state=None):
 
 
 def move_checkpoints(dtype):
-  """Returns whether each layout restores the very bits that another saved, born as they would be on one device."""
+  """Return whether each layout restores what another saved bit for bit, and starts alike."""
 
   def build(num_devices, overrides):
     config = make_config(dtype, overrides)

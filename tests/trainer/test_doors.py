@@ -1,4 +1,4 @@
-"""What can be added from outside: a family, a loss, a mix, an optimizer, a schedule; and programs."""
+"""What can be added from outside: a family, a loss, a mix, an optimizer, a schedule."""
 
 import json
 import subprocess
@@ -104,7 +104,7 @@ def test_a_family_has_its_own_fields_only(config):
   with pytest.raises(ConfigError, match=r"config\.model\.\w+ is not a field of the model family"):
     config_lib.validate(resnet)
   resnet.model.name = f"{HERE}:Seen"
-  with pytest.raises(ConfigError, match="which is no trainer.models.family.Family"):
+  with pytest.raises(ConfigError, match=r"which is no trainer\.models\.family\.Family"):
     config_lib.validate(resnet)
 
 
@@ -115,7 +115,7 @@ def test_a_family_refuses_what_does_not_split(config):
 
 
 def test_all_collections_and_no_random_state_travel(tmp_path, config):
-  """Stopped anywhere and resumed, dropout and stochastic depth draw the same: equal in every bit."""
+  """Stopped anywhere and resumed, dropout and stochastic depth draw the same, bit for bit."""
   config.optimizer.ema_decay = 0.9
   train_lib.train(config, str(tmp_path / "quiet"))
   quiet = fingerprints(tmp_path / "quiet", 12)

@@ -99,7 +99,7 @@ def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
 
 
 class StopAt:
-  """Asks for a stop when it is asked for the n-th time: between steps, and between the batches of an evaluation."""
+  """A stop at the n-th time of asking: between steps, and between batches of an evaluation."""
 
   def __init__(self, n):
     self.left = n
@@ -113,7 +113,8 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
   run_config.total_steps, run_config.eval.every_steps, run_config.checkpoint.every_steps = 12, 5, 3
   train_lib.train(run_config, str(tmp_path / "quiet"))
   quiet = fingerprints(tmp_path / "quiet", 12)
-  # Asked once before it compiles, then by 12 steps and three evaluations of four batches; 8, 10, 17 and 22 fall into these.
+  # Asked once before it compiles, then by 12 steps and three evaluations of four batches; 8, 10, 17
+  # and 22 fall into these.
   for n in (2, 5, 8, 10, 14, 17, 22):
     workdir = tmp_path / f"stopped-{n}"
     with pytest.raises(Preempted) as stopped:
@@ -129,7 +130,7 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
 
 
 def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
-  """SIGTERM and kill -9 of a real process, while it starts, compiles, steps, evaluates and saves, end in the same bits."""
+  """SIGTERM and kill -9 in start, compilation, steps, evaluation and saving lose nothing."""
   overrides = (
     "total_steps=1000",
     "eval.every_steps=50",
@@ -183,7 +184,7 @@ def test_signal_before_anything_is_loaded(tmp_path, shards, number):
 
 
 def test_ctrl_c_with_decoding_processes(tmp_path, shards):
-  """Ctrl-C reaches every process of the group; the batches are those of a run without decoding processes."""
+  """Ctrl-C reaches every process of the group; the batches are those of a run in one process."""
   overrides = ("total_steps=600", "log.every_steps=10")
   args = command(tmp_path / "workers", shards, *overrides, "data.workers=2")
   with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -282,16 +283,22 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
   run_config.optimizer.lr_per_256 = 1e30
   with pytest.raises(NonFiniteError, match=r"Step \d+ is not finite \(loss .*learning rate"):
     train_lib.train(run_config, str(tmp_path))
-  for checkpoint in (tmp_path / "checkpoints").iterdir():
-    state = Checkpointer(Pod(run_config.pod), epath.Path(tmp_path), run_config, 0).restore_newest(
-      program_lib.build(run_config, 72).abstract_state
-    )[0]
+  abstract_state = program_lib.build(run_config, 72).abstract_state
+  checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert checkpoints
+  for step in reversed(checkpoints):
+    checkpointer = Checkpointer(Pod(run_config.pod), epath.Path(tmp_path), run_config, 0)
+    state, meta = checkpointer.restore_newest(abstract_state)
+    checkpointer.close()
+    assert meta["step"] == step
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
 def test_importing_everything_imports_neither_tensorflow_nor_torch():
   code = (
-    "import sys, trainer.train, trainer.__main__, trainer.report, input_pipeline.prepare, input_pipeline.loader\n"
+    "import sys, trainer.train, trainer.__main__, trainer.report, trainer.bench\n"
+    "import input_pipeline.prepare.__main__, input_pipeline.loader, input_pipeline.inspect\n"
     "sys.exit(', '.join({'tensorflow', 'torch'} & sys.modules.keys()) or 0)"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
@@ -346,7 +353,7 @@ def test_truncated_shard_is_named(tmp_path, run_config, shards):
 
 def test_workdir_that_cannot_be_written(tmp_path, run_config):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ConfigError, match="--workdir .* cannot be written"):
+  with pytest.raises(ConfigError, match=r"--workdir .* cannot be written"):
     train_lib.train(run_config, str(tmp_path / "file" / "run"))
 
 

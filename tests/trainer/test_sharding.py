@@ -1,4 +1,4 @@
-"""However a run is laid over devices and hosts it computes the same numbers, and nothing crosses devices that need not.
+"""Any layout over devices and hosts computes the same numbers, with no needless communication.
 
 The runs themselves are those of tests/trainer/sharded.py, in processes with eight virtual devices.
 """
@@ -120,8 +120,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch(seen):
 
 
 def test_statistics_within_a_device_cross_no_device(seen):
-  # One all-reduce is that of the gradients, with loss, accuracy and the mean of the running averages in it; the other one
-  # is the scalar that hosts agree with on stops and saves.
+  # One all-reduce is that of the gradients, with loss, accuracy and the mean of the running
+  # averages in it; the other is the scalar by which hosts agree on stops and saves.
   assert seen["float32"]["device"]["device"]["train_collectives"] == {"all-reduce": 2}
   assert seen["float32"]["device"]["half"]["train_collectives"] == {"all-reduce": 2}
   for mode in ("2", "4"):
@@ -155,7 +155,7 @@ def test_memory_is_that_of_a_shard(seen):
 
 
 def test_two_hosts_compute_the_same(seen):
-  """Host h holds the h-th half of every batch, and BN groups and shards cross the border between the hosts."""
+  """Host h holds the h-th half of every batch; BN groups and shards cross from host to host."""
   port = str(free_port())
   hosts = [launch("float32", "hosts", port, str(process), devices=4) for process in range(2)]
   for host in [results(process) for process in hosts]:

@@ -43,7 +43,7 @@ def run(tmp_path, config, monkeypatch, caplog):
       clock,
       first_step=0,
       total_steps=100,
-      steps_per_epoch=8.0,
+      epoch=lambda step: step / 8,
       **options,
     )
 

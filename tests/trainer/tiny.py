@@ -1,4 +1,4 @@
-"""Run file of the tests: a net with 5,146 parameters on 16 px images of 6 classes, 10 steps of 8 examples."""
+"""Run file of the tests: 5,146 parameters, 16 px images of 6 classes, 10 steps of 8 examples."""
 
 from configs import base
 

@@ -1,8 +1,9 @@
-"""Runs the trainer, and notes the rows that each host was fed and the loss of each step in every digit.
+"""Runs the trainer, and notes the rows that each host was fed and the exact loss of each step.
 
     python -m tests.trainer.traced FOLDER --config=... --workdir=...
 
-Writes FOLDER/rows-HOST.json, a list of steps of hashes of (image, label), and on host 0 FOLDER/losses.json.
+Writes FOLDER/rows-HOST.json, a list of steps of hashes of (image, label), and on host 0
+FOLDER/losses.json.
 """
 
 import hashlib

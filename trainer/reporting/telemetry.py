@@ -54,7 +54,7 @@ class Telemetry:
     *,
     first_step: int,
     total_steps: int,
-    steps_per_epoch: float,
+    epoch: Callable[[int], float],
     seconds_at_peak: float | None = None,
     exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
     reads: Callable[[], Mapping[str, int]] = dict,
@@ -67,14 +67,14 @@ class Telemetry:
       clock: wall time of the run by cause.
       first_step: steps taken before this process.
       total_steps: length of the run.
-      steps_per_epoch: for the epoch in the progress line.
+      epoch: returns the epochs after a step, for the progress line.
       seconds_at_peak: time of a step at the peak of all chips, for the MFU; None if unknown (see
         trainer.reporting.flops).
       exchange: exchanges dispatch times; called on every host at the end of each window.
       reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
     """
     self._config, self._clock = config, clock
-    self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+    self._total_steps, self._epoch = total_steps, epoch
     self._seconds_at_peak, self._exchange, self._reads = seconds_at_peak, exchange, reads
     directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
@@ -189,7 +189,7 @@ class Telemetry:
     scalars |= {f"read_{name}": count for name, count in self._reads().items()}
     self._open_window()
     self.write(step, "train", scalars | _memory())
-    epoch, waiting = step / self._steps_per_epoch, 100 * scalars["input_wait"]
+    epoch, waiting = self._epoch(step), 100 * scalars["input_wait"]
     if self._bar.disable:
       logging.info(
         "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  "
@@ -217,7 +217,7 @@ class Telemetry:
         f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
       )
 
-  def write(self, step: int, group: str, scalars: Mapping[str, Any]) -> None:
+  def write(self, step: int, group: str, scalars: Mapping[str, object]) -> None:
     """Write scalars named GROUP/NAME at a step to the event files, in the background."""
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
@@ -228,7 +228,7 @@ class Telemetry:
     logging.info(
       "step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples",
       step,
-      step / self._steps_per_epoch,
+      self._epoch(step),
       100 * result["top1"],
       100 * result["top5"],
       result["loss"],
