@@ -217,7 +217,7 @@ class Telemetry:
         f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
       )
 
-  def write(self, step: int, group: str, scalars: Mapping[str, Any]) -> None:
+  def write(self, step: int, group: str, scalars: Mapping[str, object]) -> None:
     """Write scalars named GROUP/NAME at a step to the event files, in the background."""
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
