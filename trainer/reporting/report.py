@@ -209,7 +209,7 @@ def _title(config: Mapping[str, Any] | None) -> str:
   model = ml_collections.ConfigDict(config["model"])
   try:
     return models.family_of(model).describe(models.own_fields(model))
-  except ValueError:  # a family from elsewhere that is not on this machine
+  except (ValueError, KeyError):  # a family that is not here, or a field of another version
     return model.name
 
 
