@@ -74,6 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.crop_area = (0.08, 1.0)  # random-resized crop: share of the image's area
   config.data.crop_aspect = (3 / 4, 4 / 3)  # random-resized crop: width over height, log-uniform
   config.data.flip = True  # mirror half of the training images
+  config.data.operations = ""  # on the host after crop and flip, see input_pipeline/augment.py
   config.data.mean = (123.675, 116.28, 103.53)  # RGB in 0..255, subtracted on the device
   config.data.std = (58.395, 57.12, 57.375)
   # Decoding processes; 0 decodes in threads of the trainer. -1 chooses: on 4 cores and more all but two of them, at

@@ -45,7 +45,7 @@ _RANGES = {
     lambda v: re.fullmatch("global|device|[1-9][0-9]*", v),
     "must be global, device or a number of examples",
   ),
-  "data.kind": _one_of(*sources.KINDS),
+  "data.kind": _one_of("auto", *sources.KINDS),
   "data.image_size": _AT_LEAST_1,
   "data.eval_image_size": _AT_LEAST_1,
   "data.eval_resize": _AT_LEAST_1,
@@ -324,14 +324,10 @@ def check_same_run(saved: dict[str, Any], config: ml_collections.ConfigDict, wor
   ]
   orders = [sources.order_of(v.get("data.kind"), v.get("data.path")) for v in (saved, values)]
   if orders[0] != orders[1]:
-    kinds, names = (
-      {"global": "array_record", "lanes": "stream", "parquet": "hf"},
-      {"global": "local", "lanes": "streamed", "parquet": "parquet"},
-    )
+    then, now = (sources.ORDERS.get(order, order) for order in orders)
     raise ConfigError(
-      f"{workdir} holds checkpoints of a run over {names[orders[0]]} data, which come in another order; "
-      f"give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or another "
-      "--workdir."
+      f"{workdir} holds checkpoints of a run whose examples are {then}; those of this config are "
+      f"{now}. Give the --config.data.kind and --config.data.path of that run, or another --workdir."
     )
   if differ:
     changes = ", ".join(

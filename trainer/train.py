@@ -539,8 +539,7 @@ def describe(
       f"  data      {config.data.path or config.data.kind}: {len(train_source):,} to train, {len(eval_source):,} to evaluate, "
       f"at {config.data.image_size} and {config.data.eval_image_size} px",
       "  order     "
-      + loader.describe_order(
-        train_source,
+      + train_source.describe_order(
         config.data,
         global_batch_size=config.global_batch_size,
         hosts=jax.process_count(),
