@@ -117,7 +117,7 @@ RUN: Fields = {
     "auto",
     "array_record: a global shuffle of local shards | stream: of shards anywhere, in lanes | "
     "folder | hf | synthetic | auto: hf for hf:..., stream for a URL, else by what the folder "
-    "holds | package.module:function of a source of one's own.",
+    "holds | package.module:Class of a source of one's own.",
     resume=YES,
   ),
   "data.train_split": Field("train", "Split that is trained on."),

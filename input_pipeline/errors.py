@@ -1,4 +1,4 @@
-"""What goes wrong with data, in two kinds: what stops a run, and what costs one record."""
+"""The two kinds of failure of data: one ends a run, the other costs one record."""
 
 
 class DataError(Exception):
@@ -10,5 +10,10 @@ class BadRecordError(Exception):
 
 
 def one_line(text: str) -> str:
-  """Returns `text` fit for a log, for it may quote damaged bytes: printable, not too long."""
+  """Return `text`, which may quote damaged bytes, fit for a log: printable, 300 characters."""
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
+
+
+def first_line(error: BaseException) -> str:
+  """Return the first line of the text of an error; "" if it has none."""
+  return (str(error).strip().splitlines() or [""])[0]

@@ -1,43 +1,59 @@
-"""Which example comes when: pure functions of the seed and the number of the example in the run.
+"""Orders of examples: pure functions of the seed and the number of the example in the run.
 
-Example number g is row g % B of step g // B of a run with batches of B examples over all hosts. No
-order here knows of hosts or processes, so none of them can change it, and any step is as near as
-the first.
+Example number g is row g % B of step g // B of a run with batches of B examples over all hosts.
+Hosts and processes are no arguments of an order, so they cannot change it, and any step can be the
+first.
 """
 
 from collections.abc import Sequence
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+
+def seeds(seed: int) -> tuple[int, int]:
+  """Return the seeds of the order and of the augmentation of a run.
+
+  Hashed, because Grain adds the epoch to its seed: seed 1 would repeat the epochs of seed 0.
+  """
+  order, augmentation = np.random.SeedSequence(seed).generate_state(2)
+  return int(order), int(augmentation)
+
+
+class IndexOrder(Protocol):
+  """An order by index, for sources with quick access to any example."""
+
+  def __getitem__(self, number: int) -> int | None:
+    """Return the index of example `number` of a run; None behind the last one."""
 
 
 class Run(NamedTuple):
   """Neighbouring records of one shard, to be read by one request."""
 
   first: int
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
 
 
 class Part(NamedTuple):
-  """Where examples come from: `slots` of the records of window `key`, in the order of the examples."""
+  """Origin of examples: `slots` of the records of window `key`, in the order of the examples."""
 
   key: tuple[int, ...]
   slots: np.ndarray
 
 
 class WindowedOrder(Protocol):
-  """An order whose examples come out of windows: sets of runs, of which each is read once."""
+  """An order whose examples come out of windows: sets of runs, each of which is read once."""
 
   def parts(self, first: int, count: int) -> list[Part]:
-    """Returns where the examples first, ..., first + count - 1 come from."""
+    """Return where the examples first, ..., first + count - 1 come from."""
 
-  def runs(self, key: tuple[int, ...]) -> Sequence[Run]:
-    """Returns the runs of a window; its slots count through them."""
+  def runs(self, key: tuple[int, ...]) -> list[Run]:
+    """Return the runs of a window; its slots count through them."""
 
 
 class GlobalShuffle:
-  """Each epoch is another permutation of all records: for sources with cheap random access."""
+  """Each epoch is another permutation of all examples; an IndexOrder."""
 
   def __init__(self, length: int, seed: int):
     import grain  # here, because it imports JAX, which takes seconds and `prepare` does without
@@ -45,19 +61,29 @@ class GlobalShuffle:
     self._order = grain.MapDataset.range(length).shuffle(seed=seed)
 
   def __getitem__(self, number: int) -> int:
-    """Returns the index of example `number` of a run."""
+    """Return the index of example `number` of a run."""
     return self._order[number]
+
+
+class OnePass:
+  """All examples once, in their order; an IndexOrder."""
+
+  def __init__(self, length: int):
+    self._length = length
+
+  def __getitem__(self, number: int) -> int | None:
+    return number if number < self._length else None
 
 
 class LaneShuffle:
   """Each epoch is another permutation of all records, made for reading neighbours together.
 
   The records of each shard are cut into blocks of neighbours. An epoch shuffles the blocks of all
-  shards and deals the sequence to lanes, each its own stretch, as many records as the epoch takes
-  from that lane. Every batch takes the same number of rows from each lane, and a lane serves its
-  stretch in windows of a few blocks, each shuffled on its own. So a host reads only the blocks of
-  the lanes of its rows, whatever the number of hosts, and a batch mixes lanes x window blocks from
-  anywhere in the data. (Fixed lanes are what MosaicML Streaming calls canonical nodes.)
+  shards and cuts the sequence into one stretch per lane, as long as the number of records that the
+  epoch takes from that lane. Every batch takes the same number of rows from each lane, and a lane
+  serves its stretch in windows of a few blocks, each shuffled on its own. So a host reads only the
+  blocks of the lanes of its rows, whatever the number of hosts, and a batch mixes lanes x window
+  blocks from anywhere in the data. (MosaicML Streaming calls fixed lanes canonical nodes.)
   """
 
   def __init__(
@@ -70,7 +96,7 @@ class LaneShuffle:
     block: int,
     window: int,
   ):
-    """Cuts the shards into blocks.
+    """Cut the shards into blocks.
 
     Args:
       shard_counts: number of records of each shard.
@@ -87,10 +113,22 @@ class LaneShuffle:
     self._rows = batch_size // lanes  # of each lane in a batch
     self._lanes = np.arange(lanes)
     self._window = window
-    # Small caches: all lanes of two epochs.
+    self._make_caches()
+
+  def _make_caches(self) -> None:
+    """Cache what all lanes of two epochs need."""
+    lanes = len(self._lanes)
     self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
     self._stretch = functools.lru_cache(maxsize=2 * lanes)(self._make_stretch)
     self._permutation = functools.lru_cache(maxsize=2 * lanes)(self._make_permutation)
+
+  def __getstate__(self) -> dict[str, Any]:
+    caches = ("_epoch", "_stretch", "_permutation")
+    return {key: value for key, value in self.__dict__.items() if key not in caches}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._make_caches()
 
   def parts(self, first: int, count: int) -> list[Part]:
     """See WindowedOrder."""
@@ -118,17 +156,17 @@ class LaneShuffle:
     return runs[first : last + 1]
 
   def _taken(self, number: int) -> np.ndarray:
-    """Returns how many of the examples before `number` each lane has served, int64 [lanes]."""
+    """Return how many of the examples before `number` each lane has served, int64 [lanes]."""
     batches, rest = divmod(number, self._batch_size)
     return batches * self._rows + np.clip(rest - self._lanes * self._rows, 0, self._rows)
 
   def _random(self, n: int, *words: int) -> np.ndarray:
-    """Returns `n` numbers in [0, 1) that are a function of the seed and of up to three words."""
+    """Return `n` numbers in [0, 1) that are a function of the seed and of up to three words."""
     key = [self._seed, 0]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, *words])).random(n)
 
   def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the blocks in their order, where each ends in the epoch, and where each lane begins."""
+    """Return the blocks in their order, where each ends in the epoch, and where each lane begins."""
     # Not numpy's own shuffle, the algorithm of which may change with its version.
     blocks = np.argsort(self._random(len(self._firsts) - 1, epoch, 0, 0), kind="stable")
     ends = np.cumsum(np.diff(self._firsts)[blocks])
@@ -136,7 +174,7 @@ class LaneShuffle:
     return blocks, ends, np.concatenate([[0], np.cumsum(served)])
 
   def _make_stretch(self, epoch: int, lane: int) -> tuple[list[Run], np.ndarray]:
-    """Returns the runs of a lane in an epoch, and where its windows begin and the last one ends."""
+    """Return the runs of a lane in an epoch, and where its windows begin and the last one ends."""
     blocks, ends, lane_begins = self._epoch(epoch)
     begin, end = lane_begins[lane], lane_begins[lane + 1]
     if begin == end:
@@ -160,7 +198,7 @@ class LaneShuffle:
 
 
 class InOrder:
-  """All records in their order, once; the rows of a step are a window."""
+  """All records once, in their order; the rows of a step are a window."""
 
   def __init__(self, shard_counts: Sequence[int]):
     self._ends = np.cumsum(shard_counts)
@@ -179,7 +217,7 @@ class InOrder:
 
 
 def _block_firsts(shard_counts: Sequence[int], block: int) -> np.ndarray:
-  """Returns the index of the first record of each block and, last, the number of records."""
+  """Return the index of the first record of each block and, last, the number of records."""
   firsts, start = [], 0
   for count in shard_counts:
     blocks = max(1, count // block)

@@ -1,88 +1,72 @@
-"""Rows of batches: which examples a host has at a step, decoded into uint8 arrays."""
+"""Rows of batches: the examples of a host at a step, decoded into uint8 arrays."""
 
 import abc
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import functools
-import threading
 from typing import Any
 
 from absl import logging
 import numpy as np
 
-from input_pipeline import image
+from input_pipeline import augment, image
 from input_pipeline.errors import BadRecordError, DataError, one_line
-from input_pipeline.order import GlobalShuffle, InOrder, LaneShuffle, WindowedOrder
+from input_pipeline.order import seeds
 from input_pipeline.records import Record
-from input_pipeline.remote.read_ahead import ReadAhead
-from input_pipeline.sources import Source, StreamSource
-from input_pipeline.workers import processes, slots
+from input_pipeline.sources.base import Get, Reader
+from input_pipeline.workers import slots
 
+# image: uint8 [rows, size, size, 3] | label: int32 [rows] | bad: bool [rows], whether the record
+# could not be used | and in evaluation mask: bool [rows], whether the row is no padding.
 Batch = dict[str, np.ndarray]
 
 _NEIGHBOURS = 16  # tried in place of a record that cannot be decoded
 _GREY = 128  # of an evaluated image that cannot be decoded
 
-# Gives an example of a batch for 0, and for a larger number the n-th of those that may replace it.
-Get = Callable[[int], Record]
-
 
 class Notes:
-  """What happened while a batch was made; travels from a decoding process beside the arrays."""
+  """What happened while a batch was made; sent from a decoding process along with the arrays."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.reasons: list[str] = []  # of records that are bad
     self.fatal: str | None = None
     self.reads: collections.Counter[str] = collections.Counter()  # see Bucket.counters
 
   def add(self, other: "Notes") -> None:
-    """Adds what happened in another part of the same batch."""
+    """Add the notes of another part of the same batch."""
     self.reasons += other.reasons
     self.fatal = self.fatal or other.fatal
     self.reads += other.reads
 
 
-class Rows(abc.ABC):
-  """Makes this host's rows of one global batch. Called by Grain, in threads or processes.
+Made = tuple[Batch, Notes]
 
-  A task is a batch, or of streamed data one of `parts` parts of it: each process has its own part,
-  so that no two of them read the same blocks.
+
+class Rows(abc.ABC):
+  """Makes this host's rows of one batch, or a part of them. Called by Grain with the number of a
+  task, in threads or processes.
+
+  Attributes:
+    reader: where the examples come from.
+    workers: decoding processes; 0 decodes in threads of this one.
+    threads: decoding threads of each process; 0 decodes a batch when it is asked for.
+    slots: memory that processes write images to.
   """
 
-  def __init__(self, source: Source, data: Any, size: int, batch_size: int, host: int, hosts: int):
-    self._source = source
+  def __init__(self, reader: Reader, size: int, workers: int, threads: int):
+    self.reader = reader
+    self.workers, self.threads = workers, threads
+    self.slots: slots.Slots | None = None
     # Here and below plain values: attributes of a ConfigDict are slow, and this runs once per image.
     self._size = int(size)
-    self._rows = batch_size // hosts
-    self._batch_size = batch_size
-    self._offset = host * self._rows
-    self.workers, self.threads = processes.choose(data.workers, data.threads)
-    self._streamed = isinstance(source, StreamSource)
-    self.parts = max(1, self.workers) if self._streamed else 1
-    self.slots: slots.Slots | None = None  # where processes write the images
-    self._ahead = int(data.stream_ahead_steps)
-    self._requests = int(data.stream_requests)
-    self.steps = range(0)
-    self._forget_readers()
 
-  def _forget_readers(self) -> None:
-    self._readers: dict[int, ReadAhead] = {}
-    self._lock = threading.Lock()
+  def __call__(self, task: int) -> Made:
+    step, part = divmod(int(task), self.reader.parts)
+    return self.make(step, self.reader.examples(step, part), part)
 
-  def __getstate__(self) -> dict[str, Any]:
-    return {key: v for key, v in self.__dict__.items() if key not in ("_readers", "_lock")}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._forget_readers()
-
-  def __call__(self, task: int) -> tuple[Batch, Notes]:
-    step, part = divmod(int(task), self.parts)
-    return self.make(step, self._examples(part, step), part)
-
-  def make(self, step: int, examples: Iterable[Get], part: int = 0) -> tuple[Batch, Notes]:
-    """Makes a task of its examples."""
-    first, count = self._span(part, step)
+  def make(self, step: int, examples: Iterable[Get], part: int = 0) -> Made:
+    """Make a task of its examples."""
+    first, count = self.reader.span(step, part)
     batch, notes = self._empty(count), Notes()
     # Without a free slot Grain copies the array to shared memory of its own: slower, not wrong.
     claim = self.slots and self.slots.claim(count)
@@ -93,22 +77,22 @@ class Rows(abc.ABC):
     except DataError as e:
       # Carried, not raised, so that it arrives the same from a thread and from a process.
       notes.fatal = str(e)
-    if self._streamed:
-      notes.reads = self._source.bucket.drain_counters()
+    notes.reads = self.reader.drain_counters()
     if claim:
-      batch["image"] = claim.slot
+      batch["image"] = claim.slot  # type: ignore[assignment]  # until `open`
     return batch, notes
 
-  def open(self, element: tuple[Batch, Notes]) -> tuple[Batch, Notes]:
-    """Returns what a process made, with the images in place of the number of their slot."""
+  def open(self, element: Made) -> Made:
+    """Return what a process made, with the images in place of the number of their slot."""
     batch, notes = element
-    if isinstance(batch["image"], slots.Slot):
-      batch["image"] = self.slots.open(batch["image"])
+    slot: Any = batch["image"]
+    if self.slots and isinstance(slot, slots.Slot):
+      batch["image"] = self.slots.open(slot)
     return batch, notes
 
   def make_slots(self, count: int) -> None:
-    """Reserves shared memory for so many tasks of each process."""
-    rows = -(-self._rows // self.parts)
+    """Reserve shared memory for `count` tasks of each process."""
+    rows = -(-self.reader.rows // self.reader.parts)
     self.slots = slots.Slots((rows, self._size, self._size, 3), self.workers, count)
     logging.log_first_n(
       logging.INFO,
@@ -117,68 +101,18 @@ class Rows(abc.ABC):
       self.slots.nbytes / 2**30,
     )
 
-  def close(self) -> None:
-    """Stops reading ahead in this process."""
-    for reader in self._readers.values():
-      self._source.bucket.interrupt()  # first: closing waits for reads that are under way
-      reader.close()
-
-  def _span(self, part: int, step: int) -> tuple[int, int]:
-    """Returns the global number of the first example of a task, and how many it has."""
-    begin, end = (self._rows * p // self.parts for p in (part, part + 1))
-    return step * self._batch_size + self._offset + begin, end - begin
-
-  def _examples(self, part: int, step: int) -> Iterator[Get]:
-    """Yields the examples of a task."""
-    if self._streamed:
-      for index, data in self._reader(part).take(step):
-        yield functools.partial(self._get, index, data)
-    else:
-      first, count = self._span(part, step)
-      for number in range(first, first + count):
-        index = self._index(number)
-        if index is not None:
-          yield functools.partial(self._get, index, None)
-
-  def _get(self, index: int, data: Any, offset: int) -> Record:
-    """Returns an example or a neighbour of it, of `data` where that is read already."""
-    if data is not None and not offset:
-      return self._source.decode(index, data)
-    return self._source[(index + offset) % len(self._source)]
-
-  def _reader(self, part: int) -> ReadAhead:
-    with self._lock:
-      if part not in self._readers:
-        self._readers[part] = ReadAhead(
-          self._source.read_run,
-          self._windowed_order(),
-          functools.partial(self._span, part),
-          steps=self.steps,
-          ahead=self._ahead,
-          requests=self._requests,
-        )
-      return self._readers[part]
-
   @abc.abstractmethod
   def _empty(self, count: int) -> Batch:
-    """Returns `count` rows to be filled."""
-
-  @abc.abstractmethod
-  def _index(self, number: int) -> int | None:
-    """Returns the index of an example by its number; None if it only pads."""
-
-  @abc.abstractmethod
-  def _windowed_order(self) -> WindowedOrder:
-    """Returns the order of streamed data."""
+    """Return `count` rows to be filled."""
 
   @abc.abstractmethod
   def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
-    """Fills the rows of `batch`, the first of which is example number `first`; notes what fails."""
+    """Fill the rows of `batch`, the first of which is example number `first`; note what fails."""
 
   def _read(
     self, get: Get, offset: int, view: Callable[[bytes], None], notes: Notes
   ) -> tuple[Record | None, bool]:
-    """Returns the record, None if there is none, and whether `view` could use it; notes why not."""
+    """Return the record, None if there is none, and whether `view` could use it; note why not."""
     record = None
     try:
       record = get(offset)
@@ -202,86 +136,64 @@ class Draws:
 
   def __init__(self, seed: int):
     self._generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    self._start = self._generator.bit_generator.state
+    self._start: Any = self._generator.bit_generator.state
 
   def of(self, number: int) -> np.random.Generator:
-    """Returns the generator, at the start of the numbers of an example."""
+    """Return the generator, at the start of the numbers of an example."""
     self._start["state"]["key"][1] = number
     self._generator.bit_generator.state = self._start
     return self._generator
 
 
 class TrainRows(Rows):
-  """Rows of an endless run over the examples: each epoch another permutation of all of them."""
+  """Rows of a training run: random crop and flip, then the operations of the config."""
 
-  def __init__(self, source, data, batch_size, host, hosts, seed: int):
-    super().__init__(source, data, data.image_size, batch_size, host, hosts)
+  def __init__(self, reader: Reader, data: Any, workers: int, threads: int, seed: int):
+    super().__init__(reader, data.image_size, workers, threads)
     self._area = tuple(data.crop_area)
     self._aspect = tuple(data.crop_aspect)
     self._flip = bool(data.flip)
-    order_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2)
-    # Hashed, because Grain adds the epoch to its seed: seed 1 would repeat the epochs of seed 0.
-    self._order_seed, self._crop_seed = int(order_seed), int(crop_seed)
-    self._lanes, self._block, self._window = (
-      int(data[f"stream_{name}"]) for name in ("lanes", "block", "window")
-    )
-    self._order = GlobalShuffle(len(source), self._order_seed)
+    self._operations = augment.parse(data.get("operations", ""))
+    self._seed = seeds(seed)[1]
 
-  def _empty(self, count):
+  def _empty(self, count: int) -> Batch:
     return _empty_rows(count, self._size)
 
-  def _index(self, number):
-    return self._order[number]
-
-  def _windowed_order(self):
-    return LaneShuffle(
-      [shard.count for shard in self._source.shards],
-      self._order_seed,
-      self._batch_size,
-      lanes=self._lanes,
-      block=self._block,
-      window=self._window,
-    )
-
-  def _fill(self, batch, first, examples, notes):
-    draws = Draws(self._crop_seed)
+  def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
+    draws = Draws(self._seed)
     for row, get in enumerate(examples):
       view = functools.partial(self._view, draws, first + row, batch["image"][row])
       for offset in range(_NEIGHBOURS + 1):
         record, good = self._read(get, offset, view, notes)
-        if good:
+        if record and good:
+          batch["bad"][row] = offset > 0
+          batch["label"][row] = record.label
           break
       else:
         raise DataError(
           f"{_NEIGHBOURS + 1} neighbouring records cannot be decoded, the last is "
           f"{notes.reasons[-1]}; check the data."
         )
-      batch["bad"][row] = offset > 0
-      batch["label"][row] = record.label
 
   def _view(self, draws: Draws, number: int, out: np.ndarray, data: bytes) -> None:
-    """Writes the augmented image of example `number` to uint8 [size, size, 3]."""
+    """Write the augmented image of example `number` to uint8 [size, size, 3]."""
     rng = draws.of(number)
     image.train_view(data, rng, self._size, self._area, self._aspect, self._flip, out)
+    augment.apply(self._operations, out, rng)
 
 
 class EvalRows(Rows):
   """Rows of one pass over the examples in order, padded at the end."""
 
-  def __init__(self, source, data, batch_size, host, hosts):
-    super().__init__(source, data, data.eval_image_size, batch_size, host, hosts)
+  def __init__(self, reader: Reader, data: Any, workers: int, threads: int):
+    super().__init__(reader, data.eval_image_size, workers, threads)
     self._resize = int(data.eval_resize)
 
-  def _empty(self, count):
+  def _empty(self, count: int) -> Batch:
     return _empty_rows(count, self._size) | {"mask": np.zeros(count, bool)}
 
-  def _index(self, number):
-    return number if number < len(self._source) else None
-
-  def _windowed_order(self):
-    return InOrder([shard.count for shard in self._source.shards])
-
-  def _fill(self, batch, first, examples, notes):
+  def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
+    del first
     count = 0
     for row, get in enumerate(examples):
       batch["mask"][row] = True
@@ -296,5 +208,5 @@ class EvalRows(Rows):
     batch["image"][count:] = 0
 
   def _view(self, out: np.ndarray, data: bytes) -> None:
-    """Writes the central crop of an image to uint8 [size, size, 3]."""
+    """Write the central crop of an image to uint8 [size, size, 3]."""
     out[...] = image.eval_view(data, self._resize, self._size)

@@ -11,7 +11,9 @@ import ml_collections
 
 from configs import base, names
 from configs.fields import ASK, NO, YES, Field, problem
+from input_pipeline import augment as host_augment
 from input_pipeline import sources
+from input_pipeline.errors import DataError
 from trainer import augment, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 
@@ -118,7 +120,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
-  except ValueError as error:
+    host_augment.parse(config.data.operations)
+  except (ValueError, DataError) as error:
     raise ConfigError(str(error)) from error
 
 
@@ -263,12 +266,10 @@ def check_same_run(
   changes = {name: pair for name, pair in changes.items() if pair[0] != pair[1]}
   orders = [sources.order_of(v["data.kind"], v["data.path"]) for v in (saved, values)]
   if orders[0] != orders[1]:
-    kinds = {"global": "array_record", "lanes": "stream", "parquet": "hf"}
-    words = {"global": "local", "lanes": "streamed", "parquet": "parquet"}
+    then, now = (sources.ORDERS.get(order, order) for order in orders)
     raise ConfigError(
-      f"{workdir} holds checkpoints of a run over {words[orders[0]]} data, which come in another "
-      f"order; give --config.data.kind={kinds[orders[0]]} with a fitting --config.data.path, or "
-      "another --workdir."
+      f"{workdir} holds checkpoints of a run whose examples are {then}; those of this config are "
+      f"{now}. Give the config.data.kind and config.data.path of that run, or another --workdir."
     )
   rules = {name: fields[name].resume if name in fields else NO for name in changes}
   allowed = tuple(allowed_names(config.resume.allow))

@@ -31,6 +31,7 @@ from input_pipeline.prepare import archives as inputs
 from input_pipeline.prepare import hf as hf_inputs
 from input_pipeline.prepare import output as outputs
 from input_pipeline.prepare import pool, shards
+from input_pipeline.sources.base import HF_PREFIX
 from input_pipeline.workers import processes
 
 # Wanted size of a shard: large enough to be copied well, and 1,024 of them hold ImageNet.
@@ -194,8 +195,8 @@ def _check(args: argparse.Namespace) -> None:
     raise DataError(
       "give exactly one of --imagenet-train/--imagenet-val, --folder, --tar, --from, --digits."
     )
-  if args.hf and not args.hf.startswith(hf_inputs.PREFIX):
-    raise DataError(f"--from is {args.hf}; it must begin with {hf_inputs.PREFIX}.")
+  if args.hf and not args.hf.startswith(HF_PREFIX):
+    raise DataError(f"--from is {args.hf}; it must begin with {HF_PREFIX}.")
   if args.val_split and not args.hf:
     raise DataError("--val-split names a split of --from, which is not given.")
   if args.devkit and args.val_labels:

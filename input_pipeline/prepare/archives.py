@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from input_pipeline import sources
 from input_pipeline.errors import DataError
+from input_pipeline.sources import local
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val"}
 _BLOCK = 512  # bytes, of a tar
@@ -128,12 +128,12 @@ def from_folder(folder: str) -> Inputs:
   """
   if not os.path.isdir(folder):
     raise DataError(f"--folder {folder} is not a folder.")
-  present = [name for name in sources.list_classes(folder) if name in _SPLITS]
+  present = [name for name in local.list_classes(folder) if name in _SPLITS]
   roots = [(_SPLITS[name], os.path.join(folder, name)) for name in present] or [("train", folder)]
   found, ignored = [], 0
   for split, root in roots:
-    for name in sources.list_classes(root):
-      images = sources.list_images(os.path.join(root, name))
+    for name in local.list_classes(root):
+      images = local.list_images(os.path.join(root, name))
       ignored += len(os.listdir(os.path.join(root, name))) - len(images)
       for image in images:
         path = os.path.join(root, name, image)
@@ -319,7 +319,7 @@ def _scan_inner(path: str, offset: int, size: int) -> list[tuple[str, int, int]]
 
 def _is_image(name: str) -> bool:
   base = os.path.basename(name)
-  return base.lower().endswith(sources.IMAGE_SUFFIXES) and not base.startswith(".")
+  return base.lower().endswith(local.IMAGE_SUFFIXES) and not base.startswith(".")
 
 
 def _label(

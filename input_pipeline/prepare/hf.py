@@ -10,8 +10,7 @@ import numpy as np
 from input_pipeline.errors import DataError
 from input_pipeline.prepare.archives import Images
 from input_pipeline.sources import catalog, hf
-
-PREFIX = hf.PREFIX
+from input_pipeline.sources.base import HF_PREFIX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ def from_hf(path: str, val_split: str) -> HfInputs:
     val_split: name of what becomes val; "" is validation or val, where there is one.
 
   Raises:
-    DataError: as `hf.open_source`, and if the splits have other classes.
+    DataError: as `hf.HfSource`, and if the splits have other classes.
   """
   files, features = hf.find_splits(path)
   wanted = {"train": catalog.find_split("train", list(files), path)}
@@ -94,4 +93,4 @@ def from_hf(path: str, val_split: str) -> HfInputs:
   classes = found["train"].class_names
   if any(source.class_names != classes for source in found.values()):
     raise DataError(f"{path}: the splits {' and '.join(wanted.values())} have different classes.")
-  return HfInputs({"kind": "hf", "name": path.removeprefix(PREFIX)}, classes, found)
+  return HfInputs({"kind": "hf", "name": path.removeprefix(HF_PREFIX)}, classes, found)

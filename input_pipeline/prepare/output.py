@@ -15,6 +15,7 @@ from typing import Any
 from input_pipeline import records
 from input_pipeline.errors import DataError
 from input_pipeline.remote import fsspec as remote
+from input_pipeline.remote import has_scheme
 
 _BUCKET = "gs://"
 
@@ -205,6 +206,6 @@ def open_output(path: str) -> Output:
   """Returns the folder of `--out`; raises DataError for a scheme that is not known."""
   if path.startswith(_BUCKET):
     return Bucket(path)
-  if remote.is_remote(path):
+  if has_scheme(path):
     raise DataError(f"--out {path} is neither a folder nor {_BUCKET}BUCKET/FOLDER.")
   return Folder(path)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_line
+from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
 
@@ -31,11 +32,6 @@ class Stopped(Exception):
   """What `retried` raises when it is asked to stop."""
 
 
-def is_remote(path: str) -> bool:
-  """Tells whether a path names a scheme, as in gs://BUCKET/FOLDER."""
-  return "://" in path
-
-
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """Returns the file system of a URL or local path, and the path in it.
 
@@ -43,7 +39,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     DataError: nothing is installed for its scheme.
   """
   try:
-    if is_remote(url):
+    if has_scheme(url):
       limit_requests()
     return fsspec.core.url_to_fs(url)
   except (ImportError, ValueError) as e:  # the latter for a scheme that fsspec does not know
@@ -80,7 +76,7 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
     DataError: it failed for good, or too often.
     Stopped: `stop` is set.
   """
-  tries = _TRIES.get(what.split("://")[0], 2) if is_remote(what) else 1
+  tries = _TRIES.get(what.split("://")[0], 2) if has_scheme(what) else 1
   for attempt in range(tries):
     if stop is not None and stop.is_set():
       raise Stopped
@@ -118,8 +114,7 @@ def _status(error: Exception) -> int | None:
 
 def said(error: BaseException) -> str:
   """Returns an error as one line, without tokens and without signatures in URLs."""
-  line = (str(error).strip().splitlines() or [""])[0]
-  line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", line)
+  line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", first_line(error))
   line = re.sub(r"\b(hf_[A-Za-z0-9]{4,}|ya29\.[\w.-]+)", "***", line)
   for name in _TOKENS:
     if token := os.environ.get(name):
@@ -135,4 +130,4 @@ def open_file(url: str, size: int | None = None) -> Any:
     size: its length in bytes where it is known, which saves a request.
   """
   fs, path = filesystem(url)
-  return fs.open(path, cache_type="none", size=size) if is_remote(url) else fs.open(path)
+  return fs.open(path, cache_type="none", size=size) if has_scheme(url) else fs.open(path)

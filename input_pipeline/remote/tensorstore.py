@@ -18,7 +18,8 @@ from typing import Any
 from absl import logging
 import tensorstore as ts
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, first_line
+from input_pipeline.remote import has_scheme
 
 SCHEMES = ("gs", "s3", "http", "https", "file")
 
@@ -87,7 +88,7 @@ class Bucket:
       spec = ts.KvStore.Spec(f"{path.rstrip('/')}/{mark}{query}")
       self._store = ts.KvStore.open(spec, context=context).result(self._patience.give_up_seconds)
     except (ValueError, TimeoutError) as e:
-      raise DataError(f"{path} cannot be opened ({_first_line(e)}).") from e
+      raise DataError(f"{path} cannot be opened ({_reason(e)}).") from e
 
   def __getstate__(self) -> dict[str, Any]:
     return {key: self.__dict__[key] for key in ("url", "_patience")}
@@ -156,7 +157,7 @@ class Bucket:
       try:
         return self._once(send)
       except (ValueError, OSError, TimeoutError) as e:
-        reason = _first_line(e)
+        reason = _reason(e)
         if not isinstance(e, TimeoutError) and not _TRANSIENT.match(reason):
           if reason.startswith("OUT_OF_RANGE"):
             raise Changed(f"{self.path_of(what)} is shorter than it was; check the data.") from e
@@ -212,11 +213,6 @@ class Bucket:
         future.cancel()
 
 
-def has_scheme(path: str) -> bool:
-  """Tells SCHEME://... from the path of a folder."""
-  return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
-
-
 def limit_waits(seconds: float) -> None:
   """Makes TensorStore, which would wait for ever, give up a connection on which nothing comes.
 
@@ -227,5 +223,5 @@ def limit_waits(seconds: float) -> None:
   os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 
-def _first_line(error: BaseException) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _reason(error: BaseException) -> str:
+  return (first_line(error) or type(error).__name__)[:300]

@@ -58,7 +58,7 @@ class Shard(NamedTuple):
   """A file of records: name, number of records, and bytes and hash if they are written down."""
 
   name: str
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
   size: int | None
   sha256: str | None = None
 

@@ -1,8 +1,8 @@
 """Images in parquet files: of a data set of the Hugging Face hub, or of a folder, local or remote.
 
-The files and the features of a data set on the hub are found by `datasets`, which takes the token
-of the environment (HF_TOKEN). They are read by row group, which is what a shard is here: a hundred
-neighbouring images or some hundreds, in one request as a rule.
+`datasets` finds the files and the features of a data set on the hub, with the token of the
+environment (HF_TOKEN). The files are read by row group: some hundred neighbouring images, usually
+in one request.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,18 @@ import logging
 import os
 import re
 import threading
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 from input_pipeline.remote import fsspec as remote
-from input_pipeline.sources import catalog
+from input_pipeline.remote import has_scheme
+from input_pipeline.sources import catalog, hf_stream
+from input_pipeline.sources.base import HF_PREFIX, Plan, Reader, Source
 
-PREFIX = "hf:"
+if TYPE_CHECKING:
+  import datasets
+
 _FOOTER_THREADS = 32
 _DEPTH = 4  # of folders below the one that is given
 _SPLITS = {
@@ -36,23 +40,30 @@ class RowGroup(NamedTuple):
   """A part of a parquet file: `rows` examples in `bytes` bytes of the file."""
 
   file: int
-  index: int
+  index: int  # type: ignore[assignment]  # hides tuple.index
   rows: int
   bytes: int
 
 
-class HfSource:
+class HfSource(Source):
   """One split: its row groups, and how to read them. There is no quick access to one example.
 
   Attributes:
-    num_classes: labels are in 0..num_classes-1.
-    class_names: one per label.
     row_groups: all of them, in the order of the files.
-    fingerprint: changes if a file is added, renamed or cut differently; not if all of them move.
+    fingerprint: changes if a file is added, renamed or cut differently, but not if all files move.
   """
 
-  def __init__(self, path: str, files: Sequence[str], features: Any, num_classes: int | None):
-    """Reads the footer of each file.
+  order = "windows"
+  indexed = False
+
+  def __init__(
+    self,
+    path: str,
+    files: Sequence[str],
+    features: "datasets.Features | None",
+    num_classes: int | None,
+  ):
+    """Read the footer of each file.
 
     Args:
       path: what the user gave, for messages.
@@ -72,7 +83,7 @@ class HfSource:
       raise DataError(
         f"{path}: the column {self._label!r} does not say how many classes there are."
       )
-    self.class_names = tuple(names or map(str, range(num_classes)))
+    self.class_names = tuple(names or map(str, range(num_classes or 0)))
     self.num_classes = len(self.class_names)
     self.row_groups = tuple(self._row_groups())
     digest = hashlib.sha256(repr([os.path.basename(f) for f in files]).encode())
@@ -81,11 +92,18 @@ class HfSource:
     if not len(self):
       raise DataError(f"{path} holds no examples.")
 
+  @classmethod
+  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+    """See Source; `num_classes` is used where labels are plain integers."""
+    splits, features = find_splits(data.path)
+    name = catalog.find_split(split, list(splits), data.path)
+    return cls(data.path, splits[name], features, num_classes)
+
   def __len__(self) -> int:
     return sum(group.rows for group in self.row_groups)
 
   def only(self, groups: Sequence[RowGroup]) -> "HfSource":
-    """Returns a source of these row groups alone, which is quickly sent to another process."""
+    """Return a source of these row groups alone, which is quickly sent to another process."""
     part = copy.copy(self)
     files = sorted({group.file for group in groups})
     part._files, part._footers = [self._files[i] for i in files], [self._footers[i] for i in files]
@@ -106,10 +124,10 @@ class HfSource:
           yield RowGroup(number, index, group.num_rows, size)
 
   def read(self, group: RowGroup, stop: threading.Event | None = None) -> Iterator[Record]:
-    """Yields the examples of a row group, in order.
+    """Yield the examples of a row group, in order.
 
     Raises:
-      DataError: it cannot be read, or holds a label that is none.
+      DataError: it cannot be read, or holds a label that is out of range.
     """
     url = self._files[group.file]
     table = remote.retried(url, lambda: self._read_table(group), stop)
@@ -128,6 +146,21 @@ class HfSource:
         )
       yield Record(image or b"", label, shown)
 
+  def train_reader(self, plan: Plan) -> Reader:
+    """See Source."""
+    return hf_stream.train_reader(self, plan)
+
+  def eval_reader(self, plan: Plan) -> Reader:
+    """See Source."""
+    return hf_stream.eval_reader(self, plan)
+
+  def describe_order(self, data: Any, *, global_batch_size: int, hosts: int) -> str:
+    """See Source."""
+    del global_batch_size, hosts
+    return (
+      f"parquet, {data.hf_streams} row groups at once, shuffled in windows of {data.hf_window:,}"
+    )
+
   def _read_table(self, group: RowGroup) -> Any:
     import pyarrow
     from pyarrow import parquet
@@ -135,45 +168,29 @@ class HfSource:
     url, (size, footer) = self._files[group.file], self._footers[group.file]
     try:
       with remote.open_file(url, size) as f:
-        file = parquet.ParquetFile(f, metadata=footer, pre_buffer=remote.is_remote(url))
+        file = parquet.ParquetFile(f, metadata=footer, pre_buffer=has_scheme(url))
         return file.read_row_group(group.index, [self._image, self._label], use_threads=False)
     except pyarrow.ArrowInvalid as e:
       raise DataError(f"{url} is damaged: {remote.said(e)}.") from e
 
 
-def open_source(path: str, split: str, num_classes: int) -> HfSource:
-  """Opens one split.
-
-  Args:
-    path: `config.data.path`, with or without the prefix hf:.
-    split: its name; `val` and `validation` are taken for the same.
-    num_classes: taken where labels are plain integers.
-
-  Raises:
-    DataError: in one sentence, what does not fit.
-  """
-  splits, features = find_splits(path)
-  name = catalog.find_split(split, list(splits), path)
-  return HfSource(path, splits[name], features, num_classes)
-
-
-def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
-  """Returns the parquet files of each split, and the features where the data set declares them.
+def find_splits(path: str) -> "tuple[dict[str, list[str]], datasets.Features | None]":
+  """Return the parquet files of each split, and the features where the data set declares them.
 
   Args:
     path: [hf:]NAME[:CONFIG][@REVISION] on the hub, or a folder: local, gs://, https:// (where the
       server lists it).
 
   Raises:
-    DataError: there is no such thing, it is closed to this token, or it is not parquet.
+    DataError: there is no such data set, this token may not read it, or it is not parquet.
   """
   datasets = _import_datasets()
-  where = path.removeprefix(PREFIX)
+  where = path.removeprefix(HF_PREFIX)
   local = os.path.expanduser(where)
   try:
-    if remote.is_remote(where) or os.path.isdir(local):
+    if has_scheme(where) or os.path.isdir(local):
       splits, features = (
-        _in_folder(path, where.rstrip("/") if remote.is_remote(where) else local),
+        _in_folder(path, where.rstrip("/") if has_scheme(where) else local),
         None,
       )
     else:
@@ -196,25 +213,25 @@ def find_splits(path: str) -> tuple[dict[str, list[str]], Any]:
       if not file.endswith(".parquet"):
         raise DataError(
           f"{path} holds {os.path.basename(file)}, but only parquet is read; many data sets of the "
-          f"hub have a copy in parquet: give {PREFIX}NAME@refs/convert/parquet."
+          f"hub have a copy in parquet: give {HF_PREFIX}NAME@refs/convert/parquet."
         )
   return splits, features
 
 
 def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
-  """Returns the parquet files below a folder by split, told by their names as `datasets` does."""
+  """Return the parquet files below a folder by split, by their names as `datasets` does it."""
   fs, root = remote.filesystem(folder)
-  # With all sizes and names in one walk: `datasets` looks for dozens of patterns, each time anew.
+  # One walk for all names and sizes: `datasets` walks once for each of dozens of patterns.
   found = remote.retried(folder, lambda: sorted(fs.find(root, maxdepth=_DEPTH)))
   files = [name for name in found if name.endswith(".parquet")]
   if not files:
     raise DataError(
-      f"{path} holds no parquet files" + " that the server lists" * remote.is_remote(folder) + "."
+      f"{path} holds no parquet files" + " that the server lists" * has_scheme(folder) + "."
     )
   splits: dict[str, list[str]] = {}
   for file in files:
     splits.setdefault(_split_of(file.removeprefix(root)), []).append(
-      fs.unstrip_protocol(file) if remote.is_remote(folder) else file
+      fs.unstrip_protocol(file) if has_scheme(folder) else file
     )
   if list(splits) == [_OTHER]:
     splits = {"train": splits[_OTHER]}
@@ -222,7 +239,7 @@ def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
 
 
 def _split_of(name: str) -> str:
-  """Returns the split in the path of a file: SPLIT-00000-of-00009.parquet, or .../train/..."""
+  """Return the split in the path of a file: SPLIT-00000-of-00009.parquet, or .../train/..."""
   if numbered := re.fullmatch(r"(?:.*/)?([\w.]+)-\d{5}-of-\d{5}\.parquet", name):
     return numbered[1]
   words = re.split(r"[-._ /0-9]+", name)
@@ -233,7 +250,7 @@ def _import_datasets() -> Any:
   try:
     import datasets
   except ImportError as e:
-    raise DataError(f"{PREFIX} needs the library datasets ({e}): pip install -e '.[hf]'.") from e
+    raise DataError(f"{HF_PREFIX} needs the library datasets ({e}): pip install -e '.[hf]'.") from e
   datasets.disable_progress_bars()
   for name in ("httpx", "httpx2"):  # a line for each request
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -250,7 +267,7 @@ def _advice(error: Exception) -> str:
 
 
 def _read_footer(url: str) -> tuple[int, Any]:
-  """Returns the size of a parquet file and its metadata."""
+  """Return the size of a parquet file and its metadata."""
   import pyarrow
   from pyarrow import parquet
 
@@ -266,7 +283,7 @@ def _read_footer(url: str) -> tuple[int, Any]:
 
 
 def _columns(path: str, features: Any, footer: Any) -> tuple[str, str, Sequence[str] | None]:
-  """Returns the columns of images and of labels, and the names of the classes if there are any."""
+  """Return the columns of images and of labels, and the names of the classes if there are any."""
   import datasets
 
   features = features or datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())

@@ -1,35 +1,32 @@
-"""The order in which a host sees an `HfSource`, and its position in it, which can be saved.
+"""The order in which a host reads an `HfSource`, and its position in it, which can be saved.
 
 In each epoch the row groups are put in random order and dealt to the streams of all hosts. A host
-reads its streams side by side. What they give next, `window` examples in all, is shuffled as a
-whole, and used up while the next window is read. Every example is seen once in an epoch; a host
-that is done with its part of an epoch begins its part of the next. The parts of two hosts differ by
-a row group.
+reads its streams side by side. Their next `window` examples in all are shuffled as a whole, and
+used up while the next window is read. Every example is used once in an epoch; a host that has
+finished its part of an epoch begins its part of the next. The parts of two hosts differ by at most
+one row group.
 """
 
-import collections
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterator, Sequence
 import functools
 import itertools
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 import numpy as np
 
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
-from input_pipeline.sources.hf import HfSource, RowGroup
+from input_pipeline.sources.base import ENDLESS, Get, Plan, Position, Reader
 from input_pipeline.workers import processes
 from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
-Position = dict[str, Any]  # JSON-able
-Pick = Callable[[int], Record]  # gives an example for 0, those after it in its window for more
+if TYPE_CHECKING:
+  from input_pipeline.sources.hf import HfSource, RowGroup
 
-_ENDLESS = 2**62  # steps
-_KEPT = 64  # positions after this many of the last batches can be asked for
+_KEPT = 64  # of the batches that were returned, the positions of so many last ones
 
 
 class Stream:
@@ -37,7 +34,7 @@ class Stream:
 
   def __init__(
     self,
-    source: HfSource,
+    source: "HfSource",
     *,
     host: int,
     hosts: int,
@@ -47,7 +44,7 @@ class Stream:
     position: Position | None = None,
     epoch: int = 0,
   ):
-    """Starts to read.
+    """Start to read.
 
     Args:
       source: the examples of all hosts.
@@ -56,7 +53,7 @@ class Stream:
       streams: row groups that this host reads at once; fewer where there are not enough of them.
       window: examples that are shuffled together.
       seed: of the order; None is one pass in the order of the files.
-      position: what `position()` said; None is the start of `epoch`.
+      position: a result of `position()`; None is the start of `epoch`.
       epoch: where to start without a position.
     """
     self._source, self._host, self._hosts, self._seed = source, host, hosts, seed
@@ -68,19 +65,20 @@ class Stream:
     position = position or {"epoch": epoch, "window": 0, "used": 0, "streams": None}
     self._windows = self._read(position["epoch"], position["window"], position["streams"])
     self._next = self._ahead.submit(self._next_window)
-    self._start, self._records = position, []
+    self._start = position
+    self._records: list[Record] = []
     self._used = 0
     if position["used"]:
       self._turn()
       self._used = position["used"]
 
-  def take(self, count: int) -> list[Pick]:
-    """Returns the next examples; fewer than `count` only at the end of the one pass.
+  def take(self, count: int) -> list[Get]:
+    """Return the next examples; fewer than `count` only at the end of the one pass.
 
     Raises:
       DataError: a file cannot be read, or has changed.
     """
-    picks: list[Pick] = []
+    picks: list[Get] = []
     while len(picks) < count:
       if self._used == len(self._records) and not self._turn():
         break
@@ -90,15 +88,15 @@ class Stream:
     return picks
 
   def position(self) -> Position:
-    """Returns where the next `take` begins."""
+    """Return where the next `take` begins."""
     return self._start | {"used": self._used, "data": self._source.fingerprint}
 
   def close(self) -> None:
-    """Stops to read; waits for what is being read, but not for long."""
+    """Stop reading; wait a few seconds at most for reads that are under way."""
     self._stop.set()
     self._ahead.close()
     self._readers.close()
-    # A thread that comes back from C++ while the interpreter ends would abort the process.
+    # A thread that returns from C++ while the interpreter ends would abort the process.
     deadline = time.monotonic() + CLOSE_SECONDS
     self._readers.join(deadline)
     self._ahead.join(deadline)
@@ -107,7 +105,7 @@ class Stream:
     return next(self._windows, None)
 
   def _turn(self) -> bool:
-    """Goes to the next window, which is read already if all is well; tells whether there is one."""
+    """Proceed to the next window, which should be read already; return whether there is one."""
     window = self._next.result()
     if window is None:
       return False
@@ -119,7 +117,7 @@ class Stream:
   def _read(
     self, epoch: int, first: int, states: list[Any] | None
   ) -> Iterator[tuple[Position, list[Record]]]:
-    """Yields windows, from number `first` of `epoch` on, each with the position of its start."""
+    """Yield windows, from number `first` of `epoch` on, each with the position of its start."""
     while True:
       streams = self._open(epoch)
       if states:
@@ -134,7 +132,7 @@ class Stream:
           "streams": states or [stream.state_dict() for stream, _ in streams],
         }
         states = None
-        # A stream gives the same share of itself to each window: the last one is no smaller.
+        # Each window takes the same share of every stream, so the last one is no smaller.
         parts = [
           self._readers.submit(functools.partial(self._part, *each, number, count))
           for each in examples
@@ -152,7 +150,9 @@ class Stream:
         return
       epoch, first = epoch + 1, 0
 
-  def _part(self, examples: Iterator[Record], length: int, number: int, count: int) -> list[Record]:
+  def _part(
+    self, examples: Iterator[dict[str, Record]], length: int, number: int, count: int
+  ) -> list[Record]:
     wanted = length * (number + 1) // count - length * number // count
     found = [example["record"] for example in itertools.islice(examples, wanted)]
     if len(found) != wanted:
@@ -160,7 +160,7 @@ class Stream:
     return found
 
   def _open(self, epoch: int) -> list[tuple[Any, int]]:
-    """Returns the streams of this host in an epoch, each with its number of examples."""
+    """Return the streams of this host in an epoch, each with its number of examples."""
     import datasets
     import datasets.distributed
 
@@ -172,9 +172,8 @@ class Stream:
     whole = datasets.IterableDataset.from_generator(self._examples, gen_kwargs={"groups": groups})
     count, opened = self._streams * self._hosts, []
     for stream in range(self._streams):
-      number = (
-        stream * self._hosts + self._host
-      )  # those with a row group more than others are of different hosts
+      # So that the streams with a row group more than others belong to different hosts.
+      number = stream * self._hosts + self._host
       length = sum(group.rows for group in groups[number::count])
       if length:
         nodes = min(count, len(groups))  # the others have nothing
@@ -186,26 +185,26 @@ class Stream:
         )
     return opened
 
-  def _examples(self, groups: list[RowGroup]) -> Iterator[dict[str, Record]]:
+  def _examples(self, groups: "list[RowGroup]") -> Iterator[dict[str, Record]]:
     for group in groups:
       for record in self._source.read(group, self._stop):
         yield {"record": record}
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"data": self._source.fingerprint}  # `datasets` hashes what its generators refer to
+    return {"data": self._source.fingerprint}  # `datasets` hashes whatever its generators refer to
 
 
 def _pick(window: Sequence[Record], index: int, offset: int) -> Record:
   return window[(index + offset) % len(window)]
 
 
-def streams_of_a_host(source: HfSource, hosts: int, wanted: int) -> int:
-  """Returns how many row groups a host reads at once: at most as many as it has."""
+def streams_of_a_host(source: "HfSource", hosts: int, wanted: int) -> int:
+  """Return how many row groups a host reads at once: at most as many as it has."""
   return max(1, min(wanted, len(source.row_groups) // hosts))
 
 
-def examples_of_hosts(source: HfSource, hosts: int, streams: int) -> list[int]:
-  """Returns how many examples each host sees in a pass in the order of the files."""
+def examples_of_hosts(source: "HfSource", hosts: int, streams: int) -> list[int]:
+  """Return how many examples each host sees in a pass in the order of the files."""
   streams = streams_of_a_host(source, hosts, streams)
   rows = [group.rows for group in source.row_groups]
   return [
@@ -214,184 +213,115 @@ def examples_of_hosts(source: HfSource, hosts: int, streams: int) -> list[int]:
   ]
 
 
-class ReadAhead:
-  """Iterates over batches that are decoded in threads; knows the position after each of them."""
+class HfReader(Reader):
+  """The examples of a Stream by step, and the positions between the last steps."""
 
-  def __init__(
-    self,
-    stream: Stream,
-    make: Callable[[int, list[Pick]], Any],
-    *,
-    rows: int,
-    first_step: int,
-    end_step: int,
-    threads: int,
-    ahead: int,
-  ):
-    """Makes nothing before the first batch is asked for.
+  in_order = True
 
-    Args:
-      stream: where the examples come from.
-      make: makes the batch of a step of its examples, in any thread.
-      rows: examples of a batch.
-      first_step: number of the first batch.
-      end_step: number behind the last one; batches at the end may be short or empty.
-      threads: batches that are made at once.
-      ahead: batches made before they are asked for.
-    """
-    self._stream, self._make, self._rows = stream, make, rows
-    self._step, self._end, self._ahead = first_step, end_step, max(ahead, threads)
-    self._pool = Threads(threads, "hf-decode")
-    self._waiting: collections.deque[futures.Future[Any]] = collections.deque()
-    self._positions = {first_step: stream.position()}
+  def __init__(self, stream: Stream, plan: Plan, steps: range):
+    super().__init__(plan, steps)
+    self._stream = stream
+    # Of the batches that threads decode ahead, and of those that were returned before.
+    ahead = max(plan.data.prefetch_batches, processes.choose_threads(plan.data.threads))
+    self._kept = ahead + _KEPT
+    self._positions = {steps.start: stream.position()}
 
-  def __iter__(self) -> "ReadAhead":
-    return self
-
-  def __next__(self) -> Any:
-    while self._step < self._end and len(self._waiting) <= self._ahead:
-      batch = functools.partial(self._make, self._step, self._stream.take(self._rows))
-      self._waiting.append(self._pool.submit(batch))
-      self._step += 1
-      self._positions[self._step] = self._stream.position()
-      self._positions.pop(self._step - self._ahead - _KEPT, None)
-    if not self._waiting:
-      raise StopIteration
-    return self._waiting.popleft().result()
+  def examples(self, step: int, part: int = 0) -> list[Get]:
+    """See Reader."""
+    del part
+    picks = self._stream.take(self.rows)
+    self._positions[step + 1] = self._stream.position()
+    self._positions.pop(step + 1 - self._kept, None)
+    return picks
 
   def position(self, step: int) -> Position:
-    """Returns the position between the batches `step - 1` and `step`, if that is not long ago."""
+    """See Reader."""
     return self._positions[step]
 
   def close(self) -> None:
-    """Stops all threads."""
-    self._pool.close()
+    """See Reader."""
     self._stream.close()
-    self._pool.join(time.monotonic() + CLOSE_SECONDS)
 
 
-def train(
-  source: HfSource,
-  data: Any,
-  make: Callable[[int, list[Pick]], Any],
-  *,
-  seed: int,
-  global_batch_size: int,
-  first_step: int,
-  host: int,
-  hosts: int,
-  positions: Sequence[Position] | None,
-) -> ReadAhead:
-  """Returns the endless batches of a host; see `loader.train_batches`."""
-  if len(source.row_groups) < hosts:
+def train_reader(source: "HfSource", plan: Plan) -> HfReader:
+  """Return the examples of a training run; see `Source.train_reader`."""
+  data, groups = plan.data, len(source.row_groups)
+  if groups < plan.hosts:
     raise DataError(
-      f"the parquet files have {len(source.row_groups)} row groups, fewer than the {hosts} hosts; "
-      "make shards with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with "
-      "smaller row groups."
+      f"the parquet files have {groups} row groups, fewer than the {plan.hosts} hosts; make shards "
+      "with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row "
+      "groups."
     )
-  if host == 0:
-    _describe(source, hosts, data.hf_streams, data.hf_window)
-  epoch = first_step * global_batch_size // len(source)
+  if plan.host == 0:
+    _describe(source, plan.hosts, data.hf_streams, data.hf_window)
+  epoch = plan.first_step * plan.batch_size // len(source)
   stream = Stream(
     source,
-    host=host,
-    hosts=hosts,
+    host=plan.host,
+    hosts=plan.hosts,
     streams=data.hf_streams,
     window=max(1, data.hf_window),
-    seed=seed,
-    position=_resumed(source, positions, host, hosts, epoch, first_step),
+    seed=plan.seed,
+    position=_resumed(source, plan, epoch),
     epoch=epoch,
   )
-  return ReadAhead(
-    stream,
-    make,
-    rows=global_batch_size // hosts,
-    first_step=first_step,
-    end_step=_ENDLESS,
-    threads=processes.choose_threads(data.threads),
-    ahead=data.prefetch_batches,
-  )
+  return HfReader(stream, plan, range(plan.first_step, ENDLESS))
 
 
-def evaluate(
-  source: HfSource,
-  data: Any,
-  make: Callable[[int, list[Pick]], Any],
-  *,
-  batch_size: int,
-  host: int,
-  hosts: int,
-) -> ReadAhead:
-  """Returns the batches of a host in one pass: as many as the host with the most examples needs."""
-  rows = batch_size // hosts
+def eval_reader(source: "HfSource", plan: Plan) -> HfReader:
+  """Return the examples of one pass, in as many steps as the host with the most of them needs."""
+  data, rows = plan.data, plan.batch_size // plan.hosts
   stream = Stream(
     source,
-    host=host,
-    hosts=hosts,
+    host=plan.host,
+    hosts=plan.hosts,
     streams=data.hf_streams,
     window=min(data.hf_window, 4 * rows),
     seed=None,
   )
-  most = max(examples_of_hosts(source, hosts, data.hf_streams))
-  return ReadAhead(
-    stream,
-    make,
-    rows=rows,
-    first_step=0,
-    end_step=-(-most // rows),
-    threads=processes.choose_threads(data.threads),
-    ahead=data.prefetch_batches,
-  )
+  most = max(examples_of_hosts(source, plan.hosts, data.hf_streams))
+  return HfReader(stream, plan, range(-(-most // rows)))
 
 
-def _resumed(
-  source: HfSource,
-  positions: Sequence[Position] | None,
-  host: int,
-  hosts: int,
-  epoch: int,
-  first_step: int,
-) -> Position | None:
-  """Returns this host's position of those in a checkpoint; None, with a warning, if they do not fit."""
+def _resumed(source: "HfSource", plan: Plan, epoch: int) -> Position | None:
+  """Return this host's position in a checkpoint; None, with a warning, if the positions do not fit."""
+  positions, hosts = plan.positions, plan.hosts
   if (
     positions
     and len(positions) == hosts
     and all(p["data"] == source.fingerprint for p in positions)
   ):
-    return positions[host]
-  if first_step:
-    why = "holds no position in this kind of data"
+    return positions[plan.host]
+  if plan.first_step:
+    why = "there is none for this kind of data"
     if positions:
       why = (
-        "is that of other files"
+        "the one that it has is that of other files"
         if len(positions) == hosts
-        else f"is that of {len(positions)} hosts, not {hosts}"
+        else f"the one that it has is that of {len(positions)} hosts, not {hosts}"
       )
     logging.warning(
-      "The position in the data that the checkpoint of step %d has %s, so the order changes: "
-      "epoch %d begins anew, "
-      "in a new order, and some of its examples are seen twice.",
-      first_step,
+      "The checkpoint of step %d holds no position that fits the data: %s. So the order changes: "
+      "epoch %d begins anew, in another order, and some of its examples are used twice.",
+      plan.first_step,
       why,
       epoch,
     )
   return None
 
 
-def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
-  """Logs what a host reads and holds, and warns where hosts cannot share the work well."""
+def _describe(source: "HfSource", hosts: int, streams: int, window: int) -> None:
+  """Log what a host reads and holds, with a warning where the hosts cannot share evenly."""
   files, groups = len({group.file for group in source.row_groups}), len(source.row_groups)
   size = sum(group.bytes for group in source.row_groups)
   mean = size / len(source)
+  largest = max(group.bytes for group in source.row_groups)
   streams = streams_of_a_host(source, hosts, streams)
-  # Two windows, and of each row group the bytes of the file and what they become.
-  held = 2 * min(window, len(source) / hosts) * mean + 2 * streams * max(
-    group.bytes for group in source.row_groups
-  )
+  # Two windows, and of each open row group its bytes in the file and their records.
+  held = 2 * min(window, len(source) / hosts) * mean + 2 * streams * largest
   logging.info(
     "Streaming %s examples, %.1f GiB, in %d row groups of %d files: each host reads %d at once and "
-    "shuffles windows of "
-    "%d examples, about %.0f MiB in memory.",
+    "shuffles windows of %d examples, about %.0f MiB in memory.",
     f"{len(source):,}",
     size / 2**30,
     groups,
@@ -404,8 +334,8 @@ def _describe(source: HfSource, hosts: int, streams: int, window: int) -> None:
     logging.warning(
       "%d row groups do not divide evenly over %d hosts with %d streams each: some hosts have up to "
       "a row group more than others, which begin the next epoch earlier; "
-      "`python -m input_pipeline.prepare --from hf:...` makes "
-      "shards that any number of hosts shares exactly.",
+      "`python -m input_pipeline.prepare --from hf:...` makes shards that any number of hosts "
+      "shares exactly.",
       groups,
       hosts,
       streams,

@@ -28,10 +28,10 @@ import time
 from typing import Any, NamedTuple
 
 from configs import base
-from input_pipeline import image, loader, sources
+from input_pipeline import image, loader
 from input_pipeline.errors import DataError
-from input_pipeline.tools import bench_data
-from input_pipeline.tools import rivals as peers
+from input_pipeline.sources import Source
+from input_pipeline.tools import bench_data, rivals
 
 _CHIP_IMAGES, _CHIP_SECONDS = 128, 0.070  # per step of a TPU v5e
 _SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has nothing more to do ahead
@@ -63,7 +63,7 @@ class Turn(NamedTuple):
 
 
 def ours(
-  source: sources.Source, batch_size: int, train: bool, workers: int = 0, timed: bool = False
+  source: Source, batch_size: int, train: bool, workers: int = 0, timed: bool = False
 ) -> tuple[Iterator[Any], collections.Counter]:
   """Returns batches of this package and, if `timed`, the CPU seconds by stage."""
   data = base.get_config().data
@@ -295,8 +295,8 @@ def _run(args: argparse.Namespace, folder: str) -> None:
 
   own, timed, worker = "ours", "timed", "ours, through a decoding process"
   many = f"ours, through {cores} decoding processes"
-  # Streamed data are measured as they are: a sample would have to be read record by record.
-  measured = source if isinstance(source, sources.StreamSource) else sample
+  # Of streamed data no sample is measured: it would be read record by record.
+  measured = sample if source.order == "shuffle" else source
   mine = functools.partial(functools.partial, ours, measured, args.batch_size)
   train = [
     Contestant(own, mine(True)),
@@ -312,7 +312,7 @@ def _run(args: argparse.Namespace, folder: str) -> None:
   evaluation = [Contestant(own, mine(False))]
   if args.peers:
     for contestants, task in ((train, "TRAIN"), (evaluation, "EVAL")):
-      for name, make in peers.installed(task):
+      for name, make in rivals.installed(task):
         make = functools.partial(make, examples, args.batch_size)
         contestants.append(Contestant(name, make))
 

@@ -11,17 +11,19 @@ import numpy as np
 from PIL import Image
 
 from configs import base
-from input_pipeline import image, records, sources
+from input_pipeline import image, records
+from input_pipeline.errors import DataError
 from input_pipeline.prepare import shards
-from input_pipeline.sources import catalog
+from input_pipeline.sources import Source, catalog, open_source
+from input_pipeline.sources.array_record import ArrayRecordSource
 
 _IMAGENET = 1_281_167  # examples; what is few is repeated to as many, for shuffling few costs more
 
 
-class Sample:
+class Sample(Source):
   """Some examples of a source, over and over."""
 
-  def __init__(self, source: sources.Source, count: int):
+  def __init__(self, source: Source, count: int):
     """Takes up to `count` examples, evenly over the source."""
     step = max(1, len(source) // count)
     self.num_classes, self.class_names = source.num_classes, source.class_names
@@ -39,7 +41,7 @@ class Sample:
     return [self[i] for i in range(len(self._indices))]
 
 
-def open_data(path: str, split: str, count: int, folder: str) -> sources.Source:
+def open_data(path: str, split: str, count: int, folder: str) -> Source:
   """Opens what a bench is to read.
 
   Args:
@@ -56,15 +58,16 @@ def open_data(path: str, split: str, count: int, folder: str) -> sources.Source:
   expanded = pathlib.Path(path).expanduser().absolute()
   if next(expanded.glob("*/*.[Jj][Pp]*[Gg]"), None):  # CLASS/*.JPEG without SPLIT/
     data.path, split, data.kind = str(expanded.parent), expanded.name, "folder"
-  source = sources.open_source(data, split, None)
-  if isinstance(source, sources.FolderSource):
-    return write_shard(folder, Sample(source, count).once())
-  return source
+  source = open_source(data, split, None)
+  if not source.indexed:
+    raise DataError(
+      f"{path} has no access by index, which a bench needs; make shards of it with "
+      "`python -m input_pipeline.prepare --from` and measure those."
+    )
+  return source if source.shards else write_shard(folder, Sample(source, count).once())
 
 
-def write_shard(
-  folder: str, examples: Sequence[records.Record], max_size: int = 0
-) -> sources.Source:
+def write_shard(folder: str, examples: Sequence[records.Record], max_size: int = 0) -> Source:
   """Writes examples to an ArrayRecord file as `prepare` does, with --max-size if it is not 0."""
   name = f"{max_size}.array_record"
   writer = array_record_module.ArrayRecordWriter(os.path.join(folder, name), records.WRITER_OPTIONS)
@@ -76,7 +79,7 @@ def write_shard(
   writer.close()
   classes = [str(i) for i in range(1 + max(e.label for e in examples))]
   shard = catalog.Shard(name, len(examples), None)
-  return sources.ArrayRecordSource(catalog.LocalFolder(folder), catalog.Split([shard], classes, ""))
+  return ArrayRecordSource(catalog.LocalFolder(folder), catalog.Split([shard], classes, ""))
 
 
 def _photograph(seed: int) -> bytes:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from input_pipeline import loader
 from input_pipeline.records import Record
+from input_pipeline.rows import Batch
 from input_pipeline.sources import Source
 
 _COLUMNS = 8
@@ -28,7 +29,7 @@ class Section(NamedTuple):
   bad: np.ndarray
 
 
-class _Part:
+class _Part(Source):
   """Some of the examples of a source, in a given order."""
 
   def __init__(self, source: Source, indices: Sequence[int]):
@@ -78,7 +79,7 @@ def _alone(data: Any) -> Any:
   return data
 
 
-def _section(title: str, source: Source, batch: loader.Batch) -> Section:
+def _section(title: str, source: Source, batch: Batch) -> Section:
   captions = [f"{source.class_names[label]} ({label})" for label in batch["label"].tolist()]
   return Section(title, batch["image"], captions, batch["bad"])
 

@@ -13,10 +13,9 @@ command line is wrong.
 """
 
 import collections
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent import futures
 import dataclasses
-import functools
 import os
 import re
 import sys
@@ -28,11 +27,9 @@ import numpy as np
 from configs import base
 from input_pipeline import sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
-from input_pipeline.order import InOrder
 from input_pipeline.prepare import shards as shards_lib
 from input_pipeline.prepare.progress import Progress
-from input_pipeline.records import Record
-from input_pipeline.sources import ShardedSource, Source, StreamSource
+from input_pipeline.sources import Source
 from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
@@ -124,10 +121,10 @@ def inspect(options: flags.FlagValues) -> list[str]:
     DataError: the data cannot be opened.
   """
   data = options.config.data
-  if sources.order_of(data.kind, data.path) == "parquet":
+  if not sources.source_class(data.kind, data.path).indexed:
     raise DataError(
-      f"{data.path} is parquet, which has no checksums and no access by index; make shards of it "
-      "with `python -m input_pipeline.prepare --from` and look at those."
+      f"{data.path} has neither checksums nor access by index; make shards of it with "
+      "`python -m input_pipeline.prepare --from` and inspect those."
     )
   # Without a run file the base config stands for what the loader does, not for a model.
   num_classes = options.config.model.num_classes
@@ -164,7 +161,7 @@ def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[s
 def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> list[str]:
   """Prints what is in a split; returns what is wrong with it."""
   wrong = []
-  shards = source.shards if isinstance(source, ShardedSource) else []
+  shards, folder = source.shards, source.folder
   hashed = bool(shards) and all(shard.sha256 for shard in shards)
   everything = range(len(source))
   sample = everything
@@ -184,7 +181,7 @@ def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> lis
   wrong += sorted(found.broken)
   if options.check and hashed:
     with Progress(sum(shard.size for shard in shards), f"bytes of {split}") as progress:
-      differ = checksums.verify(source.folder, shards, progress.add)
+      differ = checksums.verify(folder, shards, progress.add)
     good = len(shards) - len(differ)
     print(f"  checksums  {good:,} of {len(shards):,} shards are right (SHA-256)", flush=True)
     wrong += differ
@@ -241,30 +238,9 @@ def _look(
   return found
 
 
-def _read(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Callable[[], Record]]]:
-  """Yields each index with a function that returns its record; neighbours in a bucket by one request."""
-  if not isinstance(source, StreamSource) or indices[-1] - indices[0] >= len(indices):
-    for index in indices:
-      yield index, functools.partial(source.__getitem__, index)
-    return
-  order = InOrder([shard.count for shard in source.shards])
-  for run in order.runs((indices[0], len(indices))):
-    try:
-      answers = source.read_run(run)
-    except DataError as e:  # of a whole shard
-      yield run.first, functools.partial(_raise, e)
-      continue
-    for index, answer in enumerate(answers, run.first):
-      yield index, functools.partial(source.decode, index, answer)
-
-
-def _raise(error: Exception) -> Record:
-  raise error
-
-
 def _look_at(source: Source, indices: Sequence[int], decoded: Container[int]) -> _Found:
   found = _Found()
-  for index, get in _read(source, indices):
+  for index, get in source.read_each(indices):
     try:
       record = get()
     except BadRecordError as e:
@@ -299,9 +275,9 @@ def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]
   read = len(found.sizes) + len(found.bad)
   total = f"{len(source):,} records of {source.num_classes:,} classes"
   labels, origin = found.labels, f" of the {read:,} read" if read < len(source) else ""
-  if isinstance(source, ShardedSource) and source.class_counts:
+  if source.class_counts:
     labels, origin = dict(enumerate(source.class_counts)), ""
-  if isinstance(source, ShardedSource) and all(shard.size for shard in source.shards):
+  if source.shards and all(shard.size for shard in source.shards):
     size = sum(shard.size for shard in source.shards)
     total += f", {size / 2**20:,.1f} MiB in {len(source.shards):,} shards"
   else:

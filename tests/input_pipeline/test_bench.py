@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import records
-from input_pipeline.tools import bench, bench_data
-from input_pipeline.tools import rivals as peers
+from input_pipeline.tools import bench, bench_data, rivals
 from tests.input_pipeline.conftest import encoded, picture
 
 
@@ -52,7 +51,7 @@ def test_a_sample_is_taken_from_all_of_the_data(shards, tmp_path):
 @pytest.mark.parametrize("task", ["TRAIN", "EVAL"])
 def test_the_peer_that_is_always_there_makes_batches(task):
   examples = [records.Record(encoded(picture(i, 300, 260)), 0, str(i)) for i in range(3)]
-  name, make = list(peers.installed(task))[-1]
+  name, make = list(rivals.installed(task))[-1]
   assert name.startswith("Pillow")
   for batch in itertools.islice(make(examples, 4)[0], 2):
     assert batch.shape == (4, 224, 224, 3)

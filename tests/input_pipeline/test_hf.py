@@ -183,7 +183,7 @@ def test_another_number_of_hosts_is_said_and_goes_on(parquet, warnings):
   assert "other files" in warnings[-1]
   assert_same(other, batches[:3])
   train(parquet, 1, first_step=9)
-  assert "no position in this kind of data" in warnings[-1]
+  assert "none for this kind of data" in warnings[-1]
 
 
 def test_the_same_files_elsewhere_are_the_same(parquet, tmp_path, warnings):

@@ -288,7 +288,7 @@ def test_a_server_that_does_not_answer_is_named(look):
 def test_parquet_is_refused_with_advice(look):
   code, _, (sentence,) = look("hf:imagenet-1k")
   assert code == 1
-  assert "hf:imagenet-1k is parquet" in sentence
+  assert "hf:imagenet-1k has neither checksums" in sentence
   assert "prepare --from" in sentence
 
 
@@ -328,7 +328,7 @@ def test_a_wrong_command_line_is_told_in_a_sentence(look, path, flags, says):
 
 def test_the_command(shards, tmp_path):
   command = [sys.executable, "-m", "input_pipeline.inspect", f"--data={shards}", "--images=4"]
-  environment = {"PYTHONPATH": str(pathlib.Path(inspect.__file__).parents[1])}
+  environment = {"PYTHONPATH": str(pathlib.Path(inspect.__file__).parents[2])}
   done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
   assert (done.returncode, done.stderr) == (0, "")
   assert "train: 23 records" in done.stdout

@@ -56,7 +56,7 @@ def digest(batches):
   return h.hexdigest()
 
 
-class Memory:
+class Memory(sources.Source):
   """A source of given files; label is the index, so that batches tell which examples they hold."""
 
   def __init__(self, images):

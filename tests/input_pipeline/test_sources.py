@@ -10,7 +10,7 @@ import pytest
 
 from input_pipeline import records, sources
 from input_pipeline.errors import BadRecordError, DataError
-from input_pipeline.sources import catalog
+from input_pipeline.sources import array_record, catalog
 from tests.input_pipeline.conftest import data_config, make_folder, tfds_folder, write_shard
 
 
@@ -132,7 +132,7 @@ def test_more_shards_than_files_that_may_be_open(shards):
   before = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
   try:
-    sources.ArrayRecordSource(
+    array_record.ArrayRecordSource(
       catalog.LocalFolder(str(shards)),
       catalog.Split([catalog.Shard("never opened", 1, 1)] * 500, ["a"], "mend it"),
     )
@@ -149,7 +149,10 @@ def test_more_shards_than_files_that_may_be_open(shards):
     ({"path": "ftp://host/imagenet"}, "ftp:// is not supported; it may be gs://"),
     ({"path": "gs://bucket/imagenet", "kind": "folder"}, "give --config.data.kind=stream"),
     ({"path": __file__}, "which is a file; make shards"),
-    ({"path": "", "kind": "tfrecord"}, "config.data.kind is 'tfrecord'; it must be one of auto"),
+    (
+      {"path": "", "kind": "lmdb"},
+      "config.data.kind is 'lmdb'; there is auto, array_record",
+    ),
     ({"path": "", "kind": "synthetic", "synthetic_examples": 0}, "synthetic_examples must be"),
   ],
 )

@@ -3,7 +3,7 @@
 from clu import parameter_overview
 import jax
 
-from input_pipeline import loader, sources
+from input_pipeline import sources
 from trainer import mesh as mesh_lib
 from trainer import models
 from trainer.program import Program
@@ -16,8 +16,7 @@ def describe(program: Program, train_source: sources.Source, eval_source: source
   family = models.family_of(config.model).describe(models.own_fields(config.model))
   model = [family, f"{count_params(program):,} parameters"]
   model += [f"{config.model.num_classes} classes", config.model.dtype]
-  order = loader.describe_order(
-    train_source,
+  order = train_source.describe_order(
     data,
     global_batch_size=config.global_batch_size,
     hosts=jax.process_count(),
