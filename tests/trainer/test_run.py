@@ -357,6 +357,22 @@ def test_workdir_that_cannot_be_written(tmp_path, run_config):
     train_lib.train(run_config, str(tmp_path / "file" / "run"))
 
 
+def test_a_script_without_a_guard_ends_with_a_sentence(tmp_path, shards):
+  """Decoding processes import the script that started them, which must not train in each of them."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    "from tests.trainer import tiny\nfrom trainer import train\n"
+    f"config = tiny.get_config()\nconfig.data.path, config.data.workers = {str(shards)!r}, 1\n"
+    f"train.train(config, {str(tmp_path / 'run')!r})\n"
+  )
+  root = TINY.parents[2]
+  environment = os.environ | {"PYTHONPATH": str(root)}
+  command = [sys.executable, script]
+  ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+  assert ended.returncode != 0
+  assert "put the script's calls under: if __name__ == '__main__':" in ended.stderr
+
+
 def test_workdir_of_another_config(tmp_path, run_config):
   train_lib.train(run_config, str(tmp_path))
   before = sorted(p for p in tmp_path.rglob("*") if "events" not in p.parts)

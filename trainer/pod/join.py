@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import pathlib
 from typing import Any
 
@@ -28,6 +29,12 @@ def join_pod(config: ml_collections.ConfigDict, stop: Callable[[], bool]) -> Ite
     TrainerError: as `Pod.join` does, and if the config can run nowhere, not on these devices, or is
       not that of all hosts.
   """
+  # What multiprocessing itself asks before it starts a process.
+  if getattr(multiprocessing.current_process(), "_inheriting", False):
+    raise ConfigError(
+      "A decoding process has imported the script that trains, and would train as well; put the "
+      "script's calls under: if __name__ == '__main__':"
+    )
   config_lib.validate(config)
   with Pod.join(config.pod, stop) as pod:
     if pod.host:
