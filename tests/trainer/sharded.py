@@ -33,7 +33,7 @@ ACCUMULATE = {"accumulation_steps": 4}
 GROUP = {"model.bn_group": "8"}
 
 RANDOM = {"augment": "mixup(alpha=0.2)|tests.trainer.outside:shade(strength=0.3)"}
-LAYOUTS = {"1": (1, {}), "2": (2, {}), "8": (8, {}), "fsdp": (8, FSDP), "all": (8, ALL)}
+LAYOUTS = {"1": (1, {}), "8": (8, {}), "all": (8, ALL)}
 
 # Name: (devices, what differs from the default). Those of one family compute the same numbers.
 FAMILIES = {

@@ -358,7 +358,7 @@ def test_workdir_that_cannot_be_written(tmp_path, run_config):
 
 
 def test_a_script_without_a_guard_ends_with_a_sentence(tmp_path, shards):
-  """Decoding processes import the script that started them, which must not train in each of them."""
+  """Decoding processes import the script that started them; it must not train in each of them."""
   script = tmp_path / "script.py"
   script.write_text(
     "from tests.trainer import tiny\nfrom trainer import train\n"

@@ -47,7 +47,7 @@ def launch(*args, devices):
 def results(process):
   with process:
     try:
-      out, log = process.communicate(timeout=300)
+      out, log = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
       process.kill()
       raise
