@@ -1,4 +1,4 @@
-"""python -m input_pipeline.bench: the command; its code is in input_pipeline.tools.bench."""
+"""The command `python -m input_pipeline.bench`; see input_pipeline/tools/bench.py."""
 
 import sys
 

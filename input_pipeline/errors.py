@@ -6,7 +6,7 @@ class DataError(Exception):
 
 
 class BadRecordError(Exception):
-  """One record cannot be read or is no image; the text says why. The rest of the data is usable."""
+  """One record cannot be read or is no image; the text is the reason. Other records are usable."""
 
 
 def one_line(text: str) -> str:

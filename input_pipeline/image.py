@@ -14,36 +14,36 @@ from input_pipeline.errors import BadRecordError
 # Images are decoded in parallel already; threads of OpenCV would only compete for the same cores.
 cv2.setNumThreads(0)
 
-# Pillow warns of metadata that nobody uses here, and would do so again in each process.
+# Pillow warns about metadata that is not used here, and would do so in each process.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# A larger one is no photograph but an accident or an attack: decoding would take a gigabyte.
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn
-# What tf.io.decode_image reads. Of Pillow's other plugins one starts a program, and WebP takes the
-# memory for the size in the header, up to 2 GB, before that can be looked at.
+# A larger image is an accident or an attack: decoding it would take a gigabyte.
+MAX_PIXELS = 89_478_485  # where Pillow starts to warn
+# Those of tf.io.decode_image. Of Pillow's other plugins one starts a program, and WebP allocates
+# the size in the header, up to 2 GB, before that size can be checked.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 
-# A block of 8x8 pixels takes a bit of a JPEG at least; what claims more has lost its pixels.
+# A JPEG has at least one bit per block of 8x8 pixels; a header that claims more has no pixels.
 _MAX_PIXELS_PER_BYTE = 8 * 64
 # Each scan of a progressive JPEG passes over all pixels. Files have about ten; thousands of a few
-# bytes each would take minutes. They are counted only where pixels times bytes allow for that.
+# bytes each would take minutes. They are counted only where pixels times bytes make that possible.
 _MAX_SCANS = 100
 _COUNT_SCANS_FROM = 1 << 37
 
-# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, by leaving out the higher frequencies of
-# each 8x8 block: faster than all of its pixels, and smooth, where skipping pixels would alias.
+# A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size by leaving out the higher frequencies of each
+# 8x8 block: faster than all pixels, and without the aliasing of skipped pixels.
 _REDUCTIONS = (8, 4, 2)
 
-# An evaluated image stays at least so many times larger than what it is resized to. The antialiased
-# resize then hides that it was decoded at a reduced size: 0.05 of 255 levels on average.
+# An evaluated image is decoded to at least this multiple of the size that it is resized to. The
+# antialiased resize then hides the reduced decoding: 0.05 of 255 levels on average.
 _EVAL_MARGIN = 2
 
 
 def decode(data: bytes, reduction: int = 1) -> np.ndarray:
-  """Decodes a file of one of FORMATS; EXIF rotation is ignored, as is usual.
+  """Decode a file of one of FORMATS; EXIF rotation is ignored, as is usual.
 
-  What damage a decoder makes up for passes, as in other trainers: a JPEG of which the middle was
-  lost comes out grey or torn from there on.
+  Damage that a decoder can conceal passes, as in other trainers: a JPEG that lost its middle is
+  grey or torn from there on.
 
   Args:
     data: the whole file.
@@ -53,7 +53,7 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
     uint8 [ceil(height / reduction), ceil(width / reduction), 3], RGB.
 
   Raises:
-    BadRecordError: the bytes are empty, truncated, of no such format, or more than MAX_PIXELS.
+    BadRecordError: the file is empty, truncated, of another format, or larger than MAX_PIXELS.
   """
   rgb = decode_plain_jpeg(data, reduction)
   if rgb is None:
@@ -64,10 +64,10 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
 
 
 def decode_plain_jpeg(data: bytes, reduction: int = 1) -> np.ndarray | None:
-  """Returns what `decode` does of an intact grey or YCbCr JPEG (the fast path), else None."""
+  """Return what `decode` does for an intact grey or YCbCr JPEG (the fast path), else None."""
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    # libjpeg has no colour profile for CMYK, and Adobe's is stored inverted; Pillow knows both.
+    # libjpeg does not convert CMYK, and Adobe stores it inverted; Pillow handles both.
     if colorspace in ("CMYK", "YCCK") or _too_much(data, height, width, jpeg=True):
       return None
     if reduction == 1:
@@ -84,7 +84,7 @@ def decode_plain_jpeg(data: bytes, reduction: int = 1) -> np.ndarray | None:
 
 
 def _too_much(data: bytes, height: int, width: int, jpeg: bool) -> str:
-  """Returns why an image of this size in its header must not be decoded, or an empty string."""
+  """Return why an image whose header has this size must not be decoded, or an empty string."""
   pixels = height * width
   if pixels > MAX_PIXELS:
     return f"{width}x{height} pixels are more than {MAX_PIXELS}"
@@ -96,25 +96,25 @@ def _too_much(data: bytes, height: int, width: int, jpeg: bool) -> str:
 
 
 def decode_with_pillow(data: bytes) -> np.ndarray:
-  """Returns uint8 [height, width, 3] of what Pillow decodes; raises BadRecordError for the rest."""
+  """Return uint8 [height, width, 3], decoded by Pillow; raise BadRecordError if it cannot."""
   if not data:
     raise BadRecordError("zero bytes")
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-      jpeg = opened.format in ("JPEG", "MPO")  # the latter has a second picture behind the first
+      jpeg = opened.format in ("JPEG", "MPO")  # the latter is a JPEG with a second picture appended
       reason = _too_much(data, opened.height, opened.width, jpeg)
       if reason:
         raise BadRecordError(reason)
       if opened.mode.startswith("I"):
-        # 16 bits a pixel, which Pillow would clip to 255 instead of scaling them.
+        # 16 bits per pixel, which Pillow would clip to 255 instead of scaling.
         grey = (np.asarray(opened) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
       return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
   except BadRecordError:
     raise
-  except UnidentifiedImageError as e:  # whose text holds an address and so is never the same
+  except UnidentifiedImageError as e:  # its text holds an address, so it is never the same
     raise BadRecordError(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from e
-  except Exception as e:  # Pillow's plugins raise whatever a malformed file makes them trip over
+  except Exception as e:  # Pillow's plugins raise anything for a malformed file
     raise BadRecordError(f"{type(e).__name__}: {e}") from e
 
 
@@ -125,19 +125,19 @@ def draw_box(
   area: tuple[float, float],
   aspect: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-  """Draws the box of a random-resized crop: the augmentation of Inception, as torchvision draws it.
+  """Draw the box of a random-resized crop: the augmentation of Inception, as in torchvision.
 
   Args:
     height: of the image, in pixels.
     width: likewise.
-    rng: where the box is drawn from.
-    area: smallest and largest share of the area of the image, uniform.
-    aspect: smallest and largest width / height, log-uniform.
+    rng: source of the draws.
+    area: bounds of the share of the image's area, which is uniform.
+    aspect: bounds of width / height, which is log-uniform.
 
   Returns:
     (top, left, height, width) of the box in pixels.
   """
-  # All numbers in one call: a call from Python costs more than the numbers.
+  # All numbers in one call: the call costs more than the numbers.
   draws = rng.random((10, 4)).tolist()
   low, high = math.log(aspect[0]), math.log(aspect[1])
   for u_area, u_aspect, u_top, u_left in draws:
@@ -147,7 +147,7 @@ def draw_box(
     h = round(math.sqrt(target / ratio))
     if 0 < w <= width and 0 < h <= height:
       return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
-  # An extreme shape: the largest central box of an allowed shape.
+  # An extreme shape: take the largest central box of an allowed shape.
   w = max(1, min(width, round(height * aspect[1])))
   h = max(1, min(height, round(width / aspect[0])))
   return (height - h) // 2, (width - w) // 2, h, w
@@ -162,14 +162,14 @@ def train_view(
   flip: bool,
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Decodes an image, cuts a random box and resizes it; mirrors it every other time if `flip`.
+  """Decode an image, crop a random box, resize it, and mirror it with probability 1/2 if `flip`.
 
-  The resize is bilinear without antialiasing, several times faster than with it; boxes of twice the
+  The resize is bilinear without antialiasing, which is several times faster. Boxes of twice the
   `size` and more are decoded at a reduced size instead, which is both faster and smoother.
 
   Args:
     data: the whole file.
-    rng: where box and flip are drawn from.
+    rng: source of the draws of box and flip.
     size: side of the result in pixels.
     area: see `draw_box`.
     aspect: see `draw_box`.
@@ -191,17 +191,17 @@ def train_view(
   bottom, right = top + height, left + width
   top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
   box = rgb[top:bottom, left:right]
-  # Only where that cannot be done; bilinear interpolation would skip pixels.
+  # Where a reduced size is not possible; bilinear interpolation would skip pixels.
   method = cv2.INTER_AREA if min(box.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
   view = cv2.resize(box, (size, size), out, interpolation=method)
   return cv2.flip(view, 1, view) if flip and rng.random() < 0.5 else view
 
 
 def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
-  """Decodes an image, resizes its shorter side to `resize`, antialiased, and cuts the centre.
+  """Decode an image, resize its shorter side to `resize`, antialiased, and crop the centre.
 
-  As torchvision does it, to less than a level. Only the pixels under the crop are resized, to the
-  same values, which saves a third of the time.
+  Equal to torchvision to less than a level. Only the pixels under the crop are resized, to the same
+  values, which saves a third of the time.
 
   Args:
     data: the whole file.
@@ -225,14 +225,14 @@ def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
     new_width, new_height = int(resize * width / height), resize
   left, top = round((new_width - size) / 2), round((new_height - size) / 2)
   x, y = width / reduction / new_width, height / reduction / new_height
-  # min: rounding may put the far edge a hair outside of the image, which Pillow refuses.
+  # min: rounding may put the far edge slightly outside the image, which Pillow refuses.
   right, bottom = min((left + size) * x, rgb.shape[1]), min((top + size) * y, rgb.shape[0])
   box = (left * x, top * y, right, bottom)
   return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def _measure(data: bytes) -> tuple[int, int, np.ndarray | None]:
-  """Returns height and width, and the pixels where one has to decode them to know."""
+  """Return height and width, and the pixels if they had to be decoded for that."""
   try:
     return *simplejpeg.decode_jpeg_header(data)[:2], None
   except ValueError:
@@ -241,5 +241,5 @@ def _measure(data: bytes) -> tuple[int, int, np.ndarray | None]:
 
 
 def _reduction(side: int, least: int) -> int:
-  """Returns by how much a side of so many pixels can be divided so that `least` pixels are left."""
+  """Return the largest reduction of a side of `side` pixels that leaves at least `least`."""
   return next((r for r in _REDUCTIONS if side >= r * least), 1)

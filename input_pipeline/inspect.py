@@ -1,4 +1,4 @@
-"""python -m input_pipeline.inspect: the command; its code is in input_pipeline.tools.inspect."""
+"""The command `python -m input_pipeline.inspect`; see input_pipeline/tools/inspect.py."""
 
 import sys
 

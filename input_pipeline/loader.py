@@ -88,9 +88,9 @@ class BatchIterator:
     return batch
 
   def position(self, step: int) -> Position | None:
-    """Return what `train_batches(positions=)` needs to resume with batch `step`, one of the last few.
+    """Return what `train_batches(positions=)` needs to resume at batch `step`, one of the last.
 
-    None where the number of the step is enough.
+    None if the number of the step is enough.
     """
     return self._reader.position(step)
 
@@ -142,10 +142,10 @@ def train_batches(
     low, high = data[name]
     if not 0 < low <= high <= most:
       raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
-  workers, threads = processes.choose(data.workers, data.threads)
+  workers, _ = processes.choose(data.workers, data.threads)
   plan = Plan(data, global_batch_size, host, hosts, workers, seed, first_step, positions)
   reader = source.train_reader(plan)
-  rows = TrainRows(reader, data, *_where(reader, data), seed)
+  rows = TrainRows(reader, data, *_decoders(reader, data), seed)
   logging.info(
     "Decoding in %s.",
     f"{rows.workers} processes, {rows.threads} threads each"
@@ -187,12 +187,12 @@ def eval_batches(
     )
   workers, _ = processes.choose(data.workers, data.threads)
   reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
-  rows = EvalRows(reader, data, *_where(reader, data))
+  rows = EvalRows(reader, data, *_decoders(reader, data))
   batches = batches_lib.start(rows, data.prefetch_batches)
   return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
 
 
-def _where(reader: Reader, data: Any) -> tuple[int, int]:
+def _decoders(reader: Reader, data: Any) -> tuple[int, int]:
   """Return the number of decoding processes, and of threads in each."""
   if reader.in_order:
     return 0, processes.choose_threads(data.threads)
@@ -205,7 +205,13 @@ def _check(data: Any, field: str, batch_size: int, hosts: int) -> None:
     raise DataError(
       f"{field}={batch_size} must be a positive multiple of the number of hosts, {hosts}."
     )
-  least = dict(image_size=1, eval_image_size=1, prefetch_batches=1, threads=-1, workers=-1)
+  least = {
+    "image_size": 1,
+    "eval_image_size": 1,
+    "prefetch_batches": 1,
+    "threads": -1,
+    "workers": -1,
+  }
   for name, minimum in least.items():
     if data[name] < minimum:
       raise DataError(f"config.data.{name}={data[name]} must be at least {minimum}.")

@@ -7,6 +7,7 @@ first.
 
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -134,7 +135,7 @@ class LaneShuffle:
     """See WindowedOrder."""
     parts, number, end = [], first, first + count
     while number < end:
-      # As many as follow each other in one lane, one epoch and one window.
+      # Up to the end of the lane's rows, of the epoch and of the window.
       epoch, lane = number // self._length, number % self._batch_size // self._rows
       ahead = self._rows - number % self._rows
       ahead = min(ahead, end - number, (epoch + 1) * self._length - number)
@@ -166,8 +167,8 @@ class LaneShuffle:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, *words])).random(n)
 
   def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the blocks in their order, where each ends in the epoch, and where each lane begins."""
-    # Not numpy's own shuffle, the algorithm of which may change with its version.
+    """Return the blocks in order, where each ends in the epoch, and where each lane begins."""
+    # Not numpy's own shuffle, whose algorithm may change with its version.
     blocks = np.argsort(self._random(len(self._firsts) - 1, epoch, 0, 0), kind="stable")
     ends = np.cumsum(np.diff(self._firsts)[blocks])
     served = self._taken((epoch + 1) * self._length) - self._taken(epoch * self._length)
@@ -186,7 +187,7 @@ class LaneShuffle:
     firsts = self._firsts[blocks] + skipped
     counts = np.minimum(ends, end) - starts - skipped
     runs = [Run(f, n) for f, n in zip(firsts.tolist(), counts.tolist(), strict=True)]
-    # The first windows differ in length, so that not all lanes need new blocks at the same step.
+    # First windows differ in length, so that not all lanes need new blocks at the same step.
     first = 1 + lane * self._window // len(self._lanes)
     cuts = [0, *range(first, len(runs), self._window), len(runs)]
     return runs, np.concatenate([[0], np.cumsum(counts)])[cuts]
@@ -213,11 +214,11 @@ class InOrder:
     first, count = key
     cuts = [int(end) for end in self._ends if first < end < first + count]
     cuts = [first, *cuts, first + count]
-    return [Run(a, b - a) for a, b in zip(cuts, cuts[1:])]
+    return [Run(a, b - a) for a, b in itertools.pairwise(cuts)]
 
 
 def _block_firsts(shard_counts: Sequence[int], block: int) -> np.ndarray:
-  """Return the index of the first record of each block and, last, the number of records."""
+  """Return the index of the first record of each block and, at the end, the number of records."""
   firsts, start = [], 0
   for count in shard_counts:
     blocks = max(1, count // block)

@@ -2,9 +2,10 @@
 
 The features are `image` (bytes, the untouched file), `label` (int64) and `file_name` (bytes), so
 that one reader serves our shards and those of TFDS. The message is declared here, because
-TensorFlow is no dependency.
+TensorFlow is not a dependency.
 """
 
+from collections.abc import Sequence
 import json
 import os
 from typing import Any, NamedTuple
@@ -27,13 +28,15 @@ class Record(NamedTuple):
   name: str
 
 
-def _example_class() -> type[message.Message]:
-  """Declares the part of tf.train.Example that images need; others (float lists) are skipped."""
+def _example_class() -> Any:
+  """Declare the part of tf.train.Example that images need; the rest (float lists) is skipped."""
   field = descriptor_pb2.FieldDescriptorProto
   file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="p", syntax="proto3")
 
-  def declare(messages, name, fields):
-    """Adds a message of fields (name, number, repeated, scalar type or name of a message)."""
+  def declare(
+    messages: Any, name: str, fields: Sequence[tuple[str, int, bool, int | str]]
+  ) -> descriptor_pb2.DescriptorProto:
+    """Add a message of fields (name, number, repeated, scalar type or name of a message)."""
     declared = messages.add(name=name)
     for key, number, repeated, kind in fields:
       added = declared.field.add(name=key, number=number)
@@ -50,7 +53,10 @@ def _example_class() -> type[message.Message]:
   lists = [("bytes_list", 1, False, "BytesList"), ("int64_list", 3, False, "Int64List")]
   declare(top, "Feature", lists)
   features = declare(top, "Features", [("feature", 1, True, "Features.FeatureEntry")])
-  entries = [("key", 1, False, field.TYPE_STRING), ("value", 2, False, "Feature")]
+  entries: list[tuple[str, int, bool, int | str]] = [
+    ("key", 1, False, field.TYPE_STRING),
+    ("value", 2, False, "Feature"),
+  ]
   declare(features.nested_type, "FeatureEntry", entries).options.map_entry = True
   declare(top, "Example", [("features", 1, False, "Features")])
   pool = descriptor_pool.DescriptorPool()
@@ -62,7 +68,7 @@ _Example = _example_class()
 
 
 def encode(record: Record) -> bytes:
-  """Returns the record as a serialized tf.train.Example; equal records give equal bytes."""
+  """Return a record as a serialized tf.train.Example; equal records give equal bytes."""
   example = _Example()
   feature = example.features.feature
   feature["image"].bytes_list.value.append(record.image)
@@ -72,11 +78,11 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Record:
-  """Returns the record in a serialized tf.train.Example.
+  """Return the record in a serialized tf.train.Example.
 
   Args:
     data: the serialized message.
-    name: what to call the record if it has no `file_name`, as in many TFDS datasets.
+    name: of the record if it has no `file_name`, as in many TFDS datasets.
 
   Raises:
     BadRecordError: `data` is no such message, or has no `image` or no `label`.
@@ -85,7 +91,7 @@ def decode(data: bytes, name: str) -> Record:
     feature = _Example.FromString(data).features.feature
   except message.DecodeError as e:
     raise BadRecordError(f"no tf.train.Example ({e})") from e
-  # Asking a map for an absent key would insert it, hence the tests with `in`.
+  # Looking up an absent key would insert it, hence the tests with `in`.
   for key in ("image", "label"):
     if key not in feature:
       raise BadRecordError(f"has no feature {key!r}")
@@ -99,23 +105,27 @@ def decode(data: bytes, name: str) -> Record:
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-  """Returns the file name of shard `index` of `count`, e.g. train-00000-of-01024.array_record."""
+  """Return the file name of shard `index` of `count`, e.g. train-00000-of-01024.array_record."""
   return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
+def to_json(value: Any) -> bytes:
+  """Return JSON as the files of `prepare` have it: indented, ASCII."""
+  return (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
+
+
 def write_json(path: str, value: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one, never a part."""
+  """Write JSON so that a reader sees the old file or the new one, never a part."""
   temporary = f"{path}.tmp"
-  with open(temporary, "w", encoding="utf-8") as f:
-    json.dump(value, f, indent=1, ensure_ascii=True)
-    f.write("\n")
+  with open(temporary, "wb") as f:
+    f.write(to_json(value))
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
 
 
 def read_json(path: str) -> Any:
-  """Returns the JSON in a file.
+  """Return the JSON in a file.
 
   Raises:
     DataError: the file cannot be read or is no JSON.

@@ -43,8 +43,8 @@ Made = tuple[Batch, Notes]
 
 
 class Rows(abc.ABC):
-  """Makes this host's rows of one batch, or a part of them. Called by Grain with the number of a
-  task, in threads or processes.
+  """This host's rows of each batch. Grain calls it with the number of a task, a batch or a part of
+  one, in threads or processes.
 
   Attributes:
     reader: where the examples come from.
@@ -57,7 +57,7 @@ class Rows(abc.ABC):
     self.reader = reader
     self.workers, self.threads = workers, threads
     self.slots: slots.Slots | None = None
-    # Here and below plain values: attributes of a ConfigDict are slow, and this runs once per image.
+    # Plain values here and below: a ConfigDict is slow, and this runs once per image.
     self._size = int(size)
 
   def __call__(self, task: int) -> Made:

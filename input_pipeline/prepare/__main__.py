@@ -1,16 +1,15 @@
-"""Makes ArrayRecord shards and a manifest of ImageNet's archives, of a folder, or of a tar.
+"""Make ArrayRecord shards and a manifest of ImageNet's archives, a folder, a tar or parquet.
 
     python -m input_pipeline.prepare --out DIR --imagenet-train ILSVRC2012_img_train.tar \\
         --imagenet-val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
     python -m input_pipeline.prepare --out gs://BUCKET/FOLDER --from hf:imagenet-1k
 
-The images are put in random order and dealt to shards. Every one is decoded once, and what is odd
-about it is listed in DIR/manifest.json. The bytes of the images stay as they are. The result
-depends on the images, --seed, the numbers of shards and --max-size, and on nothing else. A run that
-was stopped goes on when the same command is given again: finished shards whose checksums are right
-are kept. On the way to a bucket there is one shard of each worker process on the local disk, in
-TMPDIR. What comes from Hugging Face is read as a stream, and put in random order by row group and
-then within each shard: a shard holds whole row groups.
+The images are shuffled and dealt to shards. Each is decoded once, and whatever is odd about it is
+listed in DIR/manifest.json. The bytes of the images do not change. The result depends only on the
+images, --seed, the numbers of shards and --max-size. To resume a run that was stopped, give the
+same command again: finished shards whose checksums match are kept. On the way to a bucket, each
+worker process has one shard on the local disk, in TMPDIR. Parquet is read as a stream and shuffled
+by row group, then within each shard: a shard holds whole row groups.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from input_pipeline.prepare import pool, shards
 from input_pipeline.sources.base import HF_PREFIX
 from input_pipeline.workers import processes
 
-# Wanted size of a shard: large enough to be copied well, and 1,024 of them hold ImageNet.
+# Target size of a shard: large enough to copy efficiently, and 1,024 of them hold ImageNet.
 _SHARD_BYTES = 128 << 20
 _MAX_SHARDS = 1024
 _SHARD = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
@@ -42,7 +41,7 @@ _TEMPORARY = re.compile(rf"\.{_SHARD.pattern}\.\d+\.tmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns 0, 1 for a failure told in one sentence, or 130 when interrupted."""
+  """Run the command; return 0, 1 after a failure, in one sentence, or 130 if interrupted."""
   args = _parser().parse_args(argv)
   try:
     prepare(args)
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
   except KeyboardInterrupt:
     print(
-      "prepare: interrupted; the same command goes on from the finished shards.", file=sys.stderr
+      "prepare: interrupted; the same command resumes from the finished shards.", file=sys.stderr
     )
     return 130
   return 0
@@ -83,27 +82,30 @@ def _parser() -> argparse.ArgumentParser:
     "--folder", metavar="DIR", help="{train,val}/CLASS/*.jpg|jpeg|png, or CLASS/*: split train"
   )
   what.add_argument(
-    "--tar", metavar="TAR", help="the same in an uncompressed tar; a leading folder does no harm"
+    "--tar", metavar="TAR", help="the same in an uncompressed tar, with or without a leading folder"
   )
   what.add_argument(
     "--from",
     dest="hf",
     metavar="hf:PATH",
-    help="parquet: hf:NAME[:CONFIG][@REVISION] of the Hugging Face hub, with the token in HF_TOKEN, "
-    "or hf: and a folder, local or gs:// or https://",
+    help="parquet: hf:NAME[:CONFIG][@REVISION] on the Hugging Face hub, with a token in HF_TOKEN, "
+    "or hf:FOLDER, local, gs:// or https://",
   )
   what.add_argument(
     "--digits",
     action="store_true",
-    help="scikit-learn's 1,797 handwritten digits as 32x32 JPEGs, 10 classes, needs no file",
+    help="scikit-learn's 1,797 handwritten digits as 32x32 JPEGs, 10 classes; needs no file",
   )
   labels = parser.add_argument_group("classes of --imagenet-val, one of")
   labels.add_argument("--devkit", metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
   labels.add_argument(
-    "--val-labels", metavar="TXT", help="one synset a line, in the order of the image names"
+    "--val-labels", metavar="TXT", help="one synset per line, in the order of the image names"
   )
   parser.add_argument(
-    "--val-split", default="", metavar="NAME", help="of --from: what becomes val; validation or val"
+    "--val-split",
+    default="",
+    metavar="NAME",
+    help="split of --from that becomes val (default: validation or val)",
   )
   how = parser.add_argument_group("how")
   how.add_argument(
@@ -111,13 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     type=int,
     default=0,
     metavar="N",
-    help="shards of train; 0 (default) makes shards of about 128 MiB, at most 1024",
+    help="shards of train; 0 (default): as many as give about 128 MiB each, at most 1024",
   )
   how.add_argument(
     "--val-shards", type=int, default=0, metavar="N", help="shards of val; 0 as above"
   )
   how.add_argument(
-    "--seed", type=int, default=0, metavar="N", help="of the order of the records (default 0)"
+    "--seed", type=int, default=0, metavar="N", help="seed of the order of the records (default 0)"
   )
   how.add_argument(
     "--max-size",
@@ -125,26 +127,26 @@ def _parser() -> argparse.ArgumentParser:
     default=0,
     metavar="PX",
     help="shrink images whose shorter side is longer than PX to PX (bicubic, antialiased) and "
-    "encode them again as RGB JPEG of quality 95, 4:4:4; others stay untouched. Decoding gets "
-    "about twice as fast at 256, the data are no longer the originals. 0 (default): all untouched",
+    "encode them again as RGB JPEG of quality 95, 4:4:4; others do not change. Decoding is about "
+    "twice as fast at 256, but the data are no longer the originals. 0 (default): no change",
   )
   how.add_argument(
-    "--workers", type=int, default=0, metavar="N", help="processes; 0 (default) is one per core"
+    "--workers", type=int, default=0, metavar="N", help="processes; 0 (default): one per core"
   )
   how.add_argument(
-    "--overwrite", action="store_true", help="delete the shards of another run in --out first"
+    "--overwrite", action="store_true", help="first delete the shards of another run in --out"
   )
   return parser
 
 
 def prepare(args: argparse.Namespace) -> None:
-  """Does the work of the command.
+  """Do the work of the command.
 
   Args:
     args: the parsed flags.
 
   Raises:
-    DataError: in one sentence, what is wrong with the flags, the images or the disk.
+    DataError: the flags, the images or the disk are at fault; one sentence.
   """
   _check(args)
   count = args.workers or processes.cores()
@@ -171,7 +173,7 @@ def prepare(args: argparse.Namespace) -> None:
     }
     sizes = {split: found.size(split) for split in found.splits}
     needed = sum(sizes.values())
-    if output.scratch != args.out:  # there is a shard of each worker at a time
+    if output.scratch != args.out:  # one shard of each worker at a time
       needed = min(needed, count * max(sizes[split] // counts[split] for split in sizes))
     _start(args, output, plan, needed)
     tasks = {
@@ -190,6 +192,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+  """Raise DataError if flags are missing or contradict each other."""
   imagenet = bool(args.imagenet_train or args.imagenet_val)
   if imagenet + bool(args.folder) + bool(args.tar) + bool(args.hf) + args.digits != 1:
     raise DataError(
@@ -235,7 +238,7 @@ def _shard_count(
 def _start(
   args: argparse.Namespace, output: outputs.Output, plan: dict[str, Any], size: int
 ) -> None:
-  """Makes the output folder ready for `plan`; raises DataError if it holds other shards."""
+  """Prepare the output folder for `plan`; raise DataError if it holds other shards."""
   file = f"{shards.JOURNAL}/plan.json"
   ours = [n for n in output.names() if n == records.MANIFEST or _SHARD.fullmatch(n)]
   old = output.read_json(file)
@@ -265,10 +268,10 @@ def _start(
 
 @contextlib.contextmanager
 def _locked(output: outputs.Output) -> Iterator[None]:
-  """Holds the output folder for this process alone and leaves no torn file on the disk.
+  """Lock the output folder for this process, and leave no partial file on the disk.
 
   Raises:
-    DataError: another prepare has it.
+    DataError: another process has it.
   """
   with output.locked():
     try:
@@ -287,10 +290,12 @@ def _remove_temporaries(folder: str) -> None:
 def _manifest(
   plan: dict[str, Any], classes: list[str], made: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-  """Returns the manifest of finished shards; raises DataError if a split came out empty."""
+  """Return the manifest of finished shards; raise DataError if a split is empty."""
   splits = {}
   for split, entries in made.items():
-    counts, problems, reasons = collections.Counter(), collections.defaultdict(list), {}
+    counts: collections.Counter[int] = collections.Counter()
+    problems: dict[str, list[str]] = collections.defaultdict(list)
+    reasons: dict[str, str] = {}
     for entry in entries:
       counts.update({int(label): n for label, n in entry["class_counts"].items()})
       reasons |= entry["reasons"]
@@ -317,7 +322,7 @@ def _manifest(
 
 
 def summary(manifest: dict[str, Any]) -> str:
-  """Returns what a manifest says, for a person: counts, and what is odd about which images."""
+  """Return a summary of a manifest: counts, and what is odd about which images."""
   lines = []
   for split, made in manifest["splits"].items():
     size = sum(shard["bytes"] for shard in made["shards"])
@@ -338,6 +343,6 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  # A polite kill ends as Ctrl-C does.
+  # SIGTERM ends like Ctrl-C.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   sys.exit(main())

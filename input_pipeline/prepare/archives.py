@@ -1,4 +1,4 @@
-"""What `prepare` reads: every image of a tar, a folder or ImageNet's archives; unpacks nothing."""
+"""Inputs of `prepare`: the images of a tar, a folder or ImageNet's archives, read in place."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from input_pipeline.errors import DataError
+from input_pipeline.records import Record
 from input_pipeline.sources import local
 
 _SPLITS = {"train": "train", "val": "val", "validation": "val"}
@@ -22,7 +23,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 class Member(NamedTuple):
   """One image file: `size` bytes at `offset` of the file `path`, or `data` without a file.
 
-  The name is unique within a split: the file's own where it is, else CLASS/FILE.
+  The name is unique within a split: that of the file where possible, else CLASS/FILE.
   """
 
   path: str
@@ -33,7 +34,7 @@ class Member(NamedTuple):
   data: bytes = b""
 
   def read(self) -> bytes:
-    """Returns the bytes of the image file; raises DataError if they are not all there any more."""
+    """Return the bytes of the image file; raise DataError if it cannot be read or has shrunk."""
     if not self.path:
       return self.data
     try:
@@ -43,7 +44,7 @@ class Member(NamedTuple):
       raise DataError(f"{self.path} cannot be read: {e.strerror}.") from e
     if len(data) != self.size:
       raise DataError(
-        f"{self.path} has changed while it was read ({self.name} is shorter now); start again."
+        f"{self.path} changed while it was read ({self.name} is shorter now); start again."
       )
     return data
 
@@ -52,31 +53,31 @@ class Images(Protocol):
   """Images of a shard, in order. Can be pickled."""
 
   def __len__(self) -> int:
-    """Returns how many they are."""
+    """Return the number of images."""
 
-  def __iter__(self) -> Iterator[tuple[bytes, int, str]]:
-    """Reads one after the other: the file, the label, the name; raises DataError if one cannot be read."""
+  def __iter__(self) -> Iterator[Record]:
+    """Read one after the other; raise DataError if one cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-  """Image files that were listed before."""
+  """Image files that were listed."""
 
   members: Sequence[Member]
 
   def __len__(self) -> int:
     return len(self.members)
 
-  def __iter__(self) -> Iterator[tuple[bytes, int, str]]:
+  def __iter__(self) -> Iterator[Record]:
     for member in self.members:
-      yield member.read(), member.label, member.name
+      yield Record(member.read(), member.label, member.name)
 
 
 class Inputs(NamedTuple):
   """All images by split, in a fixed order.
 
   Attributes:
-    origin: where they come from, for the manifest.
+    origin: what they were made of, for the manifest.
     classes: names, by label.
     splits: the images of train and val.
     ignored: number of files that are no images of a class.
@@ -88,25 +89,25 @@ class Inputs(NamedTuple):
   ignored: int
 
   def count(self, split: str) -> int:
-    """Returns the number of images of a split."""
+    """Return the number of images of a split."""
     return len(self.splits[split])
 
   def size(self, split: str) -> int:
-    """Returns the bytes of all images of a split."""
+    """Return the bytes of all images of a split."""
     return sum(member.size for member in self.splits[split])
 
   def most_shards(self, split: str) -> tuple[int, str]:
-    """Returns how many shards can be made of a split, and what there would be fewer of."""
+    """Return the largest number of shards of a split, and the unit that limits it."""
     return self.count(split), "images"
 
   def deal(self, split: str, shards: int, seed: int) -> list[Images]:
-    """Puts the images of a split in an order drawn from the seed; returns those of each shard."""
+    """Shuffle the images of a split by the seed; return those of each shard."""
     members = self.splits[split]
     order = np.random.default_rng([seed, split == "train"]).permutation(len(members))
     return [Members([members[i] for i in part]) for part in np.array_split(order, shards)]
 
   def fingerprint(self) -> str:
-    """Returns a hash that changes if an image is added, renamed, relabelled or of another size."""
+    """Return a hash that changes if an image is added, renamed, relabelled or resized."""
     digest = hashlib.sha256()
     for split, members in self.splits.items():
       for m in members:
@@ -116,12 +117,12 @@ class Inputs(NamedTuple):
     return digest.hexdigest()
 
 
-# How the tasks of a scan are run: `map` or the one of a pool.
+# Runs the tasks of a scan: `map`, or the one of a pool.
 Map = Callable[..., Iterable[Any]]
 
 
 def from_folder(folder: str) -> Inputs:
-  """Lists FOLDER/{train,val}/CLASS/IMAGE or FOLDER/CLASS/IMAGE, which becomes the split train.
+  """List FOLDER/{train,val}/CLASS/IMAGE or FOLDER/CLASS/IMAGE, which becomes the split train.
 
   Raises:
     DataError: it is not such a folder.
@@ -144,12 +145,13 @@ def from_folder(folder: str) -> Inputs:
 
 
 def from_tar(path: str) -> Inputs:
-  """Lists the images of an uncompressed tar of [ANY/]{train,val}/CLASS/IMAGE or [ANY/]CLASS/IMAGE.
+  """List the images of an uncompressed tar of [ANY/]{train,val}/CLASS/IMAGE or [ANY/]CLASS/IMAGE.
 
   Raises:
-    DataError: it is compressed, damaged, or laid out otherwise.
+    DataError: it is compressed, damaged, or has another layout.
   """
-  found, ignored, depths = [], 0, {}
+  found: list[tuple[str | None, str, Member]] = []
+  ignored, depths = 0, dict[int, str]()
   for name, offset, size in scan_tar(path):
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if len(parts) < 2 or not _is_image(parts[-1]):
@@ -164,25 +166,25 @@ def from_tar(path: str) -> Inputs:
       f"{path} is not laid out as {{train,val}}/CLASS/IMAGE or CLASS/IMAGE throughout: compare "
       f"{' with '.join(sorted(depths.values())) or 'its folders'}."
     )
-  found = [(split or "train", name, member) for split, name, member in found]
-  return _label(found, {"kind": "tar", "name": os.path.basename(path)}, ignored, path)
+  labelled = ((split or "train", name, member) for split, name, member in found)
+  return _label(labelled, {"kind": "tar", "name": os.path.basename(path)}, ignored, path)
 
 
 def from_imagenet(
   train: str | None, val: str | None, devkit: str | None, val_labels: str | None, run: Map = map
 ) -> Inputs:
-  """Lists the images of the official archives of ILSVRC2012.
+  """List the images of the official archives of ILSVRC2012.
 
   Args:
     train: ILSVRC2012_img_train.tar, a tar of one tar per class, or None.
     val: ILSVRC2012_img_val.tar, a flat tar, or None.
     devkit: ILSVRC2012_devkit_t12.tar.gz, with the classes of `val`; or
-    val_labels: a text file with the synset of each image of `val`, one a line, in the order of
+    val_labels: a text file with the synset of each image of `val`, one per line, in the order of
       their names.
     run: runs the scans of the tars inside `train`.
 
   Raises:
-    DataError: an archive is damaged, or the labels do not fit it.
+    DataError: an archive is damaged, or the labels do not match it.
   """
   found, ignored = [], 0
   if train:
@@ -212,15 +214,15 @@ def from_imagenet(
     if len(synsets) != len(images):
       raise DataError(
         f"{val} holds {len(images)} images, but {devkit or val_labels} labels {len(synsets)}; "
-        "use the files that belong together."
+        "use files that belong together."
       )
     for (name, offset, size), synset in zip(images, synsets):
       found.append(("val", synset, Member(val, offset, size, 0, name)))
-  return _label(found, {"kind": "imagenet", "name": "ILSVRC2012"}, ignored, train or val)
+  return _label(found, {"kind": "imagenet", "name": "ILSVRC2012"}, ignored, train or val or "")
 
 
 def from_digits(seed: int) -> Inputs:
-  """Makes the 1,797 handwritten digits of scikit-learn: 1,437 for train, 360 for val.
+  """Make images of scikit-learn's 1,797 handwritten digits: 1,437 for train, 360 for val.
 
   They are upscaled from 8x8 to 32x32 and encoded as RGB JPEG of quality 95.
 
@@ -231,20 +233,17 @@ def from_digits(seed: int) -> Inputs:
     DataError: scikit-learn is not installed.
   """
   try:
-    from sklearn import (
-      datasets,  # an extra, wanted for nothing else
-      model_selection,
-    )
+    from sklearn import datasets, model_selection  # an extra, used only here
   except ImportError as e:
     raise DataError("--digits needs scikit-learn: pip install resnet-pod[smoke].") from e
   import cv2
   import simplejpeg
 
   digits = datasets.load_digits()
-  train, _ = model_selection.train_test_split(
+  chosen, _ = model_selection.train_test_split(
     np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=seed % 2**32
   )
-  train = set(train.tolist())
+  train = set(chosen.tolist())
   found = []
   for i, (pixels, label) in enumerate(zip(digits.images, digits.target)):
     grey = cv2.resize(
@@ -261,18 +260,18 @@ def from_digits(seed: int) -> Inputs:
 
 
 def scan_tar(path: str, offset: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
-  """Reads the headers of a tar, which may be a part of a file, and seeks over all else.
+  """Read the headers of a tar, which may be a part of a file, and seek over the rest.
 
   Args:
     path: the file.
     offset: where the tar begins, in bytes.
-    size: its length in bytes; the rest of the file by default.
+    size: its length in bytes; by default up to the end of the file.
 
   Yields:
     (name, offset in the file, size) of each regular file in it.
 
   Raises:
-    DataError: it cannot be read, is compressed, damaged or cut off.
+    DataError: it cannot be read, is compressed, damaged or truncated.
   """
   try:
     with open(path, "rb") as f:
@@ -287,7 +286,7 @@ def scan_tar(path: str, offset: int = 0, size: int | None = None) -> Iterator[tu
       f.seek(offset)
       with tarfile.open(fileobj=f, mode="r:") as tar:
         while (member := tar.next()) is not None:
-          tar.members.clear()  # or they would all stay: two gigabytes for ImageNet
+          tar.members.clear()  # type: ignore[attr-defined]  # else 2 GB of them for ImageNet
           if member.issparse():
             raise DataError(
               f"{path} stores {member.name} as a sparse file; pack it again without --sparse."
@@ -297,14 +296,14 @@ def scan_tar(path: str, offset: int = 0, size: int | None = None) -> Iterator[tu
           if member.offset_data + member.size > end:
             raise DataError(f"{path} ends in the middle of {member.name}; fetch it again.")
           yield member.name, member.offset_data, member.size
-        # tarfile takes a damaged header, and a file cut off between two members, for the end.
+        # tarfile takes a damaged header, and a file truncated between two members, for the end.
         f.seek(tar.offset)
         block = f.read(min(_BLOCK, max(0, end - tar.offset)))
         if any(block):
           raise DataError(f"{path} is damaged at byte {tar.offset:,}; fetch it again.")
         if not block:
           raise DataError(
-            f"{path} lacks the mark at the end of a tar, so it is cut off; fetch it again."
+            f"{path} lacks the mark at the end of a tar, so it is truncated; fetch it again."
           )
   except OSError as e:
     raise DataError(f"{path} cannot be read: {e.strerror}.") from e
@@ -313,7 +312,7 @@ def scan_tar(path: str, offset: int = 0, size: int | None = None) -> Iterator[tu
 
 
 def _scan_inner(path: str, offset: int, size: int) -> list[tuple[str, int, int]]:
-  """Returns the images of a tar inside a tar as a list, which can travel between processes."""
+  """Return the images of a tar inside a tar as a list, which can be pickled."""
   return [found for found in scan_tar(path, offset, size) if _is_image(found[0])]
 
 
@@ -323,28 +322,29 @@ def _is_image(name: str) -> bool:
 
 
 def _label(
-  found: Sequence[tuple[str, str, Member]], origin: dict[str, Any], ignored: int, where: str
+  found: Iterable[tuple[str, str, Member]], origin: dict[str, Any], ignored: int, where: str
 ) -> Inputs:
-  """Numbers the classes in sorted order and groups (split, class, member) by split.
+  """Number the classes in sorted order, and group (split, class, member) by split.
 
   Raises:
     DataError: there are no images, or val has a class that train lacks.
   """
+  found = list(found)
   if not found:
     raise DataError(f"{where} holds no CLASS/*.jpg, .jpeg or .png.")
-  names = collections.defaultdict(set)
+  names: dict[str, set[str]] = collections.defaultdict(set)
   for split, name, _ in found:
     names[split].add(name)
   classes = sorted(names["train"] or names["val"])
   unknown = sorted(names["val"] - set(classes))
   if unknown:
-    raise DataError(f"{where}: val has the class {unknown[0]}, which train has not.")
+    raise DataError(f"{where}: val has the class {unknown[0]}, which train lacks.")
   labels = {name: i for i, name in enumerate(classes)}
-  splits = {split: [] for split in ("train", "val") if names[split]}
+  splits: dict[str, list[Member]] = {s: [] for s in ("train", "val") if names[s]}
   for split, name, member in found:
     splits[split].append(member._replace(label=labels[name]))
   for members in splits.values():
-    # The order of a tar or of a folder is nobody's promise, and the shards must not depend on it.
+    # The order in a tar or folder is arbitrary, and the shards must not depend on it.
     members.sort(key=lambda m: (m.label, m.name, m.offset))
   return Inputs(origin, classes, splits, ignored)
 
@@ -362,22 +362,23 @@ def _listed_labels(path: str | None) -> list[str]:
 
 
 def _devkit_labels(path: str) -> list[str]:
-  """Returns the synset of each validation image, in the order of their names, from the devkit."""
-  import scipy.io  # jax brings it, and only this needs it
+  """Return the synset of each validation image, in the order of their names, from the devkit."""
+  import scipy.io  # a dependency of jax, used only here
 
-  wanted = {"data/meta.mat": None, "data/ILSVRC2012_validation_ground_truth.txt": None}
+  wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+  read: dict[str, bytes] = {}
   try:
     with tarfile.open(path, mode="r:*") as tar:
       for member in tar:
         for suffix in wanted:
-          if member.name.endswith(suffix):
-            wanted[suffix] = tar.extractfile(member).read()
+          if member.name.endswith(suffix) and (file := tar.extractfile(member)):
+            read[suffix] = file.read()
   except (OSError, EOFError, tarfile.TarError) as e:
     raise DataError(f"--devkit {path} cannot be read ({e}); fetch it again.") from e
-  for suffix, data in wanted.items():
-    if data is None:
+  for suffix in wanted:
+    if suffix not in read:
       raise DataError(f"--devkit {path} holds no {suffix}; is it ILSVRC2012_devkit_t12.tar.gz?")
-  meta, truth = wanted.values()
+  meta, truth = (read[suffix] for suffix in wanted)
   synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
   names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
   try:

@@ -1,6 +1,6 @@
-"""What `prepare --from hf:...` reads: row groups of parquet, some of them for each shard."""
+"""The input of `prepare --from hf:...`: row groups of parquet, several for each shard."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 from typing import Any, NamedTuple
@@ -9,13 +9,14 @@ import numpy as np
 
 from input_pipeline.errors import DataError
 from input_pipeline.prepare.archives import Images
+from input_pipeline.records import Record
 from input_pipeline.sources import catalog, hf
 from input_pipeline.sources.base import HF_PREFIX
 
 
 @dataclasses.dataclass(frozen=True)
 class RowGroups:
-  """The images of some row groups, in an order drawn from `seed`; held in memory all at once."""
+  """The images of some row groups, in an order drawn from `seed`; all are held in memory."""
 
   source: hf.HfSource
   seed: tuple[int, ...]
@@ -23,41 +24,41 @@ class RowGroups:
   def __len__(self) -> int:
     return len(self.source)
 
-  def __iter__(self) -> Iterator[tuple[bytes, int, str]]:
+  def __iter__(self) -> Iterator[Record]:
     found = [record for group in self.source.row_groups for record in self.source.read(group)]
     for i in np.random.default_rng(self.seed).permutation(len(found)):
       yield found[i]
 
 
 class HfInputs(NamedTuple):
-  """The splits of a data set; as `inputs.Inputs`.
+  """The splits of a data set, with the methods of `archives.Inputs`.
 
   Attributes:
-    origin: where they come from, for the manifest.
+    origin: what they were made of, for the manifest.
     classes: names, by label.
     splits: the row groups of train and val.
-    ignored: nothing ever is.
+    ignored: always 0.
   """
 
   origin: dict[str, Any]
-  classes: Sequence[str]
+  classes: list[str]
   splits: dict[str, hf.HfSource]
   ignored: int = 0
 
   def count(self, split: str) -> int:
-    """Returns the number of images of a split."""
+    """Return the number of images of a split."""
     return len(self.splits[split])
 
   def size(self, split: str) -> int:
-    """Returns the bytes of all images of a split, as the parquet files have them."""
+    """Return the bytes of all images of a split, as the parquet files have them."""
     return sum(group.bytes for group in self.splits[split].row_groups)
 
   def most_shards(self, split: str) -> tuple[int, str]:
-    """Returns how many shards can be made of a split, and what there would be fewer of."""
+    """Return the largest number of shards of a split, and the unit that limits it."""
     return len(self.splits[split].row_groups), "row groups"
 
   def deal(self, split: str, shards: int, seed: int) -> list[Images]:
-    """Puts the row groups in an order drawn from the seed; returns the images of each shard."""
+    """Shuffle the row groups by the seed; return the images of each shard."""
     source = self.splits[split]
     groups = list(source.row_groups)
     order = np.random.default_rng([seed, split == "train"]).permutation(len(groups))
@@ -67,20 +68,20 @@ class HfInputs(NamedTuple):
     ]
 
   def fingerprint(self) -> str:
-    """Returns a hash that changes if a file is added, renamed, or has other row groups."""
+    """Return a hash that changes if a file is added, renamed, or cut into other row groups."""
     found = [(split, source.fingerprint) for split, source in self.splits.items()]
     return hashlib.sha256(repr((found, list(self.classes))).encode()).hexdigest()
 
 
 def from_hf(path: str, val_split: str) -> HfInputs:
-  """Finds the splits train and val of a data set; see `hf.find_splits`.
+  """Find the splits train and val of a data set; see `hf.find_splits`.
 
   Args:
     path: with the prefix hf:.
-    val_split: name of what becomes val; "" is validation or val, where there is one.
+    val_split: name of the split that becomes val; "" is validation or val, if there is one.
 
   Raises:
-    DataError: as `hf.HfSource`, and if the splits have other classes.
+    DataError: as `hf.HfSource`, and if the splits have different classes.
   """
   files, features = hf.find_splits(path)
   wanted = {"train": catalog.find_split("train", list(files), path)}
@@ -93,4 +94,4 @@ def from_hf(path: str, val_split: str) -> HfInputs:
   classes = found["train"].class_names
   if any(source.class_names != classes for source in found.values()):
     raise DataError(f"{path}: the splits {' and '.join(wanted.values())} have different classes.")
-  return HfInputs({"kind": "hf", "name": path.removeprefix(HF_PREFIX)}, classes, found)
+  return HfInputs({"kind": "hf", "name": path.removeprefix(HF_PREFIX)}, list(classes), found)

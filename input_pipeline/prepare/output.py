@@ -1,8 +1,8 @@
-"""Where `prepare` writes: a folder, or one in a bucket, to which whole files are sent."""
+"""Where `prepare` writes: a local folder, or one in a bucket, to which whole files are sent."""
 
 import abc
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import fcntl
 import hashlib
@@ -10,18 +10,20 @@ import json
 import os
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, TypeVar
 
 from input_pipeline import records
 from input_pipeline.errors import DataError
 from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
 
+T = TypeVar("T")
+
 _BUCKET = "gs://"
 
 
 class Output(abc.ABC):
-  """A folder in which files appear whole or not at all.
+  """A folder in which a file appears as a whole or not at all.
 
   Attributes:
     scratch: local folder in which files are written first.
@@ -31,43 +33,43 @@ class Output(abc.ABC):
 
   @abc.abstractmethod
   def names(self) -> list[str]:
-    """Returns the names of the files in the folder; those in folders of it may be left out."""
+    """Return the names of the files in the folder; those in its subfolders may be left out."""
 
   @abc.abstractmethod
   def read_json(self, name: str) -> Any | None:
-    """Returns the JSON in a file, or None if it is not there."""
+    """Return the JSON in a file, or None if there is no such file."""
 
   @abc.abstractmethod
   def write_json(self, name: str, value: Any) -> None:
-    """Writes a file."""
+    """Write a file of JSON."""
 
   @abc.abstractmethod
   def remove(self, name: str) -> None:
-    """Removes a file, or a folder with all that is in it; does nothing if it is not there."""
+    """Remove a file, or a folder with all its files, if it exists."""
 
   @abc.abstractmethod
   def put(self, path: str, name: str, entry: dict[str, Any]) -> None:
-    """Makes the file `path` of the scratch folder the file `name`, and adds to `entry` what `holds` needs.
+    """Move the file `path` of the scratch folder to `name`; add to `entry` what `holds` needs.
 
     Args:
-      path: is gone afterwards.
-      name: is replaced.
-      entry: has `bytes` and `sha256`.
+      path: of the file, which is gone afterwards.
+      name: of the target, which is replaced.
+      entry: with `bytes` and `sha256` of the file.
 
     Raises:
-      DataError: it did not arrive as it is.
+      DataError: it did not arrive intact.
     """
 
   @abc.abstractmethod
   def holds(self, name: str, entry: dict[str, Any]) -> bool:
-    """Tells whether the file `name` is what was put."""
+    """Whether the file `name` exists and is the one described by `entry`."""
 
   @contextlib.contextmanager
   def locked(self) -> Iterator[None]:
-    """Keeps other processes of this machine out of the scratch folder.
+    """Lock the scratch folder against other processes of this machine.
 
     Raises:
-      DataError: another one is in it.
+      DataError: another process has it.
     """
     os.makedirs(self.scratch, exist_ok=True)
     folder = os.open(self.scratch, os.O_RDONLY)
@@ -83,7 +85,7 @@ class Output(abc.ABC):
 
 
 class Folder(Output):
-  """A local folder: files are written in it under another name and renamed."""
+  """A local folder: files are written under another name and renamed."""
 
   def __init__(self, path: str):
     self.scratch = self._path = path
@@ -123,7 +125,7 @@ class Folder(Output):
 
 
 class Bucket(Output):
-  """A folder in a bucket of Google Cloud Storage, which knows size and MD5 of each object it holds."""
+  """A folder in a bucket of Google Cloud Storage, which has size and MD5 of each object."""
 
   def __init__(self, url: str):
     self._url = url.rstrip("/")
@@ -137,7 +139,8 @@ class Bucket(Output):
   def _at(self, name: str) -> str:
     return f"{self._path}/{name}"
 
-  def _do(self, name: str, call: Any) -> Any:
+  def _do(self, name: str, call: Callable[[], T]) -> T:
+    """Return the result of `call`, which uses the file `name`, retried if the network fails."""
     try:
       return remote.retried(f"{self._url}/{name}".rstrip("/"), call)
     except DataError as e:
@@ -151,7 +154,7 @@ class Bucket(Output):
     def listed() -> list[str]:
       try:
         return [os.path.basename(path) for path in self._fs.ls(self._path, detail=False)]
-      except FileNotFoundError:  # no bucket, which the first write tells, or no file yet
+      except FileNotFoundError:  # no file yet, or no bucket, in which case the first write fails
         return []
 
     return self._do("", listed)
@@ -170,7 +173,7 @@ class Bucket(Output):
       raise DataError(f"{self._url}/{name} is no JSON ({e}); make the data again.") from e
 
   def write_json(self, name: str, value: Any) -> None:
-    content = (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
+    content = records.to_json(value)
     self._do(name, lambda: self._fs.pipe_file(self._at(name), content))
 
   def remove(self, name: str) -> None:
@@ -185,9 +188,7 @@ class Bucket(Output):
       entry["md5"] = hashlib.file_digest(f, "md5").hexdigest()
     self._do(name, lambda: self._fs.put_file(path, self._at(name)))
     if not self.holds(name, entry):
-      raise DataError(
-        f"{self._url}/{name} did not arrive as it was sent; run the same command again."
-      )
+      raise DataError(f"{self._url}/{name} did not arrive intact; run the same command again.")
     os.remove(path)
 
   def holds(self, name: str, entry: dict[str, Any]) -> bool:
@@ -199,11 +200,11 @@ class Bucket(Output):
 
     found = self._do(name, info)
     md5 = base64.b64encode(bytes.fromhex(entry.get("md5", ""))).decode()
-    return bool(found) and (found["size"], found.get("md5Hash")) == (entry["bytes"], md5)
+    return found is not None and (found["size"], found.get("md5Hash")) == (entry["bytes"], md5)
 
 
 def open_output(path: str) -> Output:
-  """Returns the folder of `--out`; raises DataError for a scheme that is not known."""
+  """Return the folder of `--out`; raise DataError for an unknown scheme."""
   if path.startswith(_BUCKET):
     return Bucket(path)
   if has_scheme(path):

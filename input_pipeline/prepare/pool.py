@@ -1,4 +1,4 @@
-"""The processes of `prepare`: they make shards in parallel and show how far they are."""
+"""The processes of `prepare`, which make shards in parallel, and their progress."""
 
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -12,11 +12,11 @@ from input_pipeline.prepare import shards
 from input_pipeline.prepare.progress import Progress
 from input_pipeline.workers import processes
 
-_counter = None  # in a worker: images done, shared by all of them
+_counter: Any = None  # in a worker: images done, shared by all workers
 
 
 def _start_worker(counter: Any) -> None:
-  """Sets a worker process up."""
+  """Set up a worker process."""
   global _counter
   _counter = counter
   processes.follow_parent()
@@ -31,10 +31,10 @@ def _make_in_worker(task: shards.Task) -> tuple[dict[str, Any], bool]:
 
 
 class Pool:
-  """Worker processes and the number of images they have done."""
+  """Worker processes, and the number of images that they have finished."""
 
   def __init__(self, workers: int):
-    # Fresh interpreters: array_record has threads, and a fork would copy their locks without them.
+    # Not by fork: array_record has threads, whose locks a fork would copy in any state.
     context = multiprocessing.get_context("spawn")
     self.counter = context.Value("q", 0)
     self.executor = futures.ProcessPoolExecutor(workers, context, _start_worker, (self.counter,))
@@ -42,7 +42,7 @@ class Pool:
 
 @contextlib.contextmanager
 def start(workers: int) -> Iterator[Pool | None]:
-  """Yields a pool whose processes are gone afterwards, however it is left; None for one worker.
+  """Yield a pool whose processes are gone afterwards, whatever happens; None for one worker.
 
   Raises:
     DataError: a process was killed.
@@ -57,7 +57,7 @@ def start(workers: int) -> Iterator[Pool | None]:
     pool.executor.shutdown()
   except process.BrokenProcessPool as e:
     raise DataError(
-      "a worker process was killed, for lack of memory as a rule; run the same command again with "
+      "a worker process was killed, probably for lack of memory; run the same command again with "
       "fewer --workers."
     ) from e
   finally:
@@ -67,7 +67,7 @@ def start(workers: int) -> Iterator[Pool | None]:
 
 
 def make_all(tasks: Sequence[shards.Task], pool: Pool | None) -> dict[str, dict[str, Any]]:
-  """Makes all shards and shows how far it is; returns their journals by file name."""
+  """Make all shards, with progress; return their journals by file name."""
   results = {}
   with Progress(sum(len(task.images) for task in tasks), "images") as progress:
     if pool is None:

@@ -1,7 +1,8 @@
-"""Tells a person how far a long work is."""
+"""The progress of long work, on a terminal or in a log."""
 
 import sys
 import time
+from typing import Self
 
 import tqdm
 
@@ -9,13 +10,13 @@ _LINE_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class Progress:
-  """A bar on a terminal, a line now and then elsewhere."""
+  """A bar on a terminal, else a line every ten seconds."""
 
   def __init__(self, total: int, unit: str):
-    """Starts the clock.
+    """Start the clock.
 
     Args:
-      total: how many there are to do.
+      total: how much there is to do.
       unit: of what, in the plural.
     """
     self.done = 0
@@ -25,15 +26,15 @@ class Progress:
       tqdm.tqdm(total=total, unit=f" {unit}", unit_scale=True) if sys.stderr.isatty() else None
     )
 
-  def __enter__(self) -> "Progress":
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *unused) -> None:
+  def __exit__(self, *unused: object) -> None:
     if self._bar is not None:
       self._bar.close()
 
   def add(self, count: int) -> None:
-    """Counts what was done and shows the count if it is time to."""
+    """Add to what is done, and show it if it is time to."""
     self.done += count
     now = time.monotonic()
     if self._bar is not None:

@@ -1,4 +1,4 @@
-"""One shard of `prepare`: reads its images, looks at each, writes all or nothing."""
+"""One shard of `prepare`: read its images, inspect each, write all or nothing."""
 
 import collections
 from collections.abc import Callable
@@ -17,25 +17,25 @@ from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.prepare import output as outputs
 from input_pipeline.prepare.archives import Images
 
-JOURNAL = ".journal"  # folder in the output: one file per finished shard, and what was asked for
+JOURNAL = ".journal"  # folder in the output: one file per finished shard, and the plan
 UNDECODABLE = "undecodable"
-# What a look at an image may find, and what becomes of it.
+# What may be odd about an image, and what is done about it.
 KINDS = {
   "greyscale": "kept, read as RGB",
   "cmyk": "kept, converted to RGB when it is read",
   "not_what_its_name_says": "kept, for example a PNG named .JPEG",
   "exif_rotated": "kept, the rotation is ignored",
-  "damaged_but_decodable": "kept, one decoder complains and another reads it whole",
+  "damaged_but_decodable": "kept, one decoder fails and another reads all of it",
   UNDECODABLE: "LEFT OUT",
 }
 _EXIF_ORIENTATION = 0x0112
 _QUALITY = 95  # of --max-size, without chroma subsampling
-_JPEG = ("JPEG", "MPO")  # the latter is a JPEG with a second picture behind it, as phones write it
+_JPEG = ("JPEG", "MPO")  # the latter has a second picture appended, as phones write it
 _FORMATS = {".jpg": _JPEG, ".jpeg": _JPEG, ".png": ("PNG",)}
 
 
 class Task(NamedTuple):
-  """One shard to make: OUT/FILE of `images`, shrunk to `max_size` pixels (0: untouched)."""
+  """One shard to make: OUT/FILE of `images`, shrunk to `max_size` pixels (0: unchanged)."""
 
   out: str
   file: str
@@ -44,16 +44,16 @@ class Task(NamedTuple):
 
 
 def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any], bool]:
-  """Makes one shard, unless it is there, whole and right.
+  """Make one shard, unless it exists and is intact.
 
   Args:
     task: what to make.
     report: called with the number of images done since the last call.
 
   Returns:
-    What its journal holds: file, examples, bytes, sha256, class_counts ({label: count}), reencoded
+    Its journal: file, examples, bytes, sha256, class_counts ({label: count}), reencoded
     (count), problems ({kind: [names]}), reasons ({name: why it is undecodable}); and whether the
-    shard was there already.
+    shard existed already.
 
   Raises:
     DataError: the images cannot be read or the disk cannot be written.
@@ -73,17 +73,18 @@ def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any
     output.put(temporary, task.file, entry)
     output.write_json(journal, entry)
     return entry, False
-  except (OSError, RuntimeError) as e:  # array_record raises the latter for what the system refuses
+  except (OSError, RuntimeError) as e:  # array_record raises the latter for errors of the system
     raise DataError(
-      f"{os.path.join(task.out, task.file)} cannot be written ({e}); mend that and run the same "
+      f"{os.path.join(task.out, task.file)} cannot be written ({e}); fix that and run the same "
       "command again, finished shards are kept."
     ) from e
 
 
 def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, Any]:
-  """Writes the records; returns the journal without bytes and sha256."""
-  counts = collections.Counter()
-  problems, reasons = collections.defaultdict(list), {}
+  """Write the records; return the journal without bytes and sha256."""
+  counts: collections.Counter[int] = collections.Counter()
+  problems: dict[str, list[str]] = collections.defaultdict(list)
+  reasons: dict[str, str] = {}
   reencoded = 0
   writer = array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
   try:
@@ -113,7 +114,7 @@ def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, An
 
 
 def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
-  """Decodes an image and looks for what is odd about it.
+  """Decode an image and find what is odd about it.
 
   Args:
     data: the file.
@@ -121,7 +122,7 @@ def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
 
   Returns:
     uint8 RGB [height, width, 3], or None if it is undecodable; which of KINDS it is; and why it is
-    undecodable.
+    undecodable, if so.
   """
   kinds = []
   rgb = image.decode_plain_jpeg(data)
@@ -134,7 +135,7 @@ def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
   try:
     with Image.open(io.BytesIO(data)) as opened:  # reads the header only
       found, mode, rotation = opened.format, opened.mode, opened.getexif().get(_EXIF_ORIENTATION, 1)
-  except Exception:  # as in image.py: the pixels are fine, but Pillow trips over the rest
+  except Exception:  # as in image.py: the pixels are fine, but Pillow fails at the rest
     return rgb, ["damaged_but_decodable"], ""
   expected = _FORMATS.get(os.path.splitext(name)[1].lower(), (found,))
   if found not in expected:
@@ -151,7 +152,7 @@ def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
 
 
 def shrink(rgb: np.ndarray, max_size: int) -> bytes:
-  """Shrinks uint8 [height, width, 3] to a shorter side of `max_size`; returns a JPEG."""
+  """Shrink uint8 [height, width, 3] to a shorter side of `max_size`; return a JPEG."""
   height, width = rgb.shape[:2]
   scale = max_size / min(height, width)
   size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -1,4 +1,4 @@
-"""Files elsewhere, through fsspec: with time limits and tries, and no secret in a message."""
+"""Remote files through fsspec: with time limits and retries, and no secret in a message."""
 
 from collections.abc import Callable
 import os
@@ -14,26 +14,23 @@ from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
 
-_REQUEST_SECONDS = (
-  60.0  # for one request; gcsfs tries six times, with pauses of half a minute in all
-)
-_TRIES = {
-  "http": 6,
-  "https": 6,
-}  # of which fsspec makes one; of the others, which try several times themselves, 2
-_FIRST_PAUSE = 0.5  # seconds; twice as long before each further try
-# fsspec's file systems raise what their HTTP libraries do, which have no base in common.
+# Limit of one request; gcsfs tries six times, with pauses of half a minute in all.
+_REQUEST_SECONDS = 60.0
+# fsspec itself tries once over HTTP. Other file systems retry by themselves, and get two tries.
+_TRIES = {"http": 6, "https": 6}
+_FIRST_PAUSE = 0.5  # seconds; doubled before each further try
+# fsspec's file systems raise the errors of their HTTP libraries, which have no common base class.
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 class Stopped(Exception):
-  """What `retried` raises when it is asked to stop."""
+  """Raised by `retried` if it is asked to stop."""
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-  """Returns the file system of a URL or local path, and the path in it.
+  """Return the file system of a URL or local path, and the path in it.
 
   Raises:
     DataError: nothing is installed for its scheme.
@@ -42,38 +39,36 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if has_scheme(url):
       limit_requests()
     return fsspec.core.url_to_fs(url)
-  except (ImportError, ValueError) as e:  # the latter for a scheme that fsspec does not know
+  except (ImportError, ValueError) as e:  # the latter for an unknown scheme
     raise DataError(
       f"{url} cannot be read ({said(e)}); gs:// needs: pip install -e '.[gcs]'."
     ) from e
 
 
 def limit_requests() -> None:
-  """Gives the file systems of fsspec time limits, and takes from gcsfs what hides the work of others."""
-  # Otherwise gcsfs asks each bucket for its kind by gRPC, and where it may not, that blocks for a minute.
+  """Set time limits for the file systems of fsspec, and disable the listings cache of gcsfs."""
+  # Otherwise gcsfs asks for the type of each bucket by gRPC, which blocks for a minute if denied.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   import aiohttp  # comes with gcsfs and with datasets
 
   limit = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
   gcs = fsspec.config.conf.setdefault("gcs", {})
   gcs.setdefault("requests_timeout", limit)
-  gcs.setdefault(
-    "use_listings_cache", False
-  )  # it would hide what TensorStore and other hosts write
+  gcs.setdefault("use_listings_cache", False)  # it would hide what others write
   for scheme in ("http", "https"):
     fsspec.config.conf.setdefault(scheme, {}).setdefault("client_kwargs", {"timeout": limit})
 
 
 def retried(what: str, call: Callable[[], T], stop: threading.Event | None = None) -> T:
-  """Returns what `call` does, tried again with growing pauses while the network fails.
+  """Return the result of `call`, retried with growing pauses while the network fails.
 
   Args:
     what: the file, for messages.
-    call: reads or writes it as a whole, so that it can be done again.
+    call: reads or writes it as a whole, so that it can be repeated.
     stop: ends the pauses.
 
   Raises:
-    DataError: it failed for good, or too often.
+    DataError: it failed for a lasting reason, or too often.
     Stopped: `stop` is set.
   """
   tries = _TRIES.get(what.split("://")[0], 2) if has_scheme(what) else 1
@@ -92,11 +87,12 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
 
 
 def is_failure(error: Exception) -> bool:
-  """Tells whether an error is the storage's, and not a mistake of the program."""
+  """Whether an error comes from the storage or the network, and not from a bug."""
   return isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in _NETWORK
 
 
 def _may_pass(error: Exception) -> bool:
+  """Whether another try may succeed."""
   if isinstance(error, _FINAL):
     return False
   status = _status(error)
@@ -104,7 +100,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-  """Returns the HTTP status in an error, wherever its library keeps it."""
+  """Return the HTTP status in an error, wherever its library keeps it."""
   response = getattr(error, "response", None)
   for value in (getattr(error, name, None) for name in ("status", "code")):
     if isinstance(value, int):
@@ -113,7 +109,7 @@ def _status(error: Exception) -> int | None:
 
 
 def said(error: BaseException) -> str:
-  """Returns an error as one line, without tokens and without signatures in URLs."""
+  """Return an error as one line, without tokens and without the queries of URLs."""
   line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", first_line(error))
   line = re.sub(r"\b(hf_[A-Za-z0-9]{4,}|ya29\.[\w.-]+)", "***", line)
   for name in _TOKENS:
@@ -123,11 +119,11 @@ def said(error: BaseException) -> str:
 
 
 def open_file(url: str, size: int | None = None) -> Any:
-  """Opens a file for reads of ranges: each read is one request for just these bytes.
+  """Open a file for ranged reads: each read is one request for exactly these bytes.
 
   Args:
     url: URL or local path.
-    size: its length in bytes where it is known, which saves a request.
+    size: its length in bytes if known, which saves a request.
   """
   fs, path = filesystem(url)
   return fs.open(path, cache_type="none", size=size) if has_scheme(url) else fs.open(path)

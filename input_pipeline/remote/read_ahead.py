@@ -1,4 +1,4 @@
-"""Reads the records of an order ahead of the steps that need them."""
+"""Records of a windowed order, read ahead of the steps that need them."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -9,23 +9,24 @@ import time
 import numpy as np
 
 from input_pipeline.errors import BadRecordError, DataError
-from input_pipeline.order import Run, WindowedOrder
+from input_pipeline.order import Part, Run, WindowedOrder
 from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
-Read = Callable[[Run], list[bytes | BadRecordError]]
+Answer = bytes | BadRecordError  # a record, or what is wrong with it
+Read = Callable[[Run], list[Answer]]
 
 
 class _Window:
-  """The records of some runs, which are on their way."""
+  """The records of some runs, requested but perhaps not here yet."""
 
-  def __init__(self, runs: list[Run], answers: list[futures.Future]):
+  def __init__(self, runs: list[Run], answers: list[futures.Future[list[Answer]]]):
     self._runs = runs
     self._answers = answers
     self._ends = np.cumsum([run.count for run in runs])
-    self.steps = 0  # that are planned and not done
+    self.steps = 0  # planned and not finished
 
-  def take(self, slots: np.ndarray) -> list[tuple[int, bytes | BadRecordError]]:
-    """Waits for the records in `slots`; returns the index of each, and its bytes or what is wrong."""
+  def take(self, slots: np.ndarray) -> list[tuple[int, Answer]]:
+    """Wait for the records in `slots`; return index and answer of each."""
     records = []
     places = np.searchsorted(self._ends, slots, side="right").tolist()
     for slot, place in zip(slots.tolist(), places, strict=True):
@@ -36,7 +37,7 @@ class _Window:
 
 
 class ReadAhead:
-  """Hands out the records of steps that are asked for more or less in order. Thread-safe."""
+  """The records of steps that are taken more or less in order. Thread-safe."""
 
   def __init__(
     self,
@@ -48,14 +49,14 @@ class ReadAhead:
     ahead: int,
     requests: int,
   ):
-    """Reads nothing before the first step is asked for.
+    """Store the arguments; nothing is read before the first step is taken.
 
     Args:
       read: reads one run; called in threads.
       order: where the examples of a step come from.
-      span: returns the number of the first example of a step that is wanted here, and how many.
-      steps: those that will be asked for.
-      ahead: steps whose records are asked for before they are needed.
+      span: returns the number of the first example of a step that is wanted here, and the count.
+      steps: those that will be taken.
+      ahead: steps whose records are requested before they are needed.
       requests: runs that are read at the same time.
     """
     self._read = read
@@ -63,13 +64,13 @@ class ReadAhead:
     self._span = span
     self._next, self._end = steps.start, steps.stop  # to be planned
     self._ahead = ahead
-    self._plans: dict[int, list[tuple[tuple[int, ...], np.ndarray]]] = {}
+    self._plans: dict[int, list[Part]] = {}
     self._windows: dict[tuple[int, ...], _Window] = {}
     self._lock = threading.Lock()
     self._threads = Threads(requests, "stream")
 
-  def take(self, step: int) -> list[tuple[int, bytes | BadRecordError]]:
-    """Returns the records of a step in the order of its rows: index, and bytes or what is wrong.
+  def take(self, step: int) -> list[tuple[int, Answer]]:
+    """Return the records of a step in the order of its rows, as (index, answer).
 
     Each step can be taken once.
 
@@ -81,7 +82,7 @@ class ReadAhead:
     except futures.CancelledError as e:
       raise DataError("the loader was closed") from e
 
-  def _take(self, step: int) -> list[tuple[int, bytes | BadRecordError]]:
+  def _take(self, step: int) -> list[tuple[int, Answer]]:
     with self._lock:
       while self._next <= min(step + self._ahead, self._end - 1):
         self._plans[self._next] = self._plan(self._next)
@@ -94,18 +95,19 @@ class ReadAhead:
     with self._lock:
       for key in {key for key, _ in plan}:
         self._windows[key].steps -= 1
-        if not self._windows[key].steps:  # steps take windows in turn: no later one wants it
+        if not self._windows[key].steps:  # no later step needs it: steps use windows in turn
           del self._windows[key]
     return records
 
   def close(self) -> None:
-    """Gives up what is not read yet, and waits for the rest, but not for long."""
+    """Cancel what is not being read yet, and wait a few seconds at most for the rest."""
     self._threads.close()
     self._threads.join(time.monotonic() + CLOSE_SECONDS)
 
-  def _plan(self, step: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+  def _plan(self, step: int) -> list[Part]:
+    """Request the windows of a step that are not requested yet; return its parts."""
     plan = self._order.parts(*self._span(step))
-    for key in {key: None for key, _ in plan}:
+    for key in dict.fromkeys(key for key, _ in plan):
       if key not in self._windows:
         runs = self._order.runs(key)
         answers = [self._threads.submit(functools.partial(self._read, run)) for run in runs]

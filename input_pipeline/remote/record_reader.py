@@ -1,15 +1,15 @@
-"""Records of an ArrayRecord shard by ranged reads, for any place that `bucket` can read.
+"""Records of an ArrayRecord shard by ranged reads, wherever `tensorstore.Bucket` can read.
 
-The library opens files by name only, and reads a bucket by one request for each record. So the
-index at the end of a shard is read here, once, and then the bytes of neighbouring records by one
-request; they are put where they belong into a file in memory that is otherwise a hole, and the
-library reads that: decompression and checksums stay its own.
+The library opens files by name only, and reads a bucket by one request per record. So the index at
+the end of a shard is read here, once, and then the bytes of neighbouring records by one request.
+They are put at their offsets in a sparse file in memory, which the library reads: decompression and
+checksums remain its own.
 
-Format: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md, and for the
-index and the postscript https://github.com/google/array_record/blob/main/cpp/layout.proto.
+Format: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md, and for
+the index and the postscript https://github.com/google/array_record/blob/main/cpp/layout.proto.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import struct
@@ -27,7 +27,7 @@ from input_pipeline.remote.tensorstore import Bucket
 _BLOCK = 1 << 16  # bytes; every block of a file begins with a header
 _BLOCK_HEADER, _CHUNK_HEADER = 24, 40  # bytes
 _ENTRY = 16  # bytes of a chunk in the index, at most
-_POSTSCRIPT = 256  # bytes at the start of the last block that say where the index is; 114 are used
+_POSTSCRIPT = 256  # bytes at the start of the last block with the offset of the index; 114 are used
 _RECORDS = ord("r")  # type of a chunk
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _BUFFER = 32 << 10  # bytes
@@ -36,7 +36,7 @@ _BUFFER = 32 << 10  # bytes
 class _Index(NamedTuple):
   """Where the chunks of a shard are: int64 `starts` [n + 1] and `first` [n + 1], of their records.
 
-  `parts` are the pieces of the file that the library needs besides a chunk: (offset, bytes).
+  `parts` are the pieces of the file, (offset, bytes), that the library needs besides a chunk.
   """
 
   size: int
@@ -49,7 +49,7 @@ class RemoteShard:
   """One ArrayRecord file of known length in a bucket. Thread-safe."""
 
   def __init__(self, bucket: Bucket, name: str, count: int, size: int | None, mend: str):
-    """Sends no request yet.
+    """Store the arguments; no request is sent yet.
 
     Args:
       bucket: where the file is.
@@ -67,13 +67,13 @@ class RemoteShard:
     self._lock = threading.Lock()
 
   def read(self, first: int, stop: int) -> list[bytes | BadRecordError]:
-    """Returns the records [first, stop), each as bytes or as what is wrong with it, by one request.
+    """Return the records [first, stop), each as bytes or an error, by one request.
 
-    The first call sends one more, for the index.
+    The first call sends one or two more, for the index.
 
     Raises:
       DataError: the shard is gone, has changed, cannot be reached, or is no ArrayRecord file of
-        so many records.
+        `count` records.
     """
     index = self._opened()
     chunks = np.searchsorted(index.first, [first, stop - 1], side="right") - 1
@@ -121,7 +121,7 @@ class RemoteShard:
     return index
 
   def _parse_index(self) -> _Index:
-    """Reads the index, by one request if the size is known and by two if not; raises ValueError."""
+    """Read the index, by one request if the size is known, else by two; raise ValueError."""
     # The index, padding to a whole block, and the block of the postscript.
     wanted = _BLOCK * (2 + -(-self._count * _ENTRY // _BLOCK))
     start = -_BLOCK if self._size is None else max(0, self._size - wanted)
@@ -135,7 +135,7 @@ class RemoteShard:
     else:
       tail = self._bucket.read(self._name, offset, None)
     entries, end = _read_chunk(tail, offset % _BLOCK)
-    tags, values = _fields(b"".join(entries[1:]))  # the first entry says how many there are
+    tags, values = _fields(b"".join(entries[1:]))  # the first entry is their number
     starts, counts = values[tags == 1], values[tags == 3]
     size = offset + len(tail)
     return _Index(
@@ -147,11 +147,11 @@ class RemoteShard:
 
 
 def _read_chunk(data: bytes, in_block: int) -> tuple[list[bytes], int]:
-  """Returns the records of the chunk that `data` begins with, and its length in the file.
+  """Return the records of the chunk at the start of `data`, and its length in the file.
 
   Args:
     data: the rest of a file, or more than the chunk.
-    in_block: where in its block the chunk begins.
+    in_block: offset of the chunk in its block.
 
   Raises:
     ValueError: there is no chunk of records, or not all of it.
@@ -161,7 +161,8 @@ def _read_chunk(data: bytes, in_block: int) -> tuple[list[bytes], int]:
   if kind & 0xFF != _RECORDS or size > len(data):
     raise ValueError("there is no index at its end")
   body, end = _without_headers(data, end, (in_block + end) % _BLOCK, size)
-  unpack = {0: bytes, ord("z"): _unpack_zstd}.get(body[0])
+  unpackers: dict[int, Callable[[bytes], bytes]] = {0: bytes, ord("z"): _unpack_zstd}
+  unpack = unpackers.get(body[0])
   if unpack is None:
     raise ValueError(f"it is compressed by {chr(body[0])!r}, this program reads zstd and plain")
   sizes_length, at = _varint(body, 1)
@@ -174,7 +175,7 @@ def _read_chunk(data: bytes, in_block: int) -> tuple[list[bytes], int]:
 
 
 def _without_headers(data: bytes, position: int, in_block: int, size: int) -> tuple[bytes, int]:
-  """Returns `size` bytes from `position` on without the headers of blocks, and where they end."""
+  """Return `size` bytes from `position` on, block headers left out, and where they end."""
   parts = []
   while size:
     if in_block == 0:
@@ -197,7 +198,7 @@ def _unpack_zstd(data: bytes) -> bytes:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-  """Returns the varint at data[at] and where the next one begins."""
+  """Return the varint at data[at], and the position after it."""
   value = shift = 0
   while True:
     value |= (data[at] & 0x7F) << shift
@@ -207,7 +208,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _varints(data: bytes) -> np.ndarray:
-  """Returns all varints of a string of nothing else, int64."""
+  """Return the varints that a string consists of, int64."""
   array = np.frombuffer(data, np.uint8)
   ends = np.flatnonzero(array < 0x80)
   starts = np.concatenate([[0], ends[:-1] + 1])
@@ -216,14 +217,14 @@ def _varints(data: bytes) -> np.ndarray:
 
 
 def _fields(message: bytes) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the field numbers and values of serialized messages that hold nothing but integers."""
+  """Return the field numbers and values of serialized messages whose fields are all integers."""
   pairs = _varints(message).reshape(-1, 2)
   return pairs[:, 0] >> 3, pairs[:, 1]
 
 
 @contextlib.contextmanager
 def _sparse_file(size: int, parts: list[tuple[int, bytes]]) -> Iterator[str]:
-  """Makes a file in memory that holds `parts` at their offsets and takes no other room."""
+  """Yield the path of a sparse file in memory that holds `parts` at their offsets."""
   with contextlib.ExitStack() as stack:
     if hasattr(os, "memfd_create"):
       descriptor = os.memfd_create("shard")

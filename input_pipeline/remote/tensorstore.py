@@ -1,7 +1,7 @@
-"""Ranged reads of files where they lie: gs://, s3://, http(s)://, file:// or a plain folder.
+"""Ranged reads of files in place: gs://, s3://, http(s)://, file:// or a plain folder.
 
-TensorStore's key-value stores do the reading. What a network does to it, timeouts, 429 and 5xx,
-broken connections, answers that are cut or slow, is met here and counted.
+TensorStore's key-value stores do the reading. Faults of the network (timeouts, 429 and 5xx, broken
+connections, truncated or slow answers) are handled and counted here.
 """
 
 import collections
@@ -23,15 +23,13 @@ from input_pipeline.remote import has_scheme
 
 SCHEMES = ("gs", "s3", "http", "https", "file")
 
-# Worth another try; the rest (PERMISSION_DENIED, OUT_OF_RANGE, ...) stays what it is.
+# Worth another try; the rest (PERMISSION_DENIED, OUT_OF_RANGE, ...) does not pass.
 _TRANSIENT = re.compile(
   r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|CANCELLED"
 )
-_FIRST_PAUSE, _LONGEST_PAUSE = (
-  0.2,
-  20.0,
-)  # seconds between tries: doubled, and drawn at random below
-_NO_RETRIES = {"max_retries": 0}  # ours are counted, and know when to give up
+# Seconds between tries: doubled each time, and drawn at random between half of it and all.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 20.0
+_NO_RETRIES = {"max_retries": 0}  # those of this module are counted and limited in time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Patience:
   """How long to wait for a server.
 
   Attributes:
-    timeout_seconds: for one request, after which it is sent anew.
-    hedge_seconds: for one request, after which a second one is sent beside it; the first answer counts.
+    timeout_seconds: for one request, after which it is sent again.
+    hedge_seconds: for one request, after which a second one is sent; the first answer counts.
     give_up_seconds: for one read, over all its requests.
   """
 
@@ -50,19 +48,19 @@ class Patience:
 
 
 class Changed(DataError):
-  """A file is gone, or is not the one that was read before."""
+  """A file is missing, or is not the one that was read before."""
 
 
 class Bucket:
-  """A folder of files that are only read. Thread-safe; can be pickled.
+  """A read-only folder. Thread-safe; can be pickled.
 
   Attributes:
     url: the folder, as it was given.
-    counters: what was done so far: requests, bytes, retries, hedges.
+    counters: requests, bytes, retries and hedges so far.
   """
 
   def __init__(self, url: str, patience: Patience = Patience()):
-    """Opens the folder; sends no request yet.
+    """Open the folder; no request is sent yet.
 
     Args:
       url: SCHEME://... or the path of a folder.
@@ -98,7 +96,7 @@ class Bucket:
     self._connect()
 
   def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """Returns the bytes [start, stop) of a file; a negative start counts from its end.
+    """Return the bytes [start, stop) of a file; a negative start counts from its end.
 
     Raises:
       Changed: there is no such file, it ends before `stop`, or it was replaced since the last read.
@@ -112,29 +110,29 @@ class Bucket:
     return value
 
   def read_small(self, name: str) -> bytes | None:
-    """Returns the whole of a file, or None if there is none; raises DataError as `read` does."""
+    """Return the whole of a file, or None if there is none; raise DataError as `read` does."""
     return self._read_or_none(name, None, None)
 
   def sizes(self) -> dict[str, int | None] | None:
-    """Returns the files of the folder, sizes not being told; None over http, which has no listing."""
+    """Return the files of the folder, without their sizes; None over http, which has no listing."""
     if self.url.startswith("http"):
       return None
     keys = self._patiently("its listing", self._store.list)
     return {key.decode(): None for key in keys if b"/" not in key}
 
   def interrupt(self) -> None:
-    """Makes reads that are under way fail rather than be tried again."""
+    """Make reads that are under way fail instead of being retried."""
     with self._lock:
       self._interrupts += 1
 
   def drain_counters(self) -> collections.Counter[str]:
-    """Returns `counters` and begins anew."""
+    """Return `counters` and reset them."""
     with self._lock:
       counters, self.counters = self.counters, collections.Counter()
     return counters
 
   def path_of(self, name: str) -> str:
-    """Returns the full name of a file for messages, without a query, which may be a secret."""
+    """Return the full name of a file for messages, without the query, which may be a secret."""
     return f"{self.url.partition('?')[0].rstrip('/')}/{name}"
 
   def _read_or_none(self, name: str, start: int | None, stop: int | None) -> bytes | None:
@@ -150,7 +148,7 @@ class Bucket:
     return result.value
 
   def _patiently(self, what: str, send: Callable[[], ts.Future]) -> Any:
-    """Returns the result of a request, which is sent again while that may help."""
+    """Return the result of a request, which is retried while that may help."""
     give_up = time.monotonic() + self._patience.give_up_seconds
     pause, interrupts = _FIRST_PAUSE, self._interrupts
     while True:
@@ -171,13 +169,13 @@ class Bucket:
       with self._lock:
         self.counters["retries"] += 1
         often = self.counters["retries"]
-      if often & (often - 1) == 0:  # 1, 2, 4, 8, ...: a bad hour would fill the log
+      if often & (often - 1) == 0:  # 1, 2, 4, 8, ...: otherwise a bad hour would fill the log
         logging.warning("Retry %d, of %s: %s", often, self.path_of(what), reason)
       time.sleep(random.uniform(pause / 2, pause))
       pause = min(2 * pause, _LONGEST_PAUSE)
 
   def _once(self, send: Callable[[], ts.Future]) -> Any:
-    """Sends a request, and a second one if the first is slow; returns what comes first."""
+    """Send a request, and a second one if the first is slow; return the first result."""
     answers: queue.SimpleQueue[ts.Future] = queue.SimpleQueue()
     end = time.monotonic() + self._patience.timeout_seconds
     sent: list[ts.Future] = []
@@ -207,16 +205,16 @@ class Bucket:
           continue
         if answer.exception() is None or failed + 1 == len(sent):
           return answer.result()
-        failed += 1  # the other one may still come
+        failed += 1  # the other one may still succeed
     finally:
       for future in sent:
         future.cancel()
 
 
 def limit_waits(seconds: float) -> None:
-  """Makes TensorStore, which would wait for ever, give up a connection on which nothing comes.
+  """Make TensorStore give up connections that are silent for so long; it would wait for ever.
 
-  The environment may say otherwise. Has no effect after the first request of this process.
+  Variables that the environment sets already win. No effect after the first request of a process.
   """
   os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", str(min(20, round(seconds))))
   os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(max(1, round(seconds))))

@@ -21,7 +21,7 @@ from input_pipeline.sources.catalog import Folder, Shard
 HF_PREFIX = "hf:"  # of a config.data.path on the Hugging Face hub
 ENDLESS = 2**48  # steps of a training run, as far as a reader is concerned
 
-# JSON: where in its data a reader is, if the number of the step does not say it.
+# Where a reader is in its data, as JSON, where the number of the step is not enough.
 Position = dict[str, Any]
 
 # Returns an example of a batch for 0, and for n > 0 the n-th of those that may replace it.
@@ -35,7 +35,7 @@ class Plan:
   Attributes:
     data: `config.data`.
     batch_size: examples per step over all hosts, a multiple of `hosts`.
-    host: number of this host, which gets the rows [host * b, (host + 1) * b), b = batch_size / hosts.
+    host: number of this host; it has the rows [host * b, (host + 1) * b), b = batch_size / hosts.
     hosts: number of hosts.
     workers: decoding processes of this host; 0 decodes in threads.
     seed: of a training run.
@@ -94,11 +94,11 @@ class Reader(abc.ABC):
     return collections.Counter()
 
   def position(self, step: int) -> Position | None:
-    """Return the position before batch `step`, one of the last few; None if the step says it all."""
+    """Return the position before batch `step`, one of the last; None if the step is enough."""
     del step
     return None
 
-  def close(self) -> None:
+  def close(self) -> None:  # noqa: B027 (most readers have nothing to close)
     """Stop reading ahead in this process; may be called twice."""
 
 
@@ -157,7 +157,7 @@ class Source(abc.ABC):
         that the source has as many.
 
     Raises:
-      DataError: the data are not there, or not what the config says.
+      DataError: the data do not exist, or do not match the config.
     """
     raise NotImplementedError(f"{cls.__name__} is not opened by a config.")
 

@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself: the manifest of `prepare`, or what TFDS writes."""
+"""Descriptions of folders of shards: the manifest of `prepare`, or the files of TFDS."""
 
 from collections.abc import Sequence
 import json
@@ -9,27 +9,29 @@ from input_pipeline import records
 from input_pipeline.errors import DataError
 
 TFDS_INFO = "dataset_info.json"
-_TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # of names that it does not tell
+_TFDS_TEMPLATE = (
+  "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # where it does not write down the names
+)
 
 _PREPARE = "rerun `python -m input_pipeline.prepare` as before, it keeps the good shards"
 _TFDS_PREPARE = "prepare the data with TFDS again"
 
 
 class Folder(Protocol):
-  """A folder of shards, on a disk (LocalFolder) or elsewhere (bucket.Bucket)."""
+  """A folder of shards, on a disk (LocalFolder) or elsewhere (tensorstore.Bucket)."""
 
   def path_of(self, name: str) -> str:
-    """Returns the full name of a file, for messages."""
+    """Return the full name of a file, for messages."""
 
   def read_small(self, name: str) -> bytes | None:
-    """Returns the whole of a file, or None if there is none."""
+    """Return the whole of a file, or None if there is none."""
 
   def sizes(self) -> dict[str, int | None] | None:
-    """Returns the files with their bytes, as far as they are known; None if they cannot be listed."""
+    """Return the files with their bytes, None for unknown ones; None if they cannot be listed."""
 
 
 class LocalFolder:
-  """A folder on a disk, or on what is mounted as one."""
+  """A folder on a disk or a mounted file system."""
 
   def __init__(self, path: str):
     self.path = path
@@ -39,7 +41,7 @@ class LocalFolder:
     return os.path.join(self.path, name)
 
   def read_small(self, name: str) -> bytes | None:
-    """See Folder; raises DataError for a file that is there and cannot be read."""
+    """See Folder; raise DataError for a file that exists and cannot be read."""
     try:
       with open(self.path_of(name), "rb") as f:
         return f.read()
@@ -55,7 +57,7 @@ class LocalFolder:
 
 
 class Shard(NamedTuple):
-  """A file of records: name, number of records, and bytes and hash if they are written down."""
+  """A file of records: name, number of records, and bytes and hash if they are known."""
 
   name: str
   count: int  # type: ignore[assignment]  # hides tuple.count
@@ -64,9 +66,13 @@ class Shard(NamedTuple):
 
 
 class Split(NamedTuple):
-  """Shards in order, none of them empty; names of the classes; what to do about a damaged shard.
+  """A split of a data set.
 
-  And the number of records of each class, if that is written down.
+  Attributes:
+    shards: in order, none of them empty.
+    class_names: one per label.
+    mend: what to do about a damaged shard, for messages.
+    class_counts: number of records of each class, if known.
   """
 
   shards: list[Shard]
@@ -76,10 +82,10 @@ class Split(NamedTuple):
 
 
 def read(folder: Folder, split: str) -> Split:
-  """Reads what there is about a split.
+  """Read the description of a split.
 
   Raises:
-    DataError: there is nothing, it is not complete, or a shard is missing or has another size.
+    DataError: there is none, it is incomplete, or a shard is missing or has another size.
   """
   manifest = _read_json(folder, records.MANIFEST)
   if manifest is not None:
@@ -94,12 +100,15 @@ def read(folder: Folder, split: str) -> Split:
     split, found = _from_tfds(folder, info, split)
   sizes = folder.sizes()
   listed_in = TFDS_INFO if manifest is None else records.MANIFEST
-  for name, _, size, _ in found.shards if sizes is not None else ():
+  for name, _, size, _ in found.shards:
+    if sizes is None:  # no listing
+      break
     if name not in sizes:
       raise DataError(f"{folder.path_of(name)} is missing, but {listed_in} lists it; {found.mend}.")
-    if None not in (size, sizes[name]) and sizes[name] != size:
+    actual = sizes[name]
+    if size is not None and actual is not None and actual != size:
       raise DataError(
-        f"{folder.path_of(name)} has {sizes[name]:,} bytes, but {listed_in} says {size:,}; "
+        f"{folder.path_of(name)} has {actual:,} bytes, but {listed_in} lists {size:,}; "
         f"{found.mend}."
       )
   shards = [shard for shard in found.shards if shard.count]
@@ -109,10 +118,10 @@ def read(folder: Folder, split: str) -> Split:
 
 
 def find_split(wanted: str, available: Sequence[str], path: str) -> str:
-  """Returns the name under which a split is there; `val` and `validation` are taken for the same.
+  """Return the name that a split has here; `val` and `validation` are synonyms.
 
   Raises:
-    DataError: it is not there.
+    DataError: there is no such split.
   """
   twin = {"val": "validation", "validation": "val"}.get(wanted, wanted)
   for name in (wanted, twin):
@@ -129,7 +138,7 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
   version = manifest.get("format_version") if isinstance(manifest, dict) else None
   if version != records.FORMAT_VERSION:
     raise DataError(
-      f"{file} has format_version {version}, this program reads {records.FORMAT_VERSION}; "
+      f"{file} has format_version {version}, but this program reads {records.FORMAT_VERSION}; "
       "make the shards again with `python -m input_pipeline.prepare`."
     )
   try:
@@ -140,12 +149,12 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
     classes = list(manifest["classes"])
     return split, Split(shards, classes, _PREPARE, found.get("class_counts"))
   except (KeyError, TypeError) as e:
-    raise DataError(f"{file} is not complete ({type(e).__name__}: {e}); {_PREPARE}.") from e
+    raise DataError(f"{file} is incomplete ({type(e).__name__}: {e}); {_PREPARE}.") from e
 
 
 def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
   try:
-    # `tfds convert_format` puts array_record beside what was there first.
+    # `tfds convert_format` adds array_record to the format that was there first.
     formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())]
     if "array_record" not in formats:
       raise DataError(
@@ -180,7 +189,7 @@ def _from_tfds(folder: Folder, info: Any, split: str) -> tuple[str, Split]:
 
 
 def _tfds_classes(folder: Folder) -> list[str]:
-  """Returns the names of the classes in the order of the labels, as far as TFDS wrote them down."""
+  """Return the names of the classes in the order of the labels; numbers if TFDS has no names."""
   labels = folder.read_small("label.labels.txt")
   if labels is not None:
     return [line.strip() for line in labels.decode("utf-8").splitlines() if line.strip()]
@@ -196,7 +205,7 @@ def _tfds_classes(folder: Folder) -> list[str]:
 
 
 def _read_json(folder: Folder, name: str) -> Any:
-  """Returns the JSON in a file, None if there is none; raises DataError if it is no JSON."""
+  """Return the JSON in a file, None if there is none; raise DataError if it is no JSON."""
   data = folder.read_small(name)
   if data is None:
     return None

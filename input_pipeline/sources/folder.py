@@ -39,8 +39,8 @@ class FolderSource(Source):
       unlike = set(classes).symmetric_difference(local.list_classes(os.path.join(path, other)))
       if unlike:
         raise DataError(
-          f"{path}: {split} and {other} must have the same class folders, but {min(unlike)!r} is in "
-          "only one of them."
+          f"{path}: {split} and {other} must have the same class folders, but {min(unlike)!r} is "
+          "in only one of them."
         )
     files = [
       (os.path.join(split, name, image), label)

@@ -69,7 +69,7 @@ class HfSource(Source):
       path: what the user gave, for messages.
       files: URLs or local paths.
       features: `datasets.Features`, or None to take those of the first file.
-      num_classes: how many there are where the features do not say.
+      num_classes: how many there are, if the features have no names of classes.
 
     Raises:
       DataError: a file cannot be read, or the columns are not those of labelled images.
@@ -81,7 +81,7 @@ class HfSource(Source):
     self._image, self._label, names = _columns(path, features, self._footers[0][1])
     if names is None and num_classes is None:
       raise DataError(
-        f"{path}: the column {self._label!r} does not say how many classes there are."
+        f"{path}: the column {self._label!r} has no names of classes, so their number is unknown."
       )
     self.class_names = tuple(names or map(str, range(num_classes or 0)))
     self.num_classes = len(self.class_names)
@@ -103,7 +103,7 @@ class HfSource(Source):
     return sum(group.rows for group in self.row_groups)
 
   def only(self, groups: Sequence[RowGroup]) -> "HfSource":
-    """Return a source of these row groups alone, which is quickly sent to another process."""
+    """Return a source of these row groups alone, which is small when pickled."""
     part = copy.copy(self)
     files = sorted({group.file for group in groups})
     part._files, part._footers = [self._files[i] for i in files], [self._footers[i] for i in files]

@@ -26,7 +26,7 @@ from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 if TYPE_CHECKING:
   from input_pipeline.sources.hf import HfSource, RowGroup
 
-_KEPT = 64  # of the batches that were returned, the positions of so many last ones
+_KEPT = 64  # positions that are kept after the batches were returned
 
 
 class Stream:
@@ -105,7 +105,7 @@ class Stream:
     return next(self._windows, None)
 
   def _turn(self) -> bool:
-    """Proceed to the next window, which should be read already; return whether there is one."""
+    """Proceed to the next window, which should be read by now; return whether there is one."""
     window = self._next.result()
     if window is None:
       return False
@@ -156,7 +156,7 @@ class Stream:
     wanted = length * (number + 1) // count - length * number // count
     found = [example["record"] for example in itertools.islice(examples, wanted)]
     if len(found) != wanted:
-      raise DataError("A parquet file holds fewer rows than its footer says; check the data.")
+      raise DataError("A parquet file holds fewer rows than its footer lists; check the data.")
     return found
 
   def _open(self, epoch: int) -> list[tuple[Any, int]]:
@@ -204,7 +204,7 @@ def streams_of_a_host(source: "HfSource", hosts: int, wanted: int) -> int:
 
 
 def examples_of_hosts(source: "HfSource", hosts: int, streams: int) -> list[int]:
-  """Return how many examples each host sees in a pass in the order of the files."""
+  """Return how many examples each host has in one pass in the order of the files."""
   streams = streams_of_a_host(source, hosts, streams)
   rows = [group.rows for group in source.row_groups]
   return [
@@ -221,7 +221,7 @@ class HfReader(Reader):
   def __init__(self, stream: Stream, plan: Plan, steps: range):
     super().__init__(plan, steps)
     self._stream = stream
-    # Of the batches that threads decode ahead, and of those that were returned before.
+    # Those of the batches that threads decode ahead, and of some that were returned before.
     ahead = max(plan.data.prefetch_batches, processes.choose_threads(plan.data.threads))
     self._kept = ahead + _KEPT
     self._positions = {steps.start: stream.position()}
@@ -249,8 +249,8 @@ def train_reader(source: "HfSource", plan: Plan) -> HfReader:
   if groups < plan.hosts:
     raise DataError(
       f"the parquet files have {groups} row groups, fewer than the {plan.hosts} hosts; make shards "
-      "with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller row "
-      "groups."
+      "with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller "
+      "row groups."
     )
   if plan.host == 0:
     _describe(source, plan.hosts, data.hf_streams, data.hf_window)
@@ -284,7 +284,7 @@ def eval_reader(source: "HfSource", plan: Plan) -> HfReader:
 
 
 def _resumed(source: "HfSource", plan: Plan, epoch: int) -> Position | None:
-  """Return this host's position in a checkpoint; None, with a warning, if the positions do not fit."""
+  """Return this host's position in a checkpoint; None, with a warning, if it does not fit."""
   positions, hosts = plan.positions, plan.hosts
   if (
     positions
@@ -332,8 +332,8 @@ def _describe(source: "HfSource", hosts: int, streams: int, window: int) -> None
   )
   if groups % (hosts * streams) and groups < 10 * hosts * streams:
     logging.warning(
-      "%d row groups do not divide evenly over %d hosts with %d streams each: some hosts have up to "
-      "a row group more than others, which begin the next epoch earlier; "
+      "%d row groups do not divide evenly over %d hosts with %d streams each: some hosts have a "
+      "row group more than others, which begin the next epoch earlier; "
       "`python -m input_pipeline.prepare --from hf:...` makes shards that any number of hosts "
       "shares exactly.",
       groups,

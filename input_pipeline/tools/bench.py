@@ -1,24 +1,26 @@
-"""How fast images are decoded on this machine, beside the peers that are installed.
+"""Decoding speed on this machine, compared with the other input pipelines that are installed.
 
-    python -m input_pipeline.bench --data=DIR_OR_URL [--images=N] [--max-size=PIXELS] [--no-peers]
+    python -m input_pipeline.bench --data=DIR_OR_URL [--images=N] [--max-size=PIXELS] [--no-rivals]
 
-Every contestant makes batches of the same images, each in a process of its own, in turns: whatever
-else the machine does hits all of them. What is compared is CPU time, user and system, of all
+Every contestant makes batches of the same images, in turns and each in a process of its own, so
+that other load on the machine affects all of them. CPU time is compared, user and system, over all
 threads and processes of a contestant. Images in a folder are first written to an ArrayRecord file,
-as `input_pipeline.prepare` would; without --data the images are made on the spot. Of streamed data
-the reading is done by threads ahead of time, and counts as rest.
+as `input_pipeline.prepare` does; without --data images are generated. Streamed data are read ahead
+by threads, which counts as rest.
 
-Peers are used if they can be imported: `pip install tensorflow-cpu nvidia-dali-cuda120`.
+Rivals take part if they can be imported: `pip install tensorflow-cpu nvidia-dali-cuda120`.
 """
 
 import argparse
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
 import functools
 import importlib.metadata
 import math
 import multiprocessing
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 import os
 import platform
 import statistics
@@ -32,30 +34,32 @@ from input_pipeline import image, loader
 from input_pipeline.errors import DataError
 from input_pipeline.sources import Source
 from input_pipeline.tools import bench_data, rivals
+from input_pipeline.tools.rivals import Made, Spent
+from input_pipeline.workers import processes
 
 _CHIP_IMAGES, _CHIP_SECONDS = 128, 0.070  # per step of a TPU v5e
-_SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has nothing more to do ahead
+_SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has no work ahead left
 _AHEAD = 4  # batches that Grain makes ahead with each decoding process
-_LIMIT = 900.0  # seconds until a contestant that says nothing is given up
+_LIMIT = 900.0  # seconds after which a silent contestant is given up
 
 
 class Contestant(NamedTuple):
   """One row of the table.
 
   Attributes:
-    name: what it is.
-    make: called in the process of its own; returns batches without end, and CPU seconds by stage,
-      which it goes on counting.
-    ahead: how many batches it makes before they are asked for.
+    name: shown in the table.
+    make: called in its own process; returns batches without end, and CPU seconds by stage, a
+      counter that it keeps updating.
+    ahead: batches that it makes before they are asked for.
   """
 
   name: str
-  make: Callable[[], tuple[Iterator[Any], collections.Counter]]
+  make: Callable[[], Made]
   ahead: int = 0
 
 
 class Turn(NamedTuple):
-  """What one contestant did in one round: `cpu` and `stages` in seconds per image."""
+  """The result of one contestant in one round: `cpu` and `stages` in seconds per image."""
 
   cpu: float
   images_per_second: float
@@ -64,11 +68,11 @@ class Turn(NamedTuple):
 
 def ours(
   source: Source, batch_size: int, train: bool, workers: int = 0, timed: bool = False
-) -> tuple[Iterator[Any], collections.Counter]:
-  """Returns batches of this package and, if `timed`, the CPU seconds by stage."""
+) -> Made:
+  """Return batches of this package and, if `timed`, CPU seconds by stage."""
   data = base.get_config().data
   data.workers, data.threads = workers, 0
-  spent = collections.Counter()
+  spent: Spent = collections.Counter()
   if timed:
     names = ("_measure", "decode", "draw_box", "train_view", "eval_view")
     for where, name in [(image, n) for n in names] + [(bench_data.Sample, "__getitem__")]:
@@ -78,22 +82,20 @@ def ours(
   return loader.eval_batches(source, data, batch_size=batch_size), spent
 
 
-def _timed(
-  function: Callable[..., Any], spent: collections.Counter, name: str
-) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], spent: Spent, name: str) -> Callable[..., Any]:
   @functools.wraps(function)
-  def timed(*args, **kwargs):
+  def timed(*args: Any, **kwargs: Any) -> Any:
     start = time.thread_time()
     try:
       return function(*args, **kwargs)
     finally:
-      spent[name] += time.thread_time() - start
+      spent[name] += time.thread_time() - start  # type: ignore[assignment]  # seconds
 
   return timed
 
 
-def _stages(spent: collections.Counter, total: float) -> dict[str, float]:
-  """Returns CPU seconds of stages that do not overlap, from those of functions that do."""
+def _stages(spent: Spent, total: float) -> dict[str, float]:
+  """Return CPU seconds of stages that do not overlap, from those of nested functions."""
   if not spent:
     return {}
   decode = spent["decode"] + spent["_measure"]
@@ -102,8 +104,10 @@ def _stages(spent: collections.Counter, total: float) -> dict[str, float]:
   return {"read": read, "decode": decode, "resize": resize, "rest": total - read - decode - resize}
 
 
-def _serve(connection, contestant: Contestant, images: int, batch_size: int) -> None:
-  """Runs in the process of a contestant: takes a turn whenever it is told to."""
+def _serve(
+  pipe: connection.Connection, contestant: Contestant, images: int, batch_size: int
+) -> None:
+  """Take a turn whenever the pipe asks for it; the main function of a contestant's process."""
   try:
     batches, spent = contestant.make()
     batches = iter(batches)
@@ -111,8 +115,8 @@ def _serve(connection, contestant: Contestant, images: int, batch_size: int) -> 
     for _ in range(contestant.ahead + 1):
       next(batches)
     _settle()
-    connection.send(None)
-    while connection.recv():
+    pipe.send(None)
+    while pipe.recv():
       before = _cpu()
       spent.clear()
       for i in range(count):
@@ -124,15 +128,15 @@ def _serve(connection, contestant: Contestant, images: int, batch_size: int) -> 
       n = count * batch_size
       stages = _stages(spent, cpu)
       rate = (count - contestant.ahead) * batch_size / wall
-      connection.send(Turn(cpu / n, rate, {k: v / n for k, v in stages.items()}))
+      pipe.send(Turn(cpu / n, rate, {k: v / n for k, v in stages.items()}))
     if isinstance(batches, loader.BatchIterator):
       batches.close()
-  except Exception as e:  # a peer may fail in any way; the others go on without it
-    connection.send(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+  except Exception as e:  # a rival may fail in any way; the others continue
+    pipe.send(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
 
 
 def _cpu() -> float:
-  """Returns the CPU seconds of this process and of those it started."""
+  """Return the CPU seconds of this process and its children."""
   total = time.process_time()
   for child in multiprocessing.active_children():
     with open(f"/proc/{child.pid}/stat", encoding="utf-8") as f:
@@ -142,7 +146,7 @@ def _cpu() -> float:
 
 
 def _settle() -> float:
-  """Waits until what is made ahead is made; returns the CPU seconds until then."""
+  """Wait until all work ahead is done; return the CPU seconds until then."""
   while True:
     before = _cpu()
     time.sleep(0.2)
@@ -154,33 +158,34 @@ def _settle() -> float:
 def race(
   contestants: list[Contestant], images: int, batch_size: int, rounds: int
 ) -> dict[str, list[Turn]]:
-  """Lets each contestant take a turn in each round; returns turns by name, of those that could."""
+  """Run each contestant once per round; return the turns by name of those that could start."""
   context = multiprocessing.get_context("spawn")
-  running, turns = {}, {}
+  running: dict[str, tuple[SpawnProcess, connection.Connection]] = {}
+  turns: dict[str, list[Turn]] = {}
   try:
     for contestant in contestants:
-      connection, theirs = context.Pipe()
+      ours_end, theirs = context.Pipe()
       process = context.Process(target=_serve, args=(theirs, contestant, images, batch_size))
       process.start()
       theirs.close()
-      running[contestant.name] = process, connection
+      running[contestant.name] = process, ours_end
       _say(f"starting {contestant.name}")
-      failed = _receive(connection)
+      failed = _receive(ours_end)
       if failed is not None:
         print(f"{contestant.name} left out: {failed}", file=sys.stderr)
         del running[contestant.name]
     for number in range(rounds):
-      for name, (_, connection) in list(running.items()):
+      for name, (_, pipe) in list(running.items()):
         _say(f"round {number + 1} of {rounds}: {name}")
-        connection.send(True)
-        turn = _receive(connection)
+        pipe.send(True)
+        turn = _receive(pipe)
         if isinstance(turn, str):
           raise DataError(f"{name} failed: {turn}")
         turns.setdefault(name, []).append(turn)
   finally:
-    for process, connection in running.values():
+    for process, pipe in running.values():
       with contextlib.suppress(OSError):
-        connection.send(False)
+        pipe.send(False)
       process.join(10)
       if process.is_alive():
         process.kill()
@@ -188,11 +193,12 @@ def race(
   return turns
 
 
-def _receive(connection) -> Any:
-  if not connection.poll(_LIMIT):
-    return f"said nothing for {_LIMIT:.0f} s"
+def _receive(pipe: connection.Connection) -> Any:
+  """Return what a contestant sends: None once it is ready, a Turn, or the text of a failure."""
+  if not pipe.poll(_LIMIT):
+    return f"no answer for {_LIMIT:.0f} s"
   try:
-    return connection.recv()
+    return pipe.recv()
   except EOFError:
     return "its process died"
 
@@ -203,7 +209,7 @@ def _say(text: str) -> None:
 
 
 def report(turns: dict[str, list[Turn]]) -> str:
-  """Returns the table; ratios are to the first row, each the median of those of the rounds."""
+  """Return the table; ratios are to the first row, each the median over the rounds."""
   first = next(iter(turns.values()))
   lines = ["  ours/this  img/CPU-s    img/s"]
   for name, rounds in turns.items():
@@ -215,7 +221,7 @@ def report(turns: dict[str, list[Turn]]) -> str:
 
 
 def report_stages(timed: list[Turn], own: list[Turn], worker: list[Turn], mean_bytes: float) -> str:
-  """Returns where the time goes, what comes on top of decode and resize, and what a chip needs."""
+  """Return the time by stage, the overhead over decode and resize, and the needs of a chip."""
   stages = {s: statistics.median(t.stages[s] for t in timed) for s in timed[0].stages}
   work = [t.stages["decode"] + t.stages["resize"] for t in timed]
   in_process, through = (
@@ -224,34 +230,32 @@ def report_stages(timed: list[Turn], own: list[Turn], worker: list[Turn], mean_b
   )
   rate = _CHIP_IMAGES / _CHIP_SECONDS
   cpu = statistics.median(t.cpu for t in worker)
-  return "\n".join(
-    [
-      "Microseconds of CPU per image: "
-      + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in stages.items()),
-      f"All but decode and resize, over these: {in_process:.1%} in process, {through:.1%} through a "
-      "decoding process",
-      f"Encoded bytes: {mean_bytes * 1e-6 / statistics.median(t.cpu for t in own):.0f} MB per "
-      "CPU-second",
-      f"A chip that takes {_CHIP_IMAGES} images in {1000 * _CHIP_SECONDS:.0f} ms (TPU v5e) needs "
-      f"{rate:.0f} images/s: {rate * cpu:.1f} cores like these",
-    ]
+  bytes_per_second = mean_bytes / statistics.median(t.cpu for t in own)
+  spent = ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in stages.items())
+  return (
+    f"Microseconds of CPU per image: {spent}\n"
+    f"Overhead over decode and resize: {in_process:.1%} in process, "
+    f"{through:.1%} through a decoding process\n"
+    f"Encoded bytes: {bytes_per_second * 1e-6:.0f} MB per CPU-second\n"
+    f"A chip that takes {_CHIP_IMAGES} images in {1000 * _CHIP_SECONDS:.0f} ms (TPU v5e) needs "
+    f"{rate:.0f} images/s: {rate * cpu:.1f} cores like these"
   )
 
 
 def report_scaling(one: list[Turn], many: list[Turn], count: int) -> str:
-  """Returns what several processes do of that many times one."""
+  """Return the throughput of several processes as a share of that many times one."""
   clock = statistics.median(
     m.images_per_second / o.images_per_second / count for m, o in zip(many, one, strict=True)
   )
   cpu = statistics.median(o.cpu / m.cpu for m, o in zip(many, one, strict=True))
   return (
-    f"{count} decoding processes: {clock:.2f} of {count} times one by the clock, which only an "
-    f"idle machine tells; {cpu:.2f} by CPU time"
+    f"{count} decoding processes: {clock:.2f} of {count} times one by the clock, which is reliable "
+    f"only on an idle machine; {cpu:.2f} by CPU time"
   )
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command; returns its exit code."""
+  """Run the command; return its exit code."""
   parser = argparse.ArgumentParser(
     prog="python -m input_pipeline.bench",
     description=__doc__,
@@ -260,11 +264,12 @@ def main(argv: list[str] | None = None) -> int:
   add = parser.add_argument
   add("--data", default="", help="as config.data.path, or a folder of class folders")
   add("--split", default="train", help="as config.data.train_split")
-  add("--images", type=int, default=1000, help="per turn, and at most so many different ones")
+  add("--images", type=int, default=1000, help="images per turn, and the most different ones")
   add("--rounds", type=int, default=5, help="turns of each contestant")
   add("--batch-size", type=int, default=128)
-  add("--max-size", type=int, default=0, help="also measure what prepare --max-size makes")
-  add("--peers", action=argparse.BooleanOptionalAction, default=True, help="the installed ones too")
+  add("--max-size", type=int, default=0, help="also measure images as made by prepare --max-size")
+  add("--rivals", action=argparse.BooleanOptionalAction, default=True, help="those installed too")
+  add("--peers", dest="rivals", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   for name in ("images", "rounds", "batch_size"):
     if getattr(args, name) < 1:
@@ -283,7 +288,7 @@ def _run(args: argparse.Namespace, folder: str) -> None:
   sample = bench_data.Sample(source, args.images)
   examples = sample.once()
   mean_bytes = statistics.mean(len(e.image) for e in examples)
-  cores = len(os.sched_getaffinity(0))
+  cores = processes.cores()
   print(
     f"{len(examples)} images of {mean_bytes / 1000:.1f} kB, batches of {args.batch_size}, "
     f"{args.rounds} rounds of {args.images}; {cores} cores of {_cpu_name()}, "
@@ -310,15 +315,14 @@ def _run(args: argparse.Namespace, folder: str) -> None:
     make = functools.partial(ours, small, args.batch_size, True)
     train.append(Contestant(f"ours, re-encoded with --max-size={args.max_size}", make))
   evaluation = [Contestant(own, mine(False))]
-  if args.peers:
+  if args.rivals:
     for contestants, task in ((train, "TRAIN"), (evaluation, "EVAL")):
-      for name, make in rivals.installed(task):
-        make = functools.partial(make, examples, args.batch_size)
-        contestants.append(Contestant(name, make))
+      for name, rival in rivals.installed(task):
+        contestants.append(Contestant(name, functools.partial(rival, examples, args.batch_size)))
 
   turns = race(train, args.images, args.batch_size, args.rounds)
   stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
-  print("\nTraining: JPEG to batch, random box to 224 px, flip. Ratios of images per CPU-second.")
+  print("\nTraining: JPEG to batch, random crop to 224 px, flip. Ratios of images per CPU-second.")
   print(f"{report(turns)}\n\n{stages}")
   if many in turns:
     print(report_scaling(turns[worker], turns[many], cores))
@@ -328,7 +332,7 @@ def _run(args: argparse.Namespace, folder: str) -> None:
       f"--max-size={args.max_size} changes pixels by {effects[0]:.2f} of 255 levels on average in "
       f"training, {effects[1]:.2f} in evaluation"
     )
-  print("\nEvaluation: shorter side to 256 px, centre of 224 px.")
+  print("\nEvaluation: shorter side to 256 px, central crop of 224 px.")
   print(report(race(evaluation, args.images, args.batch_size, args.rounds)))
 
 

@@ -1,4 +1,4 @@
-"""The images that `input_pipeline.bench` measures with."""
+"""The images that `input_pipeline.bench` uses."""
 
 from collections.abc import Sequence
 import io
@@ -17,14 +17,15 @@ from input_pipeline.prepare import shards
 from input_pipeline.sources import Source, catalog, open_source
 from input_pipeline.sources.array_record import ArrayRecordSource
 
-_IMAGENET = 1_281_167  # examples; what is few is repeated to as many, for shuffling few costs more
+# Examples of ImageNet. A sample is repeated to as many, because shuffling few costs more.
+_IMAGENET = 1_281_167
 
 
 class Sample(Source):
-  """Some examples of a source, over and over."""
+  """Some examples of a source, repeated."""
 
   def __init__(self, source: Source, count: int):
-    """Takes up to `count` examples, evenly over the source."""
+    """Choose up to `count` examples, evenly over the source."""
     step = max(1, len(source) // count)
     self.num_classes, self.class_names = source.num_classes, source.class_names
     self._indices = range(0, len(source), step)[:count]
@@ -37,21 +38,21 @@ class Sample(Source):
     return self._source[self._indices[index % len(self._indices)]]
 
   def once(self) -> list[records.Record]:
-    """Returns each example of the sample once."""
+    """Return each example of the sample once."""
     return [self[i] for i in range(len(self._indices))]
 
 
 def open_data(path: str, split: str, count: int, folder: str) -> Source:
-  """Opens what a bench is to read.
+  """Open the data of a bench.
 
   Args:
-    path: as `config.data.path`, or a folder of class folders, or "" to make up images.
+    path: as `config.data.path`, or a folder of class folders, or "" to generate images.
     split: of the data.
-    count: how many images are wanted at most.
-    folder: where images that are in no shards yet are written to one.
+    count: largest number of images to use.
+    folder: where a shard is written if the images are not in shards yet.
   """
   if not path:
-    made = [records.Record(_photograph(i), 0, f"made up {i}") for i in range(min(count, 64))]
+    made = [records.Record(_photograph(i), 0, f"generated {i}") for i in range(min(count, 64))]
     return write_shard(folder, made)
   data = base.get_config().data
   data.path = path
@@ -68,7 +69,7 @@ def open_data(path: str, split: str, count: int, folder: str) -> Source:
 
 
 def write_shard(folder: str, examples: Sequence[records.Record], max_size: int = 0) -> Source:
-  """Writes examples to an ArrayRecord file as `prepare` does, with --max-size if it is not 0."""
+  """Write examples to an ArrayRecord file as `prepare` does, with --max-size if it is not 0."""
   name = f"{max_size}.array_record"
   writer = array_record_module.ArrayRecordWriter(os.path.join(folder, name), records.WRITER_OPTIONS)
   for example in examples:
@@ -83,7 +84,7 @@ def write_shard(folder: str, examples: Sequence[records.Record], max_size: int =
 
 
 def _photograph(seed: int) -> bytes:
-  """Returns a JPEG of the size, bytes and detail at all scales of most images of ImageNet."""
+  """Return a JPEG with the size, bytes and detail at all scales of a typical one of ImageNet."""
   rng = np.random.default_rng(seed)
   pixels = np.zeros((375, 500, 3), np.float32)
   for n in (4, 8, 16, 32, 64, 128, 256):
@@ -98,7 +99,7 @@ def _photograph(seed: int) -> bytes:
 def pixel_effect(
   before: Sequence[records.Record], after: Sequence[records.Record]
 ) -> tuple[float, float]:
-  """Returns the mean absolute difference, of 255 levels, of training and of evaluated views."""
+  """Return the mean absolute difference, of 255 levels, of training and of evaluation views."""
   train, evaluated = [], []
   data = base.get_config().data
   augmentation = (224, data.crop_area, data.crop_aspect, False)

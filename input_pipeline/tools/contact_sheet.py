@@ -1,4 +1,4 @@
-"""A picture of images as the model sees them, each with the name and number of its label."""
+"""A picture of images as the model gets them, each with the name and number of its label."""
 
 from collections.abc import Sequence
 import contextlib
@@ -14,7 +14,7 @@ from input_pipeline.rows import Batch
 from input_pipeline.sources import Source
 
 _COLUMNS = 8
-_LEAST = 112  # pixels: smaller images are shown in multiples of their size, so that labels fit
+_LEAST = 112  # pixels; smaller images are shown in multiples of their size, so that labels fit
 _GAP = 8
 _TEXT = 12  # pixels, height of letters
 _LINE = 18
@@ -44,12 +44,12 @@ class _Part(Source):
 
 
 def training_section(source: Source, config: Any, count: int) -> Section:
-  """Returns the first `count` examples of a run of this config, cropped and mirrored as in it.
+  """Return the first `count` examples of a run of this config, augmented on the host as in it.
 
-  A few less where `count` does not divide the batch.
+  A few less if `count` does not divide the batch.
   """
   batch_size = config.global_batch_size
-  # What the first of so many hosts gets: the order of streamed data depends on the whole batch.
+  # The part of the first of so many hosts: the order of streamed data depends on the whole batch.
   hosts = next(n for n in range(-(-batch_size // count), batch_size + 1) if batch_size % n == 0)
   with contextlib.closing(
     loader.train_batches(
@@ -62,7 +62,7 @@ def training_section(source: Source, config: Any, count: int) -> Section:
 
 
 def evaluation_section(source: Source, config: Any, count: int) -> Section:
-  """Returns the crops of `count` examples from all over a split, as an evaluation sees them."""
+  """Return the crops of `count` examples from all over a split, as in an evaluation."""
   indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
   with contextlib.closing(
     loader.eval_batches(_Part(source, indices), _alone(config.data), batch_size=len(indices))
@@ -72,7 +72,7 @@ def evaluation_section(source: Source, config: Any, count: int) -> Section:
 
 
 def _alone(data: Any) -> Any:
-  """Returns `config.data` for one batch, bad records and all; what it holds does not depend on it."""
+  """Return `config.data` changed so that a single batch is cheap; its content stays the same."""
   data = data.copy_and_resolve_references()
   data.update(workers=0, threads=0, prefetch_batches=1, max_bad_fraction=1.0)
   data.stream_ahead_steps = 1
@@ -85,13 +85,13 @@ def _section(title: str, source: Source, batch: Batch) -> Section:
 
 
 def draw(sections: Sequence[Section]) -> tuple[Image.Image, list[list[tuple[int, int]]]]:
-  """Draws sections one below the other.
+  """Draw sections one below the other.
 
-  Images keep their very pixels; those under 112 pixels are enlarged by a whole number. Under
-  each is its caption, in red where a record was bad and another image is shown.
+  Pixels are shown unchanged; images under 112 pixels are enlarged by a whole number. Under each is
+  its caption, in red if the record was bad and another image is shown.
 
   Returns:
-    The picture; and for each image of each section, (left, top) in it.
+    The picture; and for each section, (left, top) of each of its images.
   """
   zooms = [max(1, _LEAST // section.images.shape[1]) for section in sections]
   cells = [s.images.shape[1] * zoom + _GAP for s, zoom in zip(sections, zooms, strict=True)]
@@ -99,7 +99,8 @@ def draw(sections: Sequence[Section]) -> tuple[Image.Image, list[list[tuple[int,
   height = _GAP + sum(_LINE + n * (c + _LINE) for n, c in zip(rows, cells, strict=True))
   sheet = Image.new("RGB", (_GAP + _COLUMNS * max(cells), height), "white")
   pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
-  top, places = _GAP, []
+  places: list[list[tuple[int, int]]] = []
+  top = _GAP
   for section, zoom, cell in zip(sections, zooms, cells, strict=True):
     pen.text((_GAP, top), section.title, "black", font)
     top += _LINE

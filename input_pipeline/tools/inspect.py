@@ -1,24 +1,27 @@
-"""Looks at data before a run does: what they are, whether they are whole, what the model will see.
+"""Inspect data before a run: what they are, whether they are intact, what the model will get.
 
-    python -m input_pipeline.inspect --data=DIR_OR_URL [--config=configs/X.py] [--config.data.field=value ...]
+    python -m input_pipeline.inspect --data=DIR_OR_URL [--config=configs/X.py]
+        [--config.data.field=value ...]
 
-It writes one picture of training images and evaluation crops with their labels, made by the loader with
-the crops and flips of the config (what else happens to them, as mixup, happens on the devices). For each
-split it prints the numbers of records, classes and bytes, formats and sizes of a sample, and checks that
-the data are what was written: the SHA-256 of every shard where a manifest has it; else it reads every
-record, with which ArrayRecord checks hashes of its own.
+It writes one picture of training images and evaluation crops with their labels, made by the loader
+with the crops, flips and operations of the config (the rest, such as mixup, happens on devices).
+For each split it prints the numbers of records, classes and bytes, formats and sizes of a sample,
+and checks that the data are what was written: by the SHA-256 of every shard if there is a manifest,
+else by reading every record, whose hash ArrayRecord checks.
 
-Exit code: 0 the data are good; 1 they are not, with a sentence for each thing that is wrong; 2 the
-command line is wrong.
+Exit code: 0 the data are good; 1 they are not, with a sentence per problem; 2 the command line is
+wrong.
 """
 
 import collections
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from concurrent import futures
 import dataclasses
+import functools
 import os
 import re
 import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -38,11 +41,11 @@ _MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP"}
 
 
 class UsageError(Exception):
-  """The command line is wrong; the text, one sentence, says how."""
+  """The command line is wrong; the text is one sentence."""
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns its exit code."""
+  """Run the command; return its exit code."""
   try:
     options = _parse(argv)
   except UsageError as e:
@@ -65,42 +68,39 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  """Returns the flags of a command line; raises UsageError if it is wrong."""
+  """Return the flags of a command line; raise UsageError if it is wrong."""
   options = flags.FlagValues()  # of its own, as the trainer has a --config too
-  for define, name, default, text in (
-    (flags.DEFINE_string, "data", "", "Folder or URL; the same as --config.data.path."),
-    (flags.DEFINE_string, "split", "", "One split; both of the config if empty."),
-    (flags.DEFINE_boolean, "check", True, "Whether to check every byte."),
-    (flags.DEFINE_integer, "sample", 2000, "Records of a split that are decoded; 0 is all."),
-    (
-      flags.DEFINE_string,
-      "sheet",
-      "contact_sheet.png",
-      "Where the picture goes; empty is nowhere.",
-    ),
-    (flags.DEFINE_integer, "images", 32, "Of each split on the picture."),
-    (flags.DEFINE_boolean, "help", False, "Shows this."),
-  ):
-    define(name, default, text, flag_values=options)
+  text, whole, switch = (
+    functools.partial(define, flag_values=options)
+    for define in (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean)
+  )
+  text("data", "", "Folder or URL; same as --config.data.path.")
+  text("split", "", "A split; both of the config if empty.")
+  switch("check", True, "Check every byte.")
+  whole("sample", 2000, "Records to decode of each split; 0 is all.")
+  text("sheet", "contact_sheet.png", "File of the picture; empty for none.")
+  whole("images", 32, "Images of each split in the picture.")
+  switch("help", False, "Show this text.")
   argv = list(argv)
-  help_text = "Run file, configs/base.py if none; single fields are set by --config.field=value."
+  help_text = "Run file (default configs/base.py); --config.field=value sets a single field."
   config_flags.DEFINE_config_file("config", None, help_text, flag_values=options, sys_argv=argv)
   if not any(argument.split("=")[0] == "--config" for argument in argv):
     argv.insert(1, f"--config={base.__file__}")
   try:
     rest = options(argv)
-    options.config.to_dict()  # a file that cannot be loaded is told of when it is first used
+    options.config.to_dict()  # a file that cannot be loaded fails at its first use
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-    # The last line says what is wrong; config_flags puts a whole trace in front of it.
+    # The cause is in the last line; config_flags puts a whole trace in front of it.
     lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
-    unknown = re.fullmatch(r"[\"']*(\w+)[\"']*", lines[-1])  # all that is said of a field
-    said = f"the config has no field {unknown[1]}" if unknown else lines[-1].rstrip(".")
-    raise UsageError(f"{said}.") from e
+    unknown = re.fullmatch(r"[\"']*(\w+)[\"']*", lines[-1])  # the whole text for an unknown field
+    problem = f"the config has no field {unknown[1]}" if unknown else lines[-1].rstrip(".")
+    raise UsageError(f"{problem}.") from e
   if len(rest) > 1:
-    raise UsageError(f"{rest[1]!r} is no flag; give --data={rest[1]}?")
+    raise UsageError(f"{rest[1]!r} is not a flag; did you mean --data={rest[1]}?")
   for name, least in (("sample", 0), ("images", 1)):
-    if options[name].value < least:
-      raise UsageError(f"--{name}={options[name].value} must be at least {least}.")
+    value = options[name].value
+    if value is None or value < least:
+      raise UsageError(f"--{name}={value} must be at least {least}.")
   if options.sheet:
     if not options.sheet.endswith(".png"):
       raise UsageError(f"--sheet={options.sheet} must end in .png.")
@@ -115,7 +115,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def inspect(options: flags.FlagValues) -> list[str]:
-  """Does the work of the command; returns one sentence for each thing that is wrong.
+  """Do the work of the command; return one sentence for each problem.
 
   Raises:
     DataError: the data cannot be opened.
@@ -126,21 +126,26 @@ def inspect(options: flags.FlagValues) -> list[str]:
       f"{data.path} has neither checksums nor access by index; make shards of it with "
       "`python -m input_pipeline.prepare --from` and inspect those."
     )
-  # Without a run file the base config stands for what the loader does, not for a model.
+  # Without a run file the base config is used for the loader only, not for its model.
   num_classes = options.config.model.num_classes
-  if options["config"].config_filename == base.__file__ and data.kind != "synthetic":
+  if _run_file(options) == base.__file__ and data.kind != "synthetic":
     num_classes = None
   splits = [options.split] if options.split else [data.train_split, data.eval_split]
   opened = {split: sources.open_source(data, split, num_classes) for split in splits}
   wrong = _write_sheet(options, opened) if options.sheet else []
   for split, source in opened.items():
     wrong += _inspect_split(options, split, source)
-  # A shard that cannot be opened is met more than once.
+  # A shard that cannot be opened is reported more than once.
   return list(dict.fromkeys(wrong))
 
 
+def _run_file(options: flags.FlagValues) -> str:
+  flag: Any = options["config"]  # a flag of config_flags
+  return flag.config_filename
+
+
 def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[str]:
-  """Writes the picture of these splits; returns why some are not on it."""
+  """Write the picture of these splits; return why some are missing from it."""
   sections, wrong = [], []
   for split, source in opened.items():
     train = split == options.config.data.train_split
@@ -154,17 +159,17 @@ def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[s
       contact_sheet.draw(sections)[0].save(options.sheet)
     except OSError as e:
       raise DataError(f"--sheet={options.sheet} cannot be written ({e.strerror}).") from e
-    print(f"{options.sheet}: images with their labels, as the model sees them", flush=True)
+    print(f"{options.sheet}: images with their labels, as the model gets them", flush=True)
   return wrong
 
 
 def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> list[str]:
-  """Prints what is in a split; returns what is wrong with it."""
-  wrong = []
+  """Print what is in a split; return what is wrong with it."""
+  wrong: list[str] = []
   shards, folder = source.shards, source.folder
   hashed = bool(shards) and all(shard.sha256 for shard in shards)
   everything = range(len(source))
-  sample = everything
+  sample: Collection[int] = everything
   if 0 < options.sample < len(source):
     chosen = np.random.default_rng(0).choice(len(source), options.sample, replace=False)
     sample = frozenset(chosen.tolist())
@@ -175,15 +180,15 @@ def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> lis
     print(line, flush=True)
   if found.bad:
     wrong.append(
-      f"{len(found.bad):,} of {len(read):,} records of {split} that were read are bad, and would be "
-      f"replaced: {'; '.join(found.bad[:_SHOWN])}{' ...' if found.bad[_SHOWN:] else ''}."
+      f"{len(found.bad):,} of the {len(read):,} records of {split} that were read are bad and "
+      f"would be replaced: {'; '.join(found.bad[:_SHOWN])}{' ...' if found.bad[_SHOWN:] else ''}."
     )
   wrong += sorted(found.broken)
-  if options.check and hashed:
-    with Progress(sum(shard.size for shard in shards), f"bytes of {split}") as progress:
+  if options.check and hashed and folder:
+    with Progress(sum(shard.size or 0 for shard in shards), f"bytes of {split}") as progress:
       differ = checksums.verify(folder, shards, progress.add)
     good = len(shards) - len(differ)
-    print(f"  checksums  {good:,} of {len(shards):,} shards are right (SHA-256)", flush=True)
+    print(f"  checksums  {good:,} of {len(shards):,} shards are intact (SHA-256)", flush=True)
     wrong += differ
   elif options.check:
     print(f"  checksums  none; {_count(len(found.sizes), len(read))} records could be read")
@@ -192,30 +197,30 @@ def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> lis
 
 @dataclasses.dataclass
 class _Found:
-  """What some records are.
+  """Findings about some records.
 
   Attributes:
-    labels: how many records have which.
+    labels: number of records by label.
     sizes: bytes of each image.
-    heights: pixels, of each that was decoded.
+    heights: pixels, of each image that was decoded.
     widths: likewise.
-    formats: how many of those are of which format.
-    kinds: how many of those are odd in which way; see shards.KINDS.
+    formats: number of decoded images by format.
+    kinds: number of decoded images by oddity; see shards.KINDS.
     bad: why records are bad, a line for each.
     broken: why shards cannot be read, a sentence for each.
   """
 
-  labels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  labels: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
   sizes: list[int] = dataclasses.field(default_factory=list)
   heights: list[int] = dataclasses.field(default_factory=list)
   widths: list[int] = dataclasses.field(default_factory=list)
-  formats: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   bad: list[str] = dataclasses.field(default_factory=list)
   broken: set[str] = dataclasses.field(default_factory=set)
 
   def add(self, other: "_Found") -> None:
-    """Adds what other records are."""
+    """Add the findings about other records."""
     for field in dataclasses.fields(self):
       mine, more = getattr(self, field.name), getattr(other, field.name)
       mine.extend(more) if isinstance(mine, list) else mine.update(more)
@@ -224,7 +229,7 @@ class _Found:
 def _look(
   source: Source, indices: Sequence[int], decoded: Container[int], report: Callable[[int], None]
 ) -> _Found:
-  """Reads records in threads, decodes those in `decoded`, and reports how many it has done."""
+  """Read records in threads, decode those in `decoded`, and report how many are done."""
   found = _Found()
   with futures.ThreadPoolExecutor() as pool:
     chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
@@ -264,21 +269,22 @@ def _look_at(source: Source, indices: Sequence[int], decoded: Container[int]) ->
 
 
 def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]:
-  """Returns lines for a person.
+  """Return the lines to print.
 
   Args:
     split: its name.
-    source: all of it.
-    found: what was read of it.
+    source: all of its records.
+    found: those that were read.
     sample: how many of these were to be decoded.
   """
   read = len(found.sizes) + len(found.bad)
   total = f"{len(source):,} records of {source.num_classes:,} classes"
-  labels, origin = found.labels, f" of the {read:,} read" if read < len(source) else ""
+  labels: Mapping[int, int] = found.labels
+  origin = f" of the {read:,} read" if read < len(source) else ""
   if source.class_counts:
     labels, origin = dict(enumerate(source.class_counts)), ""
   if source.shards and all(shard.size for shard in source.shards):
-    size = sum(shard.size for shard in source.shards)
+    size = sum(shard.size or 0 for shard in source.shards)
     total += f", {size / 2**20:,.1f} MiB in {len(source.shards):,} shards"
   else:
     total += f", {sum(found.sizes) / 2**20:,.1f} MiB of images"
@@ -310,7 +316,7 @@ def _count(part: int, whole: int) -> str:
 
 
 def _spread(values: Sequence[int]) -> str:
-  """Returns the smallest, the quantiles and the largest of values."""
+  """Return the extremes, the median and outer quantiles of values."""
   if not values:
     return "unknown"
   names = ("least", "5 %", "median", "95 %", "most")

@@ -1,7 +1,7 @@
-"""What `input_pipeline.bench` measures itself against. Nothing else imports this.
+"""Other input pipelines, which `input_pipeline.bench` compares with. Nothing else imports this.
 
-Each pipeline gets the bytes of images and returns batches without end, all in one thread.
-TensorFlow and DALI are imported where they are used, in a process of their own.
+Each gets the bytes of images and returns batches without end, made in one thread. TensorFlow and
+DALI are imported in the process that uses them.
 """
 
 import collections
@@ -24,11 +24,13 @@ _SIZE, _RESIZE = 224, 256
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-Made = tuple[Iterator[Any], collections.Counter]
+Spent = collections.Counter[str]  # CPU seconds by stage
+Made = tuple[Iterator[Any], Spent]  # batches, and what ours counts while it makes them
+Examples = Sequence[Record]
 
 
-def installed(task: str) -> Iterator[tuple[str, Callable[[Sequence[Record], int], Made]]]:
-  """Yields name and maker of what can be imported here; `task` is TRAIN or EVAL."""
+def installed(task: str) -> Iterator[tuple[str, Callable[[Examples, int], Made]]]:
+  """Yield name and maker of each rival that can be imported; `task` is TRAIN or EVAL."""
   if importlib.util.find_spec("tensorflow"):
     name = f"tf.data {_version('tensorflow-cpu', 'tensorflow')}"
     flax = "as in Flax's ImageNet example: decode_and_crop_jpeg, bicubic, float32 normalised"
@@ -44,7 +46,7 @@ def installed(task: str) -> Iterator[tuple[str, Callable[[Sequence[Record], int]
 
 
 def _version(*packages: str) -> str:
-  """Returns the version of the first of these that is there."""
+  """Return the version of the first of these packages that is installed."""
   for package in packages:
     try:
       return importlib.metadata.version(package)
@@ -53,27 +55,27 @@ def _version(*packages: str) -> str:
   return "of unknown version"
 
 
-def tf_flax_train(examples, batch_size):
+def tf_flax_train(examples: Examples, batch_size: int) -> Made:
   return _tf(examples, batch_size, True, "bicubic", True)
 
 
-def tf_flax_eval(examples, batch_size):
+def tf_flax_eval(examples: Examples, batch_size: int) -> Made:
   return _tf(examples, batch_size, False, "bicubic", True)
 
 
-def tf_uint8_train(examples, batch_size):
+def tf_uint8_train(examples: Examples, batch_size: int) -> Made:
   return _tf(examples, batch_size, True, "bilinear", False)
 
 
-def tf_uint8_eval(examples, batch_size):
+def tf_uint8_eval(examples: Examples, batch_size: int) -> Made:
   return _tf(examples, batch_size, False, "bilinear", False)
 
 
-def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) -> Made:
-  """TFRecord to batches; what Flax's example does to an image, with the boxes of our config."""
+def _tf(examples: Examples, batch_size: int, train: bool, method: str, normalise: bool) -> Made:
+  """TFRecord to batches: the steps of Flax's example, with the boxes of our default config."""
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
   os.environ["CUDA_VISIBLE_DEVICES"] = ""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it greets; errors come as exceptions
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it logs a greeting; errors are exceptions
   import tensorflow as tf
 
   path = os.path.join(tempfile.mkdtemp(), "images.tfrecord")
@@ -86,7 +88,7 @@ def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) ->
       message = tf.train.Example(features=tf.train.Features(feature=feature))
       writer.write(message.SerializeToString())
 
-  def box(data):
+  def box(data: Any) -> Any:
     height, width = tf.unstack(tf.io.extract_jpeg_shape(data)[:2])
     if train:
       begin, size, _ = tf.image.sample_distorted_bounding_box(
@@ -101,7 +103,7 @@ def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) ->
     side = tf.cast(_SIZE / _RESIZE * tf.cast(tf.minimum(height, width), tf.float32), tf.int32)
     return tf.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
 
-  def view(message):
+  def view(message: Any) -> dict[str, Any]:
     features = {
       "image": tf.io.FixedLenFeature([], tf.string),
       "label": tf.io.FixedLenFeature([], tf.int64),
@@ -126,23 +128,23 @@ def _tf(examples, batch_size: int, train: bool, method: str, normalise: bool) ->
   return batches.as_numpy_iterator(), collections.Counter()
 
 
-def dali_train(examples, batch_size):
+def dali_train(examples: Examples, batch_size: int) -> Made:
   return _dali(examples, batch_size, True, True)
 
 
-def dali_eval(examples, batch_size):
+def dali_eval(examples: Examples, batch_size: int) -> Made:
   return _dali(examples, batch_size, False, True)
 
 
-def dali_uint8_train(examples, batch_size):
+def dali_uint8_train(examples: Examples, batch_size: int) -> Made:
   return _dali(examples, batch_size, True, False)
 
 
-def dali_uint8_eval(examples, batch_size):
+def dali_uint8_eval(examples: Examples, batch_size: int) -> Made:
   return _dali(examples, batch_size, False, False)
 
 
-def _dali(examples, batch_size: int, train: bool, normalise: bool) -> Made:
+def _dali(examples: Examples, batch_size: int, train: bool, normalise: bool) -> Made:
   """Files to batches."""
   from nvidia.dali import fn, pipeline_def, types
 
@@ -154,7 +156,7 @@ def _dali(examples, batch_size: int, train: bool, normalise: bool) -> Made:
       f.write(example.image)
 
   @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1)
-  def pipeline():
+  def pipeline() -> tuple[Any, Any]:
     data, labels = fn.readers.file(files=files, labels=[e.label for e in examples])
     if train:
       pixels = fn.decoders.image_random_crop(
@@ -191,15 +193,15 @@ def _dali(examples, batch_size: int, train: bool, normalise: bool) -> Made:
   return (running.run() for _ in itertools.count()), collections.Counter()
 
 
-def pillow_train(examples, batch_size):
+def pillow_train(examples: Examples, batch_size: int) -> Made:
   return _pillow(examples, batch_size, True)
 
 
-def pillow_eval(examples, batch_size):
+def pillow_eval(examples: Examples, batch_size: int) -> Made:
   return _pillow(examples, batch_size, False)
 
 
-def _pillow(examples, batch_size: int, train: bool) -> Made:
+def _pillow(examples: Examples, batch_size: int, train: bool) -> Made:
   """Bytes in memory to batches: decode all pixels, then crop and resize."""
   rng = np.random.default_rng(0)
 
@@ -213,7 +215,7 @@ def _pillow(examples, batch_size: int, train: bool) -> Made:
         rgb = rgb.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     else:
       scale = _RESIZE / min(rgb.size)
-      size = tuple(max(_RESIZE, int(side * scale)) for side in rgb.size)
+      size = max(_RESIZE, int(rgb.width * scale)), max(_RESIZE, int(rgb.height * scale))
       rgb = rgb.resize(size, Image.Resampling.BILINEAR)
       left, top = (round((side - _SIZE) / 2) for side in size)
       rgb = rgb.crop((left, top, left + _SIZE, top + _SIZE))

@@ -1,8 +1,8 @@
-"""Memory of batches that decoding processes write and the trainer reads, used again and again.
+"""Reused memory for batches, which decoding processes write and the trainer reads.
 
-Grain hands an array from a process to the trainer in a new segment of shared memory. To make, fill,
-map and drop a segment per batch takes a tenth of the time of decoding; slots that stay take next to
-nothing, and the images are decoded right into them.
+Grain passes an array from a process to the trainer in a new segment of shared memory. Making,
+filling, mapping and dropping a segment per batch costs a tenth of the time of decoding; slots that
+stay cost next to nothing, and images are decoded straight into them.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ _worker: int | None = None
 
 
 def set_worker(index: int) -> None:
-  """Tells a decoding process which of the slots are its own."""
+  """Set which slots belong to this decoding process: those of number `index`."""
   global _worker
   _worker = index
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """What travels from process to process in place of an array."""
+  """What is sent from process to process in place of an array."""
 
   number: int
   count: int  # rows
@@ -35,14 +35,14 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A slot and its array: uint8 [count, ...], with old values in it."""
+  """A slot and its array: uint8 [count, ...], not cleared."""
 
   slot: Slot
   array: np.ndarray
 
 
 class _Lease:
-  """What an array of a slot and all views of it keep alive."""
+  """The owner of the memory of an array, kept alive by the array and all its views."""
 
   def __init__(self, memory: mmap.mmap, offset: int, shape: tuple[int, ...]):
     view = np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
@@ -53,27 +53,29 @@ class _Lease:
 class Slots:
   """Arrays of one shape in memory that all processes of a loader share.
 
-  The memory has no name: it is gone with the last process that has it, however that ends, and no
-  limit of /dev/shm applies. Each decoding process has slots of its own, so that nobody has to agree
-  on who takes which. A byte per slot says whether it is in use: set by the decoding process,
-  cleared by the one that reads.
+  The memory has no name: it is freed with the last process that has it, however that ends, and no
+  limit of /dev/shm applies. Each decoding process has slots of its own, so processes need not agree
+  on which to take. A byte per slot marks it as in use: set by the decoding process, cleared by the
+  one that reads.
 
   Attributes:
-    nbytes: the most memory that they can take.
+    nbytes: the most memory that the slots can take.
   """
 
   def __init__(self, shape: tuple[int, ...], workers: int, slots_per_worker: int):
-    """Reserves the memory; pages that are never written take none.
+    """Reserve the memory; pages that are never written take none.
 
     Args:
-      shape: of each array, which is uint8; its first side is the most rows.
+      shape: of each array, uint8; the first dimension is the largest number of rows.
       workers: number of decoding processes.
-      slots_per_worker: arrays of each that can be alive at a time.
+      slots_per_worker: arrays of each process that can be in use at a time.
     """
     self._shape = tuple(shape)
     self._slots_per_worker = slots_per_worker
     count = workers * slots_per_worker
-    self._first = _whole_pages(count)  # before it are the bytes that say what is in use
+    self._first = _whole_pages(
+      count
+    )  # of the arrays; before it are the bytes that mark slots as in use
     self._stride = _whole_pages(math.prod(shape))
     fd = os.memfd_create("batches")
     weakref.finalize(self, os.close, fd)
@@ -97,7 +99,9 @@ class Slots:
     self._map()
 
   def claim(self, count: int) -> Claim | None:
-    """Takes a free slot of this decoding process for `count` rows; None if all are in use."""
+    """Take a free slot of this decoding process for `count` rows; None if all are in use."""
+    if _worker is None:
+      raise RuntimeError("only decoding processes have slots")
     first = _worker * self._slots_per_worker
     with self._lock:  # against other threads of this process
       for number in range(first, first + self._slots_per_worker):
@@ -108,7 +112,7 @@ class Slots:
     return None
 
   def open(self, slot: Slot) -> np.ndarray:
-    """Returns the array of a slot, which is free again when no array or view of it is alive."""
+    """Return the array of a slot, which becomes free when the array and all its views are gone."""
     array = self._array(slot)
     weakref.finalize(array.base, self._memory.__setitem__, slot.number, 0).atexit = False
     return array

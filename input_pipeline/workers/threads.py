@@ -6,13 +6,15 @@ import contextlib
 import queue
 import threading
 import time
-from typing import Any
+from typing import Any, TypeVar
 
-CLOSE_SECONDS = 5.0  # given at the end to threads that wait for a server
+T = TypeVar("T")
+
+CLOSE_SECONDS = 5.0  # how long to wait at the end for threads that wait for a server
 
 
 class Threads:
-  """Threads that do tasks; unlike those of an executor they keep no process from ending."""
+  """Threads that run tasks; unlike those of an executor they do not keep a process alive."""
 
   def __init__(self, count: int, name: str):
     self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -33,9 +35,9 @@ class Threads:
           future.set_exception(e)
       del task, future, call  # and with them the examples of a window
 
-  def submit(self, call: Callable[[], Any]) -> futures.Future[Any]:
-    """Returns the result to come of a task; raises CancelledError if the threads are closed."""
-    future: futures.Future[Any] = futures.Future()
+  def submit(self, call: Callable[[], T]) -> futures.Future[T]:
+    """Return the future of a task; raise CancelledError if the threads are closed."""
+    future: futures.Future[T] = futures.Future()
     with self._lock:
       if self._closed:
         raise futures.CancelledError
@@ -43,7 +45,7 @@ class Threads:
     return future
 
   def close(self) -> None:
-    """Gives up what has not begun, and ends the threads when they are done with the rest."""
+    """Cancel tasks that have not begun; the threads end after those that have."""
     with self._lock:
       if self._closed:
         return
@@ -55,9 +57,9 @@ class Threads:
         self._tasks.put(None)
 
   def join(self, deadline: float) -> None:
-    """Waits for the threads to end after `close`, until `deadline` of the monotonic clock.
+    """Wait until `deadline` of the monotonic clock for the threads to end after `close`.
 
-    One that comes back from C++ while the interpreter ends would abort the process.
+    A thread that returns from C++ while the interpreter exits would abort the process.
     """
     for thread in self._threads:
       thread.join(max(0.0, deadline - time.monotonic()))

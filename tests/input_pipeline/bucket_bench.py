@@ -1,11 +1,12 @@
-"""Three ways to read images from a bucket that takes 30 ms for each request, side by side.
+"""Compare three ways to read images from a bucket that takes 30 ms per request.
 
     python -m tests.input_pipeline.bucket_bench [--images FOLDER] [--records N] [--delay SECONDS]
 
-A web server in a process of its own stands for the bucket. Ours and array_record's own reader of gs:// read the same
-ArrayRecord shards, `datasets` streams the same images as parquet. All decode the same crops by the same function; what
-differs is the reading. Ours reads three epochs, for what it reads ahead of the last batch would count too much in one;
-array_record an eighth of one, for its patience. Without --images, pictures of 110 kB are made on the spot.
+A web server in its own process stands for the bucket. Ours and array_record's own reader of gs://
+read the same ArrayRecord shards; `datasets` streams the same images as parquet. All decode the same
+crops by the same function, so only the reading differs. Ours reads three epochs, because what it
+reads ahead of the last batch would weigh too much in one; array_record reads an eighth of an epoch,
+because it is slow. Without --images, pictures of 110 kB are generated.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _BATCH = 64
 
 
 def make_data(folder: pathlib.Path, images: list[bytes], count: int) -> None:
-  """Writes shards and a parquet file of `count` records each."""
+  """Write shards and a parquet file of `count` records each."""
   import datasets
 
   examples = [records.Record(images[i % len(images)], i % 10, f"{i}.JPEG") for i in range(count)]
@@ -79,7 +80,10 @@ def array_record(url: str, count: int) -> None:
 
   names = [f"gs://bucket/{records.shard_name('train', i, 4)}" for i in range(4)]
   source = array_record_data_source.ArrayRecordDataSource(names)
-  view = lambda data: decode(records.decode(data, "").image, 0)
+
+  def view(data):
+    return decode(records.decode(data, "").image, 0)
+
   for _ in itertools.islice(
     grain.MapDataset.source(source).shuffle(0).map(view).to_iter_dataset(), count
   ):
@@ -137,7 +141,8 @@ def main() -> None:
     url = server.stdout.readline().strip()
     used = sum(len(images[i % len(images)]) for i in range(args.records))
     print(
-      f"{args.records} images, {used / 1e6:.0f} MB, {1000 * args.delay:.0f} ms a request, {os.cpu_count()} cores"
+      f"{args.records} images, {used / 1e6:.0f} MB, {1000 * args.delay:.0f} ms per request, "
+      f"{os.cpu_count()} cores"
     )
     print(f"{'':16} images/s   requests   images/request   bytes read/used")
     try:

@@ -21,28 +21,28 @@ _SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 
 
 def picture(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
-  """Returns uint8 [height, width, 3]: smooth, so that JPEG keeps it, another for each seed."""
+  """Return uint8 [height, width, 3]: smooth, so that JPEG keeps it, another for each seed."""
   rng = np.random.default_rng(seed)
   coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
   return np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
-  """Returns the file that Pillow makes of uint8 [height, width, 3]."""
+  """Return the file that Pillow makes of uint8 [height, width, 3]."""
   file = io.BytesIO()
   Image.fromarray(pixels).convert(mode).save(file, kind, **options)
   return file.getvalue()
 
 
 def rotated(pixels: np.ndarray) -> bytes:
-  """Returns a JPEG whose EXIF asks for a rotation by 90 degrees."""
+  """Return a JPEG whose EXIF asks for a rotation by 90 degrees."""
   exif = Image.Exif()
   exif[0x0112] = 6
   return encoded(pixels, exif=exif)
 
 
 def make_folder(root: pathlib.Path, counts: dict[str, dict[str, int]]) -> pathlib.Path:
-  """Makes ROOT/SPLIT/CLASS/{i}.JPEG for {split: {class: count}}; no two images are equal."""
+  """Make ROOT/SPLIT/CLASS/{i}.JPEG for {split: {class: count}}; no two images are equal."""
   seed = 0
   for split, classes in counts.items():
     for name, count in classes.items():
@@ -56,7 +56,7 @@ def make_folder(root: pathlib.Path, counts: dict[str, dict[str, int]]) -> pathli
 def write_shard(
   path: pathlib.Path, examples: list[records.Record], options: str = records.WRITER_OPTIONS
 ) -> None:
-  """Writes records to an ArrayRecord file."""
+  """Write records to an ArrayRecord file."""
   writer = array_record_module.ArrayRecordWriter(str(path), options)
   for example in examples:
     writer.write(records.encode(example))
@@ -64,7 +64,7 @@ def write_shard(
 
 
 def tfds_folder(root, labels=("x", "y"), **info):
-  """Makes what TFDS writes for a dataset of 5 images in 2 shards, and one of 2 for validation.
+  """Make what TFDS writes for a dataset of 5 images in 2 shards, and one of 2 for validation.
 
   Names, JSON and the options of the writer, with which records are compressed, are those that
   tensorflow-datasets 4.9.10 was seen to write for a builder of the features of imagenet2012.
@@ -115,13 +115,13 @@ def tfds_folder(root, labels=("x", "y"), **info):
 
 
 def run_prepare(*argv) -> int:
-  """Runs prepare in this process, by default with one worker; returns its exit code."""
+  """Run prepare in this process, by default with one worker; return its exit code."""
   argv = [str(a) for a in argv]
   return prepare.main(argv if "--workers" in argv else [*argv, "--workers", "1"])
 
 
 def data_config(path, **fields) -> ml_collections.ConfigDict:
-  """Returns config.data for small images."""
+  """Return config.data for small images."""
   data = base.get_config().data
   sizes = {"image_size": 16, "eval_image_size": 16, "eval_resize": 20}
   data.update({"path": str(path), "workers": 0, "threads": 2, **sizes, **fields})
@@ -165,7 +165,7 @@ def manifest_of(out):
 
 
 def contents(out, split="train"):
-  """Returns the records of a split by name."""
+  """Return the records of a split by name."""
   classes = manifest_of(out)["classes"]
   source = sources.open_source(data_config(out), split, len(classes))
   found = [source[i] for i in range(len(source))]
@@ -174,14 +174,14 @@ def contents(out, split="train"):
 
 
 def hashes(out):
-  """Returns the hash of each visible file of an output folder."""
+  """Return the hash of each visible file of an output folder."""
   files = [f for f in out.iterdir() if f.is_file()]
   assert not [f for f in files if f.name.endswith(".tmp")]
   return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def failure(capsys, *argv):
-  """Returns the one sentence with which prepare fails."""
+  """Return the one sentence with which prepare fails."""
   capsys.readouterr()
   assert run_prepare(*argv) == 1
   lines = capsys.readouterr().err.strip().splitlines()

@@ -1,9 +1,9 @@
 """Stands for the Hugging Face hub, or for any web server: python fake_hub.py PORT FOLDER TOKEN LOG
 
-FOLDER/OWNER/NAME is the data set OWNER/NAME, shown to those who come with TOKEN alone. Its files are
-served as the hub does, after a redirect to a signed URL. FOLDER itself is listed under /files/ for
-everybody. A file FOLDER/fail with a number makes that many requests for ranges fail. Each request
-is a line of LOG.
+FOLDER/OWNER/NAME is the data set OWNER/NAME, visible only with TOKEN. Its files are served like
+those of the hub, after a redirect to a signed URL. FOLDER itself is listed under /files/ without a
+token. A file FOLDER/fail with a number makes that many ranged requests fail. Each request is a line
+of LOG.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
-"""Feeds damaged records to the real path, in a process of its own, and prints what became of them.
+"""Feed damaged records to the real input path, in its own process, and print the results.
 
     python -m tests.input_pipeline.fuzz 10000 0 FOLDER [IMAGES]
 
-evaluates on 10,000 damaged records, drawn from seed 0; then trains and evaluates on shards in FOLDER of
-20,000 records, of which every other one is damaged, by random access and as a stream. IMAGES is a folder of files to be
-damaged besides those made here. Prints one line of JSON. Anything but a clean end is a failure.
+evaluates on 10,000 damaged records, drawn from seed 0; then trains and evaluates on shards in
+FOLDER of 20,000 records, every other one damaged, by random access and as a stream. IMAGES is a
+folder of more files to be damaged. Prints one line of JSON; anything but a clean exit is a failure.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _SHARDS = 4
 
 
 def corpus(folder: str | None) -> list[bytes]:
-  """Returns intact files of every kind that is read, with those of a folder."""
+  """Return intact files of every kind that is read, with those of a folder."""
   smooth = picture(0, 120, 160)
   noise = np.random.default_rng(0).integers(-40, 40, smooth.shape)
   pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
@@ -66,7 +66,7 @@ def corpus(folder: str | None) -> list[bytes]:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-  """Returns `data` with flipped bits, a cut end, a lost, doubled or wrong piece, or garbage."""
+  """Return `data` with flipped bits, a cut end, a lost, doubled or wrong piece, or garbage."""
   out = bytearray(data)
   how = rng.integers(8)
   at, length = int(rng.integers(len(out))), int(rng.integers(1, 300))
@@ -89,7 +89,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def damaged_record(files: list[bytes], rng: np.random.Generator) -> bytes:
-  """Returns a serialized record whose image, or which itself, is damaged."""
+  """Return a serialized record whose image, or which itself, is damaged."""
   data = files[rng.integers(len(files))]
   label = int(rng.integers(_CLASSES))
   if rng.random() < 0.6:
@@ -97,7 +97,7 @@ def damaged_record(files: list[bytes], rng: np.random.Generator) -> bytes:
   return damaged(records.encode(records.Record(data, label, "damaged\n.JPEG")), rng)
 
 
-class Damaged:
+class Damaged(sources.Source):
   """A source of damaged records and nothing else; counts those that are not even records."""
 
   class_names = tuple(str(i) for i in range(_CLASSES))
@@ -120,7 +120,7 @@ class Damaged:
 
 
 def write_shards(folder: str, files: list[bytes], count: int, seed: int) -> list[bool]:
-  """Writes records, every other one damaged and a few on the disk; returns which are bad."""
+  """Write records, every other one damaged and a few on the disk; return which are bad."""
   bad = []
   shards = []
   for number, indices in enumerate(np.array_split(np.arange(count), _SHARDS)):
@@ -165,7 +165,7 @@ def write_shards(folder: str, files: list[bytes], count: int, seed: int) -> list
 
 
 def memory_in_use() -> int:
-  """Returns the bytes of this process, without those that are free but not yet given back."""
+  """Return the bytes of this process, without those that are free but not yet given back."""
   gc.collect()
   if sys.platform == "linux":
     ctypes.CDLL(None).malloc_trim(0)
@@ -175,7 +175,7 @@ def memory_in_use() -> int:
 def read_all(
   batches: loader.BatchIterator, steps: int, growth: list[int]
 ) -> list[tuple[bool, bool]]:
-  """Returns which rows were bad and which are grey; adds the growth of memory after a fifth, in MiB."""
+  """Return which rows were bad and which are grey; append the growth of memory, in MiB."""
   flags = []
   with contextlib.closing(batches):
     for step in range(steps):
@@ -190,7 +190,7 @@ def read_all(
 
 
 def main(count: int, seed: int, folder: str, images: str | None = None) -> dict[str, int]:
-  """Reads them all; returns the counts and the memory in MiB."""
+  """Read them all; return the counts and the memory in MiB."""
   faulthandler.enable()
   logging.set_verbosity(logging.ERROR)  # not the warning for each bad record
   files, growth = corpus(images), []

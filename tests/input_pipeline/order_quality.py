@@ -1,6 +1,9 @@
-"""How near the order of streamed data is to a uniform shuffle: python -m tests.input_pipeline.order_quality [--lanes N] ...
+"""Compare the order of streamed data with a uniform shuffle.
 
-On the size of ImageNet, 1,281,167 examples of 1,000 classes in 1,024 shards, for one epoch of batches of 1,024.
+    python -m tests.input_pipeline.order_quality [--lanes N] ...
+
+At the size of ImageNet, 1,281,167 examples of 1,000 classes in 1,024 shards, for one epoch of
+batches of 1,024.
 """
 
 import argparse
@@ -15,7 +18,7 @@ _BATCH = 1024
 
 
 def epoch(lanes: order.LaneShuffle, number: int) -> np.ndarray:
-  """Returns the indices of the records of an epoch in their order."""
+  """Return the indices of the records of an epoch in their order."""
   total = sum(_COUNTS)
   indices, runs = [], {}
   for first in range(number * total, (number + 1) * total, _BATCH):
@@ -31,7 +34,7 @@ def describe(name: str, indices: np.ndarray, next_epoch: np.ndarray) -> str:
   sorted_label = indices * 1000 // len(indices)
   classes = [len(np.unique(b)) for b in sorted_label[: batches.size].reshape(-1, _BATCH)]
   shards = [len(np.unique(b)) for b in (batches * 1024 // len(indices))]
-  # Where in the epoch a record comes, against where it lies: 1/3 of the length on average if they are independent.
+  # Place of a record in the epoch against its index: 1/3 of the length on average if independent.
   moved = np.abs(np.arange(len(indices)) - indices).mean() / len(indices)
   places = [np.empty(len(e), np.int64) for e in (indices, next_epoch)]
   for place, order_ in zip(places, (indices, next_epoch)):
@@ -39,8 +42,8 @@ def describe(name: str, indices: np.ndarray, next_epoch: np.ndarray) -> str:
   epochs = np.abs(places[0] - places[1]).mean() / len(indices)
   neighbours = np.mean(places[0][:-1] // _BATCH == places[0][1:] // _BATCH)
   return (
-    f"{name:34} {np.mean(classes):6.1f} {np.std(classes):5.1f}   {np.mean(shards):6.1f}   {moved:.4f}   "
-    f"{epochs:.4f}   {neighbours:.5f}"
+    f"{name:34} {np.mean(classes):6.1f} {np.std(classes):5.1f}   {np.mean(shards):6.1f}   "
+    f"{moved:.4f}   {epochs:.4f}   {neighbours:.5f}"
   )
 
 

@@ -13,7 +13,7 @@ _MIXED = f"invert(p=0.5)|{_HERE}:shifted(most=40)|solarize(p=0.3, threshold=100)
 
 
 def shifted(image, rng, *, most):
-  """Adds a random number to all values; an operation from outside of the package."""
+  """Add a random number to all values; an operation from outside of the package."""
   return image + rng.integers(0, most, dtype=np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the input: that it runs, and that its arithmetic is right."""
+"""The benchmark of the input: it runs, and its arithmetic is right."""
 
 import importlib.util
 import itertools
@@ -18,26 +18,26 @@ def _turn(milliseconds, images_per_second=1.0, **stages):
 
 
 def test_ratios_are_medians_of_the_ratios_of_rounds():
-  # The second round is of a machine that does something else as well.
-  turns = {"ours": [_turn(1), _turn(4), _turn(1)], "peer": [_turn(2), _turn(6), _turn(2)]}
+  # In the second round the machine is busy with something else.
+  turns = {"ours": [_turn(1), _turn(4), _turn(1)], "rival": [_turn(2), _turn(6), _turn(2)]}
   rows = bench.report(turns).splitlines()[1:]
-  expected = ["1.00 1000 1 ours", "2.00 500 1 peer"]
+  expected = ["1.00 1000 1 ours", "2.00 500 1 rival"]
   assert [" ".join(row.split()) for row in rows] == expected
 
 
 def test_stages_and_what_comes_on_top_of_them():
   timed = [_turn(2.1, read=0.1, decode=1.5, resize=0.5, rest=0.0)]
-  said = bench.report_stages(timed, [_turn(2.2)], [_turn(2.5)], mean_bytes=110_000)
-  assert "read 100, decode 1500, resize 500, rest 0" in said
-  assert "10.0% in process, 25.0% through a decoding process" in said
-  assert "50 MB per CPU-second" in said
-  assert "1829 images/s: 4.6 cores" in said
+  text = bench.report_stages(timed, [_turn(2.2)], [_turn(2.5)], mean_bytes=110_000)
+  assert "read 100, decode 1500, resize 500, rest 0" in text
+  assert "10.0% in process, 25.0% through a decoding process" in text
+  assert "50 MB per CPU-second" in text
+  assert "1829 images/s: 4.6 cores" in text
 
 
 def test_scaling_is_a_share_of_linear():
-  said = bench.report_scaling([_turn(1, 500)], [_turn(1.25, 900)], 2)
-  assert "0.90 of 2 times one by the clock" in said
-  assert "0.80 by CPU time" in said
+  text = bench.report_scaling([_turn(1, 500)], [_turn(1.25, 900)], 2)
+  assert "0.90 of 2 times one by the clock" in text
+  assert "0.80 by CPU time" in text
 
 
 def test_a_sample_is_taken_from_all_of_the_data(shards, tmp_path):
@@ -49,7 +49,7 @@ def test_a_sample_is_taken_from_all_of_the_data(shards, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["TRAIN", "EVAL"])
-def test_the_peer_that_is_always_there_makes_batches(task):
+def test_the_rival_that_is_always_installed_makes_batches(task):
   examples = [records.Record(encoded(picture(i, 300, 260)), 0, str(i)) for i in range(3)]
   name, make = list(rivals.installed(task))[-1]
   assert name.startswith("Pillow")

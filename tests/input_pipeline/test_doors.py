@@ -122,7 +122,7 @@ def test_a_kind_that_is_not_there_is_named(kind, says):
 def test_a_known_kind_passes_the_check():
   for kind in ("auto", *sources.KINDS, f"{_HERE}:Pictures"):
     sources.check_kind(kind)
-  with pytest.raises(ValueError, match="config.data.kind"):
+  with pytest.raises(ValueError, match=r"config.data.kind"):
     sources.check_kind("lmdb")
 
 

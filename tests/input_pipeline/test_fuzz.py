@@ -8,7 +8,7 @@ import pytest
 
 
 def fuzz(*args) -> dict[str, int]:
-  """Runs tests.input_pipeline.fuzz; returns its figures."""
+  """Run tests.input_pipeline.fuzz; return its figures."""
   command = [sys.executable, "-m", "tests.input_pipeline.fuzz", *(str(a) for a in args)]
   done = subprocess.run(command, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -17,14 +17,12 @@ from tests.input_pipeline.conftest import data_config, encoded, picture
 
 datasets = pytest.importorskip("datasets", reason="the extra [hf] is not installed")
 
-EXAMPLES = {
-  "train": 61,
-  "validation": 26,
-}  # each example has a class of its own, by which it is known
+# Each example has a class of its own, which identifies it.
+EXAMPLES = {"train": 61, "validation": 26}
 
 
 def write_parquet(folder, files=4, rows=5, damage=lambda split, i, data: data, names=range(61)):
-  """Makes FOLDER/data/SPLIT-I-of-N.parquet with row groups of `rows` examples."""
+  """Make FOLDER/data/SPLIT-I-of-N.parquet with row groups of `rows` examples."""
   features = datasets.Features(
     {
       "image": datasets.Image(decode=False),
@@ -59,7 +57,7 @@ def config(path, **fields):
 
 
 def train(path, steps, first_step=0, host=0, hosts=1, positions=None, batch=8, seed=3, **fields):
-  """Returns batches and, by step, the position before and after each as a checkpoint gives it back."""
+  """Return batches and, by step, the positions around them as a checkpoint restores them."""
   data = config(path, **fields)
   batches = loader.train_batches(
     sources.open_source(data, "train", 61),
@@ -75,9 +73,8 @@ def train(path, steps, first_step=0, host=0, hosts=1, positions=None, batch=8, s
     read, at = [next(batches)], {first_step: batches.position(first_step)}
     for step in range(first_step + 1, first_step + steps):
       read.append(next(batches))
-      at[step] = json.loads(
-        json.dumps(batches.position(step))
-      )  # one batch late, as a trainer that sends batches ahead
+      # One batch late, like a trainer that sends batches ahead.
+      at[step] = json.loads(json.dumps(batches.position(step)))
     return read, at
   finally:
     batches.close()
@@ -161,12 +158,12 @@ def test_the_parts_of_the_hosts_make_up_an_epoch(parquet, hosts):
 
 @pytest.fixture
 def warnings(monkeypatch):
-  said = []
-  monkeypatch.setattr(logging, "warning", lambda message, *args: said.append(message % args))
-  return said
+  logged = []
+  monkeypatch.setattr(logging, "warning", lambda message, *args: logged.append(message % args))
+  return logged
 
 
-def test_another_number_of_hosts_is_said_and_goes_on(parquet, warnings):
+def test_another_number_of_hosts_is_a_warning_and_a_new_order(parquet, warnings):
   positions = [train(parquet, 12, host=host, hosts=2)[1][9] for host in range(2)]
   del warnings[:]
   batches, at = train(parquet, 8, first_step=9, positions=positions)
@@ -280,7 +277,7 @@ def test_columns(tmp_path):
       {"jpg": datasets.Value("binary"), "label": integer}, {"jpg": [jpeg], "label": [4]}, 3
     )
     list(source.read(source.row_groups[0]))
-  with pytest.raises(DataError, match="one column of images.*it has a, b, label"):
+  with pytest.raises(DataError, match=r"one column of images.*it has a, b, label"):
     opened(
       {"a": datasets.Image(), "b": datasets.Image(), "label": integer},
       {"a": [None], "b": [None], "label": [0]},

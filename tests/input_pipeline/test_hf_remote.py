@@ -1,4 +1,4 @@
-"""Parquet on the hub, on a web server and in a bucket, and shards made of it: servers on loopback."""
+"""Parquet on the hub, on a web server and in a bucket, and shards made of it; local servers."""
 
 import json
 import os
@@ -51,7 +51,7 @@ LABELS = f"labels {sorted(2 * list(range(61)))}"
 
 @pytest.fixture(scope="module")
 def hub(parquet, tmp_path_factory):  # noqa: F811
-  """Starts the fake hub; returns its folder and its address."""
+  """Start the fake hub; return its folder and its address."""
   root = tmp_path_factory.mktemp("hub")
   write_parquet(root / "owner" / "pictures")
   url = f"http://127.0.0.1:{free_port()}"
@@ -126,7 +126,8 @@ def test_a_web_server_gives_the_batches_of_the_disk(hub, parquet):  # noqa: F811
 def test_what_a_message_may_hold(monkeypatch):
   monkeypatch.setenv("HF_TOKEN", "notastandardtoken")
   error = OSError(
-    "GET https://cdn/x.parquet?Signature=abc&Key=d with notastandardtoken or hf_abcdef failed.\nmore"
+    "GET https://cdn/x.parquet?Signature=abc&Key=d with notastandardtoken or hf_abcdef failed."
+    "\nmore"
   )
   assert remote.said(error) == "OSError: GET https://cdn/x.parquet with *** or *** failed"
 
@@ -162,7 +163,7 @@ def bucket(tmp_path_factory):
 
 
 def objects(server, prefix):
-  """Returns the content of the objects of the bucket by name."""
+  """Return the content of the objects of the bucket by name."""
   url = server.environment["STORAGE_EMULATOR_HOST"]
   items = (
     requests.get(f"{url}/storage/v1/b/bucket/o", {"prefix": prefix}, timeout=10)
@@ -195,7 +196,7 @@ def into_bucket(server, scratch, out, *flags, bucket="bucket"):
   )
 
 
-def test_into_a_bucket_killed_and_gone_on_with(parquet, bucket, tmp_path):  # noqa: F811
+def test_into_a_bucket_killed_and_resumed(parquet, bucket, tmp_path):  # noqa: F811
   flags = ("--from", f"hf:{parquet}", "--shards", 12)
   assert run_prepare("--out", tmp_path / "local", *flags) == 0
   with into_bucket(bucket, tmp_path / "scratch", "out", *flags, "--workers", "1") as process:

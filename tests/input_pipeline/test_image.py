@@ -78,7 +78,7 @@ def test_an_enormous_image_is_refused_before_it_fills_the_memory(monkeypatch):
 
 
 def _claiming(data: bytes, height: int, width: int) -> bytes:
-  """Returns a baseline JPEG with another size in its header."""
+  """Return a baseline JPEG with another size in its header."""
   at = data.index(b"\xff\xc0") + 5
   return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
@@ -86,9 +86,9 @@ def _claiming(data: bytes, height: int, width: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_jpeg_that_claims_more_pixels_than_it_can_hold_is_refused(mode):
   data = encoded(picture(0), mode=mode)
-  with pytest.raises(BadRecordError, match="9000x8000 pixels are more than a JPEG of .* can hold"):
+  with pytest.raises(BadRecordError, match=r"9000x8000 pixels are more than a JPEG of .* can hold"):
     image.decode(_claiming(data, 8000, 9000))
-  with pytest.raises(BadRecordError, match="65535x65535 pixels|4294836225 pixels"):
+  with pytest.raises(BadRecordError, match=r"65535x65535 pixels|4294836225 pixels"):
     image.decode(_claiming(data, 65535, 65535))
 
 
@@ -208,7 +208,7 @@ def test_a_fixed_box_is_the_whole_image():
 
 
 def _view(data, seed=0, size=32, flip=False):
-  """Returns the view of a whole square image."""
+  """Return the view of a whole square image."""
   rng = np.random.default_rng(seed)
   return image.train_view(data, rng, size, (1.0, 1.0), (1.0, 1.0), flip)
 
@@ -235,7 +235,7 @@ def test_half_of_the_views_are_mirrored(size):
 
 
 def _eval_reference(rgb):
-  """Returns int [224, 224, 3]: shorter side resized to 256, centre cut out, all by Pillow."""
+  """Return int [224, 224, 3]: shorter side resized to 256, centre cut out, all by Pillow."""
   height, width = rgb.shape[:2]
   size = (256, int(256 * height / width)) if width <= height else (int(256 * width / height), 256)
   whole = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BILINEAR))
@@ -244,7 +244,7 @@ def _eval_reference(rgb):
 
 
 def _train_reference(rgb, seed):
-  """Returns int [224, 224, 3]: the same box and flip as of a view, antialiased by Pillow."""
+  """Return int [224, 224, 3]: the same box and flip as of a view, antialiased by Pillow."""
   rng = np.random.default_rng(seed)
   top, left, height, width = image.draw_box(*rgb.shape[:2], rng, _AREA, _ASPECT)
   box = Image.fromarray(rgb[top : top + height, left : left + width])
@@ -253,7 +253,7 @@ def _train_reference(rgb, seed):
 
 
 def _differences(data, seed):
-  """Returns the mean absolute differences of a training and an evaluated view to the references."""
+  """Return the mean absolute differences of a training and an evaluated view to the references."""
   rgb = _with_pillow(data)
   view = image.train_view(data, np.random.default_rng(seed), 224, _AREA, _ASPECT, True)
   return (
@@ -263,7 +263,7 @@ def _differences(data, seed):
 
 
 def _photograph(height, width):
-  """Returns uint8 [height, width, 3] with detail of all sizes, as photographs have it."""
+  """Return uint8 [height, width, 3] with detail of all sizes, as photographs have it."""
   rng = np.random.default_rng(0)
   layers = [
     np.asarray(

@@ -21,14 +21,14 @@ from tests.input_pipeline.conftest import (
 
 
 def add(tar, name, data):
-  """Adds a file to an open tar."""
+  """Add a file to an open tar."""
   member = tarfile.TarInfo(name)
   member.size = len(data)
   tar.addfile(member, io.BytesIO(data))
 
 
 def tar_of(files, **options):
-  """Returns the bytes of a tar of {name: data}."""
+  """Return the bytes of a tar of {name: data}."""
   buffer = io.BytesIO()
   with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
     for name, data in files.items():
@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_tar_is_named(folder, tmp_path, capsys):
   last = whole.index(b"train/a/3.JPEG")
   assert "ends in the middle of train/a/3.JPEG; fetch it again" in says(whole[: last + 900])
   assert f"is damaged at byte {last:,}; fetch it again" in says(whole[: last + 100])
-  assert "lacks the mark at the end of a tar, so it is cut off" in says(whole[:last])
+  assert "lacks the mark at the end of a tar, so it is truncated" in says(whole[:last])
   torn = bytearray(whole)
   at = torn.index(b"train/a/2.JPEG")
   torn[at : at + 20] = b"\x55" * 20
@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_tar_is_named(folder, tmp_path, capsys):
   assert "holds no CLASS/" in says(tar_of({"readme.txt": b"x"}))
   mixed = files | {"train/a/deeper/9.JPEG": b"x"}
   assert "is not laid out as {train,val}/CLASS/IMAGE" in says(tar_of(mixed))
-  assert "the class b, which train has not" in says(tar_of(files | {"val/b/9.JPEG": b"x"}))
+  assert "the class b, which train lacks" in says(tar_of(files | {"val/b/9.JPEG": b"x"}))
   missing = failure(capsys, "--out", tmp_path / "out", "--tar", tmp_path / "none.tar")
   assert "none.tar cannot be read: No such file" in missing
 

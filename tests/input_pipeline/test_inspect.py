@@ -26,7 +26,7 @@ from tests.input_pipeline.conftest import (
 
 @pytest.fixture
 def look(tmp_path, capsys):
-  """Runs the command; returns its exit code, what it printed, and the sentences about what is wrong."""
+  """Run the command; return its exit code, its output, and the sentences about problems."""
 
   def run(path, *flags):
     sheet = "" if any(flag.startswith("--sheet") for flag in flags) else tmp_path / "sheet.png"
@@ -69,8 +69,8 @@ def test_what_is_in_shards(look, shards):
   assert "val: 11 records of 3 classes" in out
   assert out.count("least 40, 5 % 40, median 40, 95 % 40, most 40 pixels") == 2
   assert "JPEG 23 (100.0%)" in out
-  assert "3 of 3 shards are right (SHA-256)" in out
-  assert "1 of 1 shards are right (SHA-256)" in out
+  assert "3 of 3 shards are intact (SHA-256)" in out
+  assert "1 of 1 shards are intact (SHA-256)" in out
 
 
 def test_a_sample_says_what_it_is(look, shards):
@@ -95,7 +95,7 @@ def test_a_folder_and_odd_images(look, tmp_path):
   code, out, wrong = look(root)
   assert code == 1
   (sentence,) = wrong
-  assert "1 of 5 records of train that were read are bad" in sentence
+  assert "1 of the 5 records of train that were read are bad" in sentence
   assert "train/a/a_001.JPEG: is no JPEG" in sentence
 
 
@@ -106,7 +106,7 @@ def test_synthetic_data(look):
 
 
 def shown(sheet, section, places):
-  """Returns the images of a section that are on a picture, uint8 [n, size, size, 3]."""
+  """Return the images of a section that are on a picture, uint8 [n, size, size, 3]."""
   size = section.images.shape[1]
   zoom = max(1, 112 // size)
   pixels = np.asarray(sheet)
@@ -178,9 +178,9 @@ def test_a_damaged_shard_is_named(look, copied, at):
   flip(copied / records.shard_name("train", 1, 3), at)
   code, out, wrong = look(copied)
   assert code == 1
-  assert "2 of 3 shards are right (SHA-256)" in out
-  assert "1 of 1 shards are right (SHA-256)" in out
-  sentences = [s for s in wrong if "its SHA-256 is another" in s]
+  assert "2 of 3 shards are intact (SHA-256)" in out
+  assert "1 of 1 shards are intact (SHA-256)" in out
+  sentences = [s for s in wrong if "its SHA-256 differs" in s]
   assert len(sentences) == 1
   assert "train-00001-of-00003.array_record is not what was written" in sentences[0]
   assert not [s for s in wrong if "00000-of" in s or "00002-of" in s]
@@ -222,7 +222,7 @@ def test_records_of_tfds_are_checked_by_reading_them(look, tmp_path):
   code, out, wrong = look(root, "--sample=1")
   assert code == 1
   (sentence,) = wrong
-  assert "1 of 5 records of train" in sentence
+  assert "1 of the 5 records of train" in sentence
   assert "imagenet2012-train.array_record-00001-of-00002[1]: cannot be read (Corrupted" in sentence
   assert "none; 4 (80.0%) records could be read" in out
 
@@ -247,7 +247,7 @@ def test_shards_that_are_elsewhere_are_checked_there(look, copied, server, schem
   flip(copied / records.shard_name("train", 2, 3), 70_000)
   code, out, wrong = look(url, lanes)
   assert code == 1
-  assert "2 of 3 shards are right (SHA-256)" in out
+  assert "2 of 3 shards are intact (SHA-256)" in out
   assert any(f"{url}/train-00002-of-00003.array_record is not what was written" in s for s in wrong)
 
 
@@ -309,7 +309,7 @@ def test_a_value_that_the_loader_refuses_is_named(look, shards):
   ("path", "flags", "says"),
   [
     ("", [], "--data=DIR_OR_URL is needed"),
-    ("x", ["y"], "'y' is no flag"),
+    ("x", ["y"], "'y' is not a flag"),
     ("x", ["--sample=-1"], "--sample=-1 must be at least 0"),
     ("x", ["--images=0"], "--images=0 must be at least 1"),
     ("x", ["--nonsense"], "Unknown command line flag 'nonsense'"),

@@ -1,4 +1,4 @@
-"""The order of examples, what hosts and processes change (nothing), and what bad records do."""
+"""The order of examples, on any hosts and processes, and the effect of bad records."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ def opened(path, split="train", **fields):
 
 
 def take(source, data, steps, *, seed=0, batch=_BATCH, **where):
-  """Returns the first batches of a training run, by default steps of 8 images."""
+  """Return the first batches of a training run, by default steps of 8 images."""
   iterator = loader.train_batches(source, data, seed=seed, global_batch_size=batch, **where)
   with contextlib.closing(iterator):
     return [next(iterator) for _ in range(steps)]
@@ -40,7 +40,7 @@ def evaluate(source, data, *, batch=_BATCH, **where):
 
 
 def joined(parts):
-  """Puts the batches of several hosts together, host 0 first."""
+  """Concatenate the batches of several hosts, host 0 first."""
   return [
     {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     for batches in zip(*parts, strict=True)
@@ -57,7 +57,7 @@ def digest(batches):
 
 
 class Memory(sources.Source):
-  """A source of given files; label is the index, so that batches tell which examples they hold."""
+  """A source of given files; the label is the index, which identifies an example in a batch."""
 
   def __init__(self, images):
     self.images = images
@@ -101,7 +101,7 @@ def test_hosts_and_threads_do_not_change_the_batches(kind, request):
     assert digest(take(*opened(path, threads=threads, prefetch_batches=prefetch), 12)) == expected
 
 
-def test_a_restart_goes_on_with_the_same_batches(shards):
+def test_a_restart_continues_with_the_same_batches(shards):
   expected = take(*opened(shards), 60)
   for first_step in np.random.default_rng(0).choice(58, 20, replace=False).tolist():
     got = take(*opened(shards), 2, first_step=first_step)
@@ -216,7 +216,7 @@ def test_a_bad_record_is_replaced_by_its_neighbour(caplog):
   assert sorted(lines) == [f"Bad record: image {i}: zero bytes" for i in (19, 5, 6)]
 
 
-def test_what_a_damaged_record_says_stays_on_one_line(caplog):
+def test_the_warning_of_a_damaged_record_is_one_line(caplog):
   class Named(Memory):
     def __getitem__(self, index):
       return records.Record(self.images[index], index, "a\nb\x1b[31m\udce9ü" + 1000 * "x")
@@ -284,16 +284,16 @@ def test_a_bad_record_of_evaluation_is_grey_and_counted():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_wrong_with_a_shard_is_said_from_wherever_it_is_read(shards, workers, tmp_path):
+def test_a_broken_shard_is_the_same_error_from_a_thread_and_a_process(shards, workers, tmp_path):
   source, data = opened(shards, workers=workers)
   source = pickle.loads(pickle.dumps(source))
   source.folder = catalog.LocalFolder(str(tmp_path))  # as if the disk had gone
-  with pytest.raises(DataError, match="array_record cannot be opened .No such file.*rerun"):
+  with pytest.raises(DataError, match=r"array_record cannot be opened .No such file.*rerun"):
     take(source, data, 1)
 
 
 def started_since(before):
-  """Returns the processes that decode, started since the set `before` was taken."""
+  """Return the processes that decode, started since the set `before` was taken."""
   new = set(psutil.Process().children(recursive=True)) - before
   return [p for p in new if "resource_tracker" not in " ".join(p.cmdline())]
 
@@ -359,7 +359,7 @@ def test_a_killed_process_is_a_clear_error_and_no_hang(shards):
     assert workers
     for process in workers:
       os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a decoding process failed.*lower config.data.workers"):
+    with pytest.raises(DataError, match=r"a decoding process failed.*lower config.data.workers"):
       for _ in range(50):
         next(iterator)
 
@@ -415,16 +415,16 @@ def test_values_that_do_not_fit_are_named(batch, hosts, fields, says):
 
 
 def test_a_negative_seed_is_named():
-  with pytest.raises(DataError, match="config.seed=-1 must not be negative"):
+  with pytest.raises(DataError, match=r"config.seed=-1 must not be negative"):
     take(memory(3), data_config(""), 1, seed=-1)
 
 
 def test_values_of_evaluation_that_do_not_fit_are_named():
-  with pytest.raises(DataError, match="config.eval.batch_size=10 must be"):
+  with pytest.raises(DataError, match=r"config.eval.batch_size=10 must be"):
     evaluate(memory(3), data_config(""), batch=10, hosts=4)
   data = data_config("")
   data.eval_resize = 15
   with pytest.raises(
-    DataError, match="config.data.eval_resize=15 is smaller than .*eval_image_size=16"
+    DataError, match=r"config.data.eval_resize=15 is smaller than .*eval_image_size=16"
   ):
     evaluate(memory(3), data)

@@ -143,7 +143,7 @@ def odd_folder(tmp_path):
 
 
 def damaged(data: bytes) -> bytes:
-  """Puts a marker into the coded pixels, at which libjpeg warns and goes on."""
+  """Put a marker into the coded pixels, for which libjpeg warns and continues."""
   return data[: len(data) // 2] + b"\xff\xd5" + data[len(data) // 2 :]
 
 
@@ -236,9 +236,7 @@ def test_too_little_room_is_said_before_the_work(folder, tmp_path, capsys, monke
 
 def test_a_source_that_shrinks_meanwhile_is_named(folder, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(os, "pread", lambda fd, size, offset: b"short")
-  assert "has changed while it was read" in failure(
-    capsys, "--out", tmp_path / "o", "--folder", folder
-  )
+  assert "changed while it was read" in failure(capsys, "--out", tmp_path / "o", "--folder", folder)
 
 
 def command(*flags):
@@ -250,7 +248,7 @@ def test_a_full_disk_is_one_sentence_and_no_torn_shard(folder, tmp_path, workers
   # A limit on the size of files fails in the same calls as a full disk, and needs no such disk.
   program = (
     "import resource, signal, sys\n"
-    "from input_pipeline import prepare\n"
+    "from input_pipeline.prepare import __main__ as prepare\n"
     "if __name__ == '__main__':\n"
     "  resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))\n"
     "  sys.exit(prepare.main())\n"
@@ -327,7 +325,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
   assert 2 <= len(finished) < 24
   if how != signal.SIGKILL:
     assert process.returncode == 130
-    assert "the same command goes on" in errors
+    assert "the same command resumes" in errors
     assert "Traceback" not in errors
     assert not list((tmp_path / "out").glob("*.tmp"))
   assert not (tmp_path / "out" / records.MANIFEST).exists()

@@ -175,7 +175,7 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     open_source(tmp_path, kind="array_record")
 
 
-def test_the_parent_of_the_data_is_told_where_they_are(tmp_path):
+def test_the_parent_of_the_data_is_refused_with_the_right_folder(tmp_path):
   tfds_folder(tmp_path / "imagenet2012" / "5.1.0")
   with pytest.raises(DataError, match=r"the data are in .*imagenet2012/5\.1\.0; give that folder"):
     open_source(tmp_path)
@@ -220,7 +220,7 @@ def test_a_shard_of_another_size_is_named(copied):
   with open(copied / records.shard_name("train", 1, 3), "ab") as f:
     f.write(b"x")
   with pytest.raises(
-    DataError, match=r"train-00001-of-00003.* bytes, but manifest.json says.*rerun"
+    DataError, match=r"train-00001-of-00003.* bytes, but manifest.json lists.*rerun"
   ):
     open_source(copied)
 
@@ -246,7 +246,7 @@ def test_a_shard_that_vanishes_later_is_named(copied):
   source = open_source(copied)
   (copied / records.shard_name("train", 0, 3)).unlink()
   with pytest.raises(
-    DataError, match="train-00000-of-00003.* cannot be opened .No such file.*rerun"
+    DataError, match=r"train-00000-of-00003.* cannot be opened .No such file.*rerun"
   ):
     source[0]
 
@@ -254,7 +254,7 @@ def test_a_shard_that_vanishes_later_is_named(copied):
 def test_a_shard_of_the_right_size_that_is_none_is_named(copied):
   shard = copied / records.shard_name("train", 0, 3)
   shard.write_bytes(b"x" * shard.stat().st_size)
-  with pytest.raises(DataError, match="train-00000-of-00003.* is damaged or no ArrayRecord file"):
+  with pytest.raises(DataError, match=r"train-00000-of-00003.* is damaged or no ArrayRecord file"):
     open_source(copied)[0]
 
 
@@ -295,9 +295,9 @@ def test_a_label_out_of_range_is_named(copied, label):
 @pytest.mark.parametrize(
   ("change", "says"),
   [
-    (lambda m: m.update(format_version=2), "has format_version 2, this program reads 1"),
-    (lambda m: m.pop("classes"), "manifest.json is not complete"),
-    (lambda m: m["splits"]["train"].pop("shards"), "manifest.json is not complete"),
+    (lambda m: m.update(format_version=2), "has format_version 2, but this program reads 1"),
+    (lambda m: m.pop("classes"), "manifest.json is incomplete"),
+    (lambda m: m["splits"]["train"].pop("shards"), "manifest.json is incomplete"),
     (lambda m: m["splits"]["train"].update(shards=[]), "holds no examples"),
   ],
 )
@@ -316,15 +316,15 @@ def test_a_manifest_that_is_no_object_is_named(copied):
 def test_what_is_wrong_with_a_tfds_folder_is_named(tmp_path):
   root = tfds_folder(tmp_path / "1", fileFormat="tfrecord")
   with pytest.raises(
-    DataError, match="written by TFDS as tfrecord; prepare it with .*convert_format"
+    DataError, match=r"written by TFDS as tfrecord; prepare it with .*convert_format"
   ):
     open_source(root, num_classes=2)
   root = tfds_folder(tmp_path / "2")
   (root / "imagenet2012-train.array_record-00001-of-00002").unlink()
-  with pytest.raises(DataError, match="train.array_record-00001-of-00002 is missing"):
+  with pytest.raises(DataError, match=r"train.array_record-00001-of-00002 is missing"):
     open_source(root, num_classes=2)
   root = tfds_folder(tmp_path / "3", splits=[{"name": "train"}])
-  with pytest.raises(DataError, match="is not what TFDS writes.*shardLengths"):
+  with pytest.raises(DataError, match=r"is not what TFDS writes.*shardLengths"):
     open_source(root, num_classes=2)
   root = tfds_folder(tmp_path / "4", labels=())
   (root / "features.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Shards read where they lie: the order, resume, what the network does, and what is refused."""
+"""Shards read in place: the order, resume, faults of the network, and what is refused."""
 
 import collections
 import contextlib
@@ -14,9 +14,7 @@ import pytest
 
 from input_pipeline import loader, order, records, sources
 from input_pipeline.errors import BadRecordError, DataError
-from input_pipeline.remote import read_ahead as stream
-from input_pipeline.remote import record_reader as remote_shard
-from input_pipeline.remote import tensorstore as bucket
+from input_pipeline.remote import read_ahead, record_reader, tensorstore
 from tests.input_pipeline import web
 from tests.input_pipeline.conftest import data_config, make_folder, run_prepare
 from tests.input_pipeline.test_loader import digest, evaluate, joined, take
@@ -100,7 +98,7 @@ def test_examples_are_those_of_the_shards(data_folder):
   assert len(images) == _TRAIN
 
 
-def test_a_restart_goes_on_with_the_same_batches(data_folder):
+def test_a_restart_continues_with_the_same_batches(data_folder):
   all_steps = steps(data_folder, 93)
   for first_step in np.random.default_rng(0).choice(90, 20, replace=False).tolist():
     expected = all_steps[first_step : first_step + 3]
@@ -145,7 +143,7 @@ def test_few_requests_and_few_bytes_are_used(tmp_path, server):
 
 
 def test_faults_change_nothing_and_are_counted(data_folder, server, monkeypatch):
-  monkeypatch.setattr(bucket, "_FIRST_PAUSE", 0.01)
+  monkeypatch.setattr(tensorstore, "_FIRST_PAUSE", 0.01)
   expected = digest(steps(data_folder, 3 * _TRAIN // _BATCH))
   server.faults = {"reset": 0.05, "refuse": 0.05, "short": 0.05, "slow": 0.05}
   for url in (server.url, "gs://bucket"):
@@ -163,7 +161,7 @@ def test_a_server_that_is_gone_ends_the_run_in_time(data_folder, server):
   source, data = opened(server.url, stream_give_up_seconds=1.0, stream_timeout_seconds=1.0)
   server.faults = {"refuse": 1.0}
   start = time.monotonic()
-  with pytest.raises(DataError, match="could not be read within .*give_up_seconds=1.*HTTP code"):
+  with pytest.raises(DataError, match=r"could not be read within .*give_up_seconds=1.*HTTP code"):
     take(source, data, 1, batch=_BATCH)
   server.faults, server.slow_seconds = {"slow": 1.0}, 8.0
   source, data = opened_silently(server, data_folder)
@@ -173,14 +171,14 @@ def test_a_server_that_is_gone_ends_the_run_in_time(data_folder, server):
 
 
 def opened_silently(server, data_folder):
-  """Opens a source while the server answers nothing."""
+  """Open a source while the server answers nothing."""
   source, data = opened(data_folder)
-  patience = bucket.Patience(timeout_seconds=1.0, hedge_seconds=0.5, give_up_seconds=1.5)
-  source.bucket = bucket.Bucket(server.url, patience)
+  patience = tensorstore.Patience(timeout_seconds=1.0, hedge_seconds=0.5, give_up_seconds=1.5)
+  source.bucket = tensorstore.Bucket(server.url, patience)
   return pickle.loads(pickle.dumps(source)), data
 
 
-def test_closing_wakes_whoever_waits_for_records():
+def test_closing_ends_a_wait_for_records():
   reading = threading.Event()
 
   def read(run):
@@ -188,7 +186,7 @@ def test_closing_wakes_whoever_waits_for_records():
     time.sleep(0.3)
     return [b""] * run.count
 
-  ahead = stream.ReadAhead(
+  ahead = read_ahead.ReadAhead(
     read, order.InOrder([100]), lambda step: (step * 10, 10), steps=range(10), ahead=5, requests=1
   )
   failures = []
@@ -223,7 +221,7 @@ def test_a_shard_that_is_gone_or_replaced_is_named(data_folder, server, tmp_path
     (server.folder / shard.name).unlink()
   with pytest.raises(DataError, match=r"train-0000\d-of-00005.array_record is missing"):
     take(*opened(server.url), 1, batch=_BATCH)
-  with pytest.raises(DataError, match="array_record is missing, but manifest.json lists it"):
+  with pytest.raises(DataError, match=r"array_record is missing, but manifest.json lists it"):
     opened("gs://bucket")
 
 
@@ -235,7 +233,7 @@ def test_a_cut_shard_is_named(data_folder, tmp_path):
     take(*opened(tmp_path / "copy"), 1, batch=_BATCH)
 
 
-def test_a_bad_record_is_replaced_whoever_reads_it(data_folder, tmp_path):
+def test_a_bad_record_is_replaced_alike_on_any_number_of_hosts(data_folder, tmp_path):
   shutil.copytree(data_folder, tmp_path / "copy")
   file = tmp_path / "copy" / "train-00002-of-00005.array_record"
   data = bytearray(file.read_bytes())
@@ -264,15 +262,15 @@ def test_shards_of_other_writers_are_read(tmp_path, options):
       writer.write(record)
     writer.close()
     for size in (None, (tmp_path / "shard").stat().st_size):
-      shard = remote_shard.RemoteShard(
-        bucket.Bucket(str(tmp_path)), "shard", count, size, "mend it"
+      shard = record_reader.RemoteShard(
+        tensorstore.Bucket(str(tmp_path)), "shard", count, size, "mend it"
       )
       for _ in range(3):
         first, last = sorted(rng.integers(0, count, 2).tolist())
         assert shard.read(first, last + 1) == written[first : last + 1]
 
 
-def test_a_record_with_a_wrong_checksum_is_told_from_its_neighbours(tmp_path):
+def test_a_record_with_a_wrong_checksum_does_not_affect_its_neighbours(tmp_path):
   writer = array_record_module.ArrayRecordWriter(str(tmp_path / "shard"), records.WRITER_OPTIONS)
   for i in range(10):
     writer.write(bytes([i]) * 1000)
@@ -280,7 +278,9 @@ def test_a_record_with_a_wrong_checksum_is_told_from_its_neighbours(tmp_path):
   data = bytearray((tmp_path / "shard").read_bytes())
   data[data.find(bytes([4]) * 100)] ^= 16
   (tmp_path / "shard").write_bytes(data)
-  shard = remote_shard.RemoteShard(bucket.Bucket(str(tmp_path)), "shard", 10, len(data), "mend it")
+  shard = record_reader.RemoteShard(
+    tensorstore.Bucket(str(tmp_path)), "shard", 10, len(data), "mend it"
+  )
   found = shard.read(2, 7)
   assert [i for i, record in enumerate(found) if isinstance(record, BadRecordError)] == [2]
   assert found[3] == bytes([5]) * 1000
@@ -288,12 +288,12 @@ def test_a_record_with_a_wrong_checksum_is_told_from_its_neighbours(tmp_path):
 
 def test_lanes_must_divide_the_batch(data_folder):
   with pytest.raises(
-    DataError, match="global_batch_size=16 must be a multiple of .*stream_lanes=5"
+    DataError, match=r"global_batch_size=16 must be a multiple of .*stream_lanes=5"
   ):
     steps(data_folder, 1, stream_lanes=5)
 
 
-def test_a_secret_in_a_url_is_not_told(server, data_folder):
+def test_a_secret_in_a_url_is_not_shown(server, data_folder):
   source, data = opened(f"{server.url}?token=hush", stream_give_up_seconds=0.3)
   assert len(source) == _TRAIN
   server.faults = {"refuse": 1.0}
@@ -303,7 +303,7 @@ def test_a_secret_in_a_url_is_not_told(server, data_folder):
 
 
 def test_the_order_is_near_a_uniform_shuffle():
-  """On the size of ImageNet, in the first batches; all of an epoch: `python -m tests.input_pipeline.order_quality`."""
+  """At the size of ImageNet, in some batches; order_quality.py looks at a whole epoch."""
   data = data_config("")
   fields = {key: data[f"stream_{key}"] for key in ("lanes", "block", "window")}
   lanes = order.LaneShuffle([1251] * 1024, 0, 1024, **fields)

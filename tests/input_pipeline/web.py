@@ -1,7 +1,9 @@
-"""A web server of a folder that behaves like a network: python -m tests.input_pipeline.web FOLDER [--port N] [--delay S]
+"""A web server of a folder that behaves like a network.
 
-It answers ranged requests for http://HOST/FILE and, as Google Cloud Storage does, for gs://bucket/FILE, and fails a share
-of them when it is told to.
+    python -m tests.input_pipeline.web FOLDER [--port N] [--delay S]
+
+It answers ranged requests for http://HOST/FILE and, as Google Cloud Storage does, for
+gs://bucket/FILE. `faults` makes a share of them fail.
 """
 
 import argparse
@@ -25,8 +27,8 @@ class Server(http.server.ThreadingHTTPServer):
 
   Attributes:
     url: for http:// reads.
-    faults: share of requests by kind: reset (connection broken), refuse (503 or 429), slow (answered after
-      `slow_seconds`), short (half of the answer).
+    faults: share of requests by kind: reset (connection broken), refuse (503 or 429), slow
+      (answered after `slow_seconds`), short (half of the answer).
     delay: seconds before each answer.
     counts: requests, bytes, and faults by kind.
   """
@@ -59,7 +61,7 @@ class Server(http.server.ThreadingHTTPServer):
     }
 
   def draw_fault(self) -> str | None:
-    """Returns what is to go wrong with a request."""
+    """Return what is to go wrong with a request."""
     with self.lock:
       self.counts["requests"] += 1
       drawn = self.random.random()
@@ -86,11 +88,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_GET(self):
     path = urllib.parse.urlsplit(self.path)
     if path.path == "/counts":
-      return self._answer(200, json.dumps(self.server.counts).encode())
+      self._answer(200, json.dumps(self.server.counts).encode())
+      return
     found = re.fullmatch(r"(?:/download)?/storage/v1/b/[^/]+/o(?:/(.+))?", path.path)
     if found and not found[1]:
       names = [{"name": name} for name in sorted(os.listdir(self.server.folder))]
-      return self._answer(200, json.dumps({"items": names}).encode())
+      self._answer(200, json.dumps({"items": names}).encode())
+      return
     name = urllib.parse.unquote(found[1] if found else path.path[1:])
     fault = self.server.draw_fault()
     time.sleep(self.server.slow_seconds if fault == "slow" else self.server.delay)
@@ -100,21 +104,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.wfile.close()
       os.close(self.connection.detach())
       self.close_connection = True
-      return None
+      return
     if fault == "refuse":
-      return self._answer(self.server.random.choice((429, 503)), b"")
+      self._answer(self.server.random.choice((429, 503)), b"")
+      return
     file = self.server.folder / name
     if not file.is_file():
-      return self._answer(404, b"")
-    size, range_ = (
-      file.stat().st_size,
-      re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")),
-    )
+      self._answer(404, b"")
+      return
+    size = file.stat().st_size
+    range_ = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
     first, last = range_.groups() if range_ else ("0", "")
     start = int(first) if first else max(0, size - int(last))
     stop = min(int(last) + 1, size) if first and last else size
     if start >= size:
-      return self._answer(416, b"")
+      self._answer(416, b"")
+      return
     with open(file, "rb") as f:
       f.seek(start)
       data = f.read(stop - start)
