@@ -17,7 +17,7 @@ from trainer.reporting.clu import metric_writers
 
 
 def in_fresh_process(code, *arguments):
-  """Runs code in a new interpreter: what one import leaves behind hides what another lacks."""
+  """Run code in a new interpreter: what one import leaves behind hides what another lacks."""
   return subprocess.run(
     [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
     capture_output=True,

@@ -118,9 +118,8 @@ class Lifeline:
       for other, (heard, where) in self._heard.items():
         if now - heard > self._timeout and other not in self._ended:
           self._ended.add(other)
-          self._judge(
-            other, f"host {other} was last heard {now - heard:.0f} s ago at '{where}'", HOST_LOST
-          )
+          silence = f"{now - heard:.0f} s ago at '{where}'"
+          self._judge(other, f"host {other} was last heard from {silence}", HOST_LOST)
       whole = [notes for _, notes in sorted(self._notes.items()) if len(notes) == self._hosts]
       return {"verdict": self._verdict, "now": time.time(), "notes": whole[-1] if whole else {}}
 

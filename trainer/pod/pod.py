@@ -245,7 +245,7 @@ class Pod:
     time.sleep(self._limits.timeout_seconds * (1 + 2 / _TICKS))
 
   def _catch_aborts(self) -> None:
-    """Delay aborts in C++: when a host dies, JAX and gloo abort the others before they know why."""
+    """Delay aborts in C++: JAX and gloo abort when a host dies, before the reason is known."""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(number: int) -> None:

@@ -201,8 +201,8 @@ def _events(path: epath.Path) -> Iterator[event_pb2.Event]:
   while start < len(data):
     record = _record(data, start)
     if record is None:
-      # A killed process leaves a torn last record. Nothing after it can be found: only its length
-      # says where the next record starts.
+      # A killed process leaves a torn last record. Nothing after it can be found: where the next
+      # record starts follows from the length of this one.
       logging.warning(
         "%s: the record at byte %d of %d is not whole; the rest of the file is ignored.",
         path,
