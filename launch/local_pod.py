@@ -23,6 +23,7 @@ import threading
 import time
 
 _LAST_LINES = 15
+_CAN_BIND = hasattr(os, "sched_setaffinity")  # to cores; not on macOS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   command = args.command[1:] if args.command[:1] == ["--"] else args.command
   if args.hosts < 1 or args.devices_per_host < 1:
     parser.error("--hosts and --devices-per-host must be 1 or more")
-  cores = sorted(os.sched_getaffinity(0))
+  if args.cpus and not _CAN_BIND:
+    parser.error("--cpus needs Linux, where a process can be bound to cores")
+  cores = sorted(os.sched_getaffinity(0)) if _CAN_BIND else [0]
   if not 0 <= args.cpus * args.hosts <= len(cores):
     parser.error(
       f"--cpus={args.cpus} for {args.hosts} hosts is more than the {len(cores)} cores of this "
@@ -105,7 +108,8 @@ class _LocalPod:
       for host in range(hosts)
     ]
     for host, process in enumerate(self._processes):
-      os.sched_setaffinity(process.pid, cores[host])
+      if _CAN_BIND:
+        os.sched_setaffinity(process.pid, cores[host])
       print(f"[{host}] started as process {process.pid}", flush=True)
       threading.Thread(target=self._read, args=(host,), daemon=True).start()
 

@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
   for name in ("images", "rounds", "batch_size"):
     if getattr(args, name) < 1:
       parser.error(f"--{name.replace('_', '-')} must be at least 1")
+  if sys.platform != "linux":
+    parser.error("the CPU time of processes that still run is only known on Linux")
   try:
     with tempfile.TemporaryDirectory() as folder:
       _run(args, folder)

@@ -8,6 +8,8 @@ import sys
 import psutil
 import pytest
 
+from launch import local_pod
+
 COMMAND = [sys.executable, "-m", "launch.local_pod"]
 
 
@@ -50,6 +52,15 @@ def test_the_first_host_that_fails_is_told_with_its_last_lines_and_the_others_ar
   assert "killing host 0, 2, still running 1 s after host 1 ended" in log
   pids = [int(line.split()[-1]) for line in log.splitlines() if "started as process" in line]
   assert len(pids) == 3 and not any(map(psutil.pid_exists, pids))
+
+
+def test_where_processes_cannot_be_bound_to_cores_all_run_on_all(monkeypatch, capfd):
+  monkeypatch.setattr(local_pod, "_CAN_BIND", False)
+  monkeypatch.delattr(os, "sched_setaffinity")
+  assert local_pod.main(["--hosts=2", "--", "true"]) == 0
+  with pytest.raises(SystemExit):
+    local_pod.main(["--hosts=1", "--cpus=1", "--", "true"])
+  assert "--cpus needs Linux" in capfd.readouterr().err
 
 
 def test_signals_are_passed_on():

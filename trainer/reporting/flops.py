@@ -8,9 +8,9 @@ its kernel. Recomputation to save memory does not count. The quotient is the mod
 (MFU) of arXiv:2204.02311, appendix B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
-from typing import Any, cast
+from typing import cast
 
 import jax
 from jax.extend import core
@@ -53,13 +53,13 @@ def forward_flops(model: Model, variables: Variables, image_size: int) -> int:
     return model.merge(variables, None)(image)
 
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  return 2 * _multiply_adds(jax.make_jaxpr(forward)(variables, image))
+  return 2 * _multiply_adds(jax.make_jaxpr(forward)(variables, image).eqns)
 
 
-def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+def _multiply_adds(eqns: Iterable[core.JaxprEqn]) -> int:
   """Return the multiply-adds of all convolutions and matrix products, once per round of a scan."""
   total = 0
-  for eqn in jaxpr.eqns:
+  for eqn in eqns:
     if eqn.primitive.name == "conv_general_dilated":
       kernel = _shape(eqn.invars[1])
       outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
@@ -70,19 +70,13 @@ def _multiply_adds(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
         _shape(eqn.invars[0])[axis] for axis in contracted
       )
     else:
-      inner = [
-        x for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)
-      ]
-      total += eqn.params.get("length", 1) * sum(map(_multiply_adds, inner))
+      inner = core.jaxprs_in_params(eqn.params)
+      total += eqn.params.get("length", 1) * sum(_multiply_adds(jaxpr.eqns) for jaxpr in inner)
   return total
 
 
 def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
   return cast(jax.core.ShapedArray, variable.aval).shape
-
-
-def _is_jaxpr(x: Any) -> bool:
-  return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def seconds_at_peak(

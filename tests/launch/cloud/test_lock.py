@@ -36,6 +36,15 @@ def test_the_lock_file_satisfies_setup_cfg():
       assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line
 
 
+def test_jax_has_the_same_bounds_everywhere():
+  config = configparser.ConfigParser()
+  config.read(ROOT / "setup.cfg")
+  lines = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+  found = re.findall(r"^jax(\[\w+\])?(\S*)$", "\n".join(lines), re.MULTILINE)
+  assert [extra for extra, _ in found] == ["", "[tpu]", "[cuda12]"]
+  assert len({bounds for _, bounds in found}) == 1
+
+
 def test_the_tool_that_installs_is_pinned_too():
   assert list(pins("requirements-uv.lock")) == ["uv"]
 
