@@ -17,7 +17,7 @@ from launch.cloud.settings import UsageError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _HOST = pathlib.Path(__file__).resolve().parents[1] / "host"
 # Untracked files are taken only from these folders: others may hold private files.
-_FOLDERS = ("configs", "input_pipeline", "launch", "trainer")
+FOLDERS = ("configs", "input_pipeline", "launch", "trainer")
 _MAX_BYTES = 50 << 20
 
 
@@ -62,9 +62,14 @@ def look() -> Bundle:
     index = f"{folder}/index"
     _git("read-tree", "HEAD", index=index)
     _git("add", "--update", index=index)
-    _git("add", "--", *(name for name in _FOLDERS if (ROOT / name).is_dir()), index=index)
+    _git("add", "--", *(name for name in FOLDERS if (ROOT / name).is_dir()), index=index)
     tree = _git("write-tree", index=index)
   return Bundle(tree[:12], commit, tree != _git("rev-parse", "HEAD^{tree}"))
+
+
+def holds(bundle: Bundle, path: str) -> bool:
+  """Whether a file is in the tree."""
+  return path in _git("ls-tree", "-r", "--name-only", bundle.tree, "--", path).splitlines()
 
 
 def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
@@ -78,7 +83,7 @@ def pack(bundle: Bundle, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pa
   if archive.stat().st_size > _MAX_BYTES:
     raise UsageError(
       f"The archive of the code has {archive.stat().st_size >> 20} MiB; keep data out of git and "
-      f"out of {', '.join(_FOLDERS)} (.gitignore)."
+      f"out of {', '.join(FOLDERS)} (.gitignore)."
     )
   _git("diff", "--binary", f"--output={diff}", bundle.commit, bundle.tree)
   return archive, diff

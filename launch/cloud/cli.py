@@ -19,15 +19,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import dataclasses
+import difflib
 import getpass
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
 from typing import NoReturn
 
-from launch.cloud import bundle, commands, doctor, dry, prepare, verbs
+from launch.cloud import bundle, checks, commands, doctor, dry, prepare, verbs
 from launch.cloud.gcloud import GcloudError
 from launch.cloud.run import noted
 from launch.cloud.settings import (
@@ -37,6 +39,7 @@ from launch.cloud.settings import (
   check,
   check_place,
   check_run,
+  describe_seconds,
   duration,
   label,
 )
@@ -56,6 +59,31 @@ _DURATIONS = {
 }
 
 
+_VERBS = {
+  "up": (
+    "Get a slice for a run and train; the same command again reattaches or resumes.",
+    "r50 --type=v5litepod-64 --spot --max-hours=12 --config=configs/imagenet_resnet50.py",
+  ),
+  "watch": (
+    "Watch over a run that `up` started: show it, and replace a slice that it loses.",
+    "r50",
+  ),
+  "status": ("Show a run once, with every host.", "r50"),
+  "logs": ("Print the log of any host, also after its slice is gone.", "r50 --worker=all -f"),
+  "stop": ("Save a checkpoint and end the trainer; the slice is kept, and paid for.", "r50"),
+  "down": ("Remove everything of a run that is paid for.", "r50"),
+  "list": ("List the slices of a zone, their owners, and what is left over.", "--zone=us-west4-a"),
+  "doctor": (
+    "Check account, project, quota, bucket and service account; print the fixes.",
+    "--type=v5litepod-64 --service-account=pod@my-project.iam.gserviceaccount.com",
+  ),
+  "prepare": (
+    "Make the shards of ImageNet on a machine near the bucket that deletes itself.",
+    "shards --source=gs://my-bucket/archives --out=gs://my-bucket/imagenet",
+  ),
+}
+
+
 class _Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     raise UsageError(
@@ -63,8 +91,8 @@ class _Parser(argparse.ArgumentParser):
     )
 
 
-def parser() -> argparse.ArgumentParser:
-  """Returns the parser of the whole command line."""
+def parser() -> tuple[argparse.ArgumentParser, list[str]]:
+  """Returns the parser of the whole command line, and the options of `up`."""
   top = _Parser(
     prog="launch/tpu",
     description=__doc__,
@@ -76,7 +104,14 @@ def parser() -> argparse.ArgumentParser:
   def verb(
     name: str, run: str | None = "required", as_json: bool = True
   ) -> argparse.ArgumentParser:
-    one = verbs_.add_parser(name, allow_abbrev=False, prog=f"launch/tpu {name}")
+    text, example = _VERBS[name]
+    one = verbs_.add_parser(
+      name,
+      allow_abbrev=False,
+      prog=f"launch/tpu {name}",
+      description=f"{text}\n\n    launch/tpu {name} {example}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     if run:
       one.add_argument("run", metavar="RUN", nargs=None if run == "required" else "?", default="")
     where = one.add_argument_group(
@@ -100,6 +135,9 @@ def parser() -> argparse.ArgumentParser:
   )
   up.add_argument(
     "--take-over", action="store_true", help="drive the run even if another launcher does"
+  )
+  up.add_argument(
+    "--no-check", action="store_true", help="do not have the trainer check its config here first"
   )
   watch = verb("watch")
   watch.add_argument(
@@ -131,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
   )
   doctor_.add_argument("--service-account", default="")
   prepare.add_arguments(verb("prepare", as_json=False))
-  return top
+  return top, re.findall(r"(?<![\w-])--[a-z-]+", up.format_help())
 
 
 def _add_slice(up: argparse.ArgumentParser) -> None:
@@ -139,10 +177,13 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
   what.add_argument("--type", required=True, help="e.g. v5litepod-64, v4-32, v6e-16")
   what.add_argument("--slices", type=int, default=1, metavar="N")
   kind = what.add_mutually_exclusive_group()
-  for name in ("on-demand", "spot", "reserved"):
+  for name in ("on-demand", "spot", "reserved", "flex-start"):
     kind.add_argument(
       f"--{name}", dest="capacity", action="store_const", const=name, default="on-demand"
     )
+  what.add_argument(
+    "--reservation", default="", metavar="NAME", help="of --reserved: which one (alpha)"
+  )
   what.add_argument("--runtime-version", default="", help="image of the hosts (default: by type)")
   what.add_argument(
     "--service-account", default="", help="of the hosts (default: the project's Compute Engine one)"
@@ -175,7 +216,7 @@ def _add_slice(up: argparse.ArgumentParser) -> None:
       type=duration,
       default=default,
       metavar="TIME",
-      help=f"{text} (default {default:g} s)",
+      help=f"{text} (default {describe_seconds(default)})",
     )
   limits.add_argument("--keep", action="store_true", help="keep the slice when the run has ended")
   limits.add_argument(
@@ -272,21 +313,15 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
   argv = configs + [word for word in argv if word not in configs]  # its fields must follow it
   if args.max_hours is not None and not args.max_hours > 0:
     raise UsageError(f"--max-hours {args.max_hours:g} must be above 0.")
-  if args.env_file and not os.access(args.env_file, os.R_OK):
-    raise UsageError(f"--env-file {args.env_file} cannot be read.")
-  if args.env_file and os.stat(args.env_file).st_mode & 0o077:
-    raise UsageError(f"--env-file {args.env_file} is readable by others; chmod 600 it.")
-  pairs = {
-    name: tuple(_pair(name, text) for text in getattr(args, name)) for name in ("label", "secret")
-  }
   durations = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _DURATIONS}
   settings = check(
     Settings(
       _place(args),
       _owner(args),
-      args.type,
+      checks.accelerator_type(args.type),
       args.slices,
       args.capacity,
+      args.reservation,
       args.runtime_version,
       args.service_account,
       args.network,
@@ -294,9 +329,9 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
       args.internal_ips,
       args.iap or args.internal_ips,
       args.autocheckpoint,
-      pairs["label"],
-      os.path.abspath(args.env_file) if args.env_file else "",
-      pairs["secret"],
+      tuple(_pair("label", text) for text in args.label),
+      checks.env_file(args.env_file) if args.env_file else "",
+      tuple(checks.secret(text) for text in args.secret),
       args.python,
       args.keep,
       tuple(argv),
@@ -305,9 +340,11 @@ def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:
       **durations,
     )
   )
-  for word in settings.argv:
-    if word.startswith("--config=") and not (bundle.ROOT / word[9:].split(":")[0]).is_file():
-      raise UsageError(f"{word} is not a file of {bundle.ROOT}, the folder that hosts get.")
+  config = checks.config_of(settings.argv)
+  if not (bundle.ROOT / config).is_file() or pathlib.Path(config).is_absolute():
+    raise UsageError(
+      f"--config={config} is not a file of {bundle.ROOT}, the folder that hosts get."
+    )
   return settings
 
 
@@ -341,16 +378,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
+  if not argv or (argv[0] not in _VERBS and not argv[0].startswith("-")):
+    near = difflib.get_close_matches(argv[0], _VERBS, n=1) if argv else []
+    hint = f"; did you mean {near[0]}?" if near else "."
+    print(f"launch/tpu has no verb {argv[0]}{hint}\n" if argv else "", __doc__, file=sys.stderr)
+    return USAGE
   end = argv.index("--") if "--" in argv else len(argv)
-  args, unknown = parser().parse_known_args(argv[:end])
+  top, options = parser()
+  args, unknown = top.parse_known_args(argv[:end])
   trainer = unknown + argv[end + 1 :]
+  if args.verb == "up":
+    checks.trainer_flags(unknown, options)
   if args.verb != "up" and trainer:
     raise UsageError(f"launch/tpu {args.verb} has no option {trainer[0]}.")
   if args.verb == "up":
     settings = settings_of(args, trainer)
     if args.dry_run:
       return dry.show(dry.up(settings))
-    return verbs.up(settings, args.json, args.take_over, args.no_watch)
+    how = verbs.Up(args.json, args.take_over, args.no_watch, args.no_check)
+    return verbs.up(settings, how)
   if args.verb == "prepare":
     plan = prepare.plan(args, check_place(_place(args)))
     return dry.show(prepare.lines(plan)) if args.dry_run else prepare.run(plan)

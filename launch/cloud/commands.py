@@ -22,7 +22,17 @@ def _where(place: Place) -> Line:
   return [f"--project={place.project}", f"--zone={place.zone}", "--quiet"]
 
 
-def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
+def _capacity(settings: Settings, limit: float | None) -> Line:
+  if settings.capacity == "flex-start":
+    return ["--provisioning-model=flex-start", f"--max-run-duration={max(60, round(limit or 0))}s"]
+  if settings.reservation:
+    return [f"--reservation={settings.reservation}"]
+  return [] if settings.capacity == "on-demand" else [f"--{settings.capacity}"]
+
+
+def create(
+  settings: Settings, attempt: int, wait: float, boot: str, limit: float | None = None
+) -> Line:
   """Request the slices of an attempt; without --async, for the error of a request that fails.
 
   Args:
@@ -30,6 +40,7 @@ def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
     attempt: number of the attempt.
     wait: seconds in the queue after which the request expires.
     boot: path of the startup script; see launch/cloud/boot.py.
+    limit: seconds for which the slice may exist; the service keeps that of flex-start itself.
   """
   labels = [
     ("run", settings.run),
@@ -38,8 +49,10 @@ def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
     ("launcher", LAUNCHER),
     *settings.labels,
   ]
-  # autocheckpoint is alpha only; the --spot and --reserved of alpha send wrong requests.
-  track = ["gcloud", "alpha", "compute", "tpus"] if settings.autocheckpoint else _TPUS
+  # Only what GA lacks is asked of alpha, whose --spot sends a wrong request.
+  flex = settings.capacity == "flex-start"
+  alpha = settings.autocheckpoint or settings.reservation or flex
+  track = ["gcloud", "alpha", "compute", "tpus"] if alpha else _TPUS
   nodes = (
     [f"--node-id={settings.run}"]
     if settings.slices == 1
@@ -58,7 +71,7 @@ def create(settings: Settings, attempt: int, wait: float, boot: str) -> Line:
     *nodes,
     f"--accelerator-type={settings.type}",
     f"--runtime-version={settings.runtime_version}",
-    *([f"--{settings.capacity}"] if settings.capacity != "on-demand" else []),
+    *_capacity(settings, limit),
     *(f"--{name}={value}" for name, value in named if value),
     *(["--internal-ips"] if settings.internal_ips else []),
     *(["--autocheckpoint-enabled"] if settings.autocheckpoint else []),
@@ -194,14 +207,14 @@ def read(place: Place, url: str) -> Line:
 
 
 def object_generation(place: Place, url: str) -> Line:
-  """Read the current generation of an object."""
+  """Read the current generation of an object, and when it was written."""
   return [
     "gcloud",
     "storage",
     "objects",
     "describe",
     url,
-    "--format=json(generation)",
+    "--format=json(generation,creation_time)",
     f"--project={place.project}",
     "--quiet",
   ]
@@ -320,12 +333,14 @@ def every_line() -> Iterator[Line]:
     place, owner="me", type="v4-32", runtime_version="tpu-ubuntu2204-base", max_seconds=3600
   )
   for slices in (1, 2):
-    for capacity in ("on-demand", "spot", "reserved"):
+    for capacity in ("on-demand", "spot", "reserved", "flex-start"):
       for autocheckpoint in (False, True) if capacity != "spot" else (False,):
         settings = dataclasses.replace(
           base, slices=slices, capacity=capacity, autocheckpoint=autocheckpoint
         )
-        yield create(settings, 3, 6 * 3600, "/tmp/a b/boot.sh")
+        yield create(settings, 3, 6 * 3600, "/tmp/a b/boot.sh", 3600)
+        if capacity == "reserved":
+          yield create(dataclasses.replace(settings, reservation="one"), 1, 60, "boot.sh")
         yield create(
           dataclasses.replace(
             settings,

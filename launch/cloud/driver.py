@@ -21,6 +21,11 @@ from launch.cloud.world import Action, World
 
 _SOON = 15.0  # seconds until the next turn after an action
 _LAST_LINES = 30
+_FIXES = {
+  "auth": "type gcloud auth login in another terminal",
+  "permission": "launch/tpu doctor prints the command that grants it",
+  "not_installed": "put gcloud back on the PATH",
+}
 
 
 class Driver:
@@ -32,12 +37,11 @@ class Driver:
     store: Store,
     run: Run,
     screen: Screen,
-    clock: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
   ):
     self._gcloud, self._store, self.run, self._screen = gcloud, store, run, screen
-    self._clock, self._sleep = clock, sleep
-    self._looker = Looker(gcloud, run.settings, clock)
+    self._clock, self._sleep = store.clock, sleep
+    self._looker = Looker(gcloud, run.settings, self._clock)
     self._limits_told = False
 
   @property
@@ -64,9 +68,7 @@ class Driver:
       try:
         world = self._looker.world(self.run.memory)
       except GcloudError as error:
-        if error.kind in FATAL:
-          raise
-        self._say(f"the cloud does not answer: {error}")
+        self._endure("the cloud does not answer", error)
         self._sleep(self.settings.poll)
         continue
       states.remember(world, self.run.memory, self.settings)
@@ -76,9 +78,7 @@ class Driver:
         done = self._act(action, world)
       except GcloudError as error:
         # The next turn decides again, from what is there then.
-        if error.kind in FATAL:
-          raise
-        self._say(f"{action.kind} failed: {error}")
+        self._endure(f"{action.kind} failed", error)
         done = None
       if done is not None:
         return done
@@ -89,6 +89,20 @@ class Driver:
         report.phase == "installing" for report in world.reports
       )
       self._sleep(self.settings.poll if steady else min(_SOON, self.settings.poll))
+
+  def _endure(self, what: str, error: GcloudError) -> None:
+    """Say what is wrong and continue; raise it if it cannot pass and nothing is paid for.
+
+    While a slice exists or a request waits, nothing ends a launcher but its user: a login expires,
+    a right is withdrawn for a minute, a laptop loses its network.
+    """
+    memory = self.run.memory
+    at_stake = memory.active or memory.requested or memory.deleting
+    if error.kind in FATAL and not at_stake:
+      raise error
+    fix = f"; {_FIXES[error.kind]}" if error.kind in _FIXES else ""
+    cost = f" Meanwhile the slice costs {View.chips_text(self.settings)}." if memory.active else ""
+    self._say(f"{what}: {error}{fix}.{cost}")
 
   def _act(self, action: Action, world: World) -> int | None:
     """Do one thing: the intent is recorded before, the effect is seen in the next turn."""
@@ -107,10 +121,13 @@ class Driver:
         "code": action.code,
         "reason": action.reason,
         "time": round(self._clock(), 1),
-        "complete": action.reason == states.COMPLETE,
+        "complete": action.reason.startswith(states.COMPLETE),
       }
       self.run.driver = None
-      self._store.write(self.run, driving=False)
+      try:
+        self._store.write(self.run, driving=False)
+      except GcloudError as error:
+        self._screen.lines([f"the result was not written to run.json: {error}"])
       return action.code
     self._write()
     if action.kind == "create":
@@ -134,7 +151,9 @@ class Driver:
       with tempfile.TemporaryDirectory() as folder:
         script = boot.write(settings, memory, pathlib.Path(folder))
         wait = settings.max_wait - waited
-        self._gcloud.run(commands.create(settings, memory.attempt, wait, str(script)), tries=1)
+        limit = boot.limits(settings, memory)["max_seconds"]
+        line = commands.create(settings, memory.attempt, wait, str(script), limit)
+        self._gcloud.run(line, tries=1)
       return None
     except GcloudError as error:
       if error.kind == "exists":  # from our own first try or another launcher: seen next turn
@@ -241,8 +260,6 @@ class Driver:
     try:
       self._store.write(self.run)
     except GcloudError as error:
-      if error.kind in (*FATAL, "not_found"):
-        raise
       self._screen.lines([f"run.json was not written: {error}"])
 
 

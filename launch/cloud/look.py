@@ -95,6 +95,12 @@ class Looker:
       GcloudError: if the service does not answer, or refuses.
       UsageError: if the queued resource belongs to another owner or run.
     """
+    try:
+      return self._world(memory)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+      raise GcloudError("unknown", [], f"the answer makes no sense: {error!r}") from error
+
+  def _world(self, memory: Memory) -> World:
     place, trouble = self.settings.place, ""
     try:
       queued = queued_of(self._gcloud.json(commands.describe(place)))

@@ -7,8 +7,9 @@ drives a run leaves a sign of life in it every two minutes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
@@ -27,7 +28,31 @@ from launch.cloud.world import Memory
 _BEAT = 120.0  # seconds between two signs of life of the launcher
 _STALE = 360.0  # age of the last sign of life after which another may drive
 _EVENTS = 500
+_JUMP = 5.0  # seconds that the time of this machine may jump without being set again
 _FIELDS = ("code", "archive", "commit", "dirty", "driver", "wanted", "result", "events")
+
+
+class CloudClock:
+  """The time by the clock of the cloud, as far as it is known: that of a laptop may be wrong.
+
+  It is set by the time of an object that was just written, and must be set again when the time of
+  this machine has jumped: it was set, or the machine has slept.
+  """
+
+  def __init__(self) -> None:
+    self._offset, self._set_at = 0.0, (0.0, 0.0)
+
+  def __call__(self) -> float:
+    return time.time() + self._offset
+
+  def is_set(self) -> bool:
+    """Whether the offset is that of the time of this machine as it is now."""
+    wall, steady = self._set_at
+    return bool(wall) and abs((time.time() - wall) - (time.monotonic() - steady)) < _JUMP
+
+  def set(self, now: float) -> None:
+    """Take the time of the cloud as it is now."""
+    self._offset, self._set_at = now - time.time(), (time.time(), time.monotonic())
 
 
 class TakenOver(Exception):
@@ -100,8 +125,8 @@ class Run:
 class Store:
   """Reads and writes run.json."""
 
-  def __init__(self, gcloud: Gcloud, place: Place, clock: Callable[[], float] = time.time):
-    self._gcloud, self._place, self._clock = gcloud, place, clock
+  def __init__(self, gcloud: Gcloud, place: Place):
+    self._gcloud, self._place, self.clock = gcloud, place, CloudClock()
     self.url = f"{place.url}/run.json"
     self.me = {"id": uuid.uuid4().hex[:12], "host": socket.gethostname(), "pid": os.getpid()}
     self._generation: str | None = None
@@ -154,7 +179,7 @@ class Store:
       TakenOver: if it is no longer what was last read or written here.
       GcloudError: if the bucket cannot be written.
     """
-    now = self._clock()
+    now = self.clock()
     value = run.to_json() | {"driver": None}
     text = json.dumps(_without_ticks(value), sort_keys=True)
     if text == self._written and driving and now < self._beat:
@@ -180,18 +205,24 @@ class Store:
           raise TakenOver(_describe_driver(there.get("driver"))) from error
         created = f"#{generation}"
     found = re.search(r"#(\d+)", created)
-    self._generation = (
-      found[1]
-      if found
-      else str(self._gcloud.json(commands.object_generation(self._place, self.url))["generation"])
-    )
+    if found:
+      self._generation = found[1]
+    if not found or not self.clock.is_set():
+      there = self._gcloud.json(commands.object_generation(self._place, self.url))
+      self._generation = str(there["generation"])
+      self._set_clock(there.get("creation_time", ""))
     self._written, self._beat = text, now + _BEAT
+
+  def _set_clock(self, written: str) -> None:
+    """Set the clock by the time of an object that was written a moment ago."""
+    with contextlib.suppress(ValueError):
+      self.clock.set(datetime.datetime.fromisoformat(written).timestamp())
 
   def other_driver(self, run: Run) -> str | None:
     """Returns which other launcher drives the run, or None if none does any more."""
     driver = run.driver
     stale = max(_STALE, 3 * run.settings.poll)
-    if not driver or driver["id"] == self.me["id"] or self._clock() - driver["seen"] > stale:
+    if not driver or driver["id"] == self.me["id"] or self.clock() - driver["seen"] > stale:
       return None
     if driver["host"] == self.me["host"] and not _is_alive(driver["pid"]):
       return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
@@ -191,8 +192,11 @@ class Screen:
     if self._live:
       self._draw(view.block())
 
-  def lines(self, lines: list[str], at: float | None = None) -> None:
+  def lines(self, lines: Iterable[str], at: float | None = None) -> None:
     """Show lines that stay."""
+    lines = list(lines)
+    if not lines:
+      return
     if self._json:
       self._print(json.dumps({"message": "\n".join(lines), "time": at or time.time()}))
       return

@@ -36,7 +36,8 @@ class Settings:
   owner: str
   type: str
   slices: int = 1
-  capacity: str = "on-demand"  # on-demand | spot | reserved
+  capacity: str = "on-demand"  # on-demand | spot | reserved | flex-start
+  reservation: str = ""
   runtime_version: str = ""
   service_account: str = ""
   network: str = ""
@@ -183,8 +184,6 @@ def check(settings: Settings) -> Settings:
     UsageError: naming what is wrong.
   """
   check_place(settings.place)
-  if not re.fullmatch(r"[a-z0-9]+-\d+", settings.type):
-    raise UsageError(f"--type {settings.type!r} is not an accelerator type such as v5litepod-64.")
   if not settings.runtime_version:
     kind = generation(settings.type)
     if not kind:
@@ -200,13 +199,15 @@ def check(settings: Settings) -> Settings:
       f"The run name {settings.run} is too long for {settings.slices} slices, whose names append a "
       "number."
     )
-  if settings.capacity == "on-demand" and settings.max_seconds is None:
+  if settings.capacity in ("on-demand", "flex-start") and settings.max_seconds is None:
     raise UsageError(
-      "--on-demand (the default) needs --max-hours: how long slices of this run may exist, over "
+      f"--{settings.capacity} needs --max-hours: how long slices of this run may exist, over "
       "all attempts."
     )
   if settings.keep and settings.max_seconds is None:
     raise UsageError("--keep needs --max-hours: a slice that is kept must end some day.")
+  if settings.reservation and settings.capacity != "reserved":
+    raise UsageError("--reservation needs --reserved.")
   if settings.autocheckpoint and settings.capacity == "spot":
     raise UsageError(
       "--autocheckpoint is for the maintenance of --on-demand and --reserved slices; when a --spot "
@@ -215,6 +216,7 @@ def check(settings: Settings) -> Settings:
   for name, value, pattern in (
     ("runtime-version", settings.runtime_version, r"[-a-z0-9.]+"),
     ("service-account", settings.service_account, r"([^@\s,=]+@[^@\s,=]+)?"),
+    ("reservation", settings.reservation, r"[-a-z0-9/._]*"),
     ("network", settings.network, r"[-a-z0-9/._]*"),
     ("subnetwork", settings.subnetwork, r"[-a-z0-9/._]*"),
     ("python", settings.python, r"(/[^\0\n]*)?"),
@@ -226,14 +228,6 @@ def check(settings: Settings) -> Settings:
       raise UsageError(f"--label {key}={value}: labels are at most 63 of a-z, 0-9, _ and -.")
     if key in ("run", "owner", "attempt", "launcher"):
       raise UsageError(f"--label {key} is set by the launcher itself.")
-  for name, secret in settings.secrets:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not re.fullmatch(
-      r"[A-Za-z0-9_-]+", secret
-    ):
-      raise UsageError(
-        f"--secret {name}=...: give NAME=SECRET, the name of a variable and of a secret in Secret "
-        "Manager, never its value."
-      )
   for word in settings.argv:
     if not word.startswith("--"):
       raise UsageError(f"{word!r} is not a flag of the trainer; write --flag=value.")

@@ -115,7 +115,7 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
     return _absent(world, memory, settings)
   age = describe_seconds(now - memory.state_since)
   if queued.state in LEAVING:
-    return Action("wait", f"the slice is {queued.state} for {age}")
+    return _leaving(queued, world, memory, settings)
   if memory.deleting and now - memory.deleting < _DELETE_AGAIN:
     return Action("wait", "the slice is being removed")
   if memory.ending:
@@ -139,6 +139,24 @@ def decide(world: World, memory: Memory, settings: Settings) -> Action:
   if now - memory.state_since > settings.provision_limit:
     return Action("delete", f"the slice is {queued.state} for {age}", capacity=True)
   return Action("wait", f"the slice is {queued.state} for {age}")
+
+
+def _leaving(queued: Queued, world: World, memory: Memory, settings: Settings) -> Action:
+  """Wait for a slice to go, but not for ever: the service may have lost it."""
+  lasted = world.now - memory.state_since
+  what = f"the slice is {queued.state} for {describe_seconds(lasted)}"
+  if lasted <= settings.provision_limit:
+    return Action("wait", what)
+  if queued.state == "SUSPENDING" and not (
+    memory.deleting and world.now - memory.deleting < settings.provision_limit
+  ):
+    code, reason = memory.ending or (None, what)
+    return Action("delete", reason, code)
+  if lasted <= 2 * settings.provision_limit:
+    return Action("wait", f"{what}, which is unusual; see it in the console")
+  advice = "it may still be paid for: see the console, and ask Google's support to remove it"
+  code, reason = memory.ending or (ERROR, "no new slice can be requested under this name")
+  return Action("finish", f"{reason}; {what}, {advice}", code or ERROR)
 
 
 def acted(action: Action, memory: Memory, settings: Settings, now: float) -> None:

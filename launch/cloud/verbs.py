@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from launch.cloud import bundle, commands, states
+from launch.cloud import bundle, checks, commands, states
 from launch.cloud.driver import Driver, begin, follow, leave
 from launch.cloud.gcloud import Gcloud, GcloudError
 from launch.cloud.look import Looker, nodes_of_run, queued_of
@@ -55,14 +55,26 @@ def _same_owner(run: Run, owner: str) -> None:
     )
 
 
-def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> int:
+@dataclasses.dataclass(frozen=True)
+class Up:
+  """How `up` goes about it."""
+
+  as_json: bool = False
+  take_over: bool = False
+  no_watch: bool = False
+  no_check: bool = False
+
+
+def up(settings: Settings, how: Up) -> int:
   """Start a run, or continue it."""
   gcloud = _gcloud(settings.call_limit)
   store, tree, screen = (
     Store(gcloud, settings.place),
     bundle.look(),
-    _screen(settings.place, as_json),
+    _screen(settings.place, how.as_json),
   )
+  screen.lines([f"Reading {store.url} ..."])
+  checks.shipped(tree, settings.argv)
   run = store.read()
   if run:
     _same_owner(run, settings.owner)
@@ -84,9 +96,12 @@ def up(settings: Settings, as_json: bool, take_over: bool, no_watch: bool) -> in
         f"uses it. To use it now: launch/tpu stop {settings.run}, then this command again.",
         file=sys.stderr,
       )
+  known = run and (run.code, run.settings.argv) == (tree.tree, settings.argv)
+  if not known and not how.no_check:
+    screen.lines(filter(None, [checks.trainer_accepts(settings.argv)]))
   note(settings)
   run = run or Run(settings)
-  return _drive(gcloud, store, run, settings, screen, take_over, tree, no_watch)
+  return _drive(gcloud, store, run, settings, screen, how.take_over, tree, how.no_watch)
 
 
 def _same_slice(gcloud: Gcloud, before: Settings, now: Settings) -> None:
@@ -150,7 +165,7 @@ def _drive(
         if result is not None:
           return result
         screen.lines(["That launcher is gone; this one takes over."])
-      begin(run, settings, time.time())
+      begin(run, settings, store.clock())
       result = Driver(gcloud, store, run, screen).drive(code, no_watch)
       if run.result:
         screen.lines([f"{settings.run}: {run.result['reason']}.", *_what_next(run, run.result)])
@@ -170,7 +185,7 @@ def _drive(
       )
       return 130
     except (GcloudError, UsageError):
-      leave(run, store)
+      screen.lines(leave(run, store))
       raise
 
 

@@ -6,6 +6,7 @@ import datetime
 import http.server
 import json
 import re
+import time
 from typing import Any
 import urllib.parse
 
@@ -42,6 +43,7 @@ class Request:
 
   query: dict[str, str]
   body: dict[str, Any]
+  caller: str = ""  # the token
 
 
 @dataclasses.dataclass
@@ -53,6 +55,8 @@ class Node:
   hosts: list[Host]
   state: str = "CREATING"
   health: str = "HEALTHY"
+  created: float = dataclasses.field(default_factory=time.time)
+  removed: float | None = None
 
   def json(self) -> dict[str, Any]:
     endpoints = [{"ipAddress": host.address, "port": 8470} for host in self.hosts]
@@ -65,6 +69,7 @@ class Node:
       "id": "1",
       "state": self.state,
       "health": self.health,
+      "createTime": datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat(),
       "apiVersion": "V2_ALPHA1",
       "networkEndpoints": endpoints,
     }
@@ -123,11 +128,10 @@ class Api(http.server.BaseHTTPRequestHandler):
     url = urllib.parse.urlsplit(self.path)
     query = dict(urllib.parse.parse_qsl(url.query))
     body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+    request = Request(query, body, (self.headers.get("Authorization") or "").rpartition(" ")[2])
     try:
-      code, answer = (
-        200,
-        self.server.owner.answer(self.command, urllib.parse.unquote(url.path), query, body),
-      )
+      path = urllib.parse.unquote(url.path)
+      code, answer = 200, self.server.owner.answer(self.command, path, request)
     except ApiError as error:
       code, answer = error.code, error.body
     content = json.dumps(answer).encode()

@@ -32,6 +32,7 @@ from tests.launch.fake_hosts import Host, install, serve
 from tests.trainer.shared import free_port
 
 QUEUE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+_SERVICE = "token-of-the-service-account"
 OFFLINE = "http://127.0.0.1:1"  # nobody listens there
 
 
@@ -42,7 +43,9 @@ class Cloud:
     calls: "METHOD /path" of each request, in their order.
     resources: the queued resources that exist, by their short name.
     nodes: the nodes that exist, by their short name.
+    bills: every node that there ever was.
     grants: whether a request ever leaves the queue.
+    may_delete: whether the service account of hosts may delete queued resources.
     environment: what a process needs to meet this cloud in place of Google's.
   """
 
@@ -67,7 +70,9 @@ class Cloud:
     self.calls: list[str] = []
     self.resources: dict[str, Resource] = {}
     self.nodes: dict[str, Node] = {}
-    self.grants = True
+    self.bills: list[Node] = []
+    self.grants = self.may_delete = True
+    self._failure: dict[str, Any] | None = None
     self._server = serve(Api, self)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
     install(self._root)
@@ -127,6 +132,26 @@ class Cloud:
     """Sets `grants`."""
     self.grants = grants
 
+  def fail_create(self, code: int, message: str) -> None:
+    """Accepts the next create, and lets its operation fail."""
+    self._failure = {"code": code, "message": message}
+
+  def grant(self, name: str) -> None:
+    """Brings a request out of the queue, whether or not anybody reads it."""
+    with self._lock:
+      self.grants, resource = True, self.resources[name]
+      while resource.state != "ACTIVE":
+        self._advance(resource)
+
+  def reboot(self, name: str) -> None:
+    """Boots all hosts of a node."""
+    for host in self.nodes[name].hosts:
+      host.boot()
+
+  def paid(self) -> float:
+    """Returns the seconds that nodes have existed."""
+    return sum((node.removed or self._clock()) - node.created for node in self.bills)
+
   def preempt(self, name: str, notice: float = 0.0, stale: int = 0) -> None:
     """Takes the nodes of a queued resource away.
 
@@ -144,6 +169,7 @@ class Cloud:
     with self._lock:
       for node in nodes:
         node.state = "PREEMPTED"
+        node.removed = self._clock()
         for host in node.hosts:
           host.kill()
       resource = self.resources[name]
@@ -199,8 +225,11 @@ class Cloud:
         )
         if len(names) > 1:
           environment["MEGASCALE_SLICE_ID"] = str(number)
-        hosts.append(Host(self._root, f"127.{self._count}.0.{worker + 1}", worker, environment))
-      self.nodes[name.rpartition("/")[2]] = Node(name, spec, hosts)
+        address, metadata = f"127.{self._count}.0.{worker + 1}", spec.get("metadata", {})
+        hosts.append(Host(self._root, address, worker, environment, metadata, _SERVICE))
+      node = Node(name, spec, hosts, created=self._clock())
+      self.nodes[name.rpartition("/")[2]] = node
+      self.bills.append(node)
 
   def _advance(self, resource: Resource) -> None:
     """Moves a queued resource on by one state."""
@@ -220,22 +249,25 @@ class Cloud:
     elif resource.state == "ACTIVE":
       for name in resource.nodes:
         node = self.nodes[name.rpartition("/")[2]]
-        node.state = "READY" if node.state == "CREATING" else node.state
+        if node.state == "CREATING":
+          node.state = "READY"
+          for host in node.hosts:
+            host.boot()
     elif resource.state == "GONE":
       del self.resources[resource.name.rpartition("/")[2]]
 
   def _remove_node(self, name: str) -> None:
-    for host in self.nodes.pop(name).hosts:
+    node = self.nodes.pop(name)
+    node.removed = node.removed or self._clock()
+    for host in node.hosts:
       host.remove()
 
   # What the API is asked.
 
-  def answer(
-    self, method: str, path: str, query: dict[str, str], body: dict[str, Any]
-  ) -> dict[str, Any]:
+  def answer(self, method: str, path: str, request: Request) -> dict[str, Any]:
     """Returns the answer to a request, or raises ApiError."""
     if path.startswith("/control/"):
-      getattr(self, path.removeprefix("/control/"))(**body)
+      getattr(self, path.removeprefix("/control/"))(**request.body)
       return {}
     with self._lock:
       line = f"{method} {path}"
@@ -252,10 +284,12 @@ class Cloud:
         refusal.times -= 1
       if refusal and not refusal.too_late:
         raise refusal.error
+      if method == "DELETE" and request.caller == _SERVICE and not self.may_delete:
+        raise ApiError(403, "PERMISSION_DENIED", f"Permission 'tpu.nodes.delete' denied on {path}")
       for wanted, pattern, handle in _ROUTES:
         match = re.fullmatch(pattern, path)
         if match and method == wanted:
-          answer = handle(self, Request(query, body), **match.groupdict())
+          answer = handle(self, request, **match.groupdict())
           if refusal:
             raise refusal.error
           return answer
@@ -286,6 +320,9 @@ class Cloud:
     taken = [node for node in nodes if node in self.nodes]
     if taken:
       raise ApiError(409, "ALREADY_EXISTS", f"Resource '{parent}/nodes/{taken[0]}' already exists")
+    if self._failure:
+      failure, self._failure = self._failure, None
+      return self._operation(parent, error=failure)
     duration = body.get("queueingPolicy", {}).get("validUntilDuration")
     expires = self._clock() + float(duration.removesuffix("s")) if duration else float("inf")
     self.resources[name] = Resource(
@@ -297,10 +334,17 @@ class Cloud:
     )
     return self._operation(parent, self.resources[name].json())
 
-  def _operation(self, parent: str, response: dict[str, Any] | None = None) -> dict[str, Any]:
+  def _operation(
+    self,
+    parent: str,
+    response: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+  ) -> dict[str, Any]:
     self._count += 1
     name = f"{parent}/operations/operation-{self._count}"
-    self._operations[name] = {"name": name, "done": True, "response": response or {}}
+    self._operations[name] = {"name": name, "done": True} | (
+      {"error": error} if error else {"response": response or {}}
+    )
     return self._operations[name]
 
   def _get_operation(self, _, parent: str, name: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""ssh, scp, ssh-keygen, ssh-add and sudo for hosts that are folders.
+"""ssh, scp, ssh-keygen, ssh-add, and sudo, systemd-run, systemctl of hosts that are folders.
 
     python fake_ssh.py ROOT PROGRAM [arguments]
 
 ROOT/hosts/ADDRESS.json holds the folder and the environment of a host, and its `link`: "up", "down"
-(no answer), or "hung" (it accepts the connection, no more). A command runs in that folder in a
-session of its own, so that it outlives a broken connection. Few imports: it must start fast.
+(no answer), or "hung" (it accepts the connection, no more). A command runs in the home of its
+login, FOLDER/home/USER, in a session of its own: it outlives a broken connection. Few imports: it
+must start fast.
 """
 
 import getopt
@@ -28,7 +29,7 @@ def write(path, content):
 
 def _connect(root, target):
   """Returns what is known of the host USER@ADDRESS; ends here where it cannot be reached."""
-  address = target.rpartition("@")[2]
+  user, _, address = target.rpartition("@")
   try:
     with open(f"{root}/hosts/{address}.json", encoding="utf-8") as file:
       host = json.load(file)
@@ -39,7 +40,9 @@ def _connect(root, target):
   if host["link"] != "up":
     sys.stderr.write(f"ssh: connect to host {address} port 22: Connection timed out\n")
     sys.exit(_REMOTE_END)
-  return host
+  home = f"{host['folder']}/home/{user or 'user'}"
+  os.makedirs(home, exist_ok=True)
+  return home, dict(host["environment"], HOME=home, USER=user or "user")
 
 
 def _ssh(root, arguments):
@@ -47,12 +50,12 @@ def _ssh(root, arguments):
   _, (target, *command) = getopt.getopt(
     arguments, "1246AaCfGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:"
   )
-  host = _connect(root, target)
+  home, environment = _connect(root, target)
   command = command[1:] if command[:1] == ["--"] else command
   return subprocess.call(
     ["bash", "-c", " ".join(command)],
-    cwd=host["folder"],
-    env=host["environment"],
+    cwd=home,
+    env=environment,
     start_new_session=True,
   )
 
@@ -65,7 +68,7 @@ def _scp(root, arguments):
     target, colon, path = name.partition(":")
     if not colon or "/" in target:
       return name
-    return os.path.join(_connect(root, target)["folder"], path.removeprefix("~/"))
+    return os.path.join(_connect(root, target)[0], path.removeprefix("~/"))
 
   *sources, target = map(local, files)
   for source in sources:
@@ -85,7 +88,41 @@ def _sudo(root, arguments):
   del root
   while arguments[0].startswith("-"):
     arguments.pop(0)
+  os.environ.update(HOME=f"{os.environ['FAKE_HOST']}/root", USER="root")
   os.execvp(arguments[0], arguments)
+
+
+def _systemd_run(root, arguments):
+  """systemd-run --unit=NAME [options] COMMAND ...: a process that starts it again and again."""
+  del root
+  options = []
+  while arguments[0].startswith("-"):
+    options.append(arguments.pop(0))
+  unit = next(option[7:] for option in options if option.startswith("--unit="))
+  for option in options:
+    if option.startswith("--setenv="):
+      name, _, value = option[9:].partition("=")
+      os.environ[name] = value
+  if os.fork():
+    return 0
+  os.setsid()
+  with open(f"{os.environ['FAKE_HOST']}/{unit}.pid", "w", encoding="utf-8") as file:
+    file.write(str(os.getpid()))
+  with open(f"{os.environ['FAKE_HOST']}/{unit}.log", "ab") as log:
+    while True:
+      subprocess.call(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+      time.sleep(5)
+
+
+def _systemctl(root, arguments):
+  """systemctl is-active --quiet NAME"""
+  del root
+  try:
+    with open(f"{os.environ['FAKE_HOST']}/{arguments[-1]}.pid", encoding="utf-8") as file:
+      os.kill(int(file.read()), 0)
+  except OSError:
+    return 3
+  return 0
 
 
 def _print_key(root, arguments):
@@ -99,6 +136,8 @@ if __name__ == "__main__":
     "ssh": _ssh,
     "scp": _scp,
     "sudo": _sudo,
+    "systemd-run": _systemd_run,
+    "systemctl": _systemctl,
     "ssh-keygen": _print_key,
     "ssh-add": _print_key,
   }

@@ -137,12 +137,7 @@ class Bed:
 
   def trainers(self) -> list[psutil.Process]:
     """Returns the trainers that run."""
-    return [
-      process
-      for host in self.hosts()
-      for process in host.processes()
-      if "trainer" in process.cmdline()
-    ]
+    return [process for host in self.hosts() for process in host.processes("trainer")]
 
   def started(self, attempt: int, worker: int) -> int:
     """Returns how many trainers an attempt has had on a host of the first slice, by their log."""
@@ -190,6 +185,7 @@ def up(
     f"--zone={ZONE}",
     "--bucket=gs://bucket",
     f"--python={sys.executable}",
+    "--no-check",
     "--poll=4s",
     "--backoff=1s",
     "--idle=1h",

@@ -37,6 +37,8 @@ VERBS = [
     "--secret=KEY=key",
     *TRAINER,
   ],
+  [*UP, "--type=v5p-16", "--reserved", "--reservation=one", *TRAINER],
+  [*UP, "--type=v6e-16", "--flex-start", *TRAINER],
   *([verb, "run-1", *WHERE] for verb in ("watch", "status", "stop", "down", "doctor")),
   ["logs", "run-1", "--worker=all", "-f", *WHERE],
   ["logs", "run-1", "--worker=3", "--slice=1", "--attempt=2", *WHERE],

@@ -232,9 +232,7 @@ def test_a_host_that_cannot_be_reached_for_a_while_goes_on(bed, undisturbed, lin
 def test_a_trainer_that_is_killed_is_started_again(bed, undisturbed):
   process = bed.start(*up("--config.pod.timeout_seconds=8", steps=LONG))
   bed.wait_for_checkpoint()
-  trainer = next(
-    process for process in bed.hosts()[1].processes() if "trainer" in process.cmdline()
-  )
+  trainer = bed.hosts()[1].processes("trainer")[0]
   trainer.kill()
   assert process.finish() == DONE, process.log
   assert "host 0-1 was the first to crash, with code -9" in process.log
@@ -392,7 +390,7 @@ def test_stop_saves_and_keeps_and_down_leaves_nothing(bed):
   stopped = max(bed.checkpoints())
   again = bed.start(*up(steps=10**6))
   bed.wait_for_checkpoint(stopped + 1)
-  log = (bed.hosts()[0].folder / "tpu" / NAME / "attempt-2" / "host.log").read_text()
+  log = (bed.hosts()[0].state / NAME / "attempt-2" / "host.log").read_text()
   assert f"Resuming from checkpoint {stopped}" in log
   bed.cloud.add_node(
     f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"}

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from launch.cloud import cli, commands, dry
+from launch.cloud import bundle, checks, cli, commands, dry
 from launch.cloud.gcloud import Gcloud, GcloudError, classify, sentence
 from launch.cloud.settings import Place, UsageError, duration
 
@@ -29,15 +29,13 @@ def nothing_known(monkeypatch, tmp_path):
 
 
 def settings(*words):
-  args, unknown = cli.parser().parse_known_args([*UP, *words])
+  args, unknown = cli.parser()[0].parse_known_args([*UP, *words])
   return cli.settings_of(args, unknown)
 
 
 @pytest.mark.parametrize(
   "words, told",
   [
-    ([], "VERB"),
-    (["fly"], "fly"),
     (["up"], "RUN, --type"),
     (["status", "r1"], "--project is needed"),
     (["status", "r1", "--project=my-project"], "--zone is needed"),
@@ -49,8 +47,22 @@ def settings(*words):
     (["up", "r1", "--type=v5litepod-16", *WHERE, "--config=configs/smoke.py"], "--max-hours"),
     ([*UP, "--reserved"], "not allowed with"),
     ([*UP, "--slices=0"], "--slices 0"),
-    ([*UP, "--type=v9-8"], "--runtime-version"),
+    ([*UP, "--type=v9-8"], "GKE only"),
+    ([*UP, "--type=tpu7x-64"], "GKE only"),
+    ([*UP, "--type=new-8"], "--runtime-version"),
     ([*UP, "--type=big"], "--type 'big'"),
+    ([*UP, "--type=v5e-64"], "the API names it v5litepod-64"),
+    ([*UP, "--type=v5litepod-63"], "the nearest is v5litepod-64"),
+    ([*UP, "--type=v4-12"], "v4-8"),
+    ([*UP, "--max-hour=3"], "did you mean --max-hours?"),
+    ([*UP, "--tpye=v4-8"], "did you mean --type?"),
+    ([*UP, "--confg=x"], "did you mean --config?"),
+    ([*UP, "--frobnicate"], "no option --frobnicate"),
+    ([*UP, "--keep"], "--keep needs --max-hours"),
+    ([*UP, "--reservation=one"], "--reservation needs --reserved"),
+    ([*UP[:3], *UP[4:], "--flex-start"], "--flex-start needs --max-hours"),
+    ([*UP, "--secret=WANDB=0123456789abcdef0123456789abcdef01234567"], "never its value"),
+    ([*UP, "--secret=hf_abcdefghijklmnop"], "never its value"),
     ([*UP, "--max-wait=soon"], "soon"),
     ([*UP, "--max-hours=0"], "--max-hours 0"),
     ([*UP, "--autocheckpoint"], "--autocheckpoint"),
@@ -75,6 +87,60 @@ def test_what_is_wrong_is_told_in_one_sentence(words, told, capsys):
   assert cli.main(words) == 2
   error = capsys.readouterr().err
   assert told in error and error.startswith("launch/tpu: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "text, told",
+  [
+    ("export KEY=a", "line 2: write NAME=VALUE without export"),
+    ("the secret", "line 2 is not NAME=VALUE"),
+    ("A-B=c", "line 2 is not NAME=VALUE"),
+  ],
+)
+def test_lines_of_the_file_of_secrets_are_checked_and_not_repeated(text, told, tmp_path, capsys):
+  path = tmp_path / "env"
+  path.write_text(f"# comment\n{text}\n")
+  path.chmod(0o600)
+  assert cli.main([*UP, f"--env-file={path}"]) == 2
+  error = capsys.readouterr().err
+  assert told in error and "secret" not in error.replace(str(path), "")
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["staus"]])
+def test_without_a_verb_the_usage_is_shown(words, capsys):
+  assert cli.main(words) == 2
+  error = capsys.readouterr().err
+  assert "launch/tpu VERB [RUN]" in error
+  if words:
+    assert f"no verb {words[0]}" in error
+  assert ("did you mean status?" in error) == (words == ["staus"])
+
+
+@pytest.mark.parametrize("verb", cli._VERBS)
+def test_the_help_of_a_verb_begins_with_a_sentence_and_an_example(verb, capsys):
+  with pytest.raises(SystemExit):
+    cli.main([verb, "--help"])
+  text = capsys.readouterr().out
+  assert cli._VERBS[verb][0].split(";")[0] in text and f"    launch/tpu {verb} " in text
+
+
+def test_a_config_that_hosts_would_not_get(monkeypatch):
+  tree = bundle.Bundle("HEAD", "HEAD", False)
+  checks.shipped(tree, ["--config=configs/smoke.py:x"])
+  with pytest.raises(UsageError, match=r"git add -f runs/mine.py"):
+    checks.shipped(tree, ["--config=runs/mine.py"])
+
+
+def test_the_trainer_checks_its_config_on_this_machine(monkeypatch, tmp_path):
+  python = tmp_path / ".venv" / "bin" / "python"
+  monkeypatch.setattr(bundle, "ROOT", tmp_path)
+  assert "was not checked" in checks.trainer_accepts(["--config=configs/smoke.py"])
+  python.parent.mkdir(parents=True)
+  python.write_text(f'#!/bin/sh\ncd {ROOT}; PYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+  python.chmod(0o755)
+  assert checks.trainer_accepts(["--config=configs/smoke.py", "--workdir=x"]) is None
+  with pytest.raises(UsageError, match="dpeth"):
+    checks.trainer_accepts(["--config=configs/smoke.py", "--config.model.dpeth=18"])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +170,7 @@ def test_values_of_the_trainer_are_not_touched_and_not_on_any_line():
 
 
 def test_flag_and_value_may_be_two_words_in_any_order():
-  args, unknown = cli.parser().parse_known_args(
+  args, unknown = cli.parser()[0].parse_known_args(
     [*UP[:4], *WHERE, "--config.seed", "3", "--config", "configs/smoke.py"]
   )
   assert cli.settings_of(args, unknown).argv == (

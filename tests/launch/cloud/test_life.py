@@ -75,6 +75,7 @@ class Cloud:
       "--type=v5litepod-8",
       "--spot",
       "--config=configs/smoke.py",
+      "--no-check",
       f"--python={HERE / 'trainer.py'}",
       *TIMES,
       *words,

@@ -108,8 +108,8 @@ QUEUED = {
   "WAITING_FOR_RESOURCES": ("wait", "delete"),
   "PROVISIONING": ("wait", "delete"),
   "ACTIVE": ("wait", "delete"),
-  "SUSPENDING": ("wait", "wait"),
-  "DELETING": ("wait", "wait"),
+  "SUSPENDING": ("wait", "delete"),
+  "DELETING": ("wait", "finish"),
   "SUSPENDED": ("delete", "delete"),
   "FAILED": ("delete", "delete"),
   "A_STATE_OF_TOMORROW": ("wait", "delete"),
@@ -178,6 +178,16 @@ def test_a_delete_that_does_not_show_is_sent_again():
     "wait",
     "delete",
   ]
+
+
+def test_a_slice_that_does_not_go():
+  life = Life(max_seconds=None).train()
+  assert life.end(0, 0).kind == "delete"
+  actions = [life.see("DELETING") for _ in range(62)]
+  assert [action.kind for action in actions[:-1]] == ["wait"] * 61
+  assert "see it in the console" in actions[40].reason
+  assert (actions[-1].kind, actions[-1].code) == ("finish", states.ERROR)
+  assert "it may still be paid for" in actions[-1].reason
 
 
 def test_a_slice_that_is_never_granted():
