@@ -15,8 +15,6 @@ lint() {
 
 ensure_venv test
 cd "$ROOT"
-if [[ "${1:-}" == --lint ]]; then
-  lint
-  exit
-fi
+lint
+[[ "${1:-}" == --lint ]] && exit
 JAX_PLATFORMS=cpu exec "$PY" -m pytest "$@"

@@ -280,7 +280,9 @@ def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
 
 def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
   run_config.checkpoint.every_steps = 1
-  run_config.optimizer.lr_per_256 = 1e30
+  with pytest.raises(Preempted):
+    train_lib.train(run_config, str(tmp_path), StopAt(4))
+  run_config.optimizer.lr_per_256, run_config.resume.allow = 1e30, "optimizer.lr_per_256"
   with pytest.raises(NonFiniteError, match=r"Step \d+ is not finite \(loss .*learning rate"):
     train_lib.train(run_config, str(tmp_path))
   abstract_state = program_lib.build(run_config, 72).abstract_state
