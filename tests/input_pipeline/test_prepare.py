@@ -310,7 +310,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(tmp_path, how):
   )
   journal = tmp_path / "out" / shards_lib.JOURNAL
   deadline = time.monotonic() + 60
-  while len(list(journal.glob("train-*"))) < 2 and time.monotonic() < deadline:
+  while len(list(journal.glob("train-*.json"))) < 2 and time.monotonic() < deadline:
     time.sleep(0.02)
   family = psutil.Process(process.pid).children(recursive=True)
   assert family
