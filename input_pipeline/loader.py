@@ -9,9 +9,9 @@ parquet has a position, which a checkpoint keeps; see `sources/hf_stream.py`.
 import collections
 from collections.abc import Sequence
 import math
-from typing import Any
 
 from absl import logging
+import ml_collections
 
 from input_pipeline import batches as batches_lib
 from input_pipeline.batches import Batches
@@ -101,7 +101,7 @@ class BatchIterator:
 
 def train_batches(
   source: Source,
-  data: Any,
+  data: ml_collections.ConfigDict,
   *,
   seed: int,
   global_batch_size: int,
@@ -157,7 +157,7 @@ def train_batches(
 
 
 def eval_batches(
-  source: Source, data: Any, *, batch_size: int, host: int = 0, hosts: int = 1
+  source: Source, data: ml_collections.ConfigDict, *, batch_size: int, host: int = 0, hosts: int = 1
 ) -> BatchIterator:
   """Iterate over all examples, each exactly once over all hosts.
 
@@ -192,14 +192,14 @@ def eval_batches(
   return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
 
 
-def _decoders(reader: Reader, data: Any) -> tuple[int, int]:
+def _decoders(reader: Reader, data: ml_collections.ConfigDict) -> tuple[int, int]:
   """Return the number of decoding processes, and of threads in each."""
   if reader.in_order:
     return 0, processes.choose_threads(data.threads)
   return processes.choose(data.workers, data.threads)
 
 
-def _check(data: Any, field: str, batch_size: int, hosts: int) -> None:
+def _check(data: ml_collections.ConfigDict, field: str, batch_size: int, hosts: int) -> None:
   """Raise DataError if a batch cannot be shared among the hosts or made at all."""
   if batch_size < 1 or batch_size % hosts:
     raise DataError(

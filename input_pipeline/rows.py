@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from absl import logging
+import ml_collections
 import numpy as np
 
 from input_pipeline import augment, image
@@ -148,12 +149,14 @@ class Draws:
 class TrainRows(Rows):
   """Rows of a training run: random crop and flip, then the operations of the config."""
 
-  def __init__(self, reader: Reader, data: Any, workers: int, threads: int, seed: int):
+  def __init__(
+    self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int, seed: int
+  ):
     super().__init__(reader, data.image_size, workers, threads)
     self._area = tuple(data.crop_area)
     self._aspect = tuple(data.crop_aspect)
     self._flip = bool(data.flip)
-    self._operations = augment.parse(data.get("operations", ""))
+    self._operations = augment.parse(data.operations)
     self._seed = seeds(seed)[1]
 
   def _empty(self, count: int) -> Batch:
@@ -185,7 +188,7 @@ class TrainRows(Rows):
 class EvalRows(Rows):
   """Rows of one pass over the examples in order, padded at the end."""
 
-  def __init__(self, reader: Reader, data: Any, workers: int, threads: int):
+  def __init__(self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int):
     super().__init__(reader, data.eval_image_size, workers, threads)
     self._resize = int(data.eval_resize)
 

@@ -5,7 +5,8 @@ source[7]  # Record(image=b"...", label=3, name="n01440764_18.JPEG")
 """
 
 import inspect
-from typing import Any
+
+import ml_collections
 
 from configs import names
 from input_pipeline.errors import DataError
@@ -34,7 +35,7 @@ _AUTO = "auto"
 _FIELD = "config.data.kind"
 
 
-def open_source(data: Any, split: str, num_classes: int | None) -> Source:
+def open_source(data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Source:
   """Open one split of the data of a config.
 
   Args:

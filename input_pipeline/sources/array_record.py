@@ -7,6 +7,7 @@ import threading
 from typing import Any, Self
 
 from array_record.python import array_record_module
+import ml_collections
 
 from input_pipeline import records
 from input_pipeline.errors import BadRecordError, DataError
@@ -76,7 +77,7 @@ class ArrayRecordSource(ShardedSource):
     self._forget_readers()
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
     del num_classes
     folder = catalog.LocalFolder(local.checked_folder(data.path))

@@ -13,6 +13,8 @@ import functools
 import math
 from typing import Any, ClassVar, Self
 
+import ml_collections
+
 from input_pipeline.errors import DataError
 from input_pipeline.order import GlobalShuffle, IndexOrder, OnePass, seeds
 from input_pipeline.records import Record
@@ -43,7 +45,7 @@ class Plan:
     positions: of all hosts before `first_step`, where a checkpoint has them.
   """
 
-  data: Any
+  data: ml_collections.ConfigDict
   batch_size: int
   host: int = 0
   hosts: int = 1
@@ -147,7 +149,7 @@ class Source(abc.ABC):
   index_reader: ClassVar[type[IndexReader]] = IndexReader
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """Open one split.
 
     Args:
@@ -190,7 +192,9 @@ class Source(abc.ABC):
     """Return the reader of one pass over all examples; all hosts have the same number of steps."""
     return self.index_reader(self, plan, eval_steps(self, plan), OnePass(len(self)))
 
-  def describe_order(self, data: Any, *, global_batch_size: int, hosts: int) -> str:
+  def describe_order(
+    self, data: ml_collections.ConfigDict, *, global_batch_size: int, hosts: int
+  ) -> str:
     """Return in words the order of training examples, and what it costs in memory."""
     del data, global_batch_size, hosts
     return "a shuffle of all in each epoch"

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 import os
-from typing import Any, Self
+from typing import Self
+
+import ml_collections
 
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.records import Record
@@ -27,7 +29,7 @@ class FolderSource(Source):
     self._files = files
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
     del num_classes
     path = local.checked_folder(data.path)

@@ -15,6 +15,8 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import ml_collections
+
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 from input_pipeline.remote import fsspec as remote
@@ -93,7 +95,7 @@ class HfSource(Source):
       raise DataError(f"{path} holds no examples.")
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source; `num_classes` is used where labels are plain integers."""
     splits, features = find_splits(data.path)
     name = catalog.find_split(split, list(splits), data.path)
@@ -154,7 +156,9 @@ class HfSource(Source):
     """See Source."""
     return hf_stream.eval_reader(self, plan)
 
-  def describe_order(self, data: Any, *, global_batch_size: int, hosts: int) -> str:
+  def describe_order(
+    self, data: ml_collections.ConfigDict, *, global_batch_size: int, hosts: int
+  ) -> str:
     """See Source."""
     del global_batch_size, hosts
     return (

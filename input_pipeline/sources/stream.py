@@ -6,6 +6,8 @@ import functools
 import threading
 from typing import Any, Self
 
+import ml_collections
+
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.order import InOrder, LaneShuffle, Run, WindowedOrder, seeds
 from input_pipeline.records import Record
@@ -28,7 +30,7 @@ class StreamSource(ShardedSource):
     self._open_shards()
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
     del num_classes
     path = _checked_url(data.path) if has_scheme(data.path) else local.checked_folder(data.path)
@@ -105,7 +107,9 @@ class StreamSource(ShardedSource):
     """See Source."""
     return StreamReader(self, plan, eval_steps(self, plan), InOrder(self._counts()))
 
-  def describe_order(self, data: Any, *, global_batch_size: int, hosts: int) -> str:
+  def describe_order(
+    self, data: ml_collections.ConfigDict, *, global_batch_size: int, hosts: int
+  ) -> str:
     """See Source."""
     block = data.stream_window * data.stream_block
     ahead = data.stream_ahead_steps * global_batch_size

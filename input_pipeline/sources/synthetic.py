@@ -1,7 +1,8 @@
 """Noise, to measure a run without its input."""
 
-from typing import Any, Self
+from typing import Self
 
+import ml_collections
 import numpy as np
 import simplejpeg
 
@@ -27,7 +28,7 @@ class SyntheticSource(Source):
     self._num_examples = num_examples
 
   @classmethod
-  def open(cls, data: Any, split: str, num_classes: int | None) -> Self:
+  def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
     del split
     if data.synthetic_examples < 1:

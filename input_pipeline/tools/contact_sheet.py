@@ -5,6 +5,7 @@ import contextlib
 import math
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -71,7 +72,7 @@ def evaluation_section(source: Source, config: Any, count: int) -> Section:
   return _section(f"evaluation, {len(indices)} of {len(source):,}", source, batch)
 
 
-def _alone(data: Any) -> Any:
+def _alone(data: ml_collections.ConfigDict) -> Any:
   """Return `config.data` changed so that a single batch is cheap; its content stays the same."""
   data = data.copy_and_resolve_references()
   data.update(workers=0, threads=0, prefetch_batches=1, max_bad_fraction=1.0)

@@ -14,6 +14,7 @@ import os
 import tempfile
 from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
 
@@ -88,7 +89,7 @@ def _tf(examples: Examples, batch_size: int, train: bool, method: str, normalise
       message = tf.train.Example(features=tf.train.Features(feature=feature))
       writer.write(message.SerializeToString())
 
-  def box(data: Any) -> Any:
+  def box(data: ml_collections.ConfigDict) -> Any:
     height, width = tf.unstack(tf.io.extract_jpeg_shape(data)[:2])
     if train:
       begin, size, _ = tf.image.sample_distorted_bounding_box(
