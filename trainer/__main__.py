@@ -10,6 +10,10 @@
 
 import faulthandler
 import signal
+import sys
+
+if sys.platform == "win32":
+  sys.exit("trainer: Windows is not supported; use Linux, for example in WSL 2.")
 
 from trainer.pod.preemption import StopRequest
 
@@ -21,7 +25,6 @@ if __name__ == "__main__":
 
 import logging as python_logging
 import os
-import sys
 from typing import Any
 
 from absl import flags, logging
