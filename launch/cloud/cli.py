@@ -25,6 +25,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 from typing import NoReturn
@@ -45,6 +46,7 @@ from launch.cloud.settings import (
 )
 
 USAGE, ERROR = 2, 1
+_ANYBODY = ("root", "ubuntu", "user", "admin", "debian", "ec2-user", "jupyter", "vscode")
 _DURATIONS = {
   "max-wait": "longest wait for a slice",
   "poll": "time between two turns",
@@ -265,7 +267,7 @@ def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
     one("bucket", "TPU_BUCKET").rstrip("/"),
   )
   if not place.project:
-    place = dataclasses.replace(place, project=_default_project())
+    place = dataclasses.replace(place, project=_gcloud_value(commands.default_project()))
   for name, example in (
     ("project", "my-project"),
     ("zone", "us-west4-a"),
@@ -276,10 +278,11 @@ def _place(args: argparse.Namespace, needs_bucket: bool = True) -> Place:
   return place
 
 
-def _default_project() -> str:
+def _gcloud_value(line: commands.Line) -> str:
+  """Returns the only word that a line of gcloud prints, or ""."""
   try:
     done = subprocess.run(
-      [os.environ.get("TPU_GCLOUD", "gcloud"), *commands.default_project()[1:]],
+      [os.environ.get("TPU_GCLOUD", "gcloud"), *line[1:]],
       capture_output=True,
       text=True,
       stdin=subprocess.DEVNULL,
@@ -292,7 +295,17 @@ def _default_project() -> str:
 
 
 def _owner(args: argparse.Namespace) -> str:
-  return label(args.owner or getpass.getuser())
+  """Returns the owner of what is made here.
+
+  Many people are `ubuntu` on their machines; they are told apart by the account of gcloud, so that
+  none removes the slices of another.
+  """
+  user = args.owner or getpass.getuser()
+  if not args.owner and user in _ANYBODY:
+    known = noted(args.run) if getattr(args, "run", "") else None
+    account = known.owner if known else _gcloud_value(commands.default_account())
+    user = account or f"{user}-{socket.gethostname()}"
+  return label(user)
 
 
 def settings_of(args: argparse.Namespace, trainer: Sequence[str]) -> Settings:

@@ -30,6 +30,10 @@ def _capacity(settings: Settings, limit: float | None) -> Line:
   return [] if settings.capacity == "on-demand" else [f"--{settings.capacity}"]
 
 
+def _project(place: Place) -> Line:
+  return [f"--project={place.project}", "--quiet"]
+
+
 def create(
   settings: Settings, attempt: int, wait: float, boot: str, limit: float | None = None
 ) -> Line:
@@ -243,6 +247,11 @@ def default_project() -> Line:
   return ["gcloud", "config", "get", "project"]
 
 
+def default_account() -> Line:
+  """Read the account that gcloud uses."""
+  return ["gcloud", "config", "get", "account"]
+
+
 def services(place: Place) -> Line:
   """List the enabled APIs of a project."""
   return [
@@ -299,6 +308,17 @@ def project_number(place: Place) -> Line:
     "--format=json(projectNumber)",
     "--quiet",
   ]
+
+
+def firewall(place: Place) -> Line:
+  """List the firewall rules of a project."""
+  return ["gcloud", "compute", "firewall-rules", "list", "--format=json", *_project(place)]
+
+
+def account_policy(place: Place, account: str) -> Line:
+  """Read who may let machines act as a service account."""
+  line = ["gcloud", "iam", "service-accounts", "get-iam-policy", account, "--format=json"]
+  return [*line, *_project(place)]
 
 
 def accelerator_types(place: Place) -> Line:
@@ -386,11 +406,14 @@ def every_line() -> Iterator[Line]:
     version(),
     account(),
     default_project(),
+    default_account(),
     services(place),
     bucket(place),
     bucket_policy(place),
     project_policy(place),
     project_number(place),
+    firewall(place),
+    account_policy(place, "sa@my-project.iam.gserviceaccount.com"),
     accelerator_types(place),
     quotas(place),
   )

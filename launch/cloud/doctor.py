@@ -16,7 +16,12 @@ from launch.cloud.look import queued_of
 from launch.cloud.settings import Place
 
 _TESTED = 528  # version of the Google Cloud CLI whose parser accepts all lines of commands.py
-_SERVICES = ("tpu.googleapis.com", "compute.googleapis.com", "storage.googleapis.com")
+_SERVICES = tuple(
+  f"{name}.googleapis.com"
+  for name in ("tpu", "compute", "storage", "iam", "cloudresourcemanager", "cloudquotas")
+)
+_SECRETS = "secretmanager.googleapis.com"  # only for `up --secret`
+_IAP = "35.235.240.0/20"  # from where Identity-Aware Proxy reaches hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,8 @@ def lines(wanted: Wanted) -> list[commands.Line]:
     commands.bucket_policy(place),
     commands.project_number(place),
     commands.project_policy(place),
+    commands.account_policy(place, wanted.service_account or "the default service account"),
+    commands.firewall(place),
     commands.list_queued(place),
     commands.list_nodes(place),
   ]
@@ -82,6 +89,8 @@ def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     ("quota", _quota),
     ("bucket", _bucket),
     ("service account", _service_account),
+    ("actAs", _act_as),
+    ("firewall", _firewall),
     ("ssh", _ssh),
     ("left over", _stale),
   ]
@@ -89,6 +98,9 @@ def findings(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     try:
       yield from check(wanted, gcloud)
     except GcloudError as error:
+      if error.kind in ("unavailable", "timeout"):
+        yield Finding("network", False, f"Google cannot be reached from here: {error}")
+        return
       advice = {
         "auth": "gcloud auth login",
         "permission": f"you lack the permission for: {commands.shell(error.line)}",
@@ -134,6 +146,9 @@ def _services(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     if missing
     else "",
   )
+  if _SECRETS not in enabled:
+    what = f"not enabled: {_SECRETS}, which only --secret needs"
+    yield Finding("APIs", True, f"{what}: gcloud services enable {_SECRETS}")
 
 
 def _accelerator(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
@@ -187,12 +202,13 @@ def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     "--uniform-bucket-level-access"
   )
   try:
-    location = str(gcloud.json(commands.bucket(place)).get("location", "")).lower()
+    found = gcloud.json(commands.bucket(place))
   except GcloudError as error:
     if error.kind != "not_found":
       raise
     yield Finding("bucket", False, f"there is no {name}", make)
     return
+  location = str(found.get("location", "")).lower()
   multi = location in ("us", "eu", "asia") and region.startswith(location.replace("eu", "europe"))
   good = location == region or multi
   yield Finding(
@@ -202,20 +218,87 @@ def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     "" if good else f"reading ImageNet across regions is slow and is charged for; {make}",
   )
 
+  soft = found.get("soft_delete_policy") or found.get("softDeletePolicy") or {}
+  seconds = int(soft.get("retentionDurationSeconds", 0))
+  if seconds:
+    yield Finding(
+      "bucket",
+      False,
+      f"{name} keeps replaced objects for {seconds / 86400:.0f} days, and each minute's logs",
+      f"gcloud storage buckets update {name} --clear-soft-delete",
+    )
+
+
+def _account_of(wanted: Wanted, gcloud: Gcloud) -> str:
+  """Returns the service account of the hosts."""
+  if wanted.service_account:
+    return wanted.service_account
+  number = gcloud.json(commands.project_number(wanted.place))["projectNumber"]
+  return f"{number}-compute@developer.gserviceaccount.com"
+
+
+def _act_as(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
+  """Whoever makes a slice must be allowed to let it act as its service account."""
+  account = _account_of(wanted, gcloud)
+  user = (gcloud.json(commands.account()) or [{}])[0].get("account", "")
+  if not user:
+    return
+  kind = "serviceAccount" if user.endswith(".gserviceaccount.com") else "user"
+  roles = _roles(gcloud.json(commands.project_policy(wanted.place)), f"{kind}:{user}")
+  roles |= _roles(gcloud.json(commands.account_policy(wanted.place, account)), f"{kind}:{user}")
+  good = bool(roles & {"roles/iam.serviceAccountUser", "roles/owner", "roles/editor"})
+  yield Finding(
+    "actAs",
+    good,
+    f"{user} {'may' if good else 'may not'} let hosts act as {account}"
+    + ("" if good else ", by a role of its own; a role of a group is not seen here"),
+    ""
+    if good
+    else f"gcloud iam service-accounts add-iam-policy-binding {account} "
+    f"--project={wanted.place.project} --role=roles/iam.serviceAccountUser --member={kind}:{user}",
+  )
+
+
+def _firewall(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
+  """Hosts must be reached by ssh, directly or by Identity-Aware Proxy."""
+  sources: set[str] = set()
+  for rule in gcloud.json(commands.firewall(wanted.place)) or []:
+    enters = rule.get("direction") == "INGRESS" and not rule.get("disabled")
+    if enters and any(_allows_ssh(allowed) for allowed in rule.get("allowed", [])):
+      sources.update(rule.get("sourceRanges", []))
+  good = bool(sources)
+  yield Finding(
+    "firewall",
+    good,
+    f"port 22 is open to {', '.join(sorted(sources))}" if good else "port 22 is closed",
+    ""
+    if good
+    else "gcloud compute firewall-rules create allow-ssh-by-iap --direction=INGRESS "
+    f"--allow=tcp:22 --source-ranges={_IAP} --project={wanted.place.project}   (and up --iap)",
+  )
+
+
+def _allows_ssh(allowed: dict[str, Any]) -> bool:
+  if allowed.get("IPProtocol") not in ("tcp", "all"):
+    return False
+  ports = allowed.get("ports") or ["0-65535"]
+  ranges = [[int(end) for end in port.split("-")] for port in ports]
+  return any(ends[0] <= 22 <= ends[-1] for ends in ranges)
+
 
 def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place = wanted.place
-  account = wanted.service_account
-  if not account:
-    number = gcloud.json(commands.project_number(place))["projectNumber"]
-    account = f"{number}-compute@developer.gserviceaccount.com"
-  project = _roles(gcloud.json(commands.project_policy(place)), account)
-  bucket = _roles(gcloud.json(commands.bucket_policy(place)), account) | project
-  good = bool(project & {"roles/tpu.admin", "roles/owner", "roles/editor"})
+  account = _account_of(wanted, gcloud)
+  member = f"serviceAccount:{account}"
+  project = _roles(gcloud.json(commands.project_policy(place)), member)
+  bucket = _roles(gcloud.json(commands.bucket_policy(place)), member) | project
+  custom = sorted(role for role in project if role.startswith("projects/"))
+  good = bool(project & {"roles/tpu.admin", "roles/owner", "roles/editor"} or custom)
   yield Finding(
     "service account",
     good,
-    f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit",
+    f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit"
+    + (f" if {custom[0]} allows it, which hosts prove before training" if custom else ""),
     ""
     if good
     else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
@@ -251,11 +334,11 @@ def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     )
 
 
-def _roles(policy: dict[str, Any], account: str) -> set[str]:
+def _roles(policy: dict[str, Any], member: str) -> set[str]:
   return {
     binding["role"]
     for binding in policy.get("bindings", [])
-    if f"serviceAccount:{account}" in binding.get("members", []) and "condition" not in binding
+    if member in binding.get("members", []) and "condition" not in binding
   }
 
 

@@ -250,6 +250,7 @@ def _without_ticks(value: dict[str, Any]) -> dict[str, Any]:
   memory = dict(value["memory"])
   memory["slices"] = [entry[2:] for entry in memory["slices"]]
   memory.pop("step_at")
+  memory.pop("seen")
   memory.pop("step")
   memory.pop("step_now")
   return value | {"memory": memory}

@@ -28,15 +28,20 @@ DONE, ERROR, NO_CAPACITY, CRASHED, COST = 0, 1, 3, 4, 5
 # Exit codes of the trainer; 0 is done, any other is a crash.
 FAILED, PREEMPTED, HOST_LOST = 2, 75, 76
 COMPLETE = "the run is complete"
+_NO_SSH = "no host answers ssh; is port 22 open, or is --iap needed?"
 ABLE = "able"  # of launch/host/guard.py
 MAX_CRASHES = 3
 MAX_IN_VAIN = 3  # starts in a row without a new step, before the slice is replaced
+_LONGEST_TURN = 900.0  # seconds of a turn that count, whatever a clock shows
 _DELETE_AGAIN = 30.0  # seconds for a delete to show before it is sent again
 
 
 def remember(world: World, memory: Memory, settings: Settings) -> None:
   """Update the memory with what is seen."""
   now, state = world.now, world.queued.state if world.queued else "ABSENT"
+  if state == memory.state == "DELETING" and memory.slices:  # it is paid for until it is gone
+    memory.slices[-1][1] += min(max(0.0, now - memory.seen), _LONGEST_TURN)
+  memory.seen = now
   if state != memory.state:
     memory.state, memory.state_since = state, now
   if world.queued and not memory.deleting:
@@ -45,7 +50,7 @@ def remember(world: World, memory: Memory, settings: Settings) -> None:
     memory.waiting_since = memory.waiting_since or now
     if world.heartbeat:
       _bill_unseen(world.heartbeat, memory, now)
-    memory.active = memory.answered = memory.guarded = False
+    memory.active = memory.guarded = False
     memory.unguarded_since = None
     memory.missing, memory.unready_since, memory.ended_since = {}, None, None
     if state == "ABSENT":
@@ -170,6 +175,7 @@ def acted(action: Action, memory: Memory, settings: Settings, now: float) -> Non
   if action.crash:
     memory.crashes.append(action.crash)
   if action.kind == "create":
+    memory.answered = False
     memory.requested, memory.request = now, f"{memory.attempt}-{now:.0f}"
   elif action.kind == "delete":
     memory.requested, memory.deleting, memory.in_vain = None, now, 0
@@ -246,6 +252,8 @@ def _absent(world: World, memory: Memory, settings: Settings) -> Action:
       return Action("wait", "the request was sent")
     if removing == "deadline":
       return Action("finish", _cost_reason(memory), COST)
+    if removing and not memory.answered:  # another one would be bought in vain
+      return Action("finish", f"{_NO_SSH}; the slice has removed itself", ERROR)
     if not removing:
       return Action(
         "finish",

@@ -208,8 +208,9 @@ def status(place: Place, owner: str, as_json: bool) -> int:
   del owner  # anybody may see it
   gcloud = _gcloud()
   run = _read(place, gcloud)
-  world = Looker(gcloud, run.settings).world(run.memory)
-  states.remember(world, run.memory, run.settings)
+  memory = run.memory
+  world = Looker(gcloud, run.settings).world(memory)
+  states.remember(world, memory, run.settings)
   view = View.of(run, world, None)
   if as_json:
     print(
@@ -224,6 +225,10 @@ def status(place: Place, owner: str, as_json: bool) -> int:
     )
     return states.DONE
   print("\n".join(view.block()))
+  if world.trouble:
+    print(f"  hosts that do not answer: {world.trouble}")
+  if memory.active and not memory.guarded and world.reports:
+    print("  the slice has not proven that it can remove itself")
   for report in world.reports:
     code = f", code {report.code}" if report.code is not None else ""
     print(

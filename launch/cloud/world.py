@@ -107,6 +107,7 @@ class Memory:
   waiting_since: float | None = None  # for a slice
   state: str = ""
   state_since: float = 0.0
+  seen: float = 0.0  # when the state was last seen
   not_before: float = 0.0  # of the next request
   refusals: int = 0  # in a row, for want of capacity
   # [creation, last seen, request] of each slice, by the clock of the cloud
@@ -114,7 +115,7 @@ class Memory:
   active: bool = False  # whether the last of them still is
   guarded: bool = False  # whether every host has proven that it can remove it
   unguarded_since: float | None = None  # since when hosts answer without that
-  answered: bool = False  # whether any of its hosts has answered
+  answered: bool = False  # whether any host of the last one requested has answered
   hosts: int = 0  # its number of hosts
   # host -> since when it does not answer
   missing: dict[str, float] = dataclasses.field(default_factory=dict)

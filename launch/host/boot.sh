@@ -26,7 +26,8 @@ boot() {
     python3 "$folder/$3" "$2" guard 2>>"$folder/guard.log"; then
     return 0
   fi
-  # No systemd: a loop restarts the guard.
+  # No systemd: a loop restarts the guard; its words are expanded by the inner shell.
+  # shellcheck disable=SC2016
   setsid sh -c 'while :; do python3 "$0" "$1" guard; sleep 5; done' "$folder/$3" "$2" \
     >>"$folder/guard.log" 2>&1 </dev/null &
 }

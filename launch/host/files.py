@@ -15,11 +15,12 @@ Json = dict[str, Any]  # what a JSON object holds
 
 
 def read_json(path: pathlib.Path) -> Json | None:
-  """Return the object in a file, or None where there is no file."""
+  """Return the object in a file, or None where there is none: a hard reboot may empty files."""
   try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
+    value = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
     return None
+  return value if isinstance(value, dict) else None
 
 
 def write_json(path: pathlib.Path, value: Json) -> None:

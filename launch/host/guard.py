@@ -143,9 +143,11 @@ class Guard:
     if self._since is None:
       self._since = now
       self._say(f"{reason}: age {self.meter.age:.0f} s, idle {self.meter.idle:.0f} s")
-      removing.write_text(reason)
       self._hurry.set()
-      self.host.ask_to_end()
+      with _survived():  # on a full disk as well, it goes
+        removing.write_text(reason)
+      with _survived():
+        self.host.ask_to_end()
     longest, _, save = self.limits()
     until = self._since + save
     if longest is not None:
@@ -184,11 +186,13 @@ class Guard:
     return self.host.ability()
 
   def _note(self, text: str) -> None:
-    (self.host.home / "guard.txt").write_text(text[:400])
+    with contextlib.suppress(OSError):
+      (self.host.home / "guard.txt").write_text(text[:400])
     self._say(text)
 
   def _say(self, text: str) -> None:
-    print(f"{time.ctime()}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+      print(f"{time.ctime()}: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -197,5 +201,6 @@ def _survived() -> Iterator[None]:
   try:
     yield
   except Exception:
-    traceback.print_exc()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+      traceback.print_exc()
+      sys.stderr.flush()

@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import time
@@ -50,7 +51,8 @@ class Meter:
     self.age = corrected[0] + now - corrected[1] if corrected else self.age + passed
     self.idle = 0.0 if busy else self.idle + passed
     saved = {"boot": self._boot, "at": now, "age": self.age, "idle": self.idle}
-    write_json(self._path, saved)
+    with contextlib.suppress(OSError):  # a full disk stops no clock
+      write_json(self._path, saved)
 
   def correct(self, api: Api, node: str) -> None:
     """Read the age from the cloud now and then, for the next `count`; from any thread."""

@@ -8,6 +8,7 @@ login, FOLDER/home/USER, in a session of its own: it outlives a broken connectio
 must start fast.
 """
 
+import fcntl
 import getopt
 import json
 import os
@@ -106,8 +107,8 @@ def _systemd_run(root, arguments):
   if os.fork():
     return 0
   os.setsid()
-  with open(f"{os.environ['FAKE_HOST']}/{unit}.pid", "w", encoding="utf-8") as file:
-    file.write(str(os.getpid()))
+  held = open(f"{os.environ['FAKE_HOST']}/{unit}.lock", "wb")  # noqa: SIM115, as long as it lives
+  fcntl.flock(held, fcntl.LOCK_EX)
   with open(f"{os.environ['FAKE_HOST']}/{unit}.log", "ab") as log:
     while True:
       subprocess.call(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -118,11 +119,13 @@ def _systemctl(root, arguments):
   """systemctl is-active --quiet NAME"""
   del root
   try:
-    with open(f"{os.environ['FAKE_HOST']}/{arguments[-1]}.pid", encoding="utf-8") as file:
-      os.kill(int(file.read()), 0)
-  except OSError:
+    with open(f"{os.environ['FAKE_HOST']}/{arguments[-1]}.lock", "rb") as held:
+      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except FileNotFoundError:
     return 3
-  return 0
+  except BlockingIOError:
+    return 0
+  return 3
 
 
 def _print_key(root, arguments):

@@ -166,7 +166,8 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
     compiled = {name: value for name, value in os.environ.items() if name.startswith(shared)}
     flags = {"XLA_FLAGS": XLA_FLAGS, "TMPDIR": str(folder)}
     with Cloud(folder / "cloud", storage | compiled | flags) as cloud:
-      made = Bed(cloud, bucket, os.environ | cloud.environment | storage)
+      me = {"USER": "me", "LOGNAME": "me"}
+      made = Bed(cloud, bucket, os.environ | cloud.environment | storage | me)
       try:
         yield made
       finally:

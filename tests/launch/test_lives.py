@@ -393,11 +393,9 @@ def test_stop_saves_and_keeps_and_down_leaves_nothing(bed):
   log = (bed.hosts()[0].state / NAME / "attempt-2" / "host.log").read_text()
   assert f"Resuming from checkpoint {stopped}" in log
   bed.cloud.add_node(
-    f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "root", "launcher": "resnet-pod"}
+    f"{NAME}-7", lives.ZONE, {"run": NAME, "owner": "me", "launcher": "resnet-pod"}
   )
-  bed.cloud.add_node(
-    "other", lives.ZONE, {"run": "other", "owner": "root", "launcher": "resnet-pod"}
-  )
+  bed.cloud.add_node("other", lives.ZONE, {"run": "other", "owner": "me", "launcher": "resnet-pod"})
   code, log = bed.run("down", NAME)
   assert code == DONE, log
   assert list(bed.cloud.nodes) == ["other"] and not bed.cloud.resources

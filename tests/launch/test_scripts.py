@@ -46,7 +46,13 @@ def test_syntax(script):
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck, of the extra [test], is not installed")
 def test_shellcheck():
   scripts = sorted(
-    {*ROOT.glob("launch/*.sh"), ROOT / "launch/tpu", ROOT / "tests/run.sh", ROOT / ".ci/run"}
+    {
+      *ROOT.glob("launch/*.sh"),
+      *ROOT.glob("launch/host/*.sh"),
+      ROOT / "launch/tpu",
+      ROOT / "tests/run.sh",
+      ROOT / ".ci/run",
+    }
   )
   result = subprocess.run(
     [SHELLCHECK, "--external-sources", *scripts],

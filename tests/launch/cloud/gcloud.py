@@ -4,7 +4,8 @@ CLOUD/objects/BUCKET/...    objects; the generation of one is the mtime of its f
 CLOUD/queued.json           name -> queued resource; CLOUD/grant is the state of a new one (ACTIVE)
 CLOUD/nodes.json            name -> node, made with the queued resource when that is ACTIVE
 CLOUD/hosts/0-1             home of worker 1 of slice 0; `down` beside it: does not answer
-CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail
+CLOUD/refuse.json           [[words of a line, how often, message]]: lines that fail, or answer
+                            with what follows PRINT
 CLOUD/log                   every line, shell-quoted
 """
 
@@ -209,6 +210,9 @@ def main():
     if entry[0] in line and entry[1]:
       entry[1] -= 1
       save("refuse.json", refusals)
+      if entry[2].startswith("PRINT "):
+        print(entry[2].removeprefix("PRINT "))
+        return
       fail(entry[2])
   words = [word for word in sys.argv[1:] if not word.startswith("--")]
   flags = dict(

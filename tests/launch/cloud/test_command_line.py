@@ -1,10 +1,12 @@
 """The command line: errors in one sentence, one level of quoting, lines shown before they run."""
 
+import argparse
 import hashlib
 import os
 import pathlib
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import pytest
 
 from launch.cloud import bundle, checks, cli, commands, dry
 from launch.cloud.gcloud import Gcloud, GcloudError, classify, sentence
-from launch.cloud.settings import Place, UsageError, duration
+from launch.cloud.settings import Place, UsageError, duration, label
 
 ROOT = pathlib.Path(__file__).parents[3]
 WHERE = ["--project=my-project", "--zone=us-west4-a", "--bucket=gs://my-bucket"]
@@ -447,6 +449,22 @@ def test_a_busy_service_is_asked_again_and_others_are_not(program):
   with pytest.raises(GcloudError):
     Gcloud(10, sleep=pauses.append).run(["gcloud", "x"])
   assert (folder / "count").read_text() == "x\n" * 4
+
+
+@pytest.mark.parametrize(
+  "user, account, owner",
+  [
+    ("ann", "x@y.com", "ann"),
+    ("ubuntu", "Ann.B@y.com", "ann-b-y-com"),
+    ("root", "", f"root-{socket.gethostname()}".lower()),
+  ],
+)
+def test_two_people_who_are_both_ubuntu_are_told_apart(user, account, owner, monkeypatch):
+  monkeypatch.setattr("getpass.getuser", lambda: user)
+  monkeypatch.setattr(cli, "_gcloud_value", lambda line: account)
+  args = argparse.Namespace(owner=None, run="")
+  assert cli._owner(args) == label(owner)
+  assert cli._owner(argparse.Namespace(owner="team", run="")) == "team"
 
 
 def test_without_gcloud(capsys):

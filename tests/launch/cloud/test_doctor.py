@@ -16,11 +16,17 @@ QUOTA = {
   "quotaId": "TPUV5sLitepodPerProjectPerZoneForTPUAPI",
   "dimensionsInfos": [{"details": {"value": "16"}, "applicableLocations": ["us-west4-a"]}],
 }
+SSH = {
+  "direction": "INGRESS",
+  "allowed": [{"IPProtocol": "icmp"}, {"IPProtocol": "tcp", "ports": ["20-22", "80"]}],
+  "sourceRanges": ["0.0.0.0/0"],
+}
 WELL = {
   "version": {"Google Cloud SDK": "528.0.0"},
   "auth": [{"account": "me@example.com"}],
   "services": [
-    {"config": {"name": f"{name}.googleapis.com"}} for name in ("tpu", "compute", "storage")
+    {"config": {"name": f"{name}.googleapis.com"}}
+    for name in ("tpu", "compute", "storage", "iam", "cloudresourcemanager", "cloudquotas")
   ],
   "accelerator-types": [{"name": "x/v5litepod-16", "type": "v5litepod-16"}],
   "quotas": [QUOTA],
@@ -32,6 +38,10 @@ WELL = {
     ]
   },
   "projects describe": {"projectNumber": "7"},
+  "service-accounts get-iam-policy": {
+    "bindings": [{"role": "roles/iam.serviceAccountUser", "members": ["user:me@example.com"]}]
+  },
+  "firewall-rules list": [SSH],
   "projects get-iam-policy": {"bindings": [{"role": "roles/tpu.admin", "members": [ACCOUNT]}]},
   "queued-resources list": [],
   "tpu-vm list": [],
@@ -43,7 +53,8 @@ class Answers:
 
   def __init__(self, **changes):
     self.table = WELL | {
-      name.replace("__", " ").replace("_", "-"): value for name, value in changes.items()
+      name if " " in name else name.replace("__", " ").replace("_", "-"): value
+      for name, value in changes.items()
     }
 
   def json(self, line):
@@ -69,6 +80,8 @@ def test_all_is_well(capsys):
     "quota",
     "bucket",
     "service account",
+    "actAs",
+    "firewall",
     "ssh",
     "left over",
   } == {line["about"] for line in lines}
@@ -98,6 +111,35 @@ def suspended(name, owner="me"):
       "accelerator",
       "v5litepod-16 is not offered in us-west4-a",
       "regions-zones",
+    ),
+    (
+      {
+        "buckets describe": {
+          "location": "US",
+          "soft_delete_policy": {"retentionDurationSeconds": "604800"},
+        }
+      },
+      "bucket",
+      "keeps replaced objects for 7 days",
+      "gcloud storage buckets update gs://my-bucket --clear-soft-delete",
+    ),
+    (
+      {"service-accounts get-iam-policy": {}},
+      "actAs",
+      "me@example.com may not let hosts act as 7-compute@",
+      "--role=roles/iam.serviceAccountUser --member=user:me@example.com",
+    ),
+    (
+      {"firewall-rules list": [SSH | {"disabled": True}]},
+      "firewall",
+      "is closed",
+      "35.235.240.0/20",
+    ),
+    (
+      {"firewall-rules list": [SSH | {"allowed": [{"IPProtocol": "tcp", "ports": ["80"]}]}]},
+      "firewall",
+      "is closed",
+      "up --iap",
     ),
     ({"quotas": []}, "quota", "none for v5litepod-16", "request it"),
     (
@@ -168,6 +210,20 @@ def test_what_belongs_to_others_is_left_alone():
 
 def test_a_bucket_of_the_continent_is_near_enough():
   assert all(one.good for one in findings(buckets__describe={"location": "US"}))
+
+
+def test_a_custom_role_is_proven_by_the_hosts():
+  roles = {"bindings": [{"role": "projects/my-project/roles/pod", "members": [ACCOUNT]}]}
+  found = findings(**{"projects get-iam-policy": roles})
+  assert all(one.good for one in found)
+  assert any("which hosts prove before training" in one.what for one in found)
+
+
+def test_without_a_network_one_line_says_so():
+  found = findings(auth=GcloudError("unavailable", [], "no route to host"))
+  assert [one.about for one in found if not one.good] == ["network"] and found[
+    -1
+  ].about == "network"
 
 
 def test_nobody_logged_in_ends_the_questions():

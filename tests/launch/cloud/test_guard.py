@@ -1,5 +1,6 @@
 """The guard of a host: when a slice removes itself, by clocks that the test moves."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -170,6 +171,28 @@ def test_a_refused_removal_is_tried_again_and_told(slice_):
   assert one.wait(60) <= 10
 
 
+def test_a_full_disk_and_emptied_files_stop_no_limit(slice_, monkeypatch):
+  one = slice_(max_seconds=None, idle=600)
+  assert one.wait(300) is None
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(meter, "write_json", full)
+  monkeypatch.setattr("pathlib.Path.write_text", full)
+  assert one.wait(600) == 300 + LATE
+  one.api.deleted.clear()
+  monkeypatch.undo()
+  for name in ("meter.json", "state.json", "limits.json", "identity.json"):
+    (one.host.home / name).write_bytes(b"")
+  monkeypatch.setattr(meter, "boottime", lambda: one.now)
+  monkeypatch.setattr(guard, "boottime", lambda: one.now)
+  monkeypatch.setattr(guard.Guard, "api", property(lambda _: one.api))
+  one.host = Host("gs://bucket/r1", one.host.home)
+  one.restart()
+  assert one.wait(1200) == 600 + LATE
+
+
 def test_the_proof_of_the_right_to_remove(slice_):
   one = slice_()
   for refusal, words in (
@@ -274,11 +297,12 @@ class ProcessesOf:
     return found
 
   def guards(self):
-    return [
-      process.pid
-      for process in self.all()
-      if process.cmdline()[-1:] == ["guard"] and "sh" not in process.cmdline()[0]
-    ]
+    found = []
+    for process in self.all():
+      with contextlib.suppress(psutil.Error):
+        line = process.cmdline()
+        found += [process.pid] if line[-1:] == ["guard"] and "-c" not in line else []
+    return found
 
   def end(self):
     while found := self.all():

@@ -271,6 +271,35 @@ def test_two_launchers_of_one_run(cloud):
   assert len(cloud.lines("queued-resources create")) == 1 and cloud.log(1).count("attempt 1:") == 1
 
 
+def test_faults_that_pass_do_not_end_the_launcher(cloud):
+  cloud.write("plan.json", {"pause": 5})
+  launcher = cloud.start(*cloud.up("--stall=10m"))
+  cloud.wait_for(lambda: cloud.step() >= 4)
+  faults = [
+    "PERMISSION_DENIED: Permission 'tpu.nodes.get' denied",
+    "There was a problem refreshing your current auth tokens; gcloud auth login",
+    "INVALID_ARGUMENT: who knows",
+    "gaierror: Name or service not known",
+    "PRINT <html>",
+    "PRINT [1, 2]",
+  ]
+  cloud.write("refuse.json", [["queued-resources describe", 1, fault] for fault in faults])
+  cloud.wait_for(lambda: not any(entry[1] for entry in cloud.read("refuse.json")))
+  cloud.write("refuse.json", [])
+  cloud.write("plan.json", {})
+  output = launcher.communicate(timeout=300)[0]
+  assert launcher.returncode == 0, output
+  assert "attempt 1, the run is complete" in output and "Traceback" not in output
+  for words in (
+    "tpu.nodes.get' denied; launch/tpu doctor prints the command that grants it",
+    "type gcloud auth login in another terminal",
+    "Meanwhile the slice costs 8 chip-hours an hour",
+    "who knows",
+    "makes no sense",
+  ):
+    assert words in output
+
+
 def test_leaving_stopping_and_going_on(cloud):
   cloud.write("plan.json", {"pause": 5})
   labels = {"run": "r1", "owner": "me"}

@@ -47,7 +47,7 @@ class Slice:
   code: int | None = None
   attempt: int | None = None
   step: int = 0
-  leaving: int = 0  # turns until it is gone
+  leaving: float | None = None  # when it will be gone
 
 
 class Life:
@@ -86,9 +86,8 @@ class Life:
     if one is None:
       return
     if one.leaving:
-      one.leaving -= 1
-      if not one.leaving:
-        self.gone(self.now)
+      if self.now >= one.leaving:
+        self.gone(one.leaving)
         self.slice = None
       return
     if one.state in PATH[:-1] and self.chance(0.6):
@@ -183,7 +182,7 @@ class Life:
     if action.kind == "create":
       return self.create(memory)
     if action.kind == "delete" and self.slice and not self.chance(0.1):
-      self.slice.leaving = self.slice.leaving or self.random.randrange(1, 4)
+      self.slice.leaving = self.slice.leaving or self.now + self.random.randrange(20, 100)
     elif action.kind == "start" and self.slice and self.slice.attempt != memory.attempt:
       if self.chance(0.9):
         one = self.slice

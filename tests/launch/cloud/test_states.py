@@ -366,6 +366,17 @@ def test_hosts_that_never_answer_end_it():
   assert kinds == ["wait"] * 31 + ["delete"] and life.memory.ending[0] == states.ERROR
 
 
+def test_a_slice_that_nobody_could_reach_is_not_bought_again_and_again():
+  life = Life()
+  life.see()
+  for _ in range(20):
+    assert life.see("ACTIVE").kind == "wait"
+  life.beat = life.last_words("idle", age=1210)
+  action = life.see()
+  assert (action.kind, action.code) == ("finish", states.ERROR)
+  assert "no host answers ssh" in action.reason and life.memory.seconds() == 1210
+
+
 def test_slices_of_which_one_is_gone():
   life = Life(slices=2)
   life.see()
