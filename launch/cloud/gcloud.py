@@ -31,6 +31,23 @@ _STATUS = {
   "DEADLINE_EXCEEDED": "unavailable",
   "UNKNOWN": "unavailable",
 }
+# Names of google.rpc.Code, by which an operation fails.
+_RPC = {
+  1: "CANCELLED",
+  3: "INVALID_ARGUMENT",
+  4: "DEADLINE_EXCEEDED",
+  5: "NOT_FOUND",
+  6: "ALREADY_EXISTS",
+  7: "PERMISSION_DENIED",
+  8: "RESOURCE_EXHAUSTED",
+  9: "FAILED_PRECONDITION",
+  10: "ABORTED",
+  11: "OUT_OF_RANGE",
+  12: "UNIMPLEMENTED",
+  13: "INTERNAL",
+  14: "UNAVAILABLE",
+  16: "UNAUTHENTICATED",
+}
 # By a code, as in "HTTPError 404: ...".
 _HTTP = {
   "400": "bad_request",
@@ -81,8 +98,25 @@ class GcloudError(Exception):
     self.kind, self.line, self.output = kind, line, output
 
 
+def _operation(stderr: str) -> dict[str, Any]:
+  """Returns the error of an operation that failed after its request was accepted, or nothing.
+
+  gcloud prints it as the JSON of a google.rpc.Status.
+  """
+  found = re.search(r"ERROR: \(gcloud[\w.-]*\) (\{.*\})", stderr, re.DOTALL)
+  try:
+    return dict(json.loads(found[1])) if found else {}
+  except ValueError:
+    return {}
+
+
 def classify(stderr: str) -> str:
   """Returns the kind of a failure by the messages of gcloud, whatever names are in them."""
+  operation = _operation(stderr)
+  if operation:
+    stderr = f"ERROR: (gcloud) {_RPC.get(operation.get('code', 2), 'UNKNOWN')}: " + str(
+      operation.get("message", "")
+    )
   # Not only at the start of a line: the dots of a progress bar may precede it.
   status = re.search(r"ERROR: \(gcloud[\w.-]*\) (?:\[\S+\] )?([A-Z]+(?:_[A-Z]+)*): (.*)", stderr)
   code = re.search(r"\bHTTPError (\d+)(.*)", stderr)
@@ -107,6 +141,8 @@ def _without_names(text: str) -> str:
 
 def sentence(stderr: str, code: int) -> str:
   """Returns the error message of gcloud, without its hints."""
+  if operation := _operation(stderr):
+    return str(operation.get("message", "the operation failed"))[:500]
   errors = re.findall(r"ERROR: (?:\([\w.-]+\) )?(.+)", stderr)
   lines = [line.strip() for line in stderr.splitlines() if line.strip(" .")]
   return (errors or lines or [f"gcloud ended with exit code {code}"])[-1].strip()[:500]

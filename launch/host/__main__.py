@@ -38,6 +38,7 @@ def main() -> None:
     return
   if verb == "guard":
     Guard(host).run()
+    return
   host.contacted()
   if verb in ("tail", "follow"):
     if host.log().exists():

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 
-from launch.host.files import Json, locked, read_json, write_json
+from launch.host.files import Json, is_free, locked, read_json, write_json
 from launch.host.google import Api, ApiError, metadata
 from launch.host.host import Host
 from launch.host.meter import Meter, boottime
@@ -48,7 +48,9 @@ class Guard:
     return Api(self.request["project"], self.request["zone"])
 
   def run(self) -> None:
-    """Watch for ever."""
+    """Watch for ever; return if another guard does."""
+    if not is_free(self.host.home / "guard.lock"):
+      return
     with locked(self.host.home / "guard.lock", 5):
       threading.Thread(target=self._report_for_ever, daemon=True).start()
       while True:

@@ -362,6 +362,8 @@ def test_durations_that_are_none(text):
       "ERROR: gcloud crashed (ConnectionError): HTTPSConnectionPool: Max retries exceeded",
       "unavailable",
     ),
+    ('ERROR: (gcloud.x) {\n  "code": 7,\n  "message": "no such account"\n}', "permission"),
+    ('ERROR: (gcloud.x) {\n  "code": 8,\n  "message": "no more capacity"\n}', "capacity"),
     ("something new", "unknown"),
     ("........ERROR: HTTPError 412\n.\n", "precondition"),
     ("..ERROR: (gcloud.storage.cp) NOT_FOUND: no such thing", "not_found"),
@@ -406,6 +408,10 @@ def test_kinds_of_failures(stderr, kind):
     ("hint\nERROR: (gcloud.a.b-c) NOT_FOUND: it\nmore\n", "NOT_FOUND: it"),
     ("......ERROR: HTTPError 412\n.\n", "HTTPError 412"),
     ("odd\n...\n", "odd"),
+    (
+      'Create..failed.\nERROR: (gcloud.x) {\n  "code": 7,\n  "message": "no account"\n}\n',
+      "no account",
+    ),
   ],
 )
 def test_what_a_failure_is_told_by(stderr, told):
