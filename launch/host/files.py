@@ -9,9 +9,9 @@ import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, Dict
 
-Json = dict[str, Any]  # what a JSON object holds
+Json = Dict[str, Any]  # what a JSON object holds
 
 
 def read_json(path: pathlib.Path) -> Json | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
+import calendar
 import email.utils
 import json
 import os
 import subprocess
+import time
 import urllib.error
 import urllib.request
 
@@ -126,8 +127,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 def _seconds_of(text: str) -> float:
   """Return the seconds since 1970 of a time such as 2026-01-02T03:04:05.678901234Z."""
-  seconds = datetime.datetime.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-  return seconds.replace(tzinfo=datetime.UTC).timestamp()
+  return calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
 
 
 def gcloud(*words: str, seconds: float = 120.0) -> str:

@@ -54,8 +54,15 @@ def supervise(host: Host) -> None:
 
 def _wait(host: Host, trainer: subprocess.Popen[bytes]) -> int:
   """Return the exit code of the trainer; meanwhile, see to it that there is a guard."""
-  while True:
-    try:
-      return trainer.wait(_GUARD_SECONDS)
-    except subprocess.TimeoutExpired:
-      host.keep_guard()
+  while not _has_ended(trainer):
+    host.keep_guard()
+  return trainer.returncode
+
+
+def _has_ended(trainer: subprocess.Popen[bytes]) -> bool:
+  """Whether the trainer has ended, after a wait of some seconds."""
+  try:
+    trainer.wait(_GUARD_SECONDS)
+  except subprocess.TimeoutExpired:
+    return False
+  return True

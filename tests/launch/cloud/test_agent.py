@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +37,33 @@ def began(host, attempt=1, phase="running", **values):
   (host.home / f"attempt-{attempt}").mkdir(exist_ok=True)
 
 
-def test_it_runs_on_the_python_of_old_images():
+def old_pythons():
+  """Returns the Python 3.8 to 3.10 of this machine, as the images of TPU VMs have them."""
+  folders = [pathlib.Path.home() / ".pyenv/versions", pathlib.Path("/opt")]
+  found = [path for folder in folders for path in folder.glob("3.[89]*/bin/python")]
+  found += [path for folder in folders for path in folder.glob("3.10*/bin/python")]
+  named = [shutil.which(f"python3.{minor}") for minor in (8, 9, 10)]
+  return sorted({str(path) for path in [*found, *filter(None, named)]})
+
+
+def test_it_is_written_for_the_python_of_old_images():
   for path in pathlib.Path(host_lib.__file__).parent.glob("*.py"):
     ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+@pytest.mark.skipif(not old_pythons(), reason="no Python 3.8 to 3.10 is installed")
+def test_it_runs_on_the_python_of_old_images(tmp_path):
+  packed = bundle.pack_agent(tmp_path)
+  code = (
+    f"import sys; sys.path.insert(0, {str(packed)!r}); sys.argv = [{str(packed)!r}]; "
+    "from launch.host import __main__, google; "
+    "print(google._seconds_of('2026-01-02T03:04:05.678901234Z'))"
+  )
+  for python in old_pythons():
+    done = subprocess.run([python, "-IS", "-c", code], capture_output=True, text=True)
+    version = subprocess.run([python, "--version"], capture_output=True, text=True)
+    if version.returncode == 0:
+      assert (done.returncode, done.stdout) == (0, "1767323045\n"), f"{python}: {done.stderr}"
 
 
 def test_it_is_one_file_of_the_same_bytes_everywhere(tmp_path):
