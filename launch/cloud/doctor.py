@@ -57,7 +57,9 @@ def lines(wanted: Wanted) -> list[commands.Line]:
     commands.bucket_policy(place),
     commands.project_number(place),
     commands.project_policy(place),
-    commands.account_policy(place, wanted.service_account or "the default service account"),
+    commands.account_policy(
+      place, wanted.service_account or "PROJECT_NUMBER-compute@developer.gserviceaccount.com"
+    ),
     commands.firewall(place),
     commands.list_queued(place),
     commands.list_nodes(place),
