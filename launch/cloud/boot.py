@@ -21,7 +21,8 @@ _MAX_BYTES = 256 << 10  # of one value of the metadata
 def limits(settings: Settings, memory: Memory) -> dict[str, Any]:
   """Returns the limits of the newest slice, read by launch/host/guard.py; durations in seconds.
 
-  `max_seconds` counts from the creation of the slice by the clock of the cloud.
+  `max_seconds` counts from the creation of the slice by the clock of the cloud; after
+  `resume_seconds` without a launcher the guard itself starts the next attempt.
   """
   left = None
   if settings.max_seconds is not None:
@@ -30,6 +31,7 @@ def limits(settings: Settings, memory: Memory) -> dict[str, Any]:
     "max_seconds": left,
     "idle": None if settings.keep else settings.idle,
     "save_seconds": settings.save_seconds,
+    "resume_seconds": max(3 * settings.poll, min(300.0, settings.idle / 4)),
   }
 
 

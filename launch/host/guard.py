@@ -25,6 +25,7 @@ ABLE = "able"
 SAVE_SECONDS = 120.0  # for a trainer that was asked to end, before the slice goes
 _UPLOAD_SECONDS = 60.0
 _TURN_SECONDS = 5.0
+_MAX_RESUMES = 3  # in a row without a new step
 _STOPPED_SECONDS = 12 * 3600.0  # without a launcher, for a slice that `launch/tpu stop` keeps
 
 
@@ -68,6 +69,7 @@ class Guard:
     self._contact = contact
     self.meter.count(busy)
     self._keep_limits()
+    self._resume()
 
   def _report_for_ever(self) -> None:
     """Ask and tell the cloud what may take long; a thread of its own."""
@@ -162,6 +164,28 @@ class Guard:
     if now >= self._next_delete:
       self._next_delete = now + 2 * _TURN_SECONDS
       self._delete(reason)
+
+  def _resume(self) -> None:
+    """Start the next attempt where no launcher does: after a reboot, or the loss of a host.
+
+    Every host does so for itself; the trainers wait for each other at their start. After some
+    attempts in a row that reached no new step the slice is left to its idle limit.
+    """
+    limits = read_json(self.host.home / "limits.json") or self.request
+    patience = limits.get("resume_seconds")
+    if not patience or self.meter.idle < patience or self._since or not self.host.can_resume():
+      return
+    step = self.host.status()["step"]
+    path = self.host.home / "resumed.json"
+    before = read_json(path) or {"step": None, "times": 0}
+    times = before["times"] + 1 if before["step"] == step else 1
+    if times > _MAX_RESUMES:
+      return
+    write_json(path, {"step": step, "times": times})
+    self._say(
+      f"no launcher for {self.meter.idle:.0f} s: starting the next attempt, from step {step}"
+    )
+    self.host.resume()
 
   def _delete(self, reason: str) -> None:
     try:

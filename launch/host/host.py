@@ -20,7 +20,8 @@ from launch.host.logs import progress
 from launch.host.meter import FAKE_BOOT
 
 CRASHED = 1
-HOST_LOST = 76  # of trainer.errors: the same command on all hosts resumes from the last checkpoint
+# Of trainer.errors: the same command on all hosts resumes from the last checkpoint.
+PREEMPTED, HOST_LOST = 75, 76
 _END_SECONDS = 40.0  # for a trainer to save before another attempt, within one call over ssh
 _BEGIN_SECONDS = 60.0  # for a supervisor to take its lock
 
@@ -95,9 +96,10 @@ class Host:
     state, now = self.state(), time.time()
     report = dict(self.me, tpu_agent=1, now=now, code=None, started=None, ended=None, trouble=None)
     report.update({key: state[key] for key in state if key not in ("pid", "supervisor")})
+    rebooted = state.get("boot") != self.me["boot"]
     beginning = state["phase"] == "installing" and now < state["started"] + _BEGIN_SECONDS
+    beginning = beginning and not rebooted
     if state["phase"] in ("installing", "running") and not beginning and not self.alive():
-      rebooted = state["boot"] != self.me["boot"]
       report.update(
         phase="ended",
         ended=now,
@@ -149,11 +151,29 @@ class Host:
       for flag in ("stop", "preempted"):
         with contextlib.suppress(FileNotFoundError):
           (self.home / flag).unlink()
-      folder = self.home / f"attempt-{attempt}"
-      folder.mkdir(exist_ok=True)
-      state = {"attempt": attempt, "phase": "installing", "started": time.time()}
-      write_json(self.home / "state.json", dict(state, boot=self.me["boot"]))
-      self.leave_behind("supervise", folder / "supervisor.log")
+      self._begin(attempt)
+
+  def _begin(self, attempt: int) -> None:
+    folder = self.home / f"attempt-{attempt}"
+    folder.mkdir(exist_ok=True)
+    state = {"attempt": attempt, "phase": "installing", "started": time.time()}
+    write_json(self.home / "state.json", dict(state, boot=self.me["boot"]))
+    self.leave_behind("supervise", folder / "supervisor.log")
+
+  def can_resume(self) -> bool:
+    """Whether the trainer has ended, is still wanted, and a rerun on all hosts would go on."""
+    report = self.status()
+    wanted = not (report["stop_requested"] or report["preempted"] or report["removing"])
+    return wanted and report["phase"] == "ended" and report["code"] in (PREEMPTED, HOST_LOST)
+
+  def resume(self) -> None:
+    """Start the next attempt with what the last one ran, as a launcher would."""
+    with locked(self.home / "lock", 60):
+      if self.can_resume():
+        attempt = self.state()["attempt"] + 1
+        free_devices()
+        write_json(self.home / "spec.json", dict(self.spec(), attempt=attempt))
+        self._begin(attempt)
 
   def keep_guard(self) -> None:
     """Start the guard if none runs: systemd does that too, where the startup script has run."""

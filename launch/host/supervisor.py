@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pathlib
 import subprocess
 import time
 import traceback
@@ -16,6 +18,8 @@ _GUARD_SECONDS = 10.0
 
 def supervise(host: Host) -> None:
   """Run the trainer of the current attempt to its end."""
+  with contextlib.suppress(OSError):  # a guard that started it is spared when memory runs out
+    pathlib.Path("/proc/self/oom_score_adj").write_text("0")
   with locked(host.home / "attempt.lock", 5) as lock:
     host.change(supervisor=os.getpid())
     trainer, trouble = None, None

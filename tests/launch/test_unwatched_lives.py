@@ -85,13 +85,15 @@ def test_a_first_start_that_fails(bed):
 
 @slow
 def test_hosts_reboot(bed):
-  """Sequence 4, by idleness and by the limit: neither begins again at a boot."""
-  launcher = started(bed, "--max-hours=0.05", capacity="--on-demand")
+  """Sequence 4: they go on by themselves, and the limit does not begin again."""
+  launcher = started(bed, "--max-hours=0.03", capacity="--on-demand")
   launcher.kill()
+  before = sorted(trainer.pid for trainer in bed.trainers())
   bed.cloud.reboot(NAME)
-  wait_until(lambda: not bed.trainers())
-  seen = bed.cloud.paid()
-  assert_removes_itself(bed, IDLE, seen)
+  wait_until(lambda: all(host.processes("trainer") for host in bed.hosts()))
+  assert not set(before) & {trainer.pid for trainer in bed.trainers()}
+  assert len(bed.trainers()) == 2
+  assert_removes_itself(bed, 108.0)
 
 
 @slow

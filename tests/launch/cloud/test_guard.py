@@ -193,6 +193,37 @@ def test_a_full_disk_and_emptied_files_stop_no_limit(slice_, monkeypatch):
   assert one.wait(1200) == 600 + LATE
 
 
+@pytest.mark.parametrize(
+  "code, flag, starts",
+  [(75, None, 1), (76, None, 1), (1, None, 0), (0, None, 0), (2, None, 0), (76, "stop", 0)],
+)
+def test_what_a_rerun_fixes_is_run_again_where_no_launcher_does(
+  slice_, monkeypatch, code, flag, starts
+):
+  one, started = slice_(max_seconds=None, idle=1200), []
+  monkeypatch.setattr(Host, "leave_behind", lambda self, verb, log: started.append(verb))
+  one.host.change(attempt=3, phase="ended", code=code, ended=0.0, boot="x", started=0.0)
+  if flag:
+    (one.host.home / flag).touch()
+  one.host.contacted()
+  assert one.wait(300) is None and not started  # a launcher may come
+  assert one.wait(20) is None
+  assert started == ["supervise"] * starts
+  assert one.host.state()["attempt"] == 3 + starts
+
+
+def test_hosts_that_reboot_go_on_by_themselves_three_times_without_a_step(slice_, monkeypatch):
+  one, started = slice_(max_seconds=None, idle=1200), []
+  monkeypatch.setattr(Host, "leave_behind", lambda self, verb, log: started.append(self.state()))
+  one.host.change(attempt=1, phase="running", pid=1, boot=one.host.me["boot"], started=0.0)
+  for number in range(5):
+    one.boot(monkeypatch, seconds=10 + number)
+    one.guard.meter.idle = 0.0
+    assert one.wait(400) is None
+  assert [state["attempt"] for state in started] == [2, 3, 4]
+  assert one.wait(1200) is not None
+
+
 def test_the_proof_of_the_right_to_remove(slice_):
   one = slice_()
   for refusal, words in (

@@ -92,13 +92,17 @@ def test_a_start_that_fails(cloud):
 
 
 def test_hosts_that_reboot(cloud):
+  """They go on with the next attempt, and the slice goes when that has ended."""
   end(trains(cloud))
   cloud.end_hosts()
   (cloud.folder / "booted").write_text(str(time.clock_gettime(time.CLOCK_BOOTTIME)))
+  cloud.write("plan.json", {})
   subprocess.run(
     [sys.executable, test_life.HERE / "gcloud.py", "reboot"], env=cloud.environment, check=True
   )
+  cloud.wait_for(lambda: cloud.step() == 12)
   assert_removes_itself(cloud, time.monotonic(), IDLE)
+  assert "step 12/12" in cloud.log(2) and cloud.log(2).count("attempt 2:") == 1
 
 
 def test_a_guard_that_is_killed(cloud):
