@@ -96,7 +96,7 @@ def trainer_flags(words: Iterable[str], options: Iterable[str]) -> None:
   """Refuse flags that are neither of `up` nor of the trainer.
 
   Args:
-    words: what `up` does not know, without what follows --.
+    words: flags that are not options of `up`, without those after --.
     options: those of `up`, for a suggestion.
 
   Raises:

@@ -297,8 +297,8 @@ def _gcloud_value(line: commands.Line) -> str:
 def _owner(args: argparse.Namespace) -> str:
   """Returns the owner of what is made here.
 
-  Many people are `ubuntu` on their machines; they are told apart by the account of gcloud, so that
-  none removes the slices of another.
+  Many people are `ubuntu` on their machines; the account of gcloud distinguishes them, so that none
+  removes the slices of another.
   """
   user = args.owner or getpass.getuser()
   if not args.owner and user in _ANYBODY:

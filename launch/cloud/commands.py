@@ -140,7 +140,7 @@ AGENT_TROUBLE = {
 
 
 def agent(place: Place, name: str, sha: str, *words: str) -> str:
-  """Returns the command for hosts: run a verb of the agent as root, whoever logs in.
+  """Returns the command for hosts: run a verb of the agent as root, from any login.
 
   Args:
     place: of the run.

@@ -297,13 +297,13 @@ def begin(run: Run, settings: Settings, now: float) -> None:
 
 def follow(store: Store, run: Run, screen: Screen, sleep: Callable[[float], None]) -> int | None:
   """Show what another launcher records; return the result, or None if that launcher is gone."""
-  told = -1
+  shown = -1
   while True:
     other = store.other_driver(run)
     for number, event in enumerate(run.events):
-      if number > told:
+      if number > shown:
         screen.lines([event["what"]], event["time"])
-    told = len(run.events) - 1
+    shown = len(run.events) - 1
     if run.result:
       return run.result["code"]
     if not other:

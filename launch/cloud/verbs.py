@@ -341,22 +341,22 @@ def down(place: Place, owner: str, everything: bool, as_json: bool) -> int:
   gcloud, screen = _gcloud(), Screen(as_json=as_json)
   if not everything:
     _mark_down(gcloud, place, owner)
-  deadline, told = time.monotonic() + _GONE_SECONDS, set()
+  deadline, removing = time.monotonic() + _GONE_SECONDS, set()
   while True:
     queued, nodes = _what_is_there(gcloud, place, owner, everything)
     if not queued and not nodes:
       screen.lines([f"Nothing of {'yours' if everything else place.run} is left in {place.zone}."])
       return states.DONE
     for name, state in queued.items():
-      if state not in LEAVING and name not in told:
+      if state not in LEAVING and name not in removing:
         screen.lines([f"removing the queued resource {name} ({state})"])
-        told.add(name)
+        removing.add(name)
         _delete(gcloud, commands.delete(dataclasses.replace(place, run=name)))
     if not queued:
       for name, state in nodes.items():
-        if state != "DELETING" and name not in told:
+        if state != "DELETING" and name not in removing:
           screen.lines([f"removing the node {name} ({state}), which no queued resource holds"])
-          told.add(name)
+          removing.add(name)
           _delete(gcloud, commands.delete_node(place, name))
     if time.monotonic() > deadline:
       screen.lines(

@@ -51,7 +51,7 @@ class Api:
     """Return the seconds since the creation of a node, by the clock of the cloud.
 
     Raises:
-      ApiError: if the API does not tell.
+      ApiError: if the API does not return it.
     """
     value, date = self._rest("GET", f"nodes/{node}")
     try:

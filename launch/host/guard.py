@@ -41,7 +41,7 @@ class Guard:
     self._next_delete = 0.0
     self._uploaded: tuple[pathlib.Path, int] | None = None
     self._hurry = threading.Event()  # something is to be uploaded now
-    self._told = False  # the bucket has been told why the slice goes
+    self._told = False  # the bucket holds why the slice goes
 
   @property
   def api(self) -> Api:
@@ -72,7 +72,7 @@ class Guard:
     self._resume()
 
   def _report_for_ever(self) -> None:
-    """Ask and tell the cloud what may take long; a thread of its own."""
+    """Exchange with the cloud what may take long, in a thread of its own."""
     next_upload = next_proof = 0.0
     while True:
       with _survived():
@@ -90,9 +90,9 @@ class Guard:
       self._hurry.wait(_TURN_SECONDS)
 
   def _pass_on_preemption(self) -> None:
-    told = self.host.home / "preempted"
-    if not told.exists() and (metadata("preempted") or "").strip() == "TRUE":
-      told.touch()
+    announced = self.host.home / "preempted"
+    if not announced.exists() and (metadata("preempted") or "").strip() == "TRUE":
+      announced.touch()
       self.host.ask_to_end()
 
   def _upload(self) -> None:

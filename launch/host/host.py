@@ -57,7 +57,7 @@ def identity(home: pathlib.Path) -> Json:
 class Host:
   """All state is in files of one folder of the run, so any process may ask or take over.
 
-  The folder belongs to root and not to a login: whoever asks, there is one trainer.
+  The folder belongs to root, not to a login, so there is one trainer whichever login asks.
 
   Attributes:
     url: the folder of the run in the bucket.
@@ -119,7 +119,7 @@ class Host:
     )
 
   def ability(self) -> str:
-    """Return what the guard knows of its right to remove the slice; "able" if it has that right."""
+    """Return "able" if the guard has proven that it may remove the slice, else why not."""
     path = self.home / "guard.txt"
     return path.read_text() if path.exists() else ""
 

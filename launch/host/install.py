@@ -124,7 +124,7 @@ def _run_step(step: list[str], log: BinaryIO) -> None:
 
 
 def free_devices() -> None:
-  """End the processes that hold the chips, whoever started them, then remove libtpu's lock."""
+  """End the processes that hold the chips, of any user, then remove libtpu's lock."""
   devices = [path for pattern in _DEVICES for path in glob.glob(pattern)]
   if not devices:
     return
