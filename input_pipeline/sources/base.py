@@ -161,7 +161,7 @@ class Source(abc.ABC):
     Raises:
       DataError: the data do not exist, or do not match the config.
     """
-    raise NotImplementedError(f"{cls.__name__} is not opened by a config.")
+    raise DataError(f"config.data.kind names {cls.__name__}, which has no method open().")
 
   @abc.abstractmethod
   def __len__(self) -> int:
