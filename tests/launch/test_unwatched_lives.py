@@ -55,7 +55,8 @@ def assert_removes_itself(bed, limit, since=0.0):
   assert paid < limit + LATE
 
 
-@pytest.mark.parametrize("how", ["interrupt", pytest.param("kill", marks=slow)])
+@slow
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
 def test_granted_hours_later(bed, how):
   """Sequences 1 and 2: no process has ever reached a host."""
   bed.cloud.allow(False)

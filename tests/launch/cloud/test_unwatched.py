@@ -68,7 +68,9 @@ def guards(cloud):
   return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+  "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_granted_when_the_launcher_is_gone(cloud, how):
   (cloud.folder / "grant").write_text("WAITING_FOR_RESOURCES")
   launcher = cloud.start(*cloud.up(f"--idle={IDLE}"))
