@@ -116,6 +116,7 @@ def test_the_guard_is_killed_again_and_again(bed):
   assert bed.cloud.count(r"^POST .*/queuedResources$") == 1
 
 
+@slow
 def test_a_service_account_that_may_not_delete(bed):
   """Sequence 6: it is found out at the first boot, and no trainer starts."""
   bed.cloud.may_delete = False

@@ -70,9 +70,7 @@ FAMILIES = {
   "hosts": {"8": (8, GROUP), "all": (8, GROUP | ALL)},
   # Dropout, stochastic depth and mixing: drawn for an example, not for a device.
   "random": {name: (n, RANDOM | mode) for name, (n, mode) in LAYOUTS.items()},
-  "random micro-batches": {
-    name: (n, RANDOM | ACCUMULATE | mode) for name, (n, mode) in LAYOUTS.items()
-  },
+  "random micro-batches": {"1": (1, RANDOM | ACCUMULATE), "8": (8, RANDOM | ACCUMULATE)},
 }
 
 
