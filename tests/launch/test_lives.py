@@ -16,7 +16,8 @@ from trainer.errors import FAILED
 pytestmark = needs_gcloud
 slow = pytest.mark.slow
 DONE, ERROR, NO_CAPACITY, CRASHED, COST, LEFT = 0, 1, 3, 4, 5, 130
-CREATE, DELETE = r"^POST .*/queuedResources$", r"^DELETE .*/queuedResources/"
+CREATE, DELETE = r"^POST .*/queuedResources$", rf"^DELETE .*/queuedResources/{NAME}\b"
+PROBE = r"^DELETE .*/queuedResources/may-i-delete-"  # each host proves that it may remove the slice
 LONG = 200  # steps, of which some are left when something happens after the first checkpoint
 
 
@@ -102,6 +103,7 @@ def test_a_life(bed):
   assert bed.json("workdir/config.json")["data"]["path"] == hostile
   assert bed.json("workdir/final.json")["examples"] > 0
   assert calls(bed, CREATE) == 1 and calls(bed, DELETE) == 1
+  assert calls(bed, PROBE) >= 2
   assert [bed.started(1, host) for host in range(2)] == [1, 1]
 
 
