@@ -61,6 +61,8 @@ class Cloud:
       stderr=subprocess.STDOUT,
       text=True,
       cwd="/",
+      # A shell in the background ignores Ctrl-C, and so would all that it starts.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def run(self, *words):
