@@ -120,8 +120,15 @@ RUN: Fields = {
     "holds | package.module:Class of a source of one's own.",
     resume=YES,
   ),
-  "data.train_split": Field("train", "Split that is trained on."),
-  "data.eval_split": Field("val", "Split that is evaluated.", resume=YES),
+  "data.train_split": Field(
+    "train", "Split that is trained on, or a part of it: train[:99%], train[1000:5000]."
+  ),
+  "data.eval_split": Field(
+    "val",
+    "Split that is evaluated, or several: in 'train[99%:], val' the first decides which checkpoint "
+    "is the best.",
+    resume=YES,
+  ),
   "data.image_size": Field(
     224, "Height and width of a training image.", "pixels", at_least(1), ASK
   ),

@@ -14,6 +14,7 @@ from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
+from input_pipeline.sources import slices
 from trainer import augment, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 
@@ -120,6 +121,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
+    slices.parse(config.data.train_split, "config.data.train_split")
+    slices.several(config.data.eval_split, "config.data.eval_split")
     host_augment.parse(config.data.operations)
   except (ValueError, DataError) as error:
     raise ConfigError(str(error)) from error
