@@ -296,6 +296,27 @@ RUN: Fields = {
     YES,
   ),
   "eval.every_steps": Field(0, "Steps between evaluations.", "steps", at_least(0), YES),
+  "eval.flip": Field(
+    False,
+    "Evaluate the mean of the logits of an image and of its mirror (as FFCV does); takes twice the "
+    "time of the model.",
+    resume=YES,
+  ),
+  "eval.raw": Field(
+    False,
+    "Where weights are averaged (optimizer.ema_decay): evaluate the last ones too, as raw_top1, "
+    "raw_top5 and raw_loss; the averaged ones decide which checkpoint is the best.",
+    resume=YES,
+  ),
+  "eval.precise_bn_examples": Field(
+    0,
+    "Before an evaluation BN statistics are computed anew over so many training images, a fixed "
+    "choice of them, and used for that evaluation only; a multiple of eval.batch_size; 0 is off. "
+    "See trainer/evaluate.py.",
+    "examples",
+    at_least(0),
+    YES,
+  ),
   "checkpoint.every_epochs": Field(
     0.0,
     "At most one of the two; evaluated steps and the end are always saved.",

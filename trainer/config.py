@@ -17,6 +17,7 @@ from input_pipeline.errors import DataError
 from input_pipeline.sources import slices
 from trainer import augment, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
+from trainer.state import Tree
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
 Changes = dict[str, list[Any]]
@@ -112,6 +113,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       "config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1."
     )
+  _check_evaluation(values)
   for name in allowed_names(values["resume.allow"]):
     _check_allowed(name, fields, config.model.name)
   try:
@@ -126,6 +128,26 @@ def validate(config: ml_collections.ConfigDict) -> None:
     host_augment.parse(config.data.operations)
   except (ValueError, DataError) as error:
     raise ConfigError(str(error)) from error
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> None:
+  averaged = values["optimizer.ema_decay"]
+  if values["eval.raw"] and not averaged:
+    raise ConfigError(
+      "config.eval.raw is True, but no weights are averaged; set config.optimizer.ema_decay, or "
+      "config.eval.raw to False."
+    )
+  count, batch = values["eval.precise_bn_examples"], values["eval.batch_size"]
+  if count % batch:
+    raise ConfigError(
+      f"config.eval.precise_bn_examples is {count}, which must be a multiple of "
+      f"config.eval.batch_size = {batch}; the nearest is {max(1, round(count / batch)) * batch}."
+    )
+  if count and averaged and values.get("optimizer.ema_batch_stats", True):
+    raise ConfigError(
+      f"config.eval.precise_bn_examples is {count}, but averaged weights (config.optimizer."
+      "ema_decay) have averaged BN statistics already; keep one of the two, and set the other to 0."
+    )
 
 
 def _not_a_field(name: str, fields: Mapping[str, Field], family: str) -> str:
@@ -205,6 +227,40 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     )
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def check_precise_bn(
+  config: ml_collections.ConfigDict, train_source: sources.Source, batch_stats: Tree
+) -> None:
+  """Refuse precise BN that the examples or the model cannot have.
+
+  Args:
+    config: a validated config.
+    train_source: what the run is trained on.
+    batch_stats: of the model; may be abstract.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  count = config.eval.precise_bn_examples
+  if not count:
+    return
+  field = f"config.eval.precise_bn_examples is {count}"
+  paths = [path for path, _ in jax.tree.leaves_with_path(batch_stats)]
+  if not paths or {str(path[-1].key) for path in paths} != {"mean", "var"}:
+    raise ConfigError(
+      f"{field}, but the model family {config.model.name} has no batch norm; set it to 0."
+    )
+  if count > len(train_source):
+    raise ConfigError(
+      f"{field}, more than the {len(train_source)} examples of config.data.train_split; set it to "
+      f"{len(train_source) // config.eval.batch_size * config.eval.batch_size} or less."
+    )
+  if not train_source.indexed:
+    raise ConfigError(
+      f"{field}, which needs data that can be read in batches of any examples, and parquet cannot; "
+      "set it to 0, or make shards with `python -m input_pipeline.prepare --from`."
+    )
 
 
 def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int = 0) -> Durations:

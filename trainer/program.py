@@ -33,12 +33,13 @@ from trainer import (
 )
 from trainer.state import Model, TrainState, make_init
 
-Mode = Literal["train", "eval"]
+Mode = Literal["train", "eval", "statistics"]
 
 # The entries of a host batch that each kind of step reads.
 BATCHES: dict[Mode, tuple[str, ...]] = {
   "train": ("image", "label"),
   "eval": evaluate.BATCH,
+  "statistics": ("image",),
 }
 
 # Without it the compiler computes a gradient that is wanted in shards by one convolution for each
@@ -94,6 +95,13 @@ class Program:
     requests = mesh_lib.abstract_flags(self.mesh)
     batch = self._abstract_batch(mode, image_size, batch_size)
     replicated = mesh_lib.replicated(self.mesh)
+    if mode == "statistics":
+      statistics_step = step_lib.make_statistics_step(self.model, self.config, self.mesh)
+      variables = self.abstract_state.for_eval()
+      shardings = jax.tree.map(lambda x: x.sharding, variables.batch_stats)
+      return jax.jit(statistics_step, out_shardings=(shardings, replicated)).lower(
+        variables, (variables.batch_stats, evaluate.abstract_count(self.mesh)), batch
+      )
     if mode == "eval":
       eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
       return jax.jit(eval_step, out_shardings=replicated).lower(

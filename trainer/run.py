@@ -1,6 +1,6 @@
 """A run in one process: what it was opened with, and what changes from step to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 from typing import Any
@@ -21,18 +21,28 @@ from trainer.program import Program, Steps
 from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
-from trainer.state import TrainState
+from trainer.state import TrainState, Variables
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """What a run is about: its folder, its examples and its program."""
+  """What a run is about.
+
+  Attributes:
+    workdir: its folder.
+    train_source: its examples.
+    eval_sources: those of each evaluated split, by name; the first decides which checkpoint is the
+      best.
+    statistics_source: those that BN statistics are computed on before an evaluation, or None.
+    program: what is compiled.
+  """
 
   workdir: Workdir
   train_source: sources.Source
-  eval_source: sources.Source
+  eval_sources: Mapping[str, sources.Source]
+  statistics_source: sources.Source | None
   program: Program
 
 
@@ -60,7 +70,8 @@ class Run:
   ):
     self.config, self.pod, self.clock, self.stop = config, pod, clock, stop
     self.workdir, self.program = opened.workdir, opened.program
-    self.train_source, self.eval_source = opened.train_source, opened.eval_source
+    self.train_source, self.eval_sources = opened.train_source, opened.eval_sources
+    self.statistics_source = opened.statistics_source
     self.lengths, self.mesh = self.program.lengths, self.program.mesh
     self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
     self.steps = Steps(self.program)
@@ -102,6 +113,8 @@ class Run:
     with self.clock("compile"):
       self.steps.prepare("train", **self.program.sizes("train"))
       self.steps.prepare("eval", **self.program.sizes("eval"))
+      if self.statistics_source:
+        self.steps.prepare("statistics", **self.program.sizes("statistics"))
       if not self.restored:
         self.state = self.program.init_state()
       self.train_step = self.steps.get("train", **self.program.sizes("train"))
@@ -173,21 +186,48 @@ class Run:
     return True
 
   def evaluate(self) -> evaluate_lib.Result | None:
-    """Evaluate the state; None if a host asks for a stop meanwhile."""
+    """Evaluate the state on all splits; None if a host asks for a stop meanwhile."""
     self.pod.at(f"evaluation of step {self.step}")
     with self.clock("compile"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
-    host_batches = loader.eval_batches(
-      self.eval_source,
+    weights, results = self._weights(), {}
+    for name, source in self.eval_sources.items():
+      host_batches = self._one_pass(source)
+      with self.clock("eval"), contextlib.closing(host_batches):
+        result = evaluate_lib.evaluate(
+          eval_step, self.mesh, weights, host_batches, self.requests.flags
+        )
+      if result is None:
+        return None
+      results[name] = result
+    return evaluate_lib.join(results)
+
+  def _weights(self) -> list[Variables]:
+    """Return what an evaluation is of: the averaged weights, if any, and the others."""
+    weights = [self.state.for_eval()]
+    if self.config.eval.raw:
+      # Averaged weights may be in shards where the others are whole.
+      shardings = jax.tree.map(lambda x: x.sharding, self.program.abstract_state.for_eval())
+      weights.append(jax.device_put(self.state.raw(), shardings))
+    if not self.statistics_source:
+      return weights
+    with self.clock("compile"):
+      step = self.steps.get("statistics", **self.program.sizes("statistics"))
+    precise = []
+    for variables in weights:
+      host_batches = self._one_pass(self.statistics_source)
+      with self.clock("eval"), contextlib.closing(host_batches):
+        precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
+    return precise
+
+  def _one_pass(self, source: sources.Source) -> loader.BatchIterator:
+    return loader.eval_batches(
+      source,
       self.config.data,
       batch_size=self.config.eval.batch_size,
       host=self.pod.host,
       hosts=self.pod.hosts,
     )
-    with self.clock("eval"), contextlib.closing(host_batches):
-      return evaluate_lib.evaluate(
-        eval_step, self.mesh, self.state.for_eval(), host_batches, self.requests.flags
-      )
 
   def meta(self) -> dict[str, Any]:
     """Return what a checkpoint holds beside the state."""

@@ -59,6 +59,10 @@ class TrainState:
     averaged = self.ema or {"params": self.params, "batch_stats": self.batch_stats}
     return Variables(averaged["params"], averaged["batch_stats"], self.others)
 
+  def raw(self) -> Variables:
+    """Return what training computes with, averaged or not."""
+    return Variables(self.params, self.batch_stats, self.others)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:

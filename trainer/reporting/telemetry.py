@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from trainer.errors import NonFiniteError
-from trainer.evaluate import Result
+from trainer.evaluate import Result, in_words
 from trainer.pod.requests import LAG
 from trainer.reporting import events
 from trainer.reporting.clock import WallClock, format_seconds
@@ -222,18 +222,20 @@ class Telemetry:
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
   def evaluated(self, step: int, result: Result) -> None:
-    """Write and log the result of an evaluation: top1, top5, loss, examples."""
-    self.write(step, "eval", dict(result))
+    """Write and log the result of an evaluation: top1, top5, loss, examples.
+
+    Those of the first split are eval/top1 and so on, those of another eval/SPLIT/top1.
+    """
+    scalars: dict[str, object] = dict(result)
+    scalars.pop("splits", None)
+    self.write(step, "eval", scalars)
+    for name, other in result.get("splits", {}).items():
+      self.write(step, f"eval/{name}", dict(other))
     self._writer.flush()
-    logging.info(
-      "step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples",
-      step,
-      self._epoch(step),
-      100 * result["top1"],
-      100 * result["top5"],
-      result["loss"],
-      result["examples"],
-    )
+    first, *rest = in_words(result)
+    logging.info("step %d  epoch %.2f  eval: %s", step, self._epoch(step), first)
+    for line in rest:
+      logging.info("step %d  epoch %.2f  eval of %s", step, self._epoch(step), line)
 
   def close(self) -> None:
     """Write what is left."""
