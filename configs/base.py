@@ -132,6 +132,13 @@ RUN: Fields = {
   "data.image_size": Field(
     224, "Height and width of a training image.", "pixels", at_least(1), ASK
   ),
+  "data.image_sizes": Field(
+    "",
+    "By epoch, instead of image_size: '0:128, 11:160, 13:192' is 160 px from epoch 11 on. Each "
+    "size is compiled for itself, ahead of its first step; configs/image_sizes.py writes ramps.",
+    "pixels",
+    resume=ASK,
+  ),
   "data.eval_image_size": Field(
     224,
     "The same in evaluation; a larger one than in training helps (arXiv:1906.06423).",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs import base, names
+from configs import base, image_sizes, names
 from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
@@ -35,6 +35,7 @@ class Durations:
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
+    sizes: (step, size of training images in pixels from it on), rising from step 0.
   """
 
   total: int
@@ -43,6 +44,7 @@ class Durations:
   checkpoint_every: int
   per_epoch: float
   offset: int = 0
+  sizes: tuple[tuple[int, int], ...] = ()
 
   @property
   def last(self) -> int:
@@ -52,6 +54,10 @@ class Durations:
   def epoch(self, step: int) -> float:
     """Return the epochs after `step` steps taken."""
     return (step + self.offset) / self.per_epoch
+
+  def image_size(self, step: int) -> int:
+    """Return the size of the images of the batch that follows `step` steps taken."""
+    return image_sizes.at(self.sizes, step + self.offset)
 
   def is_evaluated(self, step: int) -> bool:
     """Whether an evaluation is due after `step` steps taken."""
@@ -123,6 +129,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
+    image_sizes.parse(config.data.image_sizes)
     slices.parse(config.data.train_split, "config.data.train_split")
     slices.several(config.data.eval_split, "config.data.eval_split")
     host_augment.parse(config.data.operations)
@@ -202,11 +209,13 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   data, fsdp, space = mesh_shape(config.mesh, num_devices)
   if config.sharding.params == "fsdp" and fsdp == 1:
     raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")
-  for field in ("image_size", "eval_image_size"):
-    if config.data[field] % space:
+  train = "image_sizes" if config.data.image_sizes else "image_size"
+  sizes = [(train, size) for size in image_sizes.distinct(config.data)]
+  for field, size in (*sizes, ("eval_image_size", config.data.eval_image_size)):
+    if size % space:
+      has = "has" if field == "image_sizes" else "is"
       raise ConfigError(
-        f"config.data.{field} is {config.data[field]}, which config.mesh.space = {space} does not "
-        "divide."
+        f"config.data.{field} {has} {size}, which config.mesh.space = {space} does not divide."
       )
   shards, steps = data * fsdp, config.accumulation_steps
   for field, size, parts in (
@@ -287,6 +296,10 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
     offset=offset,
+    # Of two points that fall on one step the later counts.
+    sizes=tuple(
+      {round(epoch * per_epoch): size for epoch, size in image_sizes.of(config.data)}.items()
+    ),
   )
   if result.warmup >= result.total:
     raise ConfigError(

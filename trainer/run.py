@@ -111,19 +111,23 @@ class Run:
     before = self.clock.read()["compile"]
     exits.callback(self.steps.close)
     with self.clock("compile"):
-      self.steps.prepare("train", **self.program.sizes("train"))
+      first, *later = self.program.all_sizes("train", self.step)
+      self.steps.prepare("train", **first)
       self.steps.prepare("eval", **self.program.sizes("eval"))
       if self.statistics_source:
         self.steps.prepare("statistics", **self.program.sizes("statistics"))
+      for sizes in later:
+        self.steps.prepare("train", **sizes)
       if not self.restored:
         self.state = self.program.init_state()
-      self.train_step = self.steps.get("train", **self.program.sizes("train"))
+      self.train_step = self.steps.get("train", **first)
+      self._sizes = first
       jax.block_until_ready(self.state)
     logging.info("Compiled in %.1f s.", self.clock.read()["compile"] - before)
 
   def start_input(self, exits: contextlib.ExitStack) -> None:
     """Start to load batches from this step on, and to report."""
-    config, program = self.config, self.program
+    config = self.config
     self.host_batches = loader.train_batches(
       self.train_source,
       config.data,
@@ -133,8 +137,10 @@ class Run:
       hosts=self.pod.hosts,
       global_batch_size=config.global_batch_size,
       positions=self.positions,
+      sizes=self.lengths.sizes,
     )
     exits.callback(self.host_batches.close)
+    peak = flops.peak(self.mesh.devices.flatten().tolist())
     self.telemetry = Telemetry(
       self.workdir.path,
       config,
@@ -142,12 +148,9 @@ class Run:
       first_step=self.step,
       total_steps=self.lengths.last,
       epoch=self.lengths.epoch,
-      seconds_at_peak=flops.seconds_at_peak(
-        program.model,
-        program.abstract_state.for_eval(),
-        devices=self.mesh.devices.flatten().tolist(),
-        **program.sizes("train"),
-      ),
+      work=self._work(peak).between,
+      peak=peak,
+      image_size=self.lengths.image_size if config.data.image_sizes else None,
       exchange=self.pod.exchange,
       reads=lambda: self.host_batches.reads,
     )
@@ -160,6 +163,8 @@ class Run:
     self.pod.at(f"step {self.step + 1}")
     with self.clock("input_wait"):
       batch = next(self.batches)
+    if self.program.sizes_at(self.step) != self._sizes:
+      self._change_size()
     flags = self.requests.flags()
     with jax.transfer_guard("disallow"):
       self.state, output = self.train_step(self.state, batch, flags)
@@ -168,6 +173,25 @@ class Run:
     self.telemetry.step(self.step, output.metrics)
     self.requests.note(self.step, output.request)
     self.checkpointer.poll()
+
+  def _change_size(self) -> None:
+    """Take up the program of the next step, which was asked for at the start."""
+    self._sizes = self.program.sizes_at(self.step)
+    with self.clock("compile"):
+      self.train_step = self.steps.get("train", **self._sizes)
+    logging.info("Images of %d px from step %d on.", self._sizes["image_size"], self.step + 1)
+
+  def _work(self, peak: float | None) -> flops.Work:
+    """Return the model FLOPs of the steps; if nobody needs them, the number of the steps."""
+    lengths, variables = self.lengths, self.program.abstract_state.for_eval()
+    if not peak and len(lengths.sizes) == 1:
+      return flops.Work([(0, 1.0)])
+    batch = self.config.global_batch_size
+    each = {
+      size: flops.step_flops(self.program.model, variables, image_size=size, batch_size=batch)
+      for size in {size for _, size in lengths.sizes}
+    }
+    return flops.Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])
 
   def flush(self) -> None:
     """Wait for every step taken; raise if one was not finite: only good states are saved."""

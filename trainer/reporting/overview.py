@@ -27,7 +27,8 @@ def describe(
   )
   counts = " and ".join(f"{len(source):,}" for source in eval_sources.values())
   splits = f"{len(train_source):,} to train, {counts} to evaluate"
-  sizes = f"{data.image_size} and {data.eval_image_size} px"
+  trained = data.image_sizes and f"{data.image_sizes} (epoch:px)"
+  sizes = f"{trained or data.image_size} and {data.eval_image_size} px"
   length = f"{lengths.total:,} steps of {config.global_batch_size}"
   epochs = f"{lengths.total / lengths.per_epoch:.2f} epochs, warm-up {lengths.warmup:,}"
   every = f"evaluation every {lengths.eval_every or lengths.total:,}"

@@ -55,6 +55,7 @@ _PANELS = (
     ),
   ),
   ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
+  ("Size of training images, px", 1, (("train/image_size", "", _TRAIN),)),
   ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
   ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
   ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
