@@ -97,6 +97,10 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
     sources.open_source(config.data, split, config.model.num_classes)
     for split in (config.data.train_split, *evaluated)
   )
+  trained = slices.parse(config.data.train_split)
+  for name in evaluated:
+    if trained.whole and slices.parse(name).name == trained.name:
+      logging.warning("%s is evaluated, but trained on as well: %s.", name, trained.text)
   seen = pod.gather(
     "data",
     [getattr(source, "fingerprint", len(source)) for source in (train_source, *eval_sources)],

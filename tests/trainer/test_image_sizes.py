@@ -1,7 +1,9 @@
 """Runs whose training images change their size: programs, batches, resumes, and what is refused."""
 
 import contextlib
+import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from configs import base, image_sizes
 from input_pipeline import loader, sources
 from tests.trainer import outside, tiny
-from tests.trainer.shared import fingerprints
+from tests.trainer.shared import fingerprints, run, trainer
 from trainer import config as config_lib
 from trainer import program as program_lib
 from trainer import train as train_lib
@@ -174,3 +176,33 @@ def test_an_old_config_has_one_size():
   config.data.image_sizes = "0:128, 11:160"
   with pytest.raises(ConfigError, match=r"config\.resume\.allow=data\.image_sizes"):
     config_lib.check_same_run(saved, config, "runs/a")
+
+
+@pytest.mark.slow
+def test_two_hosts_resume_at_a_change_and_between(tmp_path, shards):
+  """Bitwise on the same hosts; with averaged weights in shards, and raw ones evaluated beside."""
+  overrides = (
+    *("data.kind=auto", f"data.path={shards}", "data.image_sizes=0:16, 0.5:24, 1:20"),
+    *("total_steps=12", "checkpoint.every_steps=1", "checkpoint.keep_last=20"),
+    *("data.train_split=train[:90%]", "data.eval_split=train[90%:], val"),
+    *("optimizer.ema_decay=0.9", "eval.raw=True", "sharding.opt_state=data"),
+  )
+  run(2, 2, trainer(tmp_path / "quiet", *overrides))
+  quiet = json.loads((tmp_path / "quiet" / "final.json").read_text())
+  assert quiet["examples"] == 7 and quiet["splits"]["val"]["examples"] == 29
+  for hosts, devices, step in ((2, 2, 4), (2, 2, 6), (1, 1, 6)):
+    again = tmp_path / f"{hosts}-from-{step}"
+    shutil.copytree(tmp_path / "quiet", again)
+    (again / "final.json").unlink()
+    for folder in (again / "checkpoints").iterdir():
+      if int(folder.name) > step:
+        shutil.rmtree(folder)
+    log = run(hosts, devices, trainer(again, *overrides))
+    assert f"Resuming from checkpoint {step} of 12" in log
+    final = json.loads((again / "final.json").read_text())
+    assert final["loss"] == pytest.approx(quiet["loss"], rel=1e-4)
+    assert final["splits"]["val"]["raw_loss"] == pytest.approx(
+      quiet["splits"]["val"]["raw_loss"], rel=1e-4
+    )
+    if hosts == 2:
+      assert fingerprints(again, 12) == fingerprints(tmp_path / "quiet", 12)
