@@ -120,10 +120,24 @@ RUN: Fields = {
     "holds | package.module:Class of a source of one's own.",
     resume=YES,
   ),
-  "data.train_split": Field("train", "Split that is trained on."),
-  "data.eval_split": Field("val", "Split that is evaluated.", resume=YES),
+  "data.train_split": Field(
+    "train", "Split that is trained on, or a part of it: train[:99%], train[1000:5000]."
+  ),
+  "data.eval_split": Field(
+    "val",
+    "Split that is evaluated, or several: in 'train[99%:], val' the first decides which checkpoint "
+    "is the best.",
+    resume=YES,
+  ),
   "data.image_size": Field(
     224, "Height and width of a training image.", "pixels", at_least(1), ASK
+  ),
+  "data.image_sizes": Field(
+    "",
+    "By epoch, instead of image_size: '0:128, 11:160, 13:192' is 160 px from epoch 11 on. Each "
+    "size is compiled for itself, ahead of its first step; configs/image_sizes.py writes ramps.",
+    "pixels",
+    resume=ASK,
   ),
   "data.eval_image_size": Field(
     224,
@@ -289,6 +303,27 @@ RUN: Fields = {
     YES,
   ),
   "eval.every_steps": Field(0, "Steps between evaluations.", "steps", at_least(0), YES),
+  "eval.flip": Field(
+    False,
+    "Evaluate the mean of the logits of an image and of its mirror (as FFCV does); takes twice the "
+    "time of the model.",
+    resume=YES,
+  ),
+  "eval.raw": Field(
+    False,
+    "Where weights are averaged (optimizer.ema_decay): evaluate the last ones too, as raw_top1, "
+    "raw_top5 and raw_loss; the averaged ones decide which checkpoint is the best.",
+    resume=YES,
+  ),
+  "eval.precise_bn_examples": Field(
+    0,
+    "Before an evaluation BN statistics are computed anew over so many training images, a fixed "
+    "choice of them, and used for that evaluation only; a multiple of eval.batch_size; 0 is off. "
+    "See trainer/evaluate.py.",
+    "examples",
+    at_least(0),
+    YES,
+  ),
   "checkpoint.every_epochs": Field(
     0.0,
     "At most one of the two; evaluated steps and the end are always saved.",

@@ -127,14 +127,16 @@ class _Repeated:
     self._distinct = distinct
     self._steps = iter(rows.reader.steps)
     self._last = rows.reader.steps.stop - 1
-    self._made: dict[int, Made] = {}
+    self._made: dict[tuple[int, int], Made] = {}
 
   def __next__(self) -> Made:
     step = next(self._steps)
     # The last batch of an evaluation is one of its own: rows of it may be padding.
-    key = step if step == self._last else step % self._distinct
+    number = step if step == self._last else step % self._distinct
+    key = number, self._rows.size_at(step)
     if key not in self._made:
-      self._made[key] = self._rows(key)
+      examples = self._rows.reader.examples(number)
+      self._made[key] = self._rows.make(number, examples, size=key[1])
     return self._made[key]
 
   def close(self) -> None:

@@ -13,10 +13,11 @@ import math
 from absl import logging
 import ml_collections
 
+from configs import image_sizes
 from input_pipeline import batches as batches_lib
 from input_pipeline.batches import Batches
 from input_pipeline.errors import DataError
-from input_pipeline.rows import Batch, EvalRows, TrainRows
+from input_pipeline.rows import Batch, EvalRows, Sizes, TrainRows
 from input_pipeline.sources.base import Plan, Position, Reader, Source
 from input_pipeline.workers import processes
 
@@ -109,6 +110,7 @@ def train_batches(
   host: int = 0,
   hosts: int = 1,
   positions: Sequence[Position] | None = None,
+  sizes: Sizes = (),
 ) -> BatchIterator:
   """Iterate over this host's rows of the batches first_step, first_step + 1, ... without end.
 
@@ -128,6 +130,8 @@ def train_batches(
     hosts: number of hosts.
     positions: of all hosts before `first_step`, where the order has them; see
       BatchIterator.position.
+    sizes: (step, size S of the images from it on), rising from step 0; by default the first size
+      that `data` has, throughout. Neither the order nor the boxes of crops depend on it.
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b], "bad": bool [b]}, to be closed.
@@ -145,7 +149,8 @@ def train_batches(
   workers, _ = processes.choose(data.workers, data.threads)
   plan = Plan(data, global_batch_size, host, hosts, workers, seed, first_step, positions)
   reader = source.train_reader(plan)
-  rows = TrainRows(reader, data, *_decoders(reader, data), seed)
+  sizes = sizes or ((0, image_sizes.of(data)[0][1]),)
+  rows = TrainRows(reader, data, *_decoders(reader, data), seed, sizes)
   logging.info(
     "Decoding in %s.",
     f"{rows.workers} processes, {rows.threads} threads each"

@@ -2,7 +2,7 @@
 
 import abc
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import functools
 from typing import Any
 
@@ -10,6 +10,7 @@ from absl import logging
 import ml_collections
 import numpy as np
 
+from configs import image_sizes
 from input_pipeline import augment, image
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.order import seeds
@@ -20,6 +21,9 @@ from input_pipeline.workers import slots
 # image: uint8 [rows, size, size, 3] | label: int32 [rows] | bad: bool [rows], whether the record
 # could not be used | and in evaluation mask: bool [rows], whether the row is no padding.
 Batch = dict[str, np.ndarray]
+
+# (first step, size of its images and of those after it), rising from step 0.
+Sizes = Sequence[tuple[int, int]]
 
 _NEIGHBOURS = 16  # tried in place of a record that cannot be decoded
 _GREY = 128  # of an evaluated image that cannot be decoded
@@ -54,23 +58,30 @@ class Rows(abc.ABC):
     slots: memory that processes write images to.
   """
 
-  def __init__(self, reader: Reader, size: int, workers: int, threads: int):
+  def __init__(self, reader: Reader, sizes: Sizes, workers: int, threads: int):
     self.reader = reader
     self.workers, self.threads = workers, threads
     self.slots: slots.Slots | None = None
     # Plain values here and below: a ConfigDict is slow, and this runs once per image.
-    self._size = int(size)
+    self._sizes = tuple(sizes)
 
   def __call__(self, task: int) -> Made:
     step, part = divmod(int(task), self.reader.parts)
     return self.make(step, self.reader.examples(step, part), part)
 
-  def make(self, step: int, examples: Iterable[Get], part: int = 0) -> Made:
-    """Make a task of its examples."""
+  def size_at(self, step: int) -> int:
+    """Return the size of the images of a step."""
+    return image_sizes.at(self._sizes, step)
+
+  def make(
+    self, step: int, examples: Iterable[Get], part: int = 0, size: int | None = None
+  ) -> Made:
+    """Make a task of its examples; `size` is that of the step, unless it is given."""
     first, count = self.reader.span(step, part)
-    batch, notes = self._empty(count), Notes()
+    size = size or self.size_at(step)
+    batch, notes = self._empty(count, size), Notes()
     # Without a free slot Grain copies the array to shared memory of its own: slower, not wrong.
-    claim = self.slots and self.slots.claim(count)
+    claim = self.slots and self.slots.claim((count, size, size, 3))
     if claim:
       batch["image"] = claim.array
     try:
@@ -94,7 +105,8 @@ class Rows(abc.ABC):
   def make_slots(self, count: int) -> None:
     """Reserve shared memory for `count` tasks of each process."""
     rows = -(-self.reader.rows // self.reader.parts)
-    self.slots = slots.Slots((rows, self._size, self._size, 3), self.workers, count)
+    size = max(size for _, size in self._sizes)
+    self.slots = slots.Slots((rows, size, size, 3), self.workers, count)
     logging.log_first_n(
       logging.INFO,
       "Up to %.1f GiB of shared memory for decoded batches.",
@@ -103,7 +115,7 @@ class Rows(abc.ABC):
     )
 
   @abc.abstractmethod
-  def _empty(self, count: int) -> Batch:
+  def _empty(self, count: int, size: int) -> Batch:
     """Return `count` rows to be filled."""
 
   @abc.abstractmethod
@@ -150,17 +162,23 @@ class TrainRows(Rows):
   """Rows of a training run: random crop and flip, then the operations of the config."""
 
   def __init__(
-    self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int, seed: int
+    self,
+    reader: Reader,
+    data: ml_collections.ConfigDict,
+    workers: int,
+    threads: int,
+    seed: int,
+    sizes: Sizes,
   ):
-    super().__init__(reader, data.image_size, workers, threads)
+    super().__init__(reader, sizes, workers, threads)
     self._area = tuple(data.crop_area)
     self._aspect = tuple(data.crop_aspect)
     self._flip = bool(data.flip)
     self._operations = augment.parse(data.operations)
     self._seed = seeds(seed)[1]
 
-  def _empty(self, count: int) -> Batch:
-    return _empty_rows(count, self._size)
+  def _empty(self, count: int, size: int) -> Batch:
+    return _empty_rows(count, size)
 
   def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
     draws = Draws(self._seed)
@@ -181,7 +199,7 @@ class TrainRows(Rows):
   def _view(self, draws: Draws, number: int, out: np.ndarray, data: bytes) -> None:
     """Write the augmented image of example `number` to uint8 [size, size, 3]."""
     rng = draws.of(number)
-    image.train_view(data, rng, self._size, self._area, self._aspect, self._flip, out)
+    image.train_view(data, rng, len(out), self._area, self._aspect, self._flip, out)
     augment.apply(self._operations, out, rng)
 
 
@@ -189,11 +207,11 @@ class EvalRows(Rows):
   """Rows of one pass over the examples in order, padded at the end."""
 
   def __init__(self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int):
-    super().__init__(reader, data.eval_image_size, workers, threads)
+    super().__init__(reader, ((0, int(data.eval_image_size)),), workers, threads)
     self._resize = int(data.eval_resize)
 
-  def _empty(self, count: int) -> Batch:
-    return _empty_rows(count, self._size) | {"mask": np.zeros(count, bool)}
+  def _empty(self, count: int, size: int) -> Batch:
+    return _empty_rows(count, size) | {"mask": np.zeros(count, bool)}
 
   def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
     del first
@@ -212,4 +230,4 @@ class EvalRows(Rows):
 
   def _view(self, out: np.ndarray, data: bytes) -> None:
     """Write the central crop of an image to uint8 [size, size, 3]."""
-    out[...] = image.eval_view(data, self._resize, self._size)
+    out[...] = image.eval_view(data, self._resize, len(out))

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs import base, names
+from configs import base, image_sizes, names
 from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
+from input_pipeline.sources import slices
 from trainer import augment, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
+from trainer.state import Tree
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
 Changes = dict[str, list[Any]]
@@ -33,6 +35,7 @@ class Durations:
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
+    sizes: (step, size of training images in pixels from it on), rising from step 0.
   """
 
   total: int
@@ -41,6 +44,7 @@ class Durations:
   checkpoint_every: int
   per_epoch: float
   offset: int = 0
+  sizes: tuple[tuple[int, int], ...] = ()
 
   @property
   def last(self) -> int:
@@ -50,6 +54,10 @@ class Durations:
   def epoch(self, step: int) -> float:
     """Return the epochs after `step` steps taken."""
     return (step + self.offset) / self.per_epoch
+
+  def image_size(self, step: int) -> int:
+    """Return the size of the images of the batch that follows `step` steps taken."""
+    return image_sizes.at(self.sizes, step + self.offset)
 
   def is_evaluated(self, step: int) -> bool:
     """Whether an evaluation is due after `step` steps taken."""
@@ -111,6 +119,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       "config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1."
     )
+  _check_evaluation(values)
   for name in allowed_names(values["resume.allow"]):
     _check_allowed(name, fields, config.model.name)
   try:
@@ -120,9 +129,32 @@ def validate(config: ml_collections.ConfigDict) -> None:
     names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
+    image_sizes.parse(config.data.image_sizes)
+    slices.parse(config.data.train_split, "config.data.train_split")
+    slices.several(config.data.eval_split, "config.data.eval_split")
     host_augment.parse(config.data.operations)
   except (ValueError, DataError) as error:
     raise ConfigError(str(error)) from error
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> None:
+  averaged = values["optimizer.ema_decay"]
+  if values["eval.raw"] and not averaged:
+    raise ConfigError(
+      "config.eval.raw is True, but no weights are averaged; set config.optimizer.ema_decay, or "
+      "config.eval.raw to False."
+    )
+  count, batch = values["eval.precise_bn_examples"], values["eval.batch_size"]
+  if count % batch:
+    raise ConfigError(
+      f"config.eval.precise_bn_examples is {count}, which must be a multiple of "
+      f"config.eval.batch_size = {batch}; the nearest is {max(1, round(count / batch)) * batch}."
+    )
+  if count and averaged and values.get("optimizer.ema_batch_stats", True):
+    raise ConfigError(
+      f"config.eval.precise_bn_examples is {count}, but averaged weights (config.optimizer."
+      "ema_decay) have averaged BN statistics already; keep one of the two, and set the other to 0."
+    )
 
 
 def _not_a_field(name: str, fields: Mapping[str, Field], family: str) -> str:
@@ -177,11 +209,13 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   data, fsdp, space = mesh_shape(config.mesh, num_devices)
   if config.sharding.params == "fsdp" and fsdp == 1:
     raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")
-  for field in ("image_size", "eval_image_size"):
-    if config.data[field] % space:
+  train = "image_sizes" if config.data.image_sizes else "image_size"
+  sizes = [(train, size) for size in image_sizes.distinct(config.data)]
+  for field, size in (*sizes, ("eval_image_size", config.data.eval_image_size)):
+    if size % space:
+      has = "has" if field == "image_sizes" else "is"
       raise ConfigError(
-        f"config.data.{field} is {config.data[field]}, which config.mesh.space = {space} does not "
-        "divide."
+        f"config.data.{field} {has} {size}, which config.mesh.space = {space} does not divide."
       )
   shards, steps = data * fsdp, config.accumulation_steps
   for field, size, parts in (
@@ -202,6 +236,40 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     )
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def check_precise_bn(
+  config: ml_collections.ConfigDict, train_source: sources.Source, batch_stats: Tree
+) -> None:
+  """Refuse precise BN that the examples or the model cannot have.
+
+  Args:
+    config: a validated config.
+    train_source: what the run is trained on.
+    batch_stats: of the model; may be abstract.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  count = config.eval.precise_bn_examples
+  if not count:
+    return
+  field = f"config.eval.precise_bn_examples is {count}"
+  paths = [path for path, _ in jax.tree.leaves_with_path(batch_stats)]
+  if not paths or {str(path[-1].key) for path in paths} != {"mean", "var"}:
+    raise ConfigError(
+      f"{field}, but the model family {config.model.name} has no batch norm; set it to 0."
+    )
+  if count > len(train_source):
+    raise ConfigError(
+      f"{field}, more than the {len(train_source)} examples of config.data.train_split; set it to "
+      f"{len(train_source) // config.eval.batch_size * config.eval.batch_size} or less."
+    )
+  if not train_source.indexed:
+    raise ConfigError(
+      f"{field}, which needs data that can be read in batches of any examples, and parquet cannot; "
+      "set it to 0, or make shards with `python -m input_pipeline.prepare --from`."
+    )
 
 
 def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int = 0) -> Durations:
@@ -228,6 +296,10 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
     offset=offset,
+    # Of two points that fall on one step the later counts.
+    sizes=tuple(
+      {round(epoch * per_epoch): size for epoch, size in image_sizes.of(config.data)}.items()
+    ),
   )
   if result.warmup >= result.total:
     raise ConfigError(

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from configs import image_sizes
 from trainer import (
   config as config_lib,
 )
@@ -31,14 +32,16 @@ from trainer import (
 from trainer import (
   step as step_lib,
 )
+from trainer.errors import ConfigError
 from trainer.state import Model, TrainState, make_init
 
-Mode = Literal["train", "eval"]
+Mode = Literal["train", "eval", "statistics"]
 
 # The entries of a host batch that each kind of step reads.
 BATCHES: dict[Mode, tuple[str, ...]] = {
   "train": ("image", "label"),
   "eval": evaluate.BATCH,
+  "statistics": ("image",),
 }
 
 # Without it the compiler computes a gradient that is wanted in shards by one convolution for each
@@ -82,18 +85,41 @@ class Program:
     return jax.jit(self.init, out_shardings=self.state_shardings())()
 
   def sizes(self, mode: Mode) -> dict[str, int]:
-    """Return the image size and the batch size of the config for a mode."""
+    """Return the image size and the batch size for a mode; in training the largest image size."""
     if mode == "train":
-      size, batch = self.config.data.image_size, self.config.global_batch_size
+      size, batch = max(image_sizes.distinct(self.config.data)), self.config.global_batch_size
     else:
       size, batch = self.config.data.eval_image_size, self.config.eval.batch_size
     return {"image_size": size, "batch_size": batch}
+
+  def sizes_at(self, step: int) -> dict[str, int]:
+    """Return `sizes` of the training step that follows `step` steps taken."""
+    return self.sizes("train") | {"image_size": self.lengths.image_size(step)}
+
+  def all_sizes(self, mode: Mode, step: int = 0) -> list[dict[str, int]]:
+    """Return all `sizes` that a mode has after `step` steps, in the order of their first use."""
+    if mode != "train":
+      return [self.sizes(mode)]
+    ahead = [
+      size
+      for first, size in self.lengths.sizes
+      if step + self.lengths.offset < first < self.lengths.total
+    ]
+    distinct = dict.fromkeys([self.lengths.image_size(step), *ahead])
+    return [self.sizes(mode) | {"image_size": size} for size in distinct]
 
   def lower(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Lowered:
     """Trace a step for batches of this size; see trainer.step. Training donates the state."""
     requests = mesh_lib.abstract_flags(self.mesh)
     batch = self._abstract_batch(mode, image_size, batch_size)
     replicated = mesh_lib.replicated(self.mesh)
+    if mode == "statistics":
+      statistics_step = step_lib.make_statistics_step(self.model, self.config, self.mesh)
+      variables = self.abstract_state.for_eval()
+      shardings = jax.tree.map(lambda x: x.sharding, variables.batch_stats)
+      return jax.jit(statistics_step, out_shardings=(shardings, replicated)).lower(
+        variables, (variables.batch_stats, evaluate.abstract_count(self.mesh)), batch
+      )
     if mode == "eval":
       eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
       return jax.jit(eval_step, out_shardings=replicated).lower(
@@ -150,8 +176,16 @@ def build(
   )
   no_decay = models.family_of(config.model).NO_DECAY
   optimizer = optimizer_lib.make_optimizer(config, schedule, no_decay)
-  model, init = make_init(config, optimizer, mesh_lib.batch_shards(mesh))
+  shards = mesh_lib.batch_shards(mesh)
+  model, init = make_init(config, optimizer, shards)
   shapes = jax.eval_shape(init)
+  sizes = image_sizes.distinct(config.data)
+  for size in sizes if len(sizes) > 1 else ():
+    if jax.eval_shape(make_init(config, optimizer, shards, size)[1]) != shapes:
+      raise ConfigError(
+        f"config.data.image_sizes has {size} and {max(sizes)}, for which the model family "
+        f"{config.model.name} has parameters of other shapes; give one config.data.image_size."
+      )
   abstract_state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,

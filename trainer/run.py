@@ -1,6 +1,6 @@
 """A run in one process: what it was opened with, and what changes from step to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 from typing import Any
@@ -21,18 +21,28 @@ from trainer.program import Program, Steps
 from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
-from trainer.state import TrainState
+from trainer.state import TrainState, Variables
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """What a run is about: its folder, its examples and its program."""
+  """What a run is about.
+
+  Attributes:
+    workdir: its folder.
+    train_source: its examples.
+    eval_sources: those of each evaluated split, by name; the first decides which checkpoint is the
+      best.
+    statistics_source: those that BN statistics are computed on before an evaluation, or None.
+    program: what is compiled.
+  """
 
   workdir: Workdir
   train_source: sources.Source
-  eval_source: sources.Source
+  eval_sources: Mapping[str, sources.Source]
+  statistics_source: sources.Source | None
   program: Program
 
 
@@ -60,7 +70,8 @@ class Run:
   ):
     self.config, self.pod, self.clock, self.stop = config, pod, clock, stop
     self.workdir, self.program = opened.workdir, opened.program
-    self.train_source, self.eval_source = opened.train_source, opened.eval_source
+    self.train_source, self.eval_sources = opened.train_source, opened.eval_sources
+    self.statistics_source = opened.statistics_source
     self.lengths, self.mesh = self.program.lengths, self.program.mesh
     self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
     self.steps = Steps(self.program)
@@ -100,17 +111,23 @@ class Run:
     before = self.clock.read()["compile"]
     exits.callback(self.steps.close)
     with self.clock("compile"):
-      self.steps.prepare("train", **self.program.sizes("train"))
+      first, *later = self.program.all_sizes("train", self.step)
+      self.steps.prepare("train", **first)
       self.steps.prepare("eval", **self.program.sizes("eval"))
+      if self.statistics_source:
+        self.steps.prepare("statistics", **self.program.sizes("statistics"))
+      for sizes in later:
+        self.steps.prepare("train", **sizes)
       if not self.restored:
         self.state = self.program.init_state()
-      self.train_step = self.steps.get("train", **self.program.sizes("train"))
+      self.train_step = self.steps.get("train", **first)
+      self._sizes = first
       jax.block_until_ready(self.state)
     logging.info("Compiled in %.1f s.", self.clock.read()["compile"] - before)
 
   def start_input(self, exits: contextlib.ExitStack) -> None:
     """Start to load batches from this step on, and to report."""
-    config, program = self.config, self.program
+    config = self.config
     self.host_batches = loader.train_batches(
       self.train_source,
       config.data,
@@ -120,8 +137,10 @@ class Run:
       hosts=self.pod.hosts,
       global_batch_size=config.global_batch_size,
       positions=self.positions,
+      sizes=self.lengths.sizes,
     )
     exits.callback(self.host_batches.close)
+    peak = flops.peak(self.mesh.devices.flatten().tolist())
     self.telemetry = Telemetry(
       self.workdir.path,
       config,
@@ -129,12 +148,9 @@ class Run:
       first_step=self.step,
       total_steps=self.lengths.last,
       epoch=self.lengths.epoch,
-      seconds_at_peak=flops.seconds_at_peak(
-        program.model,
-        program.abstract_state.for_eval(),
-        devices=self.mesh.devices.flatten().tolist(),
-        **program.sizes("train"),
-      ),
+      work=self._work(peak).between,
+      peak=peak,
+      image_size=self.lengths.image_size if config.data.image_sizes else None,
       exchange=self.pod.exchange,
       reads=lambda: self.host_batches.reads,
     )
@@ -147,6 +163,8 @@ class Run:
     self.pod.at(f"step {self.step + 1}")
     with self.clock("input_wait"):
       batch = next(self.batches)
+    if self.program.sizes_at(self.step) != self._sizes:
+      self._change_size()
     flags = self.requests.flags()
     with jax.transfer_guard("disallow"):
       self.state, output = self.train_step(self.state, batch, flags)
@@ -155,6 +173,25 @@ class Run:
     self.telemetry.step(self.step, output.metrics)
     self.requests.note(self.step, output.request)
     self.checkpointer.poll()
+
+  def _change_size(self) -> None:
+    """Take up the program of the next step, which was asked for at the start."""
+    self._sizes = self.program.sizes_at(self.step)
+    with self.clock("compile"):
+      self.train_step = self.steps.get("train", **self._sizes)
+    logging.info("Images of %d px from step %d on.", self._sizes["image_size"], self.step + 1)
+
+  def _work(self, peak: float | None) -> flops.Work:
+    """Return the model FLOPs of the steps; if nobody needs them, the number of the steps."""
+    lengths, variables = self.lengths, self.program.abstract_state.for_eval()
+    if not peak and len(lengths.sizes) == 1:
+      return flops.Work([(0, 1.0)])
+    batch = self.config.global_batch_size
+    each = {
+      size: flops.step_flops(self.program.model, variables, image_size=size, batch_size=batch)
+      for size in {size for _, size in lengths.sizes}
+    }
+    return flops.Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])
 
   def flush(self) -> None:
     """Wait for every step taken; raise if one was not finite: only good states are saved."""
@@ -173,21 +210,48 @@ class Run:
     return True
 
   def evaluate(self) -> evaluate_lib.Result | None:
-    """Evaluate the state; None if a host asks for a stop meanwhile."""
+    """Evaluate the state on all splits; None if a host asks for a stop meanwhile."""
     self.pod.at(f"evaluation of step {self.step}")
     with self.clock("compile"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
-    host_batches = loader.eval_batches(
-      self.eval_source,
+    weights, results = self._weights(), {}
+    for name, source in self.eval_sources.items():
+      host_batches = self._one_pass(source)
+      with self.clock("eval"), contextlib.closing(host_batches):
+        result = evaluate_lib.evaluate(
+          eval_step, self.mesh, weights, host_batches, self.requests.flags
+        )
+      if result is None:
+        return None
+      results[name] = result
+    return evaluate_lib.join(results)
+
+  def _weights(self) -> list[Variables]:
+    """Return what an evaluation is of: the averaged weights, if any, and the others."""
+    weights = [self.state.for_eval()]
+    if self.config.eval.raw:
+      # Averaged weights may be in shards where the others are whole.
+      shardings = jax.tree.map(lambda x: x.sharding, self.program.abstract_state.for_eval())
+      weights.append(jax.device_put(self.state.raw(), shardings))
+    if not self.statistics_source:
+      return weights
+    with self.clock("compile"):
+      step = self.steps.get("statistics", **self.program.sizes("statistics"))
+    precise = []
+    for variables in weights:
+      host_batches = self._one_pass(self.statistics_source)
+      with self.clock("eval"), contextlib.closing(host_batches):
+        precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
+    return precise
+
+  def _one_pass(self, source: sources.Source) -> loader.BatchIterator:
+    return loader.eval_batches(
+      source,
       self.config.data,
       batch_size=self.config.eval.batch_size,
       host=self.pod.host,
       hosts=self.pod.hosts,
     )
-    with self.clock("eval"), contextlib.closing(host_batches):
-      return evaluate_lib.evaluate(
-        eval_step, self.mesh, self.state.for_eval(), host_batches, self.requests.flags
-      )
 
   def meta(self) -> dict[str, Any]:
     """Return what a checkpoint holds beside the state."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from configs import image_sizes
 from trainer import models
 
 # A pytree of arrays, or of their shapes; its exact structure is the business of who made it.
@@ -58,6 +59,10 @@ class TrainState:
     """Return what evaluation uses: the averaged parameters and statistics where there are any."""
     averaged = self.ema or {"params": self.params, "batch_stats": self.batch_stats}
     return Variables(averaged["params"], averaged["batch_stats"], self.others)
+
+  def raw(self) -> Variables:
+    """Return what training computes with, averaged or not."""
+    return Variables(self.params, self.batch_stats, self.others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,10 @@ def step_key(seed: int, step: jax.Array, micro_batch: jax.Array | int) -> jax.Ar
 
 
 def make_init(
-  config: ml_collections.ConfigDict, optimizer: optax.GradientTransformation, shards: int
+  config: ml_collections.ConfigDict,
+  optimizer: optax.GradientTransformation,
+  shards: int,
+  image_size: int = 0,
 ) -> tuple[Model, Callable[[], TrainState]]:
   """Return the model without its arrays, and a function to be jitted that makes those of step 0.
 
@@ -138,12 +146,13 @@ def make_init(
     config: config of the run.
     optimizer: of its parameters.
     shards: number of parts that the examples of a batch are split in over devices.
+    image_size: of training images, in pixels; 0 is the largest of the run.
   """
 
   def create() -> nnx.Module:
     # Streams that the model keeps are seeded in each step; their first keys are never used.
     rngs = nnx.Rngs(jax.random.key(0), params=jax.random.key(config.seed))
-    size = config.data.image_size
+    size = image_size or max(image_sizes.distinct(config.data))
     return models.create(config.model, image_size=size, rngs=rngs, shards=shards)
 
   def init() -> TrainState:

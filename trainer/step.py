@@ -13,7 +13,16 @@ from configs import names
 from trainer import augment, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
-from trainer.state import Model, Params, TrainState, Tree, Variables, step_key, variables_of
+from trainer.state import (
+  BatchStats,
+  Model,
+  Params,
+  TrainState,
+  Tree,
+  Variables,
+  step_key,
+  variables_of,
+)
 
 # Arrays by name: image uint8 [N, S, S, 3], label int32 [N] and, in evaluation, mask bool [N].
 Batch = dict[str, jax.Array]
@@ -37,6 +46,9 @@ class StepOutput(NamedTuple):
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepOutput]]
 EvalStep = Callable[[Variables, Totals, Batch, jax.Array], Totals]
+# The running statistics of so many batches.
+Statistics = tuple[BatchStats, jax.Array]
+StatisticsStep = Callable[[Variables, Statistics, Batch], Statistics]
 
 
 class _Sums(NamedTuple):
@@ -166,14 +178,18 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
 
   The mask of the batch is False on padding. Totals are scalars over all real examples so far:
   `loss` float32 sum of the cross entropy (no smoothing), `top1`, `top5`, `examples` int32 counts,
-  and `request` int32, the highest request of any host.
+  and `request` int32, the highest request of any host. With `config.eval.flip` the logits are the
+  mean of those of the image and of its mirror.
   """
   dtype = jnp.dtype(config.model.dtype)
 
   def eval_step(variables: Variables, totals: Totals, batch: Batch, requests: jax.Array) -> Totals:
     whole = jax.lax.with_sharding_constraint(variables.params, mesh_lib.replicated(mesh))
     net = model.merge(variables._replace(params=whole), None)
-    logits = net(augment.normalize(batch["image"], config.data, dtype))
+    images = augment.normalize(batch["image"], config.data, dtype)
+    logits = net(images)
+    if config.eval.flip:
+      logits = (logits + net(images[:, :, ::-1])) / 2
     mask, labels = batch["mask"], batch["label"]
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # How many classes come before the right one, equal logits in the order of classes. For a sort
@@ -193,3 +209,26 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
     } | {"request": jnp.maximum(totals["request"], jnp.max(requests))}
 
   return eval_step
+
+
+def make_statistics_step(
+  model: Model, config: ml_collections.ConfigDict, mesh: Mesh
+) -> StatisticsStep:
+  """Return statistics_step(variables, (batch_stats, count), batch) -> (batch_stats, count + 1).
+
+  The model computes as in evaluation, but each batch norm with the moments of its batch. What comes
+  out are the moments over all examples of the batches so far; with a count of 0 those that come in
+  have no weight.
+  """
+  dtype = jnp.dtype(config.model.dtype)
+
+  def statistics_step(variables: Variables, so_far: Statistics, batch: Batch) -> Statistics:
+    whole = jax.lax.with_sharding_constraint(variables.params, mesh_lib.replicated(mesh))
+    net = model.merge(variables._replace(params=whole), None)
+    norm.use_batch(net)
+    net(augment.normalize(batch["image"], config.data, dtype))
+    batch_stats, count = so_far
+    new = variables_of(net).batch_stats
+    return norm.merge_moments(batch_stats, new, count), count + 1
+
+  return statistics_step

@@ -10,9 +10,11 @@ import jax
 import ml_collections
 
 from input_pipeline import sources
+from input_pipeline.sources import slices
+from trainer import config as config_lib
 from trainer import program as program_lib
 from trainer.errors import CheckpointError, ConfigError, Preempted
-from trainer.evaluate import Result
+from trainer.evaluate import Result, in_words
 from trainer.pod.join import join_pod
 from trainer.pod.pod import Pod
 from trainer.pod.requests import SAVE, STOP
@@ -46,7 +48,7 @@ def train(
   clock = WallClock()
   with join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
     opened = _open(config, workdir, pod)
-    logging.info("%s", overview.describe(opened.program, opened.train_source, opened.eval_source))
+    logging.info("%s", overview.describe(opened.program, opened.train_source, opened.eval_sources))
     run = Run(config, opened, pod, clock, stop)
     run.restore()
     exits.callback(run.checkpointer.close)
@@ -63,7 +65,7 @@ def evaluate_only(
   """Evaluate the newest checkpoint of a workdir on `config.data.eval_split`, and write `eval.json`.
 
   Returns:
-    {'step', 'top1', 'top5', 'loss', 'examples'}.
+    {'step', 'top1', 'top5', 'loss', 'examples'}, and what else `evaluate.Result` has.
 
   Raises:
     TrainerError: as `train` does, and if there is no checkpoint.
@@ -82,27 +84,22 @@ def evaluate_only(
       raise Preempted("Stopped during the evaluation; the same command starts it again.")
     found = {"step": run.step, **result}
     write_json(run.workdir.evaluation, found)
-    logging.info(
-      "Checkpoint %d: top1 %.2f%%, top5 %.2f%%, loss %.4f on %d examples.",
-      run.step,
-      100 * result["top1"],
-      100 * result["top5"],
-      result["loss"],
-      result["examples"],
-    )
+    for line in in_words(result):
+      logging.info("Checkpoint %d: %s.", run.step, line)
     return found
 
 
 def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
   folder = Workdir(open_workdir(workdir, pod))
   program_lib.use_compilation_cache(config, folder.compiled)
-  train_source, eval_source = (
+  evaluated = slices.several(config.data.eval_split, "config.data.eval_split")
+  train_source, *eval_sources = (
     sources.open_source(config.data, split, config.model.num_classes)
-    for split in (config.data.train_split, config.data.eval_split)
+    for split in (config.data.train_split, *evaluated)
   )
   seen = pod.gather(
     "data",
-    [getattr(source, "fingerprint", len(source)) for source in (train_source, eval_source)],
+    [getattr(source, "fingerprint", len(source)) for source in (train_source, *eval_sources)],
   )
   for host, theirs in seen.items():
     if theirs != seen[0]:
@@ -111,7 +108,11 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
         "hosts the same files, and a data set of the hub with its @REVISION."
       )
   program = program_lib.build(config, len(train_source))
-  return Opened(folder, train_source, eval_source, program)
+  config_lib.check_precise_bn(config, train_source, program.abstract_state.for_eval().batch_stats)
+  count, total = config.eval.precise_bn_examples, len(train_source)
+  some = train_source.subset(slices.choose(total, 0, count)) if count else None
+  named = dict(zip(evaluated, eval_sources, strict=True))
+  return Opened(folder, train_source, named, some, program)
 
 
 def _already_finished(run: Run) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import ml_collections
 from configs import names
 from input_pipeline.errors import DataError
 from input_pipeline.remote import has_scheme
+from input_pipeline.sources import slices
 from input_pipeline.sources.base import HF_PREFIX, Source
 
 __all__ = ["KINDS", "ORDERS", "Source", "check_kind", "open_source", "order_of", "source_class"]
@@ -40,24 +41,28 @@ def open_source(data: ml_collections.ConfigDict, split: str, num_classes: int | 
 
   Args:
     data: `config.data`; `path` and `kind` are read, and the fields of this kind.
-    split: name of the split; `val` and `validation` are synonyms.
+    split: name of the split, or a part of it as in train[:99%] (see `slices`); `val` and
+      `validation` are synonyms.
     num_classes: `config.model.num_classes`; None takes what there is, unless data are synthetic.
 
   Raises:
     DataError: the path, the split or the number of classes do not fit what is there.
   """
+  part = slices.parse(split)
   kind = _by_path(data.kind, data.path)
   if kind == _AUTO:
     from input_pipeline.sources import local
 
     kind = local.guess_kind(data.path)
-  source = _find(kind).open(data, split, num_classes)
+  source = _find(kind).open(data, part.name, num_classes)
   if num_classes is not None and source.num_classes != num_classes:
     raise DataError(
       f"{data.path or kind} has {source.num_classes} classes, but config.model.num_classes is "
       f"{num_classes}; give --config.model.num_classes={source.num_classes}."
     )
-  return source
+  if part.whole:
+    return source
+  return source.subset(slices.choose(len(source), *part.bounds(len(source))))
 
 
 def check_kind(kind: str) -> None:

@@ -1,6 +1,7 @@
 """ArrayRecord shards of tf.train.Example, ours or those of TFDS, on a local disk."""
 
 import bisect
+import copy
 import itertools
 import resource
 import threading
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 from array_record.python import array_record_module
 import ml_collections
+import numpy as np
 
 from input_pipeline import records
 from input_pipeline.errors import BadRecordError, DataError
@@ -44,14 +46,24 @@ class ShardedSource(Source):
     self.folder = folder
     self._mend = split.mend
     self._ends = list(itertools.accumulate(shard.count for shard in split.shards))
+    self._chosen: np.ndarray | None = None
 
   def __len__(self) -> int:
-    return self._ends[-1]
+    return self._ends[-1] if self._chosen is None else len(self._chosen)
+
+  def subset(self, indices: np.ndarray) -> Self:
+    """See Source."""
+    part = copy.copy(self)
+    part._chosen = indices if self._chosen is None else self._chosen[indices]
+    part.class_counts = None
+    return part
 
   def _find(self, index: int) -> tuple[int, int]:
     """Return the shard of an example and its position there."""
     if not 0 <= index < len(self):
       raise IndexError(f"example {index} of {len(self)}")
+    if self._chosen is not None:
+      index = int(self._chosen[index])
     shard = bisect.bisect_right(self._ends, index)
     return shard, index - self._ends[shard] + self.shards[shard].count
 

@@ -14,6 +14,7 @@ import math
 from typing import Any, ClassVar, Self
 
 import ml_collections
+import numpy as np
 
 from input_pipeline.errors import DataError
 from input_pipeline.order import GlobalShuffle, IndexOrder, OnePass, seeds
@@ -146,7 +147,7 @@ class Source(abc.ABC):
   class_counts: Sequence[int] | None = None
   shards: Sequence[Shard] = ()
   folder: Folder | None = None
-  index_reader: ClassVar[type[IndexReader]] = IndexReader
+  index_reader: type[IndexReader] = IndexReader
 
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
@@ -179,6 +180,23 @@ class Source(abc.ABC):
     for index in indices:
       yield index, functools.partial(self.__getitem__, index)
 
+  def subset(self, indices: np.ndarray) -> "Source":
+    """Return a source of the examples at these indices, which rise.
+
+    Raises:
+      DataError: this source cannot be taken apart.
+    """
+    own = type(self)
+    if not self.indexed or (own.train_reader, own.eval_reader) != (
+      Source.train_reader,
+      Source.eval_reader,
+    ):
+      raise DataError(
+        f"{own.__name__} has an order of its own and cannot serve a part of a split; name whole "
+        "splits in config.data.train_split and config.data.eval_split."
+      )
+    return Subset(self, indices)
+
   def train_reader(self, plan: Plan) -> Reader:
     """Return the reader of a training run without end.
 
@@ -198,6 +216,27 @@ class Source(abc.ABC):
     """Return in words the order of training examples, and what it costs in memory."""
     del data, global_batch_size, hosts
     return "a shuffle of all in each epoch"
+
+
+class Subset(Source):
+  """Some of the examples of a source with quick access by index."""
+
+  def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
+    """Store what it is a part of.
+
+    Args:
+      source: of all examples.
+      indices: those of the part, in order.
+    """
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    self.index_reader = source.index_reader
+    self._source, self._indices = source, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[int(self._indices[index])]
 
 
 def eval_steps(source: Source, plan: Plan) -> range:

@@ -5,7 +5,7 @@ environment (HF_TOKEN). The files are read by row group: some hundred neighbouri
 in one request.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import copy
 import hashlib
@@ -16,6 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import ml_collections
+import numpy as np
 
 from input_pipeline.errors import DataError
 from input_pipeline.records import Record
@@ -88,6 +89,8 @@ class HfSource(Source):
     self.class_names = tuple(names or map(str, range(num_classes or 0)))
     self.num_classes = len(self.class_names)
     self.row_groups = tuple(self._row_groups())
+    # Which rows of a row group (URL, index) there are; None for all of every one.
+    self._rows: Mapping[tuple[str, int], np.ndarray] | None = None
     digest = hashlib.sha256(repr([os.path.basename(f) for f in files]).encode())
     digest.update(repr(self.row_groups).encode())
     self.fingerprint = digest.hexdigest()[:16]
@@ -104,12 +107,34 @@ class HfSource(Source):
   def __len__(self) -> int:
     return sum(group.rows for group in self.row_groups)
 
+  def subset(self, indices: np.ndarray) -> "HfSource":
+    """See Source; a row group is still read as a whole."""
+    part, groups = copy.copy(self), []
+    rows: dict[tuple[str, int], np.ndarray] = {}
+    ends = np.cumsum([group.rows for group in self.row_groups])
+    cuts = np.searchsorted(indices, [0, *ends])
+    for group, end, first, last in zip(self.row_groups, ends, cuts, cuts[1:], strict=False):
+      if first == last:
+        continue
+      chosen = indices[first:last] - (end - group.rows)
+      key = self._files[group.file], group.index
+      rows[key] = chosen if self._rows is None else self._rows[key][chosen]
+      groups.append(group._replace(rows=len(chosen)))
+    part.row_groups, part._rows = tuple(groups), rows
+    digest = hashlib.sha256(self.fingerprint.encode())
+    digest.update(np.ascontiguousarray(indices, np.int64).tobytes())
+    part.fingerprint = digest.hexdigest()[:16]
+    return part
+
   def only(self, groups: Sequence[RowGroup]) -> "HfSource":
     """Return a source of these row groups alone, which is small when pickled."""
     part = copy.copy(self)
     files = sorted({group.file for group in groups})
     part._files, part._footers = [self._files[i] for i in files], [self._footers[i] for i in files]
     part.row_groups = tuple(group._replace(file=files.index(group.file)) for group in groups)
+    if self._rows is not None:
+      keys = [(self._files[group.file], group.index) for group in groups]
+      part._rows = {key: self._rows[key] for key in keys}
     return part
 
   def _row_groups(self) -> Iterator[RowGroup]:
@@ -135,8 +160,9 @@ class HfSource(Source):
     table = remote.retried(url, lambda: self._read_table(group), stop)
     images, labels = table.column(self._image), table.column(self._label).to_pylist()
     name = f"{os.path.basename(url)}[{group.index}]"
-    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-      image = image.as_py()
+    rows = range(len(labels)) if self._rows is None else self._rows[url, group.index].tolist()
+    for row in rows:
+      image, label = images[row].as_py(), labels[row]
       shown = f"{name}[{row}]"
       if isinstance(image, dict):
         shown = os.path.basename(image.get("path") or "") or shown

@@ -2,11 +2,13 @@
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
+import copy
 import functools
 import threading
 from typing import Any, Self
 
 import ml_collections
+import numpy as np
 
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.order import InOrder, LaneShuffle, Run, WindowedOrder, seeds
@@ -17,6 +19,10 @@ from input_pipeline.remote.record_reader import RemoteShard
 from input_pipeline.sources import catalog, local
 from input_pipeline.sources.array_record import ShardedSource
 from input_pipeline.sources.base import ENDLESS, Get, Plan, Reader, eval_steps
+
+# Records of a part of a split that lie up to this far apart are read by one request, with those
+# between them.
+_NEAR = 8
 
 
 class StreamSource(ShardedSource):
@@ -58,10 +64,25 @@ class StreamSource(ShardedSource):
   def __getitem__(self, index: int) -> Record:
     return self.decode(index, self.read_run(Run(index, 1))[0])
 
+  def subset(self, indices: np.ndarray) -> Self:
+    """See Source."""
+    part = super().subset(indices)
+    part.bucket = copy.copy(self.bucket)  # to be interrupted, and counted, by itself
+    part._open_shards()
+    return part
+
   def read_run(self, run: Run) -> list[bytes | BadRecordError]:
     """Return the records of a run, which lies in one shard; see RemoteShard.read."""
     shard, position = self._find(run.first)
-    return self._remote[shard].read(position, position + run.count)
+    if self._chosen is None:
+      return self._remote[shard].read(position, position + run.count)
+    positions = self._chosen[run.first : run.first + run.count]
+    positions = positions - positions[0] + position
+    answers: list[bytes | BadRecordError] = []
+    for near in np.split(positions, np.flatnonzero(np.diff(positions) > _NEAR) + 1):
+      records = self._remote[shard].read(int(near[0]), int(near[-1]) + 1)
+      answers += [records[i] for i in (near - near[0]).tolist()]
+    return answers
 
   def decode(self, index: int, data: bytes | BadRecordError) -> Record:
     """Return the example that an answer of `read_run` holds, or raise as __getitem__ does."""
@@ -115,7 +136,7 @@ class StreamSource(ShardedSource):
     ahead = data.stream_ahead_steps * global_batch_size
     # The windows in use, and those that the steps ahead need.
     held = min(len(self), -(-(data.stream_lanes * block + max(ahead, block)) // hosts))
-    size = sum(shard.size or 0 for shard in self.shards) / len(self)
+    size = sum(shard.size or 0 for shard in self.shards) / self._ends[-1]
     memory = f", about {held * size / 2**20:,.0f} MiB" if size else ""
     return (
       f"streamed, {data.stream_lanes} lanes, each shuffled in windows of {data.stream_window} "
@@ -123,7 +144,10 @@ class StreamSource(ShardedSource):
     )
 
   def _counts(self) -> list[int]:
-    return [shard.count for shard in self.shards]
+    if self._chosen is None:
+      return [shard.count for shard in self.shards]
+    counts = np.diff(np.searchsorted(self._chosen, [0, *self._ends]))
+    return counts[counts > 0].tolist()
 
 
 class StreamReader(Reader):

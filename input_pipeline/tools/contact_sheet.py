@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from input_pipeline import loader
-from input_pipeline.records import Record
 from input_pipeline.rows import Batch
 from input_pipeline.sources import Source
+from input_pipeline.sources.base import Subset
 
 _COLUMNS = 8
 _LEAST = 112  # pixels; smaller images are shown in multiples of their size, so that labels fit
@@ -28,20 +28,6 @@ class Section(NamedTuple):
   images: np.ndarray
   captions: Sequence[str]
   bad: np.ndarray
-
-
-class _Part(Source):
-  """Some of the examples of a source, in a given order."""
-
-  def __init__(self, source: Source, indices: Sequence[int]):
-    self.num_classes, self.class_names = source.num_classes, source.class_names
-    self._source, self._indices = source, indices
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> Record:
-    return self._source[self._indices[index]]
 
 
 def training_section(source: Source, config: Any, count: int) -> Section:
@@ -66,7 +52,7 @@ def evaluation_section(source: Source, config: Any, count: int) -> Section:
   """Return the crops of `count` examples from all over a split, as in an evaluation."""
   indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
   with contextlib.closing(
-    loader.eval_batches(_Part(source, indices), _alone(config.data), batch_size=len(indices))
+    loader.eval_batches(Subset(source, indices), _alone(config.data), batch_size=len(indices))
   ) as batches:
     batch = next(batches)
   return _section(f"evaluation, {len(indices)} of {len(source):,}", source, batch)

@@ -32,7 +32,7 @@ from input_pipeline import sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.prepare import shards as shards_lib
 from input_pipeline.prepare.progress import Progress
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, slices
 from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
@@ -130,7 +130,9 @@ def inspect(options: flags.FlagValues) -> list[str]:
   num_classes = options.config.model.num_classes
   if _run_file(options) == base.__file__ and data.kind != "synthetic":
     num_classes = None
-  splits = [options.split] if options.split else [data.train_split, data.eval_split]
+  splits = [options.split] if options.split else [data.train_split]
+  if not options.split:
+    splits += slices.several(data.eval_split, "config.data.eval_split")
   opened = {split: sources.open_source(data, split, num_classes) for split in splits}
   wrong = _write_sheet(options, opened) if options.sheet else []
   for split, source in opened.items():

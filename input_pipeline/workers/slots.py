@@ -30,12 +30,12 @@ class Slot:
   """What is sent from process to process in place of an array."""
 
   number: int
-  count: int  # rows
+  shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A slot and its array: uint8 [count, ...], not cleared."""
+  """A slot and its array: uint8, not cleared."""
 
   slot: Slot
   array: np.ndarray
@@ -51,7 +51,7 @@ class _Lease:
 
 
 class Slots:
-  """Arrays of one shape in memory that all processes of a loader share.
+  """Arrays of about one size in memory that all processes of a loader share.
 
   The memory has no name: it is freed with the last process that has it, however that ends, and no
   limit of /dev/shm applies. Each decoding process has slots of its own, so processes need not agree
@@ -66,11 +66,10 @@ class Slots:
     """Reserve the memory; pages that are never written take none.
 
     Args:
-      shape: of each array, uint8; the first dimension is the largest number of rows.
+      shape: of the largest array, uint8.
       workers: number of decoding processes.
       slots_per_worker: arrays of each process that can be in use at a time.
     """
-    self._shape = tuple(shape)
     self._slots_per_worker = slots_per_worker
     count = workers * slots_per_worker
     self._first = _whole_pages(
@@ -98,8 +97,12 @@ class Slots:
     self.__dict__.update(state)
     self._map()
 
-  def claim(self, count: int) -> Claim | None:
-    """Take a free slot of this decoding process for `count` rows; None if all are in use."""
+  def claim(self, shape: tuple[int, ...]) -> Claim | None:
+    """Take a free slot of this decoding process; None if all are in use.
+
+    Args:
+      shape: of its array, not larger than the one that memory was reserved for.
+    """
     if _worker is None:
       raise RuntimeError("only decoding processes have slots")
     first = _worker * self._slots_per_worker
@@ -107,7 +110,7 @@ class Slots:
       for number in range(first, first + self._slots_per_worker):
         if not self._memory[number]:
           self._memory[number] = 1
-          slot = Slot(number, count)
+          slot = Slot(number, shape)
           return Claim(slot, self._array(slot))
     return None
 
@@ -118,8 +121,8 @@ class Slots:
     return array
 
   def _array(self, slot: Slot) -> np.ndarray:
-    shape = (slot.count, *self._shape[1:])
-    return np.asarray(_Lease(self._memory, self._first + slot.number * self._stride, shape))
+    first = self._first + slot.number * self._stride
+    return np.asarray(_Lease(self._memory, first, slot.shape))
 
 
 def _whole_pages(size: int) -> int:

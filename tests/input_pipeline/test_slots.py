@@ -21,7 +21,7 @@ def pair(monkeypatch):
 
 def test_what_is_written_is_read_without_a_copy(pair):
   reader, decoder = pair
-  claim = decoder.claim(2)
+  claim = decoder.claim((2, 3, 3))
   claim.array[:] = np.arange(18).reshape(2, 3, 3)
   found = reader.open(claim.slot)
   assert found.dtype == np.uint8
@@ -32,16 +32,16 @@ def test_what_is_written_is_read_without_a_copy(pair):
 
 def test_a_slot_is_free_again_when_the_last_view_of_it_is_gone(pair):
   reader, decoder = pair
-  first, second = decoder.claim(2), decoder.claim(2)
+  first, second = decoder.claim((2, 3, 3)), decoder.claim((2, 3, 3))
   assert first.slot != second.slot
-  assert decoder.claim(2) is None
+  assert decoder.claim((2, 3, 3)) is None
   found = reader.open(first.slot)
   view = found.reshape(-1)[3:].reshape(5, 3)[1:]
   del found
   gc.collect()
-  assert decoder.claim(2) is None
+  assert decoder.claim((2, 3, 3)) is None
   del view
-  assert decoder.claim(2).slot == first.slot
+  assert decoder.claim((2, 3, 3)).slot == first.slot
 
 
 def test_the_memory_goes_with_the_last_that_has_it():
@@ -52,7 +52,7 @@ def test_the_memory_goes_with_the_last_that_has_it():
   before = count()
   memory = slots.Slots((4, 4, 4), workers=1, slots_per_worker=1)
   assert count() > before
-  array = memory.open(slots.Slot(0, 4))
+  array = memory.open(slots.Slot(0, (4, 4, 4)))
   del memory
   gc.collect()
   array[:] = 1

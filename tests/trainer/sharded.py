@@ -146,7 +146,7 @@ def run(dtype, num_devices, overrides, host_state=None):
     )
   return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
     "eval": evaluate.evaluate(
-      eval_step, program.mesh, state.for_eval(), batches(), lambda: nothing
+      eval_step, program.mesh, [state.for_eval()], batches(), lambda: nothing
     ),
     "batch_stats": [np.asarray(x).tolist() for x in jax.tree.leaves(state.batch_stats)],
     "dtypes": sorted({str(leaf.dtype) for leaf in jax.tree.leaves(state)}),

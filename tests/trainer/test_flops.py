@@ -48,26 +48,32 @@ def test_peak_counts_chips_and_not_cores():
 def test_unknown_chips_have_no_peak():
   assert flops.peak([types.SimpleNamespace(device_kind="cpu")]) is None
   program = program_of("cifar_resnet", 8, 32)
-  assert (
-    flops.seconds_at_peak(
-      program.model,
-      program.abstract_state.for_eval(),
-      image_size=32,
-      batch_size=8,
-      devices=program.mesh.devices.flatten().tolist(),
-    )
-    is None
-  )
+  assert flops.peak(program.mesh.devices.flatten().tolist()) is None
 
 
 def test_seconds_at_peak_of_a_step():
   program = program_of("resnet", 50, 224)
-  seconds = flops.seconds_at_peak(
-    program.model,
-    program.abstract_state.for_eval(),
-    image_size=224,
-    batch_size=128,
-    devices=[device("TPU v5 lite", 0, 0, 0)],
+  work = flops.step_flops(
+    program.model, program.abstract_state.for_eval(), image_size=224, batch_size=128
   )
+  seconds = work / flops.peak([device("TPU v5 lite", 0, 0, 0)])
   # 3 * 2 * 4.09e9 * 128 / 197e12
   assert seconds == pytest.approx(15.9e-3, rel=5e-3)
+
+
+def test_flops_of_smaller_images():
+  """Multiply-adds of a ResNet-50 at the sizes of recipes, counted with torch's hooks."""
+  program = program_of("resnet", 50, 224)
+  variables = program.abstract_state.for_eval()
+  for size, multiply_adds in ((160, 2.087e9), (176, 2.608e9), (192, 3.005e9)):
+    found = flops.forward_flops(program.model, variables, size)
+    assert found == pytest.approx(2 * multiply_adds, rel=1e-3)
+
+
+def test_work_of_steps_of_several_sizes():
+  work = flops.Work([(-3, 1.0), (5, 10.0), (8, 100.0)])
+  each = [1.0] * 5 + [10.0] * 3 + [100.0] * 7
+  for start in range(15):
+    for stop in range(start, 16):
+      assert work.between(start, stop) == sum(each[start:stop])
+  assert flops.Work([(0, 2.0)]).between(3, 7) == 8

@@ -72,7 +72,7 @@ def run(tmp_path, config, monkeypatch, caplog):
 
 
 def test_speed_of_a_window(run, caplog):
-  run = run(seconds_at_peak=0.04)
+  run = run(work=lambda start, stop: 4.0 * (stop - start), peak=100.0)
   for step in range(1, 11):
     run.take(step)
   scalars = run.read()

@@ -89,6 +89,43 @@ class BatchNorm(nnx.Module):
     return ((x - mean) * factor + self.bias.get_value()).astype(self.dtype).reshape(shape)
 
 
+def use_batch(model: nnx.Module) -> None:
+  """Make every batch norm of a model in evaluation mode use, and store, the moments of its batch.
+
+  What it stores is that of the batch alone, whatever its groups in training.
+  """
+  model.set_attributes(
+    BatchNorm,
+    nnx.BatchNorm,
+    raise_if_not_found=False,
+    use_running_average=False,
+    momentum=0.0,
+    group="global",
+  )
+
+
+def merge_moments(mean: Any, new: Any, count: jax.Array) -> Any:
+  """Return the moments of `count` batches and one more of the same size.
+
+  The variance is that of all their examples together: the mean of the variances, and the variance
+  of the means.
+
+  Args:
+    mean: tree whose leaves are named `mean` and `var`, of `count` batches; ignored if that is 0.
+    new: likewise, of one batch.
+    count: int32 scalar.
+  """
+  if not isinstance(mean.get("mean"), jax.Array):
+    return {name: merge_moments(mean[name], new[name], count) for name in mean}
+  share = 1 / (count + 1).astype(mean["mean"].dtype)
+  distance = new["mean"] - mean["mean"]
+  between = share * (1 - share) * jnp.square(distance)
+  return {
+    "mean": (1 - share) * mean["mean"] + share * new["mean"],
+    "var": (1 - share) * mean["var"] + share * new["var"] + between,
+  }
+
+
 def _share(moments: jax.Array, groups: int) -> jax.Array:
   """Replace the moments [2, cells, C] of each cell by the mean over the cells of its group."""
   split = moments.reshape(2, groups, -1, moments.shape[-1])

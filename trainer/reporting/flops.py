@@ -79,18 +79,29 @@ def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
   return cast(jax.core.ShapedArray, variable.aval).shape
 
 
-def seconds_at_peak(
-  model: Model,
-  variables: Variables,
-  *,
-  image_size: int,
-  batch_size: int,
-  devices: Sequence[jax.Device],
-) -> float | None:
-  """Return how long a training step would take if the chips did only model FLOPs, at their peak.
+def step_flops(model: Model, variables: Variables, *, image_size: int, batch_size: int) -> int:
+  """Return the model FLOPs of a training step; see `forward_flops`."""
+  return 3 * batch_size * forward_flops(model, variables, image_size)
 
-  This over the real time of a step is the model FLOPs utilisation (MFU). None for chips whose peak
-  is unknown.
-  """
-  chips = peak(devices)
-  return chips and 3 * batch_size * forward_flops(model, variables, image_size) / chips
+
+class Work:
+  """The work of the steps of a run, whose images may change their size."""
+
+  def __init__(self, steps: Sequence[tuple[int, float]]):
+    """Store what each step takes.
+
+    Args:
+      steps: (steps taken before, work of each step from there on), rising; the first is for the
+        steps before it too.
+    """
+    self._steps = steps
+
+  def between(self, start: int, stop: int) -> float:
+    """Return the work of the steps start + 1, ..., stop."""
+    ends = [first for first, _ in self._steps[1:]]
+    total = 0.0
+    for begin, end, work in zip(
+      [-math.inf, *ends], [*ends, math.inf], [work for _, work in self._steps], strict=True
+    ):
+      total += work * max(0, min(stop, end) - max(start, begin))
+    return total

@@ -1,5 +1,7 @@
 """What is about to run, for the first screen of the log."""
 
+from collections.abc import Mapping
+
 from clu import parameter_overview
 import jax
 
@@ -9,7 +11,9 @@ from trainer import models
 from trainer.program import Program
 
 
-def describe(program: Program, train_source: sources.Source, eval_source: sources.Source) -> str:
+def describe(
+  program: Program, train_source: sources.Source, eval_sources: Mapping[str, sources.Source]
+) -> str:
   """Return model, data, length, devices, shardings and the table of parameters, as lines."""
   config, lengths, devices = program.config, program.lengths, jax.devices()
   data = config.data
@@ -21,8 +25,10 @@ def describe(program: Program, train_source: sources.Source, eval_source: source
     global_batch_size=config.global_batch_size,
     hosts=jax.process_count(),
   )
-  splits = f"{len(train_source):,} to train, {len(eval_source):,} to evaluate"
-  sizes = f"{data.image_size} and {data.eval_image_size} px"
+  counts = " and ".join(f"{len(source):,}" for source in eval_sources.values())
+  splits = f"{len(train_source):,} to train, {counts} to evaluate"
+  trained = data.image_sizes and f"{data.image_sizes} (epoch:px)"
+  sizes = f"{trained or data.image_size} and {data.eval_image_size} px"
   length = f"{lengths.total:,} steps of {config.global_batch_size}"
   epochs = f"{lengths.total / lengths.per_epoch:.2f} epochs, warm-up {lengths.warmup:,}"
   every = f"evaluation every {lengths.eval_every or lengths.total:,}"

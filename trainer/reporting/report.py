@@ -12,7 +12,9 @@ import base64
 from collections.abc import Mapping, Sequence
 import html
 import io
+import itertools
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,8 @@ Curve = tuple[str, str, np.ndarray, np.ndarray]
 
 # They differ in lightness too, for readers who cannot tell them apart by hue.
 _TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"
+# Of raw weights, and of further splits.
+_MORE = ("#9aa3af", "#8a63c7", "#cf3f4f", "#1c2430")
 # Title, factor of the values, and (scalar, legend, colour) of each curve.
 _PANELS = (
   ("Loss", 1, (("train/loss", "train", _TRAIN), ("eval/loss", "eval", _EVAL))),
@@ -51,6 +55,7 @@ _PANELS = (
     ),
   ),
   ("Learning rate", 1, (("train/learning_rate", "", _TRAIN),)),
+  ("Size of training images, px", 1, (("train/image_size", "", _TRAIN),)),
   ("Gradient norm", 1, (("train/grad_norm", "", _TRAIN),)),
   ("Images per second", 1, (("train/images_per_second", "", _TRAIN),)),
   ("Model FLOPs utilisation, %", 100, (("train/mfu", "", _TRAIN),)),
@@ -230,6 +235,7 @@ def _headline(
       (f"{final['top1']:.2%}", best),
       (f"{final['top5']:.2%}", "top-5"),
       (f"{final['loss']:.3f}", f"loss on {final['examples']:,} examples"),
+      *_further_results(final),
       (f"{final['epochs']:.1f}", f"epochs, {final['step']:,} steps"),
       (format_seconds(sum(_causes(final["wall_seconds"]).values())), "wall time"),
       (f"{final['images_per_second']:,.0f}", "images per second"),
@@ -267,10 +273,33 @@ def _headline(
   )
 
 
+def _further_results(final: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Return the accuracies of raw weights and of all splits but the first, each with its words."""
+  cards = []
+  if "raw_top1" in final:
+    cards.append((f"{final['raw_top1']:.2%}", "top-1 of weights that are not averaged"))
+  for name, result in final.get("splits", {}).items():
+    cards.append((f"{result['top1']:.2%}", f"top-1 on {name}, {result['examples']:,} examples"))
+  return cards
+
+
+def _further_curves(scalars: Scalars) -> list[tuple[str, str, str]]:
+  """Return scalar, legend and colour of their curves."""
+  names = [name for name in ("eval/raw_top1",) if name in scalars]
+  names += sorted(name for name in scalars if re.fullmatch(r"eval/.+/top1", name))
+  legends = ["not averaged" if n == "eval/raw_top1" else n.split("/", 1)[1][:-5] for n in names]
+  return [
+    (name, f"{legend} top-1", colour)
+    for name, legend, colour in zip(names, legends, itertools.cycle(_MORE))
+  ]
+
+
 def _panels(scalars: Scalars) -> list[tuple[str, list[Curve]]]:
   """Return title and curves of each panel of which at least one curve was logged."""
   panels = []
   for title, factor, names in _PANELS:
+    if title.startswith("Accuracy"):
+      names = (*names, *_further_curves(scalars))
     curves = [
       (label, colour, scalars[name][0], factor * scalars[name][1])
       for name, label, colour in names

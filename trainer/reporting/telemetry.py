@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from trainer.errors import NonFiniteError
-from trainer.evaluate import Result
+from trainer.evaluate import Result, in_words
 from trainer.pod.requests import LAG
 from trainer.reporting import events
 from trainer.reporting.clock import WallClock, format_seconds
@@ -55,7 +55,9 @@ class Telemetry:
     first_step: int,
     total_steps: int,
     epoch: Callable[[int], float],
-    seconds_at_peak: float | None = None,
+    work: Callable[[int, int], float] = lambda start, stop: stop - start,
+    peak: float | None = None,
+    image_size: Callable[[int], int] | None = None,
     exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
     reads: Callable[[], Mapping[str, int]] = dict,
   ):
@@ -68,14 +70,17 @@ class Telemetry:
       first_step: steps taken before this process.
       total_steps: length of the run.
       epoch: returns the epochs after a step, for the progress line.
-      seconds_at_peak: time of a step at the peak of all chips, for the MFU; None if unknown (see
-        trainer.reporting.flops).
+      work: returns the model FLOPs of the steps between two, for the MFU and the ETA; in any unit
+        where there is no peak.
+      peak: FLOP/s of all chips; None if unknown (see trainer.reporting.flops).
+      image_size: returns the size of the images of the step after so many, where that changes.
       exchange: exchanges dispatch times; called on every host at the end of each window.
       reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
     """
     self._config, self._clock = config, clock
     self._total_steps, self._epoch = total_steps, epoch
-    self._seconds_at_peak, self._exchange, self._reads = seconds_at_peak, exchange, reads
+    self._work, self._peak, self._image_size = work, peak, image_size
+    self._exchange, self._reads = exchange, reads
     directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
     writers = [events.EventWriter(directory)] if self._chief else []
@@ -173,9 +178,13 @@ class Telemetry:
       f"{scalars['images_per_second']:.0f} img/s "
       f"({scalars['images_per_second_per_device']:.0f} per device)"
     )
-    if self._seconds_at_peak:
-      scalars["mfu"] = steps * self._seconds_at_peak / training
+    work = self._work(step - steps, step)
+    if self._peak:
+      scalars["mfu"] = work / self._peak / training
       speed += f"  MFU {100 * scalars['mfu']:.1f}%"
+    if self._image_size:
+      scalars["image_size"] = self._image_size(step - 1)
+      speed += f"  {scalars['image_size']} px"
     if self._step_seconds:
       median, p99 = np.percentile(self._step_seconds, (50, 99)).tolist()
       scalars |= {"step_seconds_median": median, "step_seconds_p99": p99}
@@ -203,7 +212,7 @@ class Telemetry:
         scalars["grad_norm"],
         speed,
         waiting,
-        format_seconds((self._total_steps - step) * training / steps),
+        format_seconds(self._work(step, self._total_steps) * training / work),
       )
       if late and self._chief:
         logging.info(
@@ -222,18 +231,20 @@ class Telemetry:
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
   def evaluated(self, step: int, result: Result) -> None:
-    """Write and log the result of an evaluation: top1, top5, loss, examples."""
-    self.write(step, "eval", dict(result))
+    """Write and log the result of an evaluation: top1, top5, loss, examples.
+
+    Those of the first split are eval/top1 and so on, those of another eval/SPLIT/top1.
+    """
+    scalars: dict[str, object] = dict(result)
+    scalars.pop("splits", None)
+    self.write(step, "eval", scalars)
+    for name, other in result.get("splits", {}).items():
+      self.write(step, f"eval/{name}", dict(other))
     self._writer.flush()
-    logging.info(
-      "step %d  epoch %.2f  eval: top1 %.2f%%  top5 %.2f%%  loss %.4f  on %d examples",
-      step,
-      self._epoch(step),
-      100 * result["top1"],
-      100 * result["top5"],
-      result["loss"],
-      result["examples"],
-    )
+    first, *rest = in_words(result)
+    logging.info("step %d  epoch %.2f  eval: %s", step, self._epoch(step), first)
+    for line in rest:
+      logging.info("step %d  epoch %.2f  eval of %s", step, self._epoch(step), line)
 
   def close(self) -> None:
     """Write what is left."""
