@@ -14,7 +14,7 @@ from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
-from trainer import augment, losses, models, optimizer, schedules
+from trainer import augment, averages, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
@@ -31,6 +31,7 @@ class Durations:
     eval_every: steps between evaluations; 0 is only at the end.
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+    ema_start: steps before which averaged weights are copies.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
   """
@@ -41,6 +42,7 @@ class Durations:
   checkpoint_every: int
   per_epoch: float
   offset: int = 0
+  ema_start: int = 0
 
   @property
   def last(self) -> int:
@@ -116,8 +118,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   try:
     models.check(config.model)
     names.find(losses.LOSSES, config.loss, "config.loss")
-    names.find(optimizer.OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
-    names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
+    optimizer.check(config)
+    schedules.check(config)
+    averages.check(config)
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
     host_augment.parse(config.data.operations)
@@ -228,6 +231,7 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
     offset=offset,
+    ema_start=round(config.optimizer.ema_start_epochs * per_epoch),
   )
   if result.warmup >= result.total:
     raise ConfigError(
