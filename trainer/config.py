@@ -15,7 +15,7 @@ from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
 from input_pipeline.sources import slices
-from trainer import augment, losses, models, optimizer, schedules
+from trainer import augment, averages, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 from trainer.state import Tree
 
@@ -33,6 +33,7 @@ class Durations:
     eval_every: steps between evaluations; 0 is only at the end.
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+    ema_start: steps before which averaged weights are copies.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
     sizes: (step, size of training images in pixels from it on), rising from step 0.
@@ -45,6 +46,7 @@ class Durations:
   per_epoch: float
   offset: int = 0
   sizes: tuple[tuple[int, int], ...] = ()
+  ema_start: int = 0
 
   @property
   def last(self) -> int:
@@ -125,8 +127,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   try:
     models.check(config.model)
     names.find(losses.LOSSES, config.loss, "config.loss")
-    names.find(optimizer.OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
-    names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
+    optimizer.check(config)
+    schedules.check(config)
+    averages.check(config)
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
     image_sizes.parse(config.data.image_sizes)
@@ -300,6 +303,7 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     sizes=tuple(
       {round(epoch * per_epoch): size for epoch, size in image_sizes.of(config.data)}.items()
     ),
+    ema_start=round(config.optimizer.ema_start_epochs * per_epoch),
   )
   if result.warmup >= result.total:
     raise ConfigError(
