@@ -26,6 +26,11 @@ class Workdir:
     return self.path / "starts.json"
 
   @property
+  def classes(self) -> epath.Path:
+    """The names of the classes by label."""
+    return self.path / "classes.json"
+
+  @property
   def final(self) -> epath.Path:
     """The result of a finished run."""
     return self.path / "final.json"
