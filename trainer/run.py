@@ -78,7 +78,7 @@ class Run:
       return
     self.restored, (self.state, meta) = True, restored
     self.step, self.best, self.positions = meta["step"], meta["best"], meta.get("positions")
-    self.clock.restore(meta["wall_seconds"])
+    self.clock.restore(meta["wall_seconds"], meta.get("starts"))
     self.history = meta.get("history", [])
     if changes := meta.get("changes"):
       self.history = [*self.history, {"step": self.step, "changes": changes}]
@@ -197,6 +197,7 @@ class Run:
     return {
       "best": self.best,
       "wall_seconds": self.clock.read(),
+      "starts": self.clock.noted,
       "positions": everywhere and [at for _, at in sorted(everywhere.items())],
       "offset": self.lengths.offset,
       "history": self.history,
