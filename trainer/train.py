@@ -24,7 +24,6 @@ from trainer.workdir import storage
 from trainer.workdir.files import open_workdir, read_json, write_json
 from trainer.workdir.paths import Workdir
 
-
 # Entries of `final.json`, without which it is damaged.
 FINAL = {"step": int, "top1": float, "loss": float, "examples": int, "wall_seconds": dict}
 

@@ -1,7 +1,6 @@
 """What goes wrong around a run and must neither change its result nor its exit code."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
