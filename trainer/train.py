@@ -52,6 +52,7 @@ def train(
     opened = _open(config, workdir, pod)
     logging.info("%s", overview.describe(opened.program, opened.train_source, opened.eval_source))
     run = Run(config, opened, pod, clock, stop)
+    run.own_workdir(exits)
     run.restore()
     exits.callback(run.checkpointer.close)
     if final := _already_finished(run):
