@@ -437,6 +437,13 @@ RUN: Fields = {
     at_least(1),
     YES,
   ),
+  "pod.lease_seconds": Field(
+    60.0,
+    "A workdir whose owner on another machine gives no sign for longer may be taken over.",
+    "seconds",
+    at_least(1),
+    YES,
+  ),
   "pod.stuck_seconds": Field(
     1800.0,
     "A host that stays at one point for longer exits; compiling is one point.",

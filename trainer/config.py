@@ -80,6 +80,13 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+  """Return the fields in which two configs differ, both as `to_dict()` or JSON give them."""
+  old, new = (flatten(ml_collections.ConfigDict(config)) for config in (before, now))
+  pairs = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys())}
+  return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def fields_of(config: ml_collections.ConfigDict) -> dict[str, Field]:
   """Return every field that the config may have, by its model family.
 
@@ -305,6 +312,12 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     ),
     ema_start=round(config.optimizer.ema_start_epochs * per_epoch),
   )
+  first, count = config.log.profile_step, config.log.profile_steps
+  if first and first + count - 1 > result.total:
+    raise ConfigError(
+      f"config.log.profile_step is {first} and config.log.profile_steps {count}, which ends at "
+      f"step {first + count - 1}; the run has only {result.total} steps."
+    )
   if result.warmup >= result.total:
     raise ConfigError(
       f"config.optimizer.warmup_* makes {result.warmup} steps, the whole run has {result.total}; "

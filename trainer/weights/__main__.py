@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
   verb.add_argument("--workdir", required=True, metavar="DIR", help="new folder, local or gs://")
   verb.add_argument("--classes", metavar="F", help="file of class names, one a line or as JSON")
   verb.add_argument(
-    "--config", required=True, metavar="X.py", help="run file; single fields by --config.FIELD=VALUE"
+    "--config",
+    required=True,
+    metavar="X.py",
+    help="run file; single fields by --config.FIELD=VALUE",
   )
   verb = add(
     "export",
@@ -161,7 +164,9 @@ def _diff(options: argparse.Namespace) -> int:
   for line in lines:
     print(line)
   leaves = len(a.tensors.keys() | b.tensors.keys())
-  print(f"{len(lines):,} of {leaves:,} leaves differ" if lines else f"all {leaves:,} leaves are equal")
+  print(
+    f"{len(lines):,} of {leaves:,} leaves differ" if lines else f"all {leaves:,} leaves are equal"
+  )
   return _DIFFERENT if lines else DONE
 
 

@@ -100,7 +100,9 @@ def parse_classes(text: str, name: str) -> tuple[str, ...]:
     if isinstance(classes, dict):
       classes = classes.get("classes")
   if (
-    not isinstance(classes, list) or not classes or not all(isinstance(c, str) and c for c in classes)
+    not isinstance(classes, list)
+    or not classes
+    or not all(isinstance(c, str) and c for c in classes)
   ):
     raise WeightsError(f"{name} is no list of class names; give one a line.")
   return tuple(classes)

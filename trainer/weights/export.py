@@ -270,4 +270,3 @@ def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
       yield np.stack(batch)
 
   return batches()
-

@@ -110,7 +110,10 @@ class Fit:
       ("not in the file", list(self.missing.values())),
       (
         "of another shape",
-        [f"{name} {list(has)} instead of {list(needs)}" for name, has, needs in self.misfits.values()],
+        [
+          f"{name} {list(has)} instead of {list(needs)}"
+          for name, has, needs in self.misfits.values()
+        ],
       ),
       ("without a place in the model", self.left_over),
     )

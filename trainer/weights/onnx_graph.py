@@ -214,7 +214,9 @@ class Graph:
     order = leader.order if len(leader.order) == len(shape) else tuple(range(len(shape)))
     zero = [isinstance(v.data, np.ndarray) and not v.data.any() for v in inputs]
     if kind == "Max" and any(zero):
-      return _Value(self._emit("Relu", [self._in_order(inputs[zero.index(False)], order)]), shape, order)
+      return _Value(
+        self._emit("Relu", [self._in_order(inputs[zero.index(False)], order)]), shape, order
+      )
     # Scalars of a jaxpr have no axes; those of ONNX broadcast as they are.
     names = [
       self._in_order(value, order if len(value.shape) == len(order) else ()) for value in inputs
@@ -347,10 +349,14 @@ class Graph:
     )
     return _Value(name, shape, order)
 
-  def _reduce_window_max(self, x: _Value, *, shape: tuple[Any, ...], params: Any, **_: Any) -> _Value:
+  def _reduce_window_max(
+    self, x: _Value, *, shape: tuple[Any, ...], params: Any, **_: Any
+  ) -> _Value:
     return self._pool("MaxPool", x, shape, params)
 
-  def _reduce_window_sum(self, x: _Value, *, shape: tuple[Any, ...], params: Any, **_: Any) -> _Value:
+  def _reduce_window_sum(
+    self, x: _Value, *, shape: tuple[Any, ...], params: Any, **_: Any
+  ) -> _Value:
     mean = self._pool("AveragePool", x, shape, params)
     count = _fixed(np.array(math.prod(params["window_dimensions"]), np.float32))
     return self._elementwise("Mul", [mean, count], shape)
@@ -380,7 +386,9 @@ def _fixed(array: np.ndarray) -> _Value:
 
 
 def _refuse(*_: Any, primitive: str, **__: Any) -> NoReturn:
-  raise WeightsError(f"cannot be exported to ONNX: its operation {primitive} has no counterpart yet")
+  raise WeightsError(
+    f"cannot be exported to ONNX: its operation {primitive} has no counterpart yet"
+  )
 
 
 def _whole(value: _Value) -> np.ndarray:

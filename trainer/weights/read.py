@@ -91,7 +91,9 @@ def _decode(origin: str, data: np.ndarray, averaged: bool) -> Loaded:
     kind = "safetensors"
     tensors, metadata = safetensors.decode(data)
     if DIGEST in metadata and digest(tensors) != metadata[DIGEST]:
-      raise WeightsError("is damaged: its tensors do not have the SHA-256 that they were saved with")
+      raise WeightsError(
+        "is damaged: its tensors do not have the SHA-256 that they were saved with"
+      )
   facts = about_lib.about(metadata)
   return Loaded(origin, kind, foreign.plain_names(tensors), facts, metadata)
 

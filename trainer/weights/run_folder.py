@@ -80,9 +80,7 @@ def _read_step(
     name: _item(folder / name) for name in (*_COLLECTIONS, "ema") if (folder / name).exists()
   }
   wrong = [
-    name
-    for name, value in fingerprints(items).items()
-    if meta["fingerprints"].get(name) != value
+    name for name, value in fingerprints(items).items() if meta["fingerprints"].get(name) != value
   ]
   if wrong or not items.get("params"):
     raise ValueError(f"the hash of {wrong[0] if wrong else 'params'} is not the one that was saved")
