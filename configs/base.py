@@ -246,35 +246,85 @@ RUN: Fields = {
   ),
   "optimizer.schedule": Field(
     "cosine",
-    "What follows the warm-up: a schedule of trainer/schedules.py, or package.module:function.",
+    "The learning rate over the run: a schedule of trainer/schedules.py with its options, as in "
+    "'step(at=(30, 60, 80), factor=0.1)', or package.module:function.",
     resume=ASK,
   ),
   "optimizer.lr_per_256": Field(
     0.1,
-    "Peak learning rate at batch 256; scaled linearly with the batch (arXiv:1706.02677).",
+    "Peak learning rate at batch 256; scaled linearly with the batch (arXiv:1706.02677). Exactly "
+    "one of lr_per_256 and lr is positive.",
     "",
-    POSITIVE,
+    at_least(0),
     ASK,
   ),
+  "optimizer.lr": Field(0.0, "Peak learning rate at any batch.", "", at_least(0), ASK),
   "optimizer.final_lr_fraction": Field(
     0.0, "The schedule ends at this share of the peak.", "", between(0, 1), ASK
   ),
   "optimizer.warmup_epochs": Field(
-    5.0, "Linear from 0 to the peak; at most one of the two.", "epochs", at_least(0), ASK
+    5.0,
+    "Linear from warmup_start to the peak; at most one of the two.",
+    "epochs",
+    at_least(0),
+    ASK,
   ),
-  "optimizer.warmup_steps": Field(0, "Linear from 0 to the peak.", "steps", at_least(0), ASK),
-  "optimizer.momentum": Field(0.9, "Of sgd.", "", SHARE, ASK),
+  "optimizer.warmup_steps": Field(
+    0, "Linear from warmup_start to the peak.", "steps", at_least(0), ASK
+  ),
+  "optimizer.warmup_start": Field(
+    0.0,
+    "Rate of the first step as a share of the peak; at 0 that step changes no weight.",
+    "",
+    between(0, 1),
+    ASK,
+  ),
+  "optimizer.momentum": Field(0.9, "Of sgd, lars and rmsprop.", "", SHARE, ASK),
   "optimizer.nesterov": Field(True, "Of sgd.", resume=ASK),
-  "optimizer.b1": Field(0.9, "Of adamw: decay of the first moment.", "", SHARE, ASK),
-  "optimizer.b2": Field(0.999, "Of adamw: decay of the second moment.", "", SHARE, ASK),
+  "optimizer.b1": Field(0.9, "Of adamw and lamb: decay of the first moment.", "", SHARE, ASK),
+  "optimizer.b2": Field(0.999, "Of adamw and lamb: decay of the second moment.", "", SHARE, ASK),
   "optimizer.eps": Field(
     1e-8, "Of adamw: added to the root of the second moment.", "", POSITIVE, ASK
   ),
+  "optimizer.mu_dtype": Field(
+    "params",
+    "Of adamw and lamb: of the first moment; params: that of the parameters.",
+    check=one_of("params", "bfloat16"),
+  ),
+  "optimizer.lamb_eps": Field(
+    1e-6, "Of lamb: added to the root of the second moment, as in timm.", "", POSITIVE, ASK
+  ),
+  "optimizer.lamb_clip_norm": Field(
+    1.0,
+    "Of lamb: norm that the gradient is clipped to inside of it, as in timm; 0 clips nothing.",
+    "",
+    at_least(0),
+    ASK,
+  ),
+  "optimizer.eta": Field(
+    0.001, "Of lars: trust coefficient, as in all entries of MLPerf.", "", POSITIVE, ASK
+  ),
+  "optimizer.rms_decay": Field(
+    0.9, "Of rmsprop: decay of the squares (arXiv:1905.11946).", "", SHARE, ASK
+  ),
+  "optimizer.rms_eps": Field(
+    1e-3, "Of rmsprop: inside the root, as in TensorFlow's EfficientNet.", "", POSITIVE, ASK
+  ),
   "optimizer.weight_decay": Field(
-    1e-4, "sgd: added to the gradient | adamw: decoupled (arXiv:1711.05101).", "", at_least(0), ASK
+    1e-4, "Share of the parameters; optimizer.decay says of what.", "", at_least(0), ASK
+  ),
+  "optimizer.decay": Field(
+    "own",
+    "own: sgd and rmsprop: coupled; adamw: decoupled; lamb and lars: part of the trust ratio | "
+    "coupled: added to the gradient | decoupled: taken off the parameters, times the rate "
+    "(arXiv:1711.05101) | scheduled: likewise, times the rate over its peak, as Composer and "
+    "big_vision do.",
+    check=one_of("own", "coupled", "decoupled", "scheduled"),
   ),
   "optimizer.decay_bn_and_bias": Field(
-    False, "Whether vectors decay too: BN scales and all biases. See optimizer.no_decay."
+    False,
+    "Whether vectors decay too: BN scales and all biases. With optimizer.no_decay, all parameters "
+    "but those.",
   ),
   "optimizer.no_decay": Field(
     "",
@@ -285,8 +335,37 @@ RUN: Fields = {
   "optimizer.clip_norm": Field(
     0.0, "Largest norm of the gradient of all parameters; 0 clips nothing.", "", at_least(0), ASK
   ),
+  "optimizer.agc": Field(
+    0.0,
+    "Largest norm of the gradient of a unit over that of its weights (arXiv:2102.06171; there "
+    "0.01); 0 clips nothing.",
+    "",
+    at_least(0),
+    ASK,
+  ),
+  "optimizer.no_agc": Field(
+    "^head/",
+    "Regular expression of parameters that optimizer.agc leaves alone; '' for none.",
+    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    resume=ASK,
+  ),
   "optimizer.ema_decay": Field(
     0.0, "Of averaged weights, which evaluation then uses; 0 keeps none.", "", SHARE
+  ),
+  "optimizer.ema_rule": Field(
+    "tf",
+    "Decay of each update: tf: min(ema_decay, (1 + n) / (10 + n)) | constant | timm(gamma=1, "
+    "power=0.667): see trainer/averages.py | package.module:function.",
+    resume=ASK,
+  ),
+  "optimizer.ema_every_steps": Field(
+    1, "Steps between updates of the averages.", "steps", at_least(1), ASK
+  ),
+  "optimizer.ema_start_epochs": Field(
+    0.0, "Until then the averages are copies of the weights.", "epochs", at_least(0), ASK
+  ),
+  "optimizer.ema_batch_stats": Field(
+    True, "Whether BN statistics are averaged too, or those of the last step taken.", resume=ASK
   ),
   "eval.batch_size": Field(
     1024,
@@ -354,6 +433,13 @@ RUN: Fields = {
   "pod.timeout_seconds": Field(
     45.0,
     "A host that is silent for longer is lost, and the others exit.",
+    "seconds",
+    at_least(1),
+    YES,
+  ),
+  "pod.lease_seconds": Field(
+    60.0,
+    "A workdir whose owner on another machine gives no sign for longer may be taken over.",
     "seconds",
     at_least(1),
     YES,

@@ -7,6 +7,8 @@ from configs import names
 FAMILIES = {
   "resnet": "trainer.models.resnet:ResNet",
   "cifar_resnet": "trainer.models.resnet:CifarResNet",
+  "cifar_resnet_v2": "trainer.models.resnet:CifarResNetV2",
+  "resnet_rs": "trainer.models.resnet:ResNetRS",
 }
 
 

@@ -7,6 +7,7 @@ of a resume are made of these entries.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any
 
 import ml_collections
@@ -82,6 +83,10 @@ def problem(name: str, field: Field, value: Any) -> str:
     return f"config.{name} must be of type {kind}; it is {value!r} of type {type(value).__name__}."
   if isinstance(default, list) and not all(isinstance(v, int | float) for v in value):
     return f"config.{name} must hold numbers; it is {value!r}."
+  if isinstance(default, list) and not all(math.isfinite(v) for v in value):
+    return f"config.{name} must hold finite numbers; it is {value!r}."
+  if isinstance(default, float) and not math.isfinite(value):
+    return f"config.{name} must be a finite number; it is {value!r}."
   if field.check and not field.check.holds(value):
     return f"config.{name} must be {field.check.words}; it is {value!r}."
   return ""

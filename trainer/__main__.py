@@ -15,10 +15,12 @@ import sys
 if sys.platform == "win32":
   sys.exit("trainer: Windows is not supported; use Linux, for example in WSL 2.")
 
+from trainer import streams
 from trainer.pod.preemption import StopRequest
 
 stop = StopRequest()
 if __name__ == "__main__":
+  streams.protect()
   stop.install()
   # Writes where every thread is, also when all of them wait in C++.
   faulthandler.register(signal.SIGUSR1)

@@ -1,6 +1,11 @@
 """--config and its overrides, read the same way by every command that takes a run file."""
 
+from collections.abc import Iterator
+import os
+import traceback
+
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
 from trainer.errors import TrainerError
@@ -22,14 +27,52 @@ def parse(argv: list[str], needed: str) -> None:
     TrainerError: with one sentence where a flag, the file or a field is wrong.
   """
   try:
-    FLAGS(argv)
+    _, *rest = FLAGS(argv)
+    if rest:
+      raise flags.Error(f"{rest[0]!r} is no flag; did you mean --{rest[0].lstrip('-')}?")
     if not all(FLAGS[flag.split("=")[0].lstrip("-")].value for flag in needed.split()):
       raise flags.Error(f"{' and '.join(needed.split())} are needed")
     FLAGS.config.to_dict()  # config_flags reports a file that cannot be loaded at its first use
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    # The last line says what is wrong; config_flags puts a whole trace in front of it.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    raise TrainerError(f"Command line: {lines[-1].strip() if lines else repr(error)}") from error
+  except Exception as error:  # a run file is Python, and may raise anything
+    raise TrainerError(_in_words(error, argv)) from error
+
+
+def _in_words(error: Exception, argv: list[str]) -> str:
+  """Return what is wrong with the command line or with the run file that it names."""
+  words = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+  file = words[-1].split(":")[0] if words else ""
+  if file and (where := _line_of(file, error)):
+    return where
+  config = FLAGS["config"].value
+  if config is not None and not isinstance(config, ml_collections.ConfigDict):
+    return f"{file}: get_config() returned {type(config).__name__} instead of a ConfigDict."
+  if "get_config" in str(error):
+    return f"{file} defines no function get_config."
+  # The last line says what is wrong; config_flags puts a whole trace in front of it.
+  lines = [line for line in str(error).splitlines() if line.strip()]
+  return f"Command line: {lines[-1].strip() if lines else repr(error)}"
+
+
+def _line_of(file: str, error: BaseException) -> str:
+  """Return the line of a run file that raised, and what; "" if the error is not of that file."""
+  for cause in _chain(error):
+    name = type(cause).__name__
+    if isinstance(cause, SyntaxError) and _same(cause.filename, file):
+      return f"{file} line {cause.lineno}: {name}: {cause.msg}"
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if _same(f.filename, file)]
+    if frames:
+      return f"{file} line {frames[-1].lineno}: {name}: {cause}"
+  return ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _same(one: str | None, other: str) -> bool:
+  return one is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def help_wanted(argv: list[str]) -> str | None:

@@ -15,7 +15,7 @@ from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
 from input_pipeline.sources import slices
-from trainer import augment, losses, models, optimizer, schedules
+from trainer import augment, averages, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
 from trainer.state import Tree
 
@@ -33,6 +33,7 @@ class Durations:
     eval_every: steps between evaluations; 0 is only at the end.
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+    ema_start: steps before which averaged weights are copies.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
     sizes: (step, size of training images in pixels from it on), rising from step 0.
@@ -45,6 +46,7 @@ class Durations:
   per_epoch: float
   offset: int = 0
   sizes: tuple[tuple[int, int], ...] = ()
+  ema_start: int = 0
 
   @property
   def last(self) -> int:
@@ -76,6 +78,13 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
         yield prefix + key, value
 
   return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+  """Return the fields in which two configs differ, both as `to_dict()` or JSON give them."""
+  old, new = (flatten(ml_collections.ConfigDict(config)) for config in (before, now))
+  pairs = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys())}
+  return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def fields_of(config: ml_collections.ConfigDict) -> dict[str, Field]:
@@ -125,8 +134,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   try:
     models.check(config.model)
     names.find(losses.LOSSES, config.loss, "config.loss")
-    names.find(optimizer.OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
-    names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
+    optimizer.check(config)
+    schedules.check(config)
+    averages.check(config)
     augment.make_chain(config.augment)
     sources.check_kind(config.data.kind)
     image_sizes.parse(config.data.image_sizes)
@@ -300,7 +310,14 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     sizes=tuple(
       {round(epoch * per_epoch): size for epoch, size in image_sizes.of(config.data)}.items()
     ),
+    ema_start=round(config.optimizer.ema_start_epochs * per_epoch),
   )
+  first, count = config.log.profile_step, config.log.profile_steps
+  if first and first + count - 1 > result.total:
+    raise ConfigError(
+      f"config.log.profile_step is {first} and config.log.profile_steps {count}, which ends at "
+      f"step {first + count - 1}; the run has only {result.total} steps."
+    )
   if result.warmup >= result.total:
     raise ConfigError(
       f"config.optimizer.warmup_* makes {result.warmup} steps, the whole run has {result.total}; "

@@ -3,7 +3,8 @@
 DONE = 0
 FAILED = 2  # the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command resumes the run
-# Another host, or the storage, is missing or silent; the same command on all hosts resumes the run.
+# Another host, or the storage, is missing or silent, or the workdir is in use; the same command on
+# all hosts resumes the run.
 HOST_LOST = 76
 
 
@@ -23,6 +24,12 @@ class CheckpointError(TrainerError):
 
 class StorageError(CheckpointError):
   """The storage of the checkpoints cannot be reached now; the same command may succeed later."""
+
+  exit_code = HOST_LOST
+
+
+class WorkdirBusy(TrainerError):
+  """Another run writes to the workdir; the same command may succeed once that has ended."""
 
   exit_code = HOST_LOST
 

@@ -126,7 +126,12 @@ class Program:
         self.abstract_state.for_eval(), evaluate.abstract_totals(self.mesh), batch, requests
       )
     train_step = step_lib.make_train_step(
-      self.model, self.optimizer, self.schedule, self.config, self.mesh
+      self.model,
+      self.optimizer,
+      self.schedule,
+      self.config,
+      self.mesh,
+      ema_start=self.lengths.ema_start - self.lengths.offset,
     )
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
@@ -172,7 +177,11 @@ def build(
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   lengths = config_lib.durations(config, num_examples, offset)
   schedule = schedules.make_schedule(
-    config, warmup_steps=lengths.warmup, total_steps=lengths.total, offset=offset
+    config,
+    warmup_steps=lengths.warmup,
+    total_steps=lengths.total,
+    per_epoch=lengths.per_epoch,
+    offset=offset,
   )
   no_decay = models.family_of(config.model).NO_DECAY
   optimizer = optimizer_lib.make_optimizer(config, schedule, no_decay)

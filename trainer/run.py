@@ -22,6 +22,7 @@ from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState, Variables
+from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
@@ -76,11 +77,18 @@ class Run:
     self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
     self.steps = Steps(self.program)
     self.requests = Requests(self.mesh, stop, self.checkpointer.wanted)
+    self.lease: lease.Lease | None = None
     self.step, self.restored = 0, False
     self.best: dict[str, Any] | None = None
     self.history: list[dict[str, Any]] = []
     self.positions: list[Any] | None = None
     self.result: evaluate_lib.Result | None = None
+
+  def own_workdir(self, exits: contextlib.ExitStack) -> None:
+    """Keep other runs out of the workdir."""
+    if self.pod.host == 0:
+      path, seconds = self.workdir.owner, self.config.pod.lease_seconds
+      self.lease = exits.enter_context(lease.hold(path, self.workdir.path, seconds))
 
   def restore(self) -> None:
     """Take up the newest checkpoint of the workdir, if there is one."""
@@ -89,7 +97,7 @@ class Run:
       return
     self.restored, (self.state, meta) = True, restored
     self.step, self.best, self.positions = meta["step"], meta["best"], meta.get("positions")
-    self.clock.restore(meta["wall_seconds"])
+    self.clock.restore(meta["wall_seconds"], meta.get("starts"))
     self.history = meta.get("history", [])
     if changes := meta.get("changes"):
       self.history = [*self.history, {"step": self.step, "changes": changes}]
@@ -194,9 +202,14 @@ class Run:
     return flops.Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])
 
   def flush(self) -> None:
-    """Wait for every step taken; raise if one was not finite: only good states are saved."""
+    """Wait for every step taken; raise if one was not finite, or if another run has the workdir.
+
+    So only good states are saved, and only by the owner of the workdir.
+    """
     self.telemetry.flush()
     self.requests.flush()
+    if self.lease:
+      self.lease.check()
 
   def evaluate_now(self) -> bool:
     """Evaluate this step and note its result; False if a host asks for a stop meanwhile."""
@@ -261,6 +274,7 @@ class Run:
     return {
       "best": self.best,
       "wall_seconds": self.clock.read(),
+      "starts": self.clock.noted,
       "positions": everywhere and [at for _, at in sorted(everywhere.items())],
       "offset": self.lengths.offset,
       "history": self.history,

@@ -10,7 +10,7 @@ import ml_collections
 import optax
 
 from configs import names
-from trainer import augment, losses
+from trainer import augment, averages, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
 from trainer.state import (
@@ -65,6 +65,7 @@ def make_train_step(
   schedule: optax.Schedule,
   config: ml_collections.ConfigDict,
   mesh: Mesh,
+  ema_start: int = 0,
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
@@ -76,6 +77,8 @@ def make_train_step(
   of devices. BN statistics are of groups within a micro-batch, and the running averages see the
   micro-batches in order.
 
+  Averaged weights are copies until `ema_start` steps are taken.
+
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
   """
@@ -83,6 +86,7 @@ def make_train_step(
   accumulation_steps = config.accumulation_steps
   loss_of_examples = names.find(losses.LOSSES, config.loss, "config.loss")
   augmentation = augment.make_chain(config.augment)
+  average = averages.make_average(config, ema_start)
 
   def loss_fn(
     params: Params, statistics: Variables, batch: Batch, key: jax.Array
@@ -154,11 +158,7 @@ def make_train_step(
     params = optax.apply_updates(params, updates)
     ema = state.ema
     if ema is not None:
-      # While few steps are averaged the window grows with them, else the random start would linger
-      # (Adam's bias).
-      decay = jnp.minimum(config.optimizer.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-      averaged = {"params": params, "batch_stats": batch_stats}
-      ema = optax.incremental_update(averaged, ema, 1.0 - decay.astype(loss.dtype))
+      ema = average(ema, params, batch_stats, state.step)
     metrics = jnp.stack(
       [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
     )

@@ -25,6 +25,9 @@ from trainer.workdir import storage
 from trainer.workdir.files import open_workdir, read_json, write_json
 from trainer.workdir.paths import Workdir
 
+# Entries of `final.json`, without which it is damaged.
+FINAL = {"step": int, "top1": float, "loss": float, "examples": int, "wall_seconds": dict}
+
 
 def train(
   config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False
@@ -50,6 +53,7 @@ def train(
     opened = _open(config, workdir, pod)
     logging.info("%s", overview.describe(opened.program, opened.train_source, opened.eval_sources))
     run = Run(config, opened, pod, clock, stop)
+    run.own_workdir(exits)
     run.restore()
     exits.callback(run.checkpointer.close)
     if final := _already_finished(run):
@@ -121,13 +125,25 @@ def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
 
 def _already_finished(run: Run) -> dict[str, Any] | None:
   """Note this start; return the result of a run that was complete before, else None."""
-  write_json(run.workdir.config, run.config.to_dict())
-  final = read_json(run.workdir.final) if run.step >= run.lengths.last else None
+  before = read_json(run.workdir.config)
+  changes = config_lib.differences(before, run.config.to_dict()) if before else {}
+  complete = run.step >= run.lengths.last
+  final = read_json(run.workdir.final, FINAL, set_aside=True) if complete else None
   if final:
     logging.info("This run is complete: %s", json.dumps(final, indent=2))
-  elif run.pod.host == 0:
-    write_json(run.workdir.starts, run.clock.start(read_json(run.workdir.starts)))
-  return final
+    if changes:
+      logging.warning(
+        "The result is that of %s; these fields differ now and had no effect: %s. "
+        "--mode=eval evaluates with other settings.",
+        run.workdir.config,
+        ", ".join(f"config.{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()),
+      )
+    return final
+  write_json(run.workdir.config, run.config.to_dict())
+  if run.pod.host == 0:
+    earlier = read_json(run.workdir.starts, WallClock.STARTS, set_aside=True)
+    write_json(run.workdir.starts, run.clock.start(earlier, run.step, changes))
+  return None
 
 
 def _loop(run: Run) -> Result:

@@ -45,7 +45,7 @@ def test_what_the_operations_do():
   grey = applied("grayscale(p=1.0)", image).astype(int)
   np.testing.assert_allclose(grey[..., 0], image @ [0.299, 0.587, 0.114], atol=1)
   assert (grey == grey[..., :1]).all()
-  for name in augment.OPERATIONS:
+  for name in ("grayscale", "invert", "solarize", "random_erasing"):
     np.testing.assert_array_equal(applied(f"{name}(p=0)", image), image)
     changed = [not np.array_equal(applied(f"{name}(p=0.3)", image, s), image) for s in range(200)]
     assert 40 <= sum(changed) <= 80

@@ -95,9 +95,10 @@ def signs(fields, schedule, mask):
   )
 
 
-def halves(peak, end, steps):
-  """A schedule: half of the peak in the second half."""
-  return optax.piecewise_constant_schedule(peak, {steps // 2: 0.5})
+def halves(span):
+  """A schedule: half of the peak in the second half of what follows the warm-up."""
+  half = (span.total - span.warmup) // 2
+  return span.after_warmup(optax.piecewise_constant_schedule(span.peak, {half: 0.5}))
 
 
 def get_config():

@@ -83,6 +83,10 @@ def objects(folder):
   }
 
 
+def folders(workdir):
+  return {name.split("/")[0] for name in objects(workdir / "checkpoints")}
+
+
 def open_checkpointer(workdir, program):
   return Checkpointer(ALONE, workdir, program[0], every_steps=0)
 
@@ -138,7 +142,7 @@ def test_newest_and_best_stay(workdir, program):
   save(checkpointer, program, 1, 2, 3, 4)
   checkpointer.close()
   assert whole(workdir) == [1, 3, 4]
-  assert {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"1", "3", "4"}
+  assert folders(workdir) == {"1", "3", "4"}
 
 
 def test_a_save_that_was_killed_is_no_checkpoint(workdir, program):
@@ -150,7 +154,7 @@ def test_a_save_that_was_killed_is_no_checkpoint(workdir, program):
   checkpointer = open_checkpointer(workdir, program)
   assert checkpointer.restore_newest(program[1].abstract_state)[1]["step"] == 1
   save(checkpointer, program, 3)  # which waits until what is torn is removed
-  assert {name.split("/")[0] for name in objects(workdir / "checkpoints")} == {"1", "3"}
+  assert folders(workdir) == {"1", "3"}
   assert checkpointer.restore_newest(program[1].abstract_state)[1]["step"] == 3
   assert not (workdir / "damaged").exists()
   checkpointer.close()
@@ -184,9 +188,7 @@ def test_damaged_checkpoints_are_set_aside(workdir, program):
   assert {
     aside.name.split("-")[0]: objects(aside) for aside in (workdir / "damaged").iterdir()
   } == before
-  assert whole(workdir) == [1] and {
-    name.split("/")[0] for name in objects(workdir / "checkpoints")
-  } == {"1"}
+  assert whole(workdir) == [1] and folders(workdir) == {"1"}
   save(checkpointer, program, 2)
   assert whole(workdir) == [1, 2]
   checkpointer.close()
@@ -227,7 +229,9 @@ def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
   assert (
     checkpointer.wanted() and (workdir / "checkpoints" / "2").exists() and whole(workdir) == [1]
   )
-  server.refuse("/b/bucket[?]", 503)
+  # Writers of step 2 that have not given up yet must not succeed behind the back of the test.
+  late = "^POST .*checkpoints%2F2%2F"
+  server.refuse(f"/b/bucket[?]|{late}", 503)
   monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
   checkpointer.save(3, make_state(program, 3), META)
   assert "step 3 could not be saved (bucket bucket cannot be reached" in caplog.text
@@ -235,11 +239,14 @@ def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
     CheckpointError, match=r"checkpoint of step 4 could not be written .* is that of step 1"
   ):
     save(checkpointer, program, 4)
-  server.answer()
+  server.refuse(late, 503)
   save(checkpointer, program, 4)
-  assert whole(workdir) == [1, 4] and {
-    name.split("/")[0] for name in objects(workdir / "checkpoints")
-  } == {"1", "4"}
+  assert whole(workdir) == [1, 4] and folders(workdir) == {"1", "4"}
+  # One that succeeds after Orbax has removed the rest leaves nothing either.
+  server.answer()
+  (workdir / "checkpoints" / "2" / "params" / "manifest.ocdbt").write_bytes(b"late")
+  save(checkpointer, program, 5)
+  assert whole(workdir) == [4, 5] and folders(workdir) == {"4", "5"}
   checkpointer.close()
 
 

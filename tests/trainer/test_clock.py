@@ -31,7 +31,12 @@ def test_causes_of_one_process(now):
   now[0] += 60
   with clock("checkpoint"):
     now[0] += 8
-  assert clock.start(None) == {"first_start": 1e9 + 1000, "starts": 1}
+  first = 1e9 + 1000
+  assert clock.start(None) == {
+    "first_start": first,
+    "starts": 1,
+    "history": [{"step": 0, "time": first}],
+  }
   assert clock.since_first_start() == {
     "compile": 30,
     "input_wait": 0,

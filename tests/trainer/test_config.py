@@ -60,7 +60,7 @@ def test_run_files_only_override(name):
     ("data.crop_area", (0.5, 0.2), ["config.data.crop_area"]),
     ("data.std", (1.0, 0.0, 1.0), ["config.data.std"]),
     ("data.kind", "tfrecord", ["config.data.kind", "array_record", "tfrecord"]),
-    ("optimizer.name", "lamb", ["config.optimizer.name", "sgd", "adamw", "lamb"]),
+    ("optimizer.name", "shampoo", ["config.optimizer.name", "sgd", "adamw", "shampoo"]),
     ("optimizer.lr_per_256", 0.0, ["config.optimizer.lr_per_256", "positive"]),
     ("checkpoint.keep_last", 0, ["config.checkpoint.keep_last", "1 or more"]),
     ("total_steps", 10, ["config.total_epochs", "config.total_steps", "set one of them to 0"]),
@@ -122,7 +122,12 @@ def test_durations_in_steps():
   config.checkpoint.every_steps = 7
   lengths = config_lib.durations(config, num_examples=1050)
   assert lengths == config_lib.Durations(
-    total=32, warmup=5, eval_every=10, checkpoint_every=7, per_epoch=10.5
+    total=32,
+    warmup=5,
+    eval_every=10,
+    checkpoint_every=7,
+    per_epoch=10.5,
+    sizes=((0, 224),),
   )
 
 

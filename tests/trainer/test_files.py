@@ -3,7 +3,7 @@
 from etils import epath
 import pytest
 
-from trainer.errors import TrainerError
+from trainer.errors import StorageError
 from trainer.workdir import files
 
 
@@ -15,15 +15,18 @@ def test_json_comes_back_and_absent_is_none(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["final.json"]
 
 
-def test_a_file_that_is_cut_off_is_named(tmp_path):
-  (tmp_path / "starts.json").write_text('{"first_start": 17')
-  with pytest.raises(TrainerError, match=r"starts\.json is damaged .*remove it"):
-    files.read_json(epath.Path(tmp_path) / "starts.json")
+def test_a_file_that_is_cut_off_is_named_and_set_aside(tmp_path, caplog):
+  path = epath.Path(tmp_path) / "starts.json"
+  path.write_text('{"first_start": 17')
+  assert files.read_json(path) is None and path.exists()
+  assert files.read_json(path, set_aside=True) is None and not path.exists()
+  assert caplog.text.count("starts.json is damaged (") == 2
+  assert (tmp_path / "starts.json.damaged").read_text() == '{"first_start": 17'
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path):
   (tmp_path / "final.json").mkdir()
-  with pytest.raises(TrainerError, match=r"final\.json could not be read .*same command again"):
+  with pytest.raises(StorageError, match=r"final\.json could not be read .*same command again"):
     files.read_json(epath.Path(tmp_path) / "final.json")
-  with pytest.raises(TrainerError, match=r"final\.json could not be written .*same command again"):
+  with pytest.raises(StorageError, match=r"final\.json could not be written .*same command again"):
     files.write_json(epath.Path(tmp_path) / "final.json", {})

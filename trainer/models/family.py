@@ -76,6 +76,18 @@ class Family(nnx.Module):
     return constructor(**fields, num_classes=num_classes, dtype=dtype, rngs=rngs)
 
   @classmethod
+  def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
+    """Return the name of a leaf in a state dict of torchvision or timm; by default its own.
+
+    Args:
+      leaf: path in params or batch_stats, as in "stage1_block1/conv1/kernel". No two leaves of a
+        model have the same name.
+      fields: values of FIELDS.
+    """
+    del fields
+    return leaf.replace("/", ".")
+
+  @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return the name of the model, and the values that are not the default."""
     changed = [

@@ -20,8 +20,8 @@ class BatchNorm(nnx.Module):
 
   `train()` and `eval()` choose between the statistics of the batch and their running averages; a
   new layer trains. The running variance averages the biased variance of the batch, the one that
-  normalises. State: Params `scale` and `bias`, BatchStats `mean` and `var`, all [channels] and
-  float32 (float64 if `dtype` is).
+  normalises, unless `unbiased`. State: Params `scale` and `bias`, BatchStats `mean` and `var`, all
+  [channels] and float32 (float64 if `dtype` is).
 
   Several groups leave `mean` and `var` with a leading axis, each group with its own average:
   `average_groups` then takes the mean over them, for all layers at once.
@@ -32,6 +32,8 @@ class BatchNorm(nnx.Module):
     epsilon: added to the variance.
     dtype: of the output; all arithmetic is at least float32.
     zero_scale: whether the scale starts at 0 instead of 1.
+    unbiased: whether the running variance averages n/(n - 1) times the variance of the n values of
+      a channel in its group, as torch's does.
     group: "global" for one group, "device" for one in each shard, or the examples of a group.
     shards: number of equal parts that the examples are split in over devices. It divides the number
       of groups, or the other way round.
@@ -45,12 +47,14 @@ class BatchNorm(nnx.Module):
     epsilon: float,
     dtype: jax.typing.DTypeLike,
     zero_scale: bool,
+    unbiased: bool = False,
     group: str = "global",
     shards: int = 1,
   ):
     self.momentum = momentum
     self.epsilon = epsilon
     self.dtype = jnp.dtype(dtype)
+    self.unbiased = unbiased
     self.group = group
     self.shards = shards
     self.use_running_average = False  # the name that nnx.Module.train() and eval() look for
@@ -79,7 +83,9 @@ class BatchNorm(nnx.Module):
       if 1 < groups < self.shards:
         mean, square = _share(jnp.stack([mean, square]), groups)
       var = jnp.maximum(0.0, square - jnp.square(mean))
-      for average, new in ((self.mean, mean), (self.var, var)):
+      values = x.size // x.shape[-1] // groups
+      correction = values / max(1, values - 1) if self.unbiased else 1
+      for average, new in ((self.mean, mean), (self.var, var * correction)):
         average.set_value(
           self.momentum * average.get_value() + (1 - self.momentum) * jax.lax.stop_gradient(new)
         )

@@ -1,19 +1,10 @@
-"""ResNet v1.5 for ImageNet and the three-stage ResNet for CIFAR, in Flax NNX.
+"""Residual nets: ResNet with its variants, ResNet-RS, and the three-stage nets for CIFAR.
 
 Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, with two later
 conventions: a bottleneck strides in its 3x3 convolution instead of the first 1x1 ("v1.5"), and the
 last batch-norm scale of each residual branch may start at zero (Goyal et al., arXiv:1706.02677,
-section 5.1).
-
-Convolutions and the max-pool pad symmetrically, as torchvision does, not "SAME": under stride 2
-"SAME" pads the end more than the start, which shifts the sampling grid. With equal padding
-torchvision's weights fit one to one, after the transpose of a kernel from [out, in, h, w] to
-[h, w, in, out] and of the head from [out, in] to [in, out]:
-
-    conv1, bn1            stem_conv, stem_bn
-    layer3.0.conv2        stage3_block1/conv2  (we count blocks from 1, torchvision from 0)
-    layer3.0.downsample   stage3_block1/projection_conv, stage3_block1/projection_bn
-    fc                    head
+section 5.1). Every variant is a field, see resnet_fields.py; trainer/README.md lists the nets that
+they make. torchvision's and timm's weights fit one to one, by the table of names.py.
 
 Names are attributes, not entries of a list, so that the parameters are a dict of dicts with only
 string keys: these become the names of checkpoint leaves.
@@ -21,16 +12,19 @@ string keys: these become the names of checkpoint leaves.
 
 import abc
 from collections.abc import Mapping, Sequence
-import re
 from typing import Any, ClassVar, Self
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from configs.fields import POSITIVE, SHARE, Check, Field, Fields
+from configs.fields import Check, Field, Fields
+from trainer.models import names, stack
+from trainer.models.blocks import BasicBlock, Block, Bottleneck
 from trainer.models.family import Family
-from trainer.models.norm import BatchNorm
+from trainer.models.layers import Layers, max_pool
+from trainer.models.resnet_fields import COMMON, depth_of, fields_of
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
 STAGES = {
@@ -41,145 +35,20 @@ STAGES = {
   152: ((3, 8, 36, 3), True),
   200: ((3, 24, 36, 3), True),
 }
-
-
-class Layers:
-  """The convolutions and batch norms of one model, which differ only in shape.
-
-  Args:
-    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
-    zero_init_residual: whether the last batch norm of a residual branch starts with scale 0.
-    rngs: with a `params` stream.
-    norm_options: further arguments of every BatchNorm.
-  """
-
-  def __init__(
-    self, dtype: jax.typing.DTypeLike, zero_init_residual: bool, rngs: nnx.Rngs, **norm_options: Any
-  ):
-    self.dtype = jnp.dtype(dtype)
-    self.param_dtype = jnp.promote_types(dtype, jnp.float32)
-    self.zero_init_residual = zero_init_residual
-    self.rngs = rngs
-    self.norm_options = norm_options
-
-  def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
-    """Return a square convolution without bias: the batch norm behind it has one."""
-    return nnx.Conv(
-      inputs,
-      outputs,
-      (kernel, kernel),
-      strides=stride,
-      padding=kernel // 2,
-      use_bias=False,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      rngs=self.rngs,
-      # Fan-out keeps the variance of gradients; that of activations is batch norm's task. The
-      # normal is not truncated, as in torchvision.
-      kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    )
-
-  def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
-    """Return a batch norm, with scale 0 where the residual branch is to start at zero."""
-    return BatchNorm(
-      channels,
-      dtype=self.dtype,
-      **self.norm_options,
-      zero_scale=last_of_branch and self.zero_init_residual,
-    )
-
-
-class BasicBlock(nnx.Module):
-  """Two 3x3 convolutions beside a shortcut (arXiv:1512.03385, figure 5 left).
-
-  Args:
-    inputs: channels that come in.
-    channels: of both convolutions.
-    stride: of the first convolution and of the projection.
-    layers: maker of convolutions and norms.
-  """
-
-  expansion = 1  # channels that go out, over `channels`
-
-  def __init__(self, inputs: int, channels: int, stride: int, layers: Layers):
-    self.conv1 = layers.conv(inputs, channels, 3, stride)
-    self.bn1 = layers.norm(channels)
-    self.conv2 = layers.conv(channels, channels, 3)
-    self.bn2 = layers.norm(channels, last_of_branch=True)
-    self.projects = stride != 1 or inputs != channels
-    if self.projects:
-      self.projection_conv = layers.conv(inputs, channels, 1, stride)
-      self.projection_bn = layers.norm(channels)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return [N, H/stride, W/stride, channels] for x [N, H, W, inputs], in the model's dtype."""
-    y = nnx.relu(self.bn1(self.conv1(x)))
-    y = self.bn2(self.conv2(y))
-    if self.projects:
-      x = self.projection_bn(self.projection_conv(x))
-    return nnx.relu(x + y)
-
-
-class Bottleneck(nnx.Module):
-  """1x1, 3x3 and 1x1 convolutions beside a shortcut, the stride on the 3x3 ("v1.5").
-
-  Args:
-    inputs: channels that come in.
-    channels: of the first two convolutions; the last has `expansion` times as many.
-    stride: of the 3x3 convolution and of the projection.
-    layers: maker of convolutions and norms.
-  """
-
-  expansion = 4  # channels that go out, over `channels`
-
-  def __init__(self, inputs: int, channels: int, stride: int, layers: Layers):
-    outputs = channels * self.expansion
-    self.conv1 = layers.conv(inputs, channels, 1)
-    self.bn1 = layers.norm(channels)
-    self.conv2 = layers.conv(channels, channels, 3, stride)
-    self.bn2 = layers.norm(channels)
-    self.conv3 = layers.conv(channels, outputs, 1)
-    self.bn3 = layers.norm(outputs, last_of_branch=True)
-    self.projects = stride != 1 or inputs != outputs
-    if self.projects:
-      self.projection_conv = layers.conv(inputs, outputs, 1, stride)
-      self.projection_bn = layers.norm(outputs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return [N, H/stride, W/stride, 4*channels] for x [N, H, W, inputs], in the model's dtype."""
-    y = nnx.relu(self.bn1(self.conv1(x)))
-    y = nnx.relu(self.bn2(self.conv2(y)))
-    y = self.bn3(self.conv3(y))
-    if self.projects:
-      x = self.projection_bn(self.projection_conv(x))
-    return nnx.relu(x + y)
-
-
-def _fields(depth: Field) -> Fields:
-  """Return the fields of both families, which differ in their depths."""
-  return {
-    "depth": depth,
-    "width": Field(1.0, "Multiplies the channels of the stem and of every stage.", "", POSITIVE),
-    "zero_init_residual": Field(
-      True, "Whether the last BN scale of each block starts at 0 (arXiv:1706.02677, 5.1)."
-    ),
-    "bn_momentum": Field(0.9, "Share of the old running average kept at each step.", "", SHARE),
-    "bn_epsilon": Field(1e-5, "Added to the variance.", "", POSITIVE),
-    "bn_group": Field(
-      "global",
-      "Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each "
-      "device its own: results depend on the number of devices) | a number of examples, as in '64' "
-      "(the same numbers on any number of devices).",
-      check=Check(
-        "global, device or a number of examples",
-        lambda v: re.fullmatch("global|device|[1-9][0-9]*", v) is not None,
-      ),
-    ),
-  }
+# Of ResNet-RS (arXiv:2103.07579, appendix).
+RS_STAGES = {
+  50: ((3, 4, 6, 3), True),
+  101: ((3, 4, 23, 3), True),
+  152: ((3, 8, 36, 3), True),
+  200: ((3, 24, 36, 3), True),
+  270: ((4, 29, 53, 4), True),
+  350: ((4, 36, 72, 4), True),
+  420: ((4, 44, 87, 4), True),
+}
 
 
 class _Trunk(Family):
-  """Stages of residual blocks, global average pool and linear head; subclasses add the stem.
+  """Stem, stages of residual blocks, global average pool and linear head.
 
   Every stage but the first halves height and width. Block b of stage s is the attribute
   `stage{s}_block{b}`, both counted from 1.
@@ -196,8 +65,16 @@ class _Trunk(Family):
 
   @staticmethod
   @abc.abstractmethod
-  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
+  def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
     """Return the number of blocks of each stage, and their kind."""
+
+  @abc.abstractmethod
+  def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
+    """Make the layers before the first block, which leave so many channels."""
+
+  @abc.abstractmethod
+  def _stem(self, x: jax.Array) -> jax.Array:
+    """Return the input of the first block for images in the model's dtype."""
 
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
@@ -205,6 +82,30 @@ class _Trunk(Family):
     others = {name: value for name, value in fields.items() if name != "depth"}
     _, *changed = super().describe(others).split(", ")
     return ", ".join([f"{cls.TITLE}-{fields['depth']}", *changed])
+
+  @classmethod
+  def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
+    """Return the name that torchvision and timm use; see Family."""
+    return names.resnet_name(leaf, fields)
+
+  @classmethod
+  def check(cls, fields: Mapping[str, Any]) -> None:
+    """Refuse what needs bottlenecks in a net of basic blocks, and empty groups; see Family."""
+    _, block = cls._stages(fields)
+    net = f"{cls.TITLE}-{fields['depth']}"
+    if block is not Bottleneck:
+      for name in ("stride_at", "groups", "base_width"):
+        if fields[name] != COMMON[name].default:
+          raise ValueError(
+            f"config.model.{name} is {fields[name]!r}, which needs bottlenecks; {net} has basic "
+            "blocks."
+          )
+    channels = scaled(cls.CHANNELS[0], fields["width"])
+    if channels * fields["base_width"] < 64 and block is Bottleneck and fields["groups"] > 1:
+      raise ValueError(
+        f"config.model.base_width is {fields['base_width']}, which leaves no channel for a group "
+        f"of the first stage, of {channels} channels."
+      )
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
@@ -241,27 +142,37 @@ class _Trunk(Family):
       dtype,
       fields["zero_init_residual"],
       rngs,
+      preact=fields["preact"],
+      stride_at=fields["stride_at"],
+      shortcut=fields["shortcut"],
+      activation=fields["activation"],
+      groups=fields["groups"],
+      base_width=fields["base_width"],
+      se_ratio=fields["se_ratio"],
+      blur=fields["blurpool"] != "none",
       momentum=fields["bn_momentum"],
       epsilon=fields["bn_epsilon"],
+      unbiased=fields["bn_unbiased"],
       group=fields["bn_group"],
       shards=shards,
     )
-    return cls(fields["depth"], fields["width"], num_classes, layers)
+    return cls(fields, num_classes, layers)
 
-  def __init__(self, depth: int, width: float, num_classes: int, layers: Layers):
+  def __init__(self, fields: Mapping[str, Any], num_classes: int, layers: Layers):
     """Build stem, blocks and head.
 
     Args:
-      depth: number of layers, as the family counts them.
-      width: multiplies the channels of the stem and of every stage.
+      fields: values of FIELDS.
       num_classes: of the head.
       layers: maker of convolutions and norms.
     """
-    numbers, block = self._stages(depth)
-    channels = [scaled(base, width) for base in self.CHANNELS]
+    numbers, block = self._stages(fields)
+    channels = [scaled(base, fields["width"]) for base in self.CHANNELS]
     self.dtype = layers.dtype
-    self.stem_conv = layers.conv(3, channels[0], *self.STEM)
-    self.stem_bn = layers.norm(channels[0])
+    self.activation = layers.activation
+    self.preact, self.scan, self.remat = layers.preact, fields["scan"], fields["remat"]
+    self.numbers = tuple(numbers)
+    self._build_stem(channels[0], fields, layers)
     self.blocks = tuple(
       f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
     )
@@ -271,65 +182,162 @@ class _Trunk(Family):
         stride = 2 if s > 1 and b == 1 else 1
         setattr(self, f"stage{s}_block{b}", block(inputs, outputs, stride, layers))
         inputs = outputs * block.expansion
+    if self.preact:
+      self.final_bn = layers.norm(inputs)
     # float32 under bfloat16 too: it costs nothing here, and the loss wants logits that are not
     # rounded to 8 bits. Standard deviation 0.01 as in arXiv:1706.02677, 5.1: the first loss is
     # close to log(num_classes).
-    self.head = nnx.Linear(
+    self.head = layers.linear(
       inputs,
       num_classes,
-      dtype=layers.param_dtype,
-      param_dtype=layers.param_dtype,
       kernel_init=nnx.initializers.normal(0.01),
-      rngs=layers.rngs,
+      bias_init=nnx.initializers.constant(fields["head_bias_init"]),
     )
+    self.drop_path_rates = _drop_path_rates(fields, numbers)
+    # Streams exist only where they are drawn from; they are seeded anew in each step.
+    if self.drop_path_rates:
+      self.paths = layers.rngs.drop_path.fork()
+      self.deterministic = False  # the name that nnx.Module.train() and eval() look for
+    self.drops = fields["dropout"] > 0
+    if self.drops:
+      self.dropout = nnx.Dropout(fields["dropout"], rngs=layers.rngs)
 
-  def _classify(self, x: jax.Array) -> jax.Array:
-    """Return float32 logits [N, num_classes] of the stem's output [N, H, W, C]."""
-    for name in self.blocks:
-      x = getattr(self, name)(x)
-    return self.head(jnp.mean(x, axis=(1, 2), dtype=self.head.dtype))
+  def features(self, x: jax.Array) -> dict[str, jax.Array]:
+    """Return the outputs of the stem and of each stage: "stem", "stage1", "stage2", ...
 
+    Those of a net with `preact` are sums without an activation.
 
-class ResNet(_Trunk):
-  """The four-stage ImageNet net: 7x7/2 stem, 3x3/2 max-pool, 64, 128, 256, 512 channels."""
+    Args:
+      x: normalised images, floating point [N, H, W, 3].
 
-  FIELDS: ClassVar[Fields] = _fields(
-    Field(
-      50,
-      "Layers with weights.",
-      "layers",
-      Check(f"one of {', '.join(map(str, STAGES))} (resnet)", lambda v: v in STAGES),
-    )
-  )
-  TITLE = "ResNet"
-  CHANNELS = (64, 128, 256, 512)
-  STEM = (7, 2)
-
-  @staticmethod
-  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
-    numbers, bottleneck = STAGES[depth]
-    return numbers, Bottleneck if bottleneck else BasicBlock
+    Returns:
+      Feature maps [N, h, w, C] in the model's dtype.
+    """
+    x = self._stem(x.astype(self.dtype))
+    outputs = {"stem": x}
+    paths = None
+    if self.drop_path_rates and not self.deterministic:
+      paths = stack.Paths(self.paths(), np.asarray(self.drop_path_rates, self.head.dtype))
+    first = 0
+    for s, number in enumerate(self.numbers, 1):
+      blocks = [getattr(self, name) for name in self.blocks[first : first + number]]
+      x = stack.run(blocks, x, first=first, paths=paths, scan=self.scan, remat=self.remat)
+      outputs[f"stage{s}"] = x
+      first += number
+    return outputs
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return float32 logits [N, num_classes].
 
     Args:
-      x: normalised images, floating point [N, H, W, 3]; any H and W, the net shrinks them 32-fold.
+      x: normalised images, floating point [N, H, W, 3], of any height and width.
     """
-    x = nnx.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype))))
-    # nnx.max_pool pads with -inf, so that the border never wins.
-    x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    return self._classify(x)
+    x = self.features(x)[f"stage{len(self.numbers)}"]
+    if self.preact:
+      x = self.activation(self.final_bn(x))
+    x = jnp.mean(x, axis=(1, 2), dtype=self.head.dtype)
+    return self.head(self.dropout(x) if self.drops else x)
+
+
+def _drop_path_rates(fields: Mapping[str, Any], numbers: Sequence[int]) -> tuple[float, ...]:
+  """Return the share of examples that skip the branch of each block; () if none ever does."""
+  rate = fields["drop_path"]
+  if not rate:
+    return ()
+  if fields["drop_path_by"] == "stage":
+    stages = len(numbers)
+    return tuple(
+      rate * (s + 1) / (stages + 1) for s, number in enumerate(numbers, 1) for _ in range(number)
+    )
+  return tuple(rate * i / (sum(numbers) - 1) for i in range(sum(numbers)))
+
+
+class ResNet(_Trunk):
+  """The four-stage net for ImageNet: it shrinks images 32-fold.
+
+  A stage has 64, 128, 256 or 512 channels, and its bottlenecks return four times as many.
+  """
+
+  FIELDS: ClassVar[Fields] = fields_of(depth_of("resnet", 50, STAGES))
+  TITLE = "ResNet"
+  CHANNELS = (64, 128, 256, 512)
+  STEM = (7, 2)
+
+  @staticmethod
+  def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
+    numbers, bottleneck = STAGES[fields["depth"]]
+    return numbers, Bottleneck if bottleneck else BasicBlock
+
+  @classmethod
+  def check(cls, fields: Mapping[str, Any]) -> None:
+    """Refuse a blurred max-pool where there is none; see Family."""
+    super().check(fields)
+    if fields["blurpool"] == "all" and fields["stem_pool"] != "max":
+      raise ValueError(
+        "config.model.blurpool is 'all', which blurs the max-pool; config.model.stem_pool is "
+        f"{fields['stem_pool']!r}: set config.model.blurpool to 'convs'."
+      )
+
+  def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
+    self.deep, self.blurs_pool = fields["stem"] == "deep", fields["blurpool"] == "all"
+    self.pools_by_conv = fields["stem_pool"] == "conv"
+    if self.deep:
+      half = max(1, channels // 2)
+      self.stem_conv1 = layers.conv(3, half, 3, 2)
+      self.stem_bn1 = layers.norm(half)
+      self.stem_conv2 = layers.conv(half, half, 3)
+      self.stem_bn2 = layers.norm(half)
+      self.stem_conv3 = layers.conv(half, channels, 3)
+      if not self.preact:
+        self.stem_bn3 = layers.norm(channels)
+    else:
+      self.stem_conv = layers.conv(3, channels, *self.STEM)
+      if not self.preact:
+        self.stem_bn = layers.norm(channels)
+    if self.pools_by_conv:
+      self.stem_pool_conv = layers.conv(channels, channels, 3, 2)
+      self.stem_pool_bn = layers.norm(channels)
+
+  def _stem(self, x: jax.Array) -> jax.Array:
+    if self.deep:
+      x = self.activation(self.stem_bn1(self.stem_conv1(x)))
+      x = self.activation(self.stem_bn2(self.stem_conv2(x)))
+      x = self.stem_conv3(x)
+    else:
+      x = self.stem_conv(x)
+    if not self.preact:  # else the first block starts with norm and activation
+      x = self.activation((self.stem_bn3 if self.deep else self.stem_bn)(x))
+    if self.pools_by_conv:
+      return self.activation(self.stem_pool_bn(self.stem_pool_conv(x)))
+    return max_pool(x, blurred=self.blurs_pool)
+
+
+class ResNetRS(ResNet):
+  """ResNet-RS (arXiv:2103.07579): deep stem, convolutions for pools, squeeze-and-excitation."""
+
+  FIELDS: ClassVar[Fields] = fields_of(
+    depth_of("resnet_rs", 50, RS_STAGES),
+    stem="deep",
+    stem_pool="conv",
+    shortcut="pool",
+    se_ratio=0.25,
+    drop_path_by="stage",
+  )
+  TITLE = "ResNet-RS"
+
+  @staticmethod
+  def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
+    return RS_STAGES[fields["depth"]][0], Bottleneck
 
 
 class CifarResNet(_Trunk):
-  """The three-stage net of depth 6n+2 for 32 px images: 3x3 stem, no pooling, 16, 32, 64 channels.
+  """The three-stage net for 32 px images: 3x3 stem, no pooling, 16, 32, 64 channels.
 
-  arXiv:1512.03385, section 4.2, with basic blocks. The shortcut is a projection wherever the shape
-  changes (option B), where the paper's CIFAR nets pad with zeros (option A).
+  arXiv:1512.03385, section 4.2, of depth 6n+2 with basic blocks. The published nets have the
+  shortcut "pad" (option A).
   """
 
-  FIELDS: ClassVar[Fields] = _fields(
+  FIELDS: ClassVar[Fields] = fields_of(
     Field(
       20,
       "Layers with weights; n blocks in each stage.",
@@ -342,17 +350,58 @@ class CifarResNet(_Trunk):
   STEM = (3, 1)
 
   @staticmethod
-  def _stages(depth: int) -> tuple[Sequence[int], type[BasicBlock] | type[Bottleneck]]:
-    return ((depth - 2) // 6,) * 3, BasicBlock
+  def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
+    return ((fields["depth"] - 2) // 6,) * 3, BasicBlock
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return float32 logits [N, num_classes].
+  @classmethod
+  def check(cls, fields: Mapping[str, Any]) -> None:
+    """Refuse another stem than the one there is; see Family."""
+    super().check(fields)
+    for name in ("stem", "stem_pool"):
+      if fields[name] != COMMON[name].default:
+        raise ValueError(
+          f"config.model.{name} is {fields[name]!r}; the stem of a {cls.TITLE} is one 3x3 "
+          f"convolution: leave it at {COMMON[name].default!r}."
+        )
+    if fields["blurpool"] == "all":
+      raise ValueError(
+        f"config.model.blurpool is 'all', which blurs the max-pool; a {cls.TITLE} has none: set it "
+        "to 'convs'."
+      )
 
-    Args:
-      x: normalised images, floating point [N, H, W, 3]; any H and W, the net shrinks them fourfold.
-    """
-    x = nnx.relu(self.stem_bn(self.stem_conv(x.astype(self.dtype))))
-    return self._classify(x)
+  def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
+    del fields
+    self.stem_conv = layers.conv(3, channels, *self.STEM)
+    if not self.preact:
+      self.stem_bn = layers.norm(channels)
+
+  def _stem(self, x: jax.Array) -> jax.Array:
+    x = self.stem_conv(x)
+    return x if self.preact else self.activation(self.stem_bn(x))
+
+
+class CifarResNetV2(CifarResNet):
+  """The same with bottlenecks, of depth 9n+2: by default the pre-activation nets of 164 and 1001.
+
+  arXiv:1603.05027, which strides in the first 1x1 convolution, and starts no branch at zero.
+  """
+
+  FIELDS: ClassVar[Fields] = fields_of(
+    Field(
+      164,
+      "Layers with weights; n bottlenecks in each stage.",
+      "layers",
+      Check("9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)", lambda v: v >= 11 and v % 9 == 2),
+    ),
+    preact=True,
+    stride_at="1x1",
+    zero_init_residual=False,
+  )
+  TITLE = "CIFAR ResNet v2"
+
+  @staticmethod
+  def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
+    return ((fields["depth"] - 2) // 9,) * 3, Bottleneck
 
 
 def scaled(channels: int, width: float) -> int:

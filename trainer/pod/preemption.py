@@ -1,4 +1,4 @@
-"""Requests to stop from outside: SIGTERM of a preempted machine, or Ctrl-C."""
+"""Requests to stop from outside: SIGTERM of a preempted machine, Ctrl-C, or a closed terminal."""
 
 import signal
 import sys
@@ -20,9 +20,14 @@ class StopRequest:
     return self.reason is not None
 
   def install(self) -> None:
-    """Handle SIGTERM and SIGINT of this process; call it on the main thread."""
+    """Handle SIGTERM, SIGINT and SIGHUP of this process; call it on the main thread.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self._on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+      signal.signal(signal.SIGHUP, self._on_signal)
 
   def _on_signal(self, number: int, frame: object) -> None:
     del frame

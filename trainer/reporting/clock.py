@@ -1,9 +1,9 @@
 """Where the wall time of a run goes, over all its processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 
 class WallClock:
@@ -16,11 +16,15 @@ class WallClock:
   one, and the repeated work.
   """
 
+  # Entries of what `start` returns.
+  STARTS: ClassVar[Mapping[str, Any]] = {"first_start": (int, float), "starts": int}
+
   CAUSES = ("compile", "input_wait", "step", "eval", "checkpoint", "other")
 
   def __init__(self) -> None:
     self.seconds = dict.fromkeys(self.CAUSES, 0.0)
     self.starts = 1
+    self.noted: dict[str, Any] | None = None  # what `start` returned
     self._cause = "other"
     self._since = time.monotonic()
     self._first_start = time.time()  # not monotonic, but the same on all machines
@@ -46,23 +50,45 @@ class WallClock:
     self.switch(self._cause)
     return dict(self.seconds)
 
-  def restore(self, seconds: dict[str, float]) -> None:
-    """Add the seconds by cause of the checkpoint that this process resumes from."""
+  def restore(self, seconds: dict[str, float], noted: dict[str, Any] | None = None) -> None:
+    """Take up the seconds by cause and the starts of the checkpoint that this process resumes from.
+
+    Args:
+      seconds: what `read` returned.
+      noted: what `start` returned; None of a checkpoint that holds none.
+    """
+    self.noted = noted
     for cause, value in seconds.items():
       self.seconds[cause] += value
 
-  def start(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Note the earlier starts of this run.
+  def start(
+    self, earlier: dict[str, Any] | None, step: int = 0, changes: Mapping[str, Any] | None = None
+  ) -> dict[str, Any]:
+    """Note this start beside the earlier ones of the run.
 
     Args:
-      earlier: what this method returned in the process before; None in the first.
+      earlier: what this method returned in the process before. None in the first, and where it is
+        lost; then that of the checkpoint counts.
+      step: steps taken before it.
+      changes: fields of the config that differ from the start before: {name: [before, now]}.
 
     Returns:
-      {'first_start': seconds since 1970, 'starts': number of processes including this one}.
+      {'first_start': seconds since 1970, 'starts': number of processes including this one,
+      'history': [{'step', 'time', 'changes'}, ...] of each}.
     """
+    earlier = earlier or self.noted
+    now = self._first_start
     if earlier:
       self._first_start, self.starts = earlier["first_start"], earlier["starts"] + 1
-    return {"first_start": self._first_start, "starts": self.starts}
+    this: dict[str, Any] = {"step": step, "time": now}
+    if changes:
+      this["changes"] = changes
+    self.noted = {
+      "first_start": self._first_start,
+      "starts": self.starts,
+      "history": [*(earlier or {}).get("history", []), this],
+    }
+    return self.noted
 
   def since_first_start(self) -> dict[str, float]:
     """Return seconds by cause, with `restart`; they sum up to the time since the first start."""

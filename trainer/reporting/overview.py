@@ -58,8 +58,10 @@ def count_params(program: Program) -> int:
 
 
 def _decay(program: Program) -> str:
-  params = program.abstract_state.params
-  leaves = len(jax.tree.leaves(params))
-  decayed = sum(jax.tree.leaves(program.mask(params))) if program.mask else leaves
-  rate = program.config.optimizer.weight_decay
-  return f"weight decay {rate:g} on {decayed} of {leaves} leaves"
+  fields, params = program.config.optimizer, program.abstract_state.params
+  mask = program.mask(params) if program.mask else jax.tree.map(lambda _: True, params)
+  sizes = [x.size for x in jax.tree.leaves(params)]
+  decayed = [size for size, decays in zip(sizes, jax.tree.leaves(mask)) if decays]
+  line = f"weight decay {fields.weight_decay:g} on {len(decayed)} of {len(sizes)} leaves"
+  line += f", {sum(decayed):,} of {sum(sizes):,} parameters"
+  return line if fields.decay == "own" else f"{line}, {fields.decay}"

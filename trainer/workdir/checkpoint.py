@@ -91,6 +91,7 @@ class Checkpointer:
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[None]] | None = None
     self._broken = False  # whether the manager has failed, and with it the last save
+    self._failed = False  # whether any save has failed
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
 
@@ -162,6 +163,8 @@ class Checkpointer:
     )
     del items  # Orbax has its own copy now, on the host
     self._manager.wait_until_finished()
+    if self._failed and storage.in_bucket(self._directory):
+      self._clear_late_objects()
 
   def _ready(self, step: int, items: dict[str, Tree]) -> bool:
     """Whether to save: the step is not saved already, and every host can write.
@@ -210,7 +213,7 @@ class Checkpointer:
       written.result()
       self._newest = step
     except Exception as error:  # errors of buckets are of many kinds
-      self._broken = True
+      self._broken = self._failed = True
       self._save_failed(step, storage.first_line(error))
 
   def _save_failed(self, step: int, reason: str) -> None:
@@ -229,6 +232,24 @@ class Checkpointer:
     if self._pod.host == 0:
       for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
         torn.rmtree(missing_ok=True)
+
+  def _clear_late_objects(self) -> None:
+    """Remove torn checkpoints from a bucket; no save may be in flight.
+
+    The first error of a save ends it, but other writers of TensorStore may retry for minutes, and
+    succeed after Orbax has removed what the save had left.
+    """
+    if self._pod.host != 0:
+      return
+    try:
+      whole = set(ocp.utils.checkpoint_steps(self._directory))
+      for folder in self._directory.iterdir():
+        if folder.name.isdigit() and int(folder.name) not in whole:
+          folder.rmtree()
+    except Exception as error:
+      if not storage.is_failure(error):
+        raise
+      logging.warning("What failed saves left is still there: %s", storage.first_line(error))
 
   def save_and_wait(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Save this step unless it is saved already, and return once the checkpoint is whole.

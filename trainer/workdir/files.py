@@ -1,13 +1,15 @@
 """Opening the folder of a run, and its files of JSON."""
 
+from collections.abc import Mapping
 import json
 import time
 from typing import Any
 
+from absl import logging
 from etils import epath
 import jax
 
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.workdir import storage
 from trainer.workdir.paths import Workdir
@@ -54,7 +56,7 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
   """Write a file that is whole or absent, on process 0 only.
 
   Raises:
-    TrainerError: if it cannot be written.
+    StorageError: if it cannot be written.
   """
   if jax.process_index() == 0:
     text = json.dumps(value, indent=2) + "\n"
@@ -63,29 +65,52 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise TrainerError(
+      raise StorageError(
         f"{path} could not be written ({storage.first_line(error)}); run the same command again."
       ) from error
 
 
-def read_json(path: epath.Path) -> dict[str, Any] | None:
-  """Return what a file holds, or None if there is no such file.
+def read_json(
+  path: epath.Path, kinds: Mapping[str, Any] | None = None, *, set_aside: bool = False
+) -> dict[str, Any] | None:
+  """Return what a file holds, or None if there is no such file, or none that is whole.
+
+  Args:
+    path: the file.
+    kinds: type or types of the entries that it must have.
+    set_aside: whether process 0 moves a damaged file to NAME.damaged.
 
   Raises:
-    TrainerError: if it cannot be read, or holds no JSON.
+    StorageError: if it cannot be read.
   """
   try:
-    return json.loads(path.read_text())
+    content = path.read_bytes()
   except FileNotFoundError:
     return None
-  except ValueError as error:
-    raise TrainerError(
-      f"{path} is damaged ({storage.first_line(error)}); remove it, then run the same command "
-      "again."
-    ) from error
   except Exception as error:
     if not storage.is_failure(error):
       raise
-    raise TrainerError(
+    raise StorageError(
       f"{path} could not be read ({storage.first_line(error)}); run the same command again."
     ) from error
+  trouble = ""
+  try:
+    value = json.loads(content)
+    if not isinstance(value, dict):
+      trouble = f"it holds {type(value).__name__}"
+    else:
+      wrong = [name for name, kind in (kinds or {}).items() if not _is(value.get(name), kind)]
+      trouble = f"it lacks {', '.join(wrong)}" if wrong else ""
+  except ValueError as error:
+    trouble = storage.first_line(error)
+  if not trouble:
+    return value
+  logging.warning("%s is damaged (%s) and is not used.", path, trouble)
+  if set_aside and jax.process_index() == 0:
+    (path.parent / f"{path.name}.damaged").write_bytes(content)
+    path.unlink()
+  return None
+
+
+def _is(value: Any, kind: Any) -> bool:
+  return isinstance(value, kind) and not isinstance(value, bool)

@@ -21,9 +21,19 @@ class Workdir:
     return self.path / "config.json"
 
   @property
+  def owner(self) -> epath.Path:
+    """Who writes to this folder now; see trainer.workdir.lease."""
+    return self.path / "owner.json"
+
+  @property
   def starts(self) -> epath.Path:
     """When the run was first started, and how often since."""
     return self.path / "starts.json"
+
+  @property
+  def classes(self) -> epath.Path:
+    """The names of the classes by label."""
+    return self.path / "classes.json"
 
   @property
   def final(self) -> epath.Path:

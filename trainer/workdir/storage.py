@@ -5,6 +5,7 @@ fail are retried for a minute or two, then the error is raised.
 """
 
 import importlib.util
+import os
 import re
 
 from etils import epath
@@ -87,13 +88,21 @@ def problem(path: epath.Path) -> str | None:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Write a file that appears whole: as one object, or renamed into place."""
+  """Write a file that appears whole and stays: as one object, or synced and renamed into place."""
   if in_bucket(path):
     path.write_text(text)
   else:
     partial = path.parent / f"{path.name}.tmp"
-    partial.write_text(text)
+    with open(partial, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())  # else a host that loses power may keep the name and no content
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:

@@ -1,51 +1,63 @@
 """Operations on uint8 images on the host, after crop and flip: `config.data.operations`.
 
-    --config.data.operations="grayscale(p=0.2)|solarize(p=0.1, threshold=128)"
+    --config.data.operations="timm_rand_augment(m=7, mstd=0.5, inc=1)|random_erasing(p=0.1)"
 
 An operation is a function of an image, uint8 [height, width, 3], and the random generator of its
 example; what a config may set are its keyword-only parameters. It returns an array of the same
 shape and dtype, and may write to the one it was given. It draws from this generator alone: so its
 result depends on the seed and the number of the example, not on hosts, processes or restarts.
+
+Those of this package are laws, which draw steps (`policies`), and the pixels of steps (`pixels`).
 """
 
 from collections.abc import Callable, Sequence
+import functools
+from typing import Any
 
-import cv2
 import numpy as np
 
 from configs import names
+from input_pipeline.augment import policies
+from input_pipeline.augment.pixels import Image
+from input_pipeline.augment.policies import Law, Step
 from input_pipeline.errors import DataError
 
-Image = np.ndarray  # uint8 [height, width, 3]
 Operation = Callable[[Image, np.random.Generator], Image]
 
 _FIELD = "config.data.operations"
 
 
-def grayscale(image: Image, rng: np.random.Generator, *, p: float) -> Image:
-  """Replace, with probability `p`, the colours by their luminance (ITU-R BT.601)."""
-  if not _occurs(p, rng):
-    return image
-  return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB, image)
+def _operation(law: Law) -> Callable[..., Image]:
+  """Return the operation that does the steps which a law draws."""
+
+  @functools.wraps(law)
+  def operation(image: Image, rng: np.random.Generator, **options: Any) -> Image:
+    return _do(law(image.shape[:2], rng, **options), image)
+
+  return operation
 
 
-def invert(image: Image, rng: np.random.Generator, *, p: float) -> Image:
-  """Replace, with probability `p`, each value v by 255 - v."""
-  return np.bitwise_not(image, image) if _occurs(p, rng) else image
-
-
-def solarize(image: Image, rng: np.random.Generator, *, p: float, threshold: int = 128) -> Image:
-  """Replace, with probability `p`, each value v of at least `threshold` by 255 - v."""
-  if not 0 <= threshold <= 255:
-    raise ValueError(f"threshold={threshold!r} must be in [0, 255]")
-  return np.bitwise_not(image, image, where=image >= threshold) if _occurs(p, rng) else image
+def _do(steps: Sequence[Step], image: Image) -> Image:
+  for step in steps:
+    image = step.do(image, *step.arguments)
+  return image
 
 
 # A config may also name one from elsewhere, as "package.module:name".
 OPERATIONS: dict[str, Callable[..., Image]] = {
-  "grayscale": grayscale,
-  "invert": invert,
-  "solarize": solarize,
+  law.__name__: _operation(law)
+  for law in (
+    policies.grayscale,
+    policies.invert,
+    policies.solarize,
+    policies.color_jitter,
+    policies.random_erasing,
+    policies.rand_augment,
+    policies.timm_rand_augment,
+    policies.trivial_augment,
+    policies.auto_augment,
+    policies.three_augment,
+  )
 }
 
 
@@ -98,11 +110,21 @@ def apply(operations: Sequence[Operation], image: Image, rng: np.random.Generato
     image[...] = result
 
 
-def _occurs(p: float, rng: np.random.Generator) -> bool:
-  """Draw whether something of probability `p` happens."""
-  if not 0 <= p <= 1:
-    raise ValueError(f"p={p!r} must be in [0, 1]")
-  return rng.random() < p
+def apply_named(
+  operations: Sequence[Operation], image: Image, rng: np.random.Generator
+) -> list[str]:
+  """Apply operations as `apply` does; return what was done, step by step."""
+  said = []
+  for operation in operations:
+    law = getattr(getattr(operation, "func", operation), "__wrapped__", None)
+    if law is None:
+      said.append(_name(operation))
+      apply([operation], image, rng)
+      continue
+    steps = law(image.shape[:2], rng, **getattr(operation, "keywords", {}))
+    said += [str(step) for step in steps]
+    image[...] = _do(steps, image)
+  return said
 
 
 def _name(operation: Operation) -> str:

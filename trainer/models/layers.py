@@ -1,0 +1,188 @@
+"""What residual nets are made of; one `Layers` makes the convolutions and norms of one net.
+
+Convolutions and the max-pool pad symmetrically, as torchvision does, not "SAME": under stride 2
+"SAME" pads the end more than the start, which shifts the sampling grid.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from trainer.models.norm import BatchNorm
+
+Activation = Callable[[jax.Array], jax.Array]
+
+# As torch defines them; gelu is the exact one.
+ACTIVATIONS: dict[str, Activation] = {
+  "relu": nnx.relu,
+  "leaky_relu": nnx.leaky_relu,
+  "elu": nnx.elu,
+  "gelu": functools.partial(nnx.gelu, approximate=False),
+  "silu": nnx.silu,
+  "hard_swish": nnx.hard_swish,
+}
+
+# Fan-out keeps the variance of gradients; that of activations is batch norm's task. The normal is
+# not truncated, as in torchvision.
+_KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Layers:
+  """The layers of one model, which differ only in shape.
+
+  Args:
+    dtype: of activations; parameters and batch-norm statistics are float32, or float64 with it.
+    zero_init_residual: whether residual branches start at zero: by the scale of their last batch
+      norm, or by their last kernel if they end in a convolution.
+    rngs: with a `params` stream.
+    preact: whether blocks are in the order norm, activation, convolution (arXiv:1603.05027).
+    stride_at: "3x3" or "1x1", the convolution of a bottleneck that strides.
+    shortcut: what a shortcut does where the shape changes: "conv", "pool" or "pad"; see Block.
+    activation: a name of ACTIVATIONS.
+    groups: of the 3x3 convolution of a bottleneck.
+    base_width: channels of each group there, in a stage of 64 channels.
+    se_ratio: channels of squeeze-and-excitation over those that leave the block; 0 for none.
+    blur: whether a convolution with stride blurs its input first; see BlurredConv.
+    norm_options: further arguments of every BatchNorm.
+  """
+
+  def __init__(
+    self,
+    dtype: jax.typing.DTypeLike,
+    zero_init_residual: bool,
+    rngs: nnx.Rngs,
+    *,
+    preact: bool = False,
+    stride_at: str = "3x3",
+    shortcut: str = "conv",
+    activation: str = "relu",
+    groups: int = 1,
+    base_width: int = 64,
+    se_ratio: float = 0.0,
+    blur: bool = False,
+    **norm_options: Any,
+  ):
+    self.dtype = jnp.dtype(dtype)
+    self.param_dtype = jnp.promote_types(dtype, jnp.float32)
+    self.zero_init_residual = zero_init_residual
+    self.rngs = rngs
+    self.preact = preact
+    self.stride_at = stride_at
+    self.shortcut = shortcut
+    self.activation = ACTIVATIONS[activation]
+    self.groups = groups
+    self.base_width = base_width
+    self.se_ratio = se_ratio
+    self.blur = blur
+    self.norm_options = norm_options
+
+  def conv(
+    self,
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    last_of_branch: bool = False,
+  ) -> nnx.Conv:
+    """Return a square convolution without bias: the batch norm behind it has one."""
+    zero = last_of_branch and self.preact and self.zero_init_residual
+    kind = BlurredConv if self.blur and stride > 1 and inputs >= 16 else nnx.Conv
+    return kind(
+      inputs,
+      outputs,
+      (kernel, kernel),
+      strides=stride,
+      padding=kernel // 2,
+      # On a TPU groups are slow: 4 channels of a group fill 4 of the 128 lanes of its matrix unit.
+      feature_group_count=groups,
+      use_bias=False,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      rngs=self.rngs,
+      kernel_init=nnx.initializers.zeros_init() if zero else _KERNEL_INIT,
+    )
+
+  def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
+    """Return a batch norm, with scale 0 where the residual branch is to start at zero."""
+    return BatchNorm(
+      channels,
+      dtype=self.dtype,
+      **self.norm_options,
+      zero_scale=last_of_branch and self.zero_init_residual,
+    )
+
+  def linear(self, inputs: int, outputs: int, **options: Any) -> nnx.Linear:
+    """Return a linear layer in float32, or float64: there are few, behind a mean over the image."""
+    return nnx.Linear(
+      inputs,
+      outputs,
+      dtype=self.param_dtype,
+      param_dtype=self.param_dtype,
+      rngs=self.rngs,
+      **options,
+    )
+
+  def inner(self, channels: int) -> int:
+    """Return the channels of the 3x3 convolution of a bottleneck (arXiv:1611.05431, 1605.07146)."""
+    return max(1, channels * self.base_width // 64) * self.groups
+
+  def squeezed(self, channels: int) -> int:
+    """Return the channels of squeeze-and-excitation: a multiple of 8, as in timm."""
+    return max(8, int(channels * self.se_ratio + 4) // 8 * 8)
+
+
+class BlurredConv(nnx.Conv):
+  """A convolution with stride whose input is blurred first (BlurPool, arXiv:1904.11486).
+
+  In the order of FFCV and of Composer's `blur_first`: blur without stride, then convolve.
+  """
+
+  def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+    """Return the convolution of the blurred x [N, H, W, C]."""
+    return super().__call__(blur(x), out_sharding)
+
+
+def blur(x: jax.Array) -> jax.Array:
+  """Return x [N, H, W, C] under the filter [1 2 1]/4 along height and width, zeros outside.
+
+  Sums of shifted images, in float32 at least, which the compiler fuses into one pass; a
+  convolution of one channel a group would leave the matrix unit of a TPU empty.
+  """
+  y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  for axis in (1, 2):
+    size = x.shape[axis]
+    padded = jnp.pad(y, [(int(a == axis),) * 2 for a in range(x.ndim)])
+    before, here, after = (jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3))
+    y = (before + 2 * here + after) / 4
+  return y.astype(x.dtype)
+
+
+def max_pool(x: jax.Array, *, blurred: bool = False) -> jax.Array:
+  """Return the 3x3 maxima of x [N, H, W, C] at every second place.
+
+  Args:
+    x: activations.
+    blurred: whether all maxima are blurred before every second is taken, as in Composer.
+  """
+  # nnx.max_pool pads with -inf, so that the border never wins.
+  stride = 1 if blurred else 2
+  x = nnx.max_pool(x, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)))
+  return blur(x)[:, ::2, ::2] if blurred else x
+
+
+def halve(x: jax.Array) -> jax.Array:
+  """Return the means of 2x2 pixels of x [N, H, W, C]; of what is there at an odd border."""
+  odd = tuple((0, size % 2) for size in x.shape[1:3])
+  return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding=odd, count_include_pad=False)
+
+
+def pad_channels(x: jax.Array, outputs: int) -> jax.Array:
+  """Return x [N, H, W, C] with channels of zeros on both sides, `outputs` in all."""
+  missing = outputs - x.shape[-1]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))

@@ -1,0 +1,76 @@
+"""Names of leaves in the state dicts of torchvision and timm, a table for each family.
+
+A family returns them from `torch_name`. How a leaf lies follows from the two shapes: a kernel is
+[height, width, in, out] here and [out, in, height, width] there, a matrix [in, out] here and
+[out, in] there, or [out, in, 1, 1] where timm has a 1x1 convolution (squeeze-and-excitation, and
+the head of pre-activation nets).
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+# The last part of a leaf's path: ours, theirs.
+_KINDS = {
+  "kernel": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
+}
+# Modules of the residual nets: ours as a regular expression of the path, theirs. We count blocks
+# from 1, they do from 0: see _BLOCK.
+_BLOCK = r"stage(?P<stage>\d+)_block(?P<block>\d+)"
+RESNET: tuple[tuple[str, str], ...] = (
+  (r"stem_conv", "conv1"),
+  (r"stem_bn|stem_bn3", "bn1"),
+  (r"stem_conv1", "conv1.0"),
+  (r"stem_bn1", "conv1.1"),
+  (r"stem_conv2", "conv1.3"),
+  (r"stem_bn2", "conv1.4"),
+  (r"stem_conv3", "conv1.6"),
+  (r"stem_pool_conv", "maxpool.0"),
+  (r"stem_pool_bn", "maxpool.1"),
+  (_BLOCK + r"/projection_conv", "layer{stage}.{block}.downsample.{projection}"),
+  (_BLOCK + r"/projection_bn", "layer{stage}.{block}.downsample.{projection_bn}"),
+  (_BLOCK + r"/se_reduce", "layer{stage}.{block}.se.fc1"),
+  (_BLOCK + r"/se_expand", "layer{stage}.{block}.se.fc2"),
+  (_BLOCK + r"/(?P<layer>\w+)", "layer{stage}.{block}.{layer}"),
+  (r"head", "fc"),
+)
+# timm's ResNetV2, for nets with model.preact.
+RESNET_V2: tuple[tuple[str, str], ...] = (
+  (r"stem_conv", "stem.conv"),
+  (r"stem_conv(?P<layer>\d)", "stem.conv{layer}"),
+  (r"stem_bn(?P<layer>\d)", "stem.norm{layer}"),
+  (_BLOCK + r"/projection_conv", "stages.{previous}.blocks.{block}.downsample.conv"),
+  (_BLOCK + r"/bn(?P<layer>\d)", "stages.{previous}.blocks.{block}.norm{layer}"),
+  (_BLOCK + r"/(?P<layer>\w+)", "stages.{previous}.blocks.{block}.{layer}"),
+  (r"final_bn", "norm"),
+  (r"head", "head.fc"),
+)
+
+
+def resnet_name(leaf: str, fields: Mapping[str, Any]) -> str:
+  """Return the name of a leaf of a residual net: stage3_block1/conv2/kernel, layer3.0.conv2.weight.
+
+  Args:
+    leaf: path in params or batch_stats.
+    fields: of the family.
+  """
+  module, _, kind = leaf.rpartition("/")
+  for ours, theirs in RESNET_V2 if fields.get("preact") else RESNET:
+    if match := re.fullmatch(ours, module):
+      parts = match.groupdict()
+      if "block" in parts:
+        # timm numbers the parts of a shortcut: with a pool, which is an identity without stride,
+        # the convolution is the second.
+        pools = int(fields.get("shortcut") == "pool")
+        parts |= {
+          "block": int(parts["block"]) - 1,
+          "previous": int(parts["stage"]) - 1,
+          "projection": pools,
+          "projection_bn": pools + 1,
+        }
+      return f"{theirs.format(**parts)}.{_KINDS.get(kind, kind)}"
+  return leaf.replace("/", ".")

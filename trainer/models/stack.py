@@ -1,0 +1,118 @@
+"""Blocks one after the other: unrolled or scanned, recomputed or kept, with stochastic depth.
+
+The state of a model has one form: each block its own leaves, by its own name. A scan stacks the
+leaves of equal blocks inside the step, and gives each block its new statistics back, so that a
+checkpoint fits a run with and without scan.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.models.blocks import Block
+
+
+def _convolutions(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
+  return primitive.name == "conv_general_dilated"
+
+
+# What the backward pass finds in memory, beside the input of each block: all | nothing | the
+# outputs of convolutions. See jax.checkpoint.
+REMAT: dict[str, Callable[..., bool] | None] = {
+  "none": None,
+  "blocks": jax.checkpoint_policies.nothing_saveable,
+  "convs": _convolutions,
+}
+
+
+class Paths(NamedTuple):
+  """Stochastic depth (arXiv:1603.09382): a block's branch is skipped, for each example by itself.
+
+  Attributes:
+    key: of this micro-batch.
+    rates: share of examples that skip the branch, for every block of the net.
+  """
+
+  key: jax.Array
+  rates: np.ndarray
+
+  def scale(self, number: jax.Array | int, rate: jax.Array, examples: int) -> jax.Array:
+    """Return [examples, 1, 1, 1]: 0 where the branch of a block is skipped, else 1/(1 - rate)."""
+    key = jax.random.fold_in(self.key, number)
+    kept = jax.random.bernoulli(key, 1 - rate, (examples, 1, 1, 1))
+    return kept / (1 - rate)
+
+
+def run(
+  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Paths | None, scan: bool, remat: str
+) -> jax.Array:
+  """Return the output of the last block for x [N, H, W, C].
+
+  Args:
+    blocks: of one stage; all but the first are equal in shape.
+    x: input of the first.
+    first: its number in the net, from 0.
+    paths: None where no branch is skipped.
+    scan: whether the equal blocks are one block in a loop. Time to trace and compile, and the size
+      of the program, then do not grow with their number.
+    remat: a key of REMAT.
+  """
+  alone = blocks[:1] if scan and len(blocks) > 2 else blocks
+  for number, block in enumerate(alone, first):
+    scale = paths and paths.scale(number, paths.rates[number], x.shape[0])
+    if remat == "none":
+      x = block(x, scale)
+    else:
+      graphdef, state = _split(block)
+      x, statistics = jax.checkpoint(_pure(graphdef), policy=REMAT[remat])(state, x, scale)
+      nnx.update(block, statistics)
+  if len(alone) < len(blocks):
+    x = _scan(blocks[1:], x, first=first + 1, paths=paths, remat=remat)
+  return x
+
+
+def _scan(
+  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Paths | None, remat: str
+) -> jax.Array:
+  """Return the output of equal blocks, run in a loop."""
+  graphdefs, states = zip(*map(_split, blocks), strict=True)
+  if any(graphdef != graphdefs[0] for graphdef in graphdefs):
+    raise ValueError("blocks that are scanned must be equal.")
+  apply = _pure(graphdefs[0])
+  if remat != "none":
+    # A loop is not merged with its copy in the backward pass, which prevent_cse would guard from.
+    apply = jax.checkpoint(apply, policy=REMAT[remat], prevent_cse=False)
+
+  def body(x: jax.Array, block: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+    state, number, rate = block
+    return apply(state, x, paths and paths.scale(number, rate, x.shape[0]))
+
+  numbers = np.arange(first, first + len(blocks))
+  rates = paths.rates[numbers] if paths else np.zeros(len(blocks), np.float32)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  x, statistics = jax.lax.scan(body, x, (stacked, jnp.asarray(numbers), jnp.asarray(rates)))
+  for i, block in enumerate(blocks):
+    nnx.update(block, jax.tree.map(lambda leaf, i=i: leaf[i], statistics))
+  return x
+
+
+def _split(block: Block) -> tuple[nnx.GraphDef[Block], Any]:
+  graphdef, state = nnx.split(block)
+  return graphdef, nnx.to_pure_dict(state)
+
+
+def _pure(
+  graphdef: nnx.GraphDef[Block],
+) -> Callable[[Any, jax.Array, jax.Array | None], tuple[jax.Array, Any]]:
+  """Return a block as a function of its arrays: (arrays, x, scale) -> (y, new statistics)."""
+
+  def apply(state: Any, x: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Any]:
+    block = nnx.merge(graphdef, state, copy=True)
+    y = block(x, scale)
+    return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
+
+  return apply

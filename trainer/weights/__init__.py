@@ -1,0 +1,1 @@
+"""Weights in and out: files of other tools and of this one, and workdirs."""

@@ -1,0 +1,272 @@
+"""Writes weights for other tools, and reads each file back before it is said to be done."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import image
+from input_pipeline.errors import BadRecordError
+from trainer.state import Variables
+from trainer.weights import foreign, onnx_graph, read, run_folder, safetensors
+from trainer.weights import net as net_lib
+from trainer.weights.about import About
+from trainer.weights.errors import WeightsError
+from trainer.workdir import storage
+
+FORMATS = ("safetensors", "onnx", "stablehlo")
+TOLERANCE = 1e-4  # of logits, relative to the largest
+_PLATFORMS = ("cpu", "cuda", "tpu")
+_NEEDED = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",), "safetensors": ()}
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_BATCH = 16
+_MOST_IMAGES = 256
+
+# uint8 images [N, S, S, 3] -> logits [N, classes]
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """How the logits of an exported file agree with those of the trainer.
+
+  Attributes:
+    images: number of those compared.
+    top5: of these, those with the same five best classes in the same order.
+    difference: largest difference of a logit over the largest logit.
+  """
+
+  images: int
+  top5: int
+  difference: float
+
+  def __str__(self) -> str:
+    return (
+      f"the same top-5 on {self.top5:,} of {self.images:,} images, largest relative difference of "
+      f"the logits {self.difference:.1e}"
+    )
+
+
+def source(origin: str, averaged: bool) -> tuple[net_lib.Net, net_lib.Leaves, About]:
+  """Return model, leaves and facts of a workdir, or of a file that brings its config.
+
+  Raises:
+    WeightsError: if it is neither, or damaged.
+  """
+  if "://" in origin or not os.path.isfile(origin):
+    path = None if origin.startswith("https://") else storage.path_of(origin)
+    if path is not None and not path.exists():
+      raise WeightsError(f"There is no {origin}.")
+    if path is not None and run_folder.is_one(path):
+      return run_folder.read(origin, averaged)
+  loaded = read.load(origin, averaged)
+  if not loaded.about.config:
+    raise WeightsError(
+      f"{origin} does not say of which model it is; import it into a workdir first: python -m "
+      f"trainer.weights import {origin} --config=configs/X.py --workdir=DIR"
+    )
+  net = net_lib.build(net_lib.config_of(loaded.about.config))
+  leaves, facts = read.read_weights(origin, net, averaged)
+  return net, leaves, facts
+
+
+def export(
+  origin: str,
+  kind: str,
+  out: str,
+  *,
+  averaged: bool = True,
+  pixels: bool = False,
+  size: int = 0,
+  images: str = "",
+) -> Agreement:
+  """Write the weights of a run in a format, and compare what is read back with the model itself.
+
+  Args:
+    origin: see `source`.
+    kind: one of FORMATS.
+    out: file to write; it appears once the comparison has succeeded.
+    averaged: whether averages over steps are taken where the run keeps them, as evaluation does.
+    pixels: whether the graph takes uint8 images [N, H, W, 3] and normalises them itself. Otherwise
+      it takes normalised ones, ONNX [N, 3, H, W] and StableHLO [N, H, W, 3].
+    size: height and width of images in pixels; 0 for that of the evaluation.
+    images: folder of images to compare on; "" for noise.
+
+  Raises:
+    WeightsError: one sentence, if something is missing, or the logits differ.
+  """
+  missing = [name for name in _NEEDED[kind] if importlib.util.find_spec(name) is None]
+  if missing:
+    raise WeightsError(
+      f"--format={kind} needs {' and '.join(missing)}; run: pip install -e '.[export]'"
+    )
+  target = pathlib.Path(out)
+  if not target.parent.is_dir():
+    raise WeightsError(f"--out={out} cannot be written: there is no folder {target.parent}.")
+  net, leaves, facts = source(origin, averaged)
+  size = size or net.config.data.eval_image_size
+  views = _views(images, net, size) if images else _noise(size)
+  partial = target.with_name(f"{target.name}.partial")
+  variables = jax.tree.map(jnp.asarray, net.variables(leaves))
+  try:
+    try:
+      if kind == "safetensors":
+        predict = _safetensors(net, leaves, facts, partial)
+      elif kind == "onnx":
+        predict = _onnx(net, variables, facts, partial, size, pixels)
+      else:
+        predict = _stablehlo(net, variables, facts, partial, size, pixels)
+    except OSError as error:
+      raise WeightsError(f"--out={out} cannot be written ({error.strerror}).") from error
+    agreement = compare(_own(net, variables), predict, views)
+    if not agreement.difference <= TOLERANCE:
+      raise WeightsError(
+        f"{out} was not kept: read back, it gives {agreement}, above {TOLERANCE:g}."
+      )
+    if kind == "stablehlo":  # the format has no room for words
+      target.with_name(f"{target.name}.json").write_text(json.dumps(facts.words(), indent=2) + "\n")
+    partial.replace(target)
+  finally:
+    partial.unlink(missing_ok=True)
+  return agreement
+
+
+def _safetensors(
+  net: net_lib.Net, leaves: net_lib.Leaves, facts: About, path: pathlib.Path
+) -> Predict:
+  tensors: dict[str, np.ndarray] = {}
+  for leaf in sorted(leaves, key=foreign.natural):
+    name = net.torch_name(leaf)
+    tensors[name] = np.ascontiguousarray(foreign.theirs(leaf, np.asarray(leaves[leaf])))
+    if name.endswith("running_var"):  # torch's batch norm counts its batches
+      counter = f"{name.removesuffix('running_var')}num_batches_tracked"
+      tensors[counter] = np.array(facts.step or 0, np.int64)
+  words = facts.words() | {read.DIGEST: read.digest(tensors)}
+  with open(path, "wb") as file:
+    for part in safetensors.encode(tensors, words):
+      file.write(part)
+  again, _ = read.read_weights(str(path), net)
+  unlike = [leaf for leaf in leaves if not np.array_equal(again[leaf], leaves[leaf])]
+  if unlike:
+    raise WeightsError(f"{path} was not kept: read back, {unlike[0]} has other values.")
+  return _own(net, jax.tree.map(jnp.asarray, net.variables(again)))
+
+
+def _onnx(
+  net: net_lib.Net, variables: Variables, facts: About, path: pathlib.Path, size: int, pixels: bool
+) -> Predict:
+  import onnxruntime
+
+  dtype = np.uint8 if pixels else np.float32
+  try:
+    model = onnx_graph.to_model(
+      net.logits_of_pixels if pixels else net.logits,
+      variables,
+      jax.ShapeDtypeStruct((size, size, 3), dtype),
+      channels_first=not pixels,
+      words=facts.words(),
+    )
+  except WeightsError as error:
+    raise WeightsError(f"{net.describe()} {error}.") from error
+  path.write_bytes(model.SerializeToString())
+  session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+  def predict(images: np.ndarray) -> np.ndarray:
+    given = images if pixels else _normalised(net, images).transpose(0, 3, 1, 2)
+    logits: np.ndarray = session.run(None, {"images": given})[0]
+    return logits
+
+  return predict
+
+
+def _stablehlo(
+  net: net_lib.Net, variables: Variables, facts: About, path: pathlib.Path, size: int, pixels: bool
+) -> Predict:
+  del facts
+  function = net.logits_of_pixels if pixels else net.logits
+  (batch,) = jax.export.symbolic_shape(onnx_graph.BATCH)
+  dtype = np.uint8 if pixels else np.float32
+  exported = jax.export.export(
+    jax.jit(lambda images: function(variables, images)), platforms=_PLATFORMS
+  )(jax.ShapeDtypeStruct((batch, size, size, 3), dtype))
+  path.write_bytes(exported.serialize())
+  again = jax.export.deserialize(bytearray(path.read_bytes()))
+
+  def predict(images: np.ndarray) -> np.ndarray:
+    return np.asarray(again.call(images if pixels else _normalised(net, images)))
+
+  return predict
+
+
+def _own(net: net_lib.Net, variables: Variables) -> Predict:
+  """Return what the trainer itself makes of images, compiled for one size of batch."""
+  compiled = jax.jit(net.logits_of_pixels)
+
+  def predict(images: np.ndarray) -> np.ndarray:
+    padded = np.zeros((_BATCH, *images.shape[1:]), np.uint8)
+    padded[: len(images)] = images
+    return np.asarray(compiled(variables, padded))[: len(images)]
+
+  return predict
+
+
+def _normalised(net: net_lib.Net, images: np.ndarray) -> np.ndarray:
+  data = net.config.data
+  return ((images - np.asarray(data.mean)) / np.asarray(data.std)).astype(np.float32)
+
+
+def compare(own: Predict, other: Predict, views: Iterator[np.ndarray]) -> Agreement:
+  """Return how two functions agree on batches of images, uint8 [N, S, S, 3], of any N up to 16."""
+  count, same, difference, largest = 0, 0, 0.0, 0.0
+  for images in views:
+    ours, theirs = own(images), other(images)
+    if theirs.shape != ours.shape or not np.isfinite(theirs).all():
+      return Agreement(len(images), 0, math.inf)
+    best = [np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (ours, theirs)]
+    count, same = count + len(images), same + int((best[0] == best[1]).all(1).sum())
+    difference = max(difference, float(np.abs(ours - theirs).max()))
+    largest = max(largest, float(np.abs(ours).max()))
+  return Agreement(count, same, difference / largest if largest else difference)
+
+
+def _noise(size: int) -> Iterator[np.ndarray]:
+  """Yield a batch of noise and a single image: the size of a batch is free."""
+  rng = np.random.default_rng(0)
+  for count in (_BATCH - 1, 1):
+    yield rng.integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
+  """Return batches of the images of a folder, prepared as for evaluation.
+
+  Raises:
+    WeightsError: if there is no image.
+  """
+  data = net.config.data
+  resize = max(size, round(size * data.eval_resize / data.eval_image_size))
+  files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in _SUFFIXES)
+  if not files:
+    raise WeightsError(f"--images={folder} holds no image ({', '.join(_SUFFIXES)}).")
+
+  def batches() -> Iterator[np.ndarray]:
+    batch: list[np.ndarray] = []
+    for path in files[:_MOST_IMAGES]:
+      try:
+        batch.append(image.eval_view(path.read_bytes(), resize, size))
+      except (BadRecordError, OSError):
+        continue
+      if len(batch) == _BATCH:
+        yield np.stack(batch)
+        batch = []
+    if batch:
+      yield np.stack(batch)
+
+  return batches()

@@ -1,0 +1,261 @@
+"""State dicts of other tools against the leaves of a model: spelling, layout, fit, and what they are."""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trainer.weights.errors import WeightsError
+
+_SHOWN = 3  # mismatches in a message
+# Put before every name by wrappers of a model: DistributedDataParallel, torch.compile, trainers.
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
+# Counters beside the weights, of batch norm and of averaging.
+_COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
+# Spellings of other tools, as regular expressions, and those of torchvision. In order: of the CIFAR
+# nets of akamaster, of Hugging Face's ResNetForImageClassification.
+_SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+  (re.compile(r"linear\.(weight|bias)"), r"fc.\1"),
+  (re.compile(r"(layer\d+\.\d+)\.shortcut\.(\d\..*)"), r"\1.downsample.\2"),
+  (re.compile(r"resnet\.embedder\.embedder\.convolution\.(.*)"), r"conv1.\1"),
+  (re.compile(r"resnet\.embedder\.embedder\.normalization\.(.*)"), r"bn1.\1"),
+  (
+    re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.(\w+)\.(.*)"),
+    lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] != 'convolution')}.{m[4]}",
+  ),
+  (
+    re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.(\w+)\.(.*)"),
+    lambda m: (
+      f"layer{int(m[1]) + 1}.{m[2]}.{'conv' if m[4] == 'convolution' else 'bn'}{int(m[3]) + 1}.{m[5]}"
+    ),
+  ),
+  (re.compile(r"classifier\.1\.(weight|bias)"), r"fc.\1"),
+)
+
+
+def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return the tensors by torchvision's spelling of their names, without counters.
+
+  Raises:
+    WeightsError: half a sentence, if two names become the same.
+  """
+  result: dict[str, np.ndarray] = {}
+  for name, tensor in tensors.items():
+    plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+    if _COUNTERS.fullmatch(plain):
+      continue
+    for pattern, replacement in _SPELLINGS:
+      if match := pattern.fullmatch(plain):
+        plain = match.expand(replacement) if isinstance(replacement, str) else replacement(match)
+        break
+    if plain in result:
+      raise WeightsError(f"has two tensors that mean {plain[:80]!r}")
+    result[plain] = tensor
+  return result
+
+
+def theirs(leaf: str, array: np.ndarray) -> np.ndarray:
+  """Return a leaf in the layout of torch: [out, in, h, w] of convolutions, [out, in] of others."""
+  return array.transpose(_their_axes(leaf, array.ndim))
+
+
+def their_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Return the shape that `theirs` has."""
+  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape)))
+
+
+def _their_axes(leaf: str, ndim: int) -> tuple[int, ...]:
+  if leaf.split("/")[-1] == "kernel" and ndim >= 2:
+    return (ndim - 1, ndim - 2, *range(ndim - 2))
+  return tuple(range(ndim))
+
+
+def _ours(leaf: str, tensor: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+  axes = np.argsort(_their_axes(leaf, tensor.ndim))
+  return np.ascontiguousarray(tensor.transpose(axes).astype(dtype))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+  """Return a key that sorts names as a person counts: layer3.2 before layer3.10."""
+  return [(int(part[:9]) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """How tensors fit the leaves of a model.
+
+  Attributes:
+    found: leaves that fit, in our layout and the dtype of the model.
+    missing: names of tensors that are not there, by leaf.
+    misfits: (name, its shape, the shape that is needed) by leaf.
+    left_over: names of tensors that the model has no leaf for.
+  """
+
+  found: dict[str, np.ndarray]
+  missing: dict[str, str]
+  misfits: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]
+  left_over: list[str]
+
+  @property
+  def complete(self) -> bool:
+    """Whether every leaf is found and nothing is left over."""
+    return not (self.missing or self.misfits or self.left_over)
+
+  def problems(self) -> str:
+    """Return what does not fit, with the first of each kind; "" if everything does."""
+    kinds = (
+      ("not in the file", list(self.missing.values())),
+      (
+        "of another shape",
+        [
+          f"{name} {list(has)} instead of {list(needs)}"
+          for name, has, needs in self.misfits.values()
+        ],
+      ),
+      ("without a place in the model", self.left_over),
+    )
+    return "; ".join(
+      f"{len(names)} {what} ({', '.join(sorted(names, key=natural)[:_SHOWN])}"
+      f"{', ...' if names[_SHOWN:] else ''})"
+      for what, names in kinds
+      if names
+    )
+
+
+def fit(
+  tensors: Mapping[str, np.ndarray],
+  leaves: Mapping[str, Any],
+  name_of: Callable[[str], str],
+) -> Fit:
+  """Return how a state dict fits the leaves of a model.
+
+  Args:
+    tensors: by torchvision's names, in torch's layout; see `plain_names`.
+    leaves: shape and dtype of each leaf, by its path.
+    name_of: path of a leaf -> torchvision's name.
+
+  Raises:
+    WeightsError: half a sentence, if a tensor holds what is no weight: integers, or numbers that
+      are not finite, or negative variances.
+  """
+  result = Fit({}, {}, {}, [])
+  names = {leaf: name_of(leaf) for leaf in leaves}
+  for leaf, name in names.items():
+    if name not in tensors:
+      result.missing[leaf] = name
+      continue
+    tensor, shape = tensors[name], their_shape(leaf, leaves[leaf].shape)
+    if tensor.shape != shape:
+      result.misfits[leaf] = name, tensor.shape, shape
+      continue
+    _check_values(leaf, name, tensor)
+    result.found[leaf] = _ours(leaf, tensor, np.dtype(leaves[leaf].dtype))
+    if not np.isfinite(result.found[leaf]).all():
+      raise WeightsError(f"holds numbers in {name!r} that are too large for {leaves[leaf].dtype}")
+  known = set(names.values())
+  result.left_over.extend(name for name in tensors if name not in known)
+  return result
+
+
+def _check_values(leaf: str, name: str, tensor: np.ndarray) -> None:
+  if tensor.dtype.kind != "f" and tensor.dtype != ml_dtypes.bfloat16:
+    raise WeightsError(f"holds {tensor.dtype} in {name!r}, where floating point numbers belong")
+  values = tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
+  if not np.isfinite(values).all():
+    raise WeightsError(f"holds numbers in {name!r} that are not finite")
+  if leaf.split("/")[-1] == "var" and (values < 0).any():
+    raise WeightsError(f"holds negative variances in {name!r}")
+
+
+# Blocks of the four stages, whether they are bottlenecks: depth.
+_DEPTHS = {
+  ((2, 2, 2, 2), False): 18,
+  ((3, 4, 6, 3), False): 34,
+  ((3, 4, 6, 3), True): 50,
+  ((3, 4, 23, 3), True): 101,
+  ((3, 8, 36, 3), True): 152,
+  ((3, 24, 36, 3), True): 200,
+  ((4, 29, 53, 4), True): 270,
+  ((4, 36, 72, 4), True): 350,
+  ((4, 44, 87, 4), True): 420,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+  """What a state dict looks like.
+
+  Attributes:
+    name: as torchvision or timm name it, or words; "" if it is nothing known.
+    depth: layers, if they are known.
+    classes: length of the logits, if they are known.
+  """
+
+  name: str = ""
+  depth: int | None = None
+  classes: int | None = None
+
+  def __str__(self) -> str:
+    name = self.name or "no net of this family"
+    return name + (f" with {self.classes:,} classes" if self.classes else "")
+
+
+def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+  """Return what a state dict looks like, by names and shapes.
+
+  Args:
+    shapes: of each tensor, in torch's layout, by torchvision's or timm's names.
+  """
+  v2 = [_block(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)]
+  blocks = v2[0] or _block(r"layer(\d+)\.(\d+)\.", shapes, first=1)
+  head = next((shapes[n] for n in ("fc.weight", "head.fc.weight") if n in shapes), ())
+  classes = head[0] if head else None
+  start = "stages.0.blocks.0" if v2[0] else "layer1.0"
+  inner = shapes.get(f"{start}.conv2.weight", ())
+  if not blocks or len(inner) != 4:
+    return Guess(classes=classes)
+  bottleneck = f"{start}.conv3.weight" in shapes
+  if len(blocks) == 3:
+    depth = (3 if bottleneck else 2) * sum(blocks) + 2
+    option = "B" if any("downsample" in name for name in shapes) else "A"
+    return Guess(f"a CIFAR ResNet-{depth} with option {option}", depth, classes)
+  known = _DEPTHS.get((tuple(blocks), bottleneck))
+  if known is None:
+    kind = "bottlenecks" if bottleneck else "basic blocks"
+    return Guess(f"a ResNet of {', '.join(map(str, blocks))} {kind}", None, classes)
+  return Guess(_variant(known, shapes, inner, bottleneck, start), known, classes)
+
+
+def _variant(
+  depth: int,
+  shapes: Mapping[str, tuple[int, ...]],
+  inner: tuple[int, ...],
+  bottleneck: bool,
+  start: str,
+) -> str:
+  """Return the name of a net of known depth; `inner` is the shape of its first 3x3 kernel."""
+  se = "se" if f"{start}.se.fc1.weight" in shapes else ""
+  deep = "conv1.0.weight" in shapes
+  groups = inner[0] // max(inner[1], 1)
+  if start.startswith("stages"):
+    return f"resnetv2_{depth}"
+  if bottleneck and groups > 1:
+    return f"{se}resnext{depth}{'d' if deep else ''}_{groups}x{inner[1]}d"
+  if bottleneck and inner[0] == 128:
+    return f"wide_resnet{depth}_2"
+  plain = f"resnetrs{depth}" if se and deep else f"{se}resnet{depth}{'d' if deep else ''}"
+  return plain if inner[0] == 64 else f"{plain} of width {inner[0] / 64:g}"
+
+
+def _block(pattern: str, names: Iterable[str], first: int) -> list[int]:
+  """Return the number of blocks of each stage; empty unless stages and blocks count without gaps."""
+  found: dict[int, set[int]] = {}
+  for name in names:
+    if match := re.match(pattern, name):
+      found.setdefault(int(match[1][:6]), set()).add(int(match[2][:6]))
+  whole = sorted(found) == list(range(first, first + len(found)))
+  whole = whole and all(len(blocks) == max(blocks) + 1 for blocks in found.values())
+  return [len(found[stage]) for stage in sorted(found)] if whole else []

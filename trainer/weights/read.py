@@ -1,0 +1,190 @@
+"""Reads weights of any origin: a workdir, a file of safetensors or of torch.save, here or remote."""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import pathlib
+import re
+from typing import Any
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+
+from trainer.errors import ConfigError
+from trainer.weights import about as about_lib
+from trainer.weights import foreign, run_folder, safetensors, torch_file
+from trainer.weights import net as net_lib
+from trainer.weights.about import About
+from trainer.weights.errors import WeightsError
+from trainer.workdir import storage
+
+DIGEST = "sha256_of_tensors"  # metadata of our own files
+_TIMEOUT_SECONDS = 60.0
+_CHUNK = 1 << 20
+_KINDS = {b"PK": "torch.save", b"\x80\x02": "torch.save, before zip archives"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """Tensors as torchvision or timm would keep them.
+
+  Attributes:
+    origin: path or address.
+    kind: of file, in words.
+    tensors: in torch's layout, by torchvision's names.
+    about: what is known of them.
+    metadata: all that a file says beside its tensors.
+  """
+
+  origin: str
+  kind: str
+  tensors: dict[str, np.ndarray]
+  about: About
+  metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def guess(self) -> foreign.Guess:
+    """What the names and shapes look like."""
+    return foreign.guess({name: tensor.shape for name, tensor in self.tensors.items()})
+
+
+def load(origin: str, averaged: bool = True) -> Loaded:
+  """Read all tensors of a file or a workdir.
+
+  Args:
+    origin: workdir or file, local or gs://; or the https:// address of a file, whose SHA-256 is in
+      its name as in `resnet50-0676ba61.pth`, or behind it as in `FILE#sha256=HEX`.
+    averaged: whether averages over steps are taken where there are both.
+
+  Raises:
+    WeightsError: one sentence, if it is missing, damaged, refused, or not the one meant.
+  """
+  if origin.startswith("https://"):
+    data = _download(origin)
+  else:
+    try:
+      path = storage.path_of(origin)
+    except ConfigError as error:
+      raise WeightsError(str(error).replace("--workdir ", "")) from error
+    if run_folder.is_one(path):
+      net, leaves, facts = run_folder.read(origin, averaged)
+      tensors = {net.torch_name(leaf): foreign.theirs(leaf, leaves[leaf]) for leaf in leaves}
+      return Loaded(origin, "a workdir", tensors, facts)
+    data = _read_file(path, origin)
+  try:
+    return _decode(origin, data, averaged)
+  except WeightsError as error:
+    raise WeightsError(f"{origin} {error}.") from error
+  except MemoryError as error:
+    raise WeightsError(f"{origin} needs more memory than there is.") from error
+
+
+def _decode(origin: str, data: np.ndarray, averaged: bool) -> Loaded:
+  kind = _KINDS.get(data[:2].tobytes())
+  # A pickle of protocol 2 begins with a byte that no sensible length of a header begins with, but a
+  # header of 640 bytes does.
+  if kind and not (data[:1].tobytes() != b"P" and data[8:9].tobytes() == b"{"):
+    tensors, metadata = torch_file.decode(data, averaged), dict[str, str]()
+  else:
+    kind = "safetensors"
+    tensors, metadata = safetensors.decode(data)
+    if DIGEST in metadata and digest(tensors) != metadata[DIGEST]:
+      raise WeightsError(
+        "is damaged: its tensors do not have the SHA-256 that they were saved with"
+      )
+  facts = about_lib.about(metadata)
+  return Loaded(origin, kind, foreign.plain_names(tensors), facts, metadata)
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+  """Return the SHA-256 of the names and values of tensors, in their order."""
+  result = hashlib.sha256()
+  for name, tensor in tensors.items():
+    result.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+    result.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+  return result.hexdigest()
+
+
+def _read_file(path: Any, origin: str) -> np.ndarray:
+  try:
+    return np.frombuffer(path.read_bytes(), np.uint8)
+  except FileNotFoundError as error:
+    raise WeightsError(f"There is no {origin}.") from error
+  except MemoryError as error:
+    raise WeightsError(f"{origin} needs more memory than there is.") from error
+  except Exception as error:
+    if not (isinstance(error, OSError) or storage.is_failure(error)):
+      raise
+    raise WeightsError(f"{origin} cannot be read ({storage.first_line(error)}).") from error
+
+
+def _download(address: str) -> np.ndarray:
+  """Return the file at an address once it has the checksum that is part of the address."""
+  url, _, fragment = address.partition("#")
+  stem = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).stem
+  match = re.fullmatch("sha256=([0-9a-f]{64})", fragment) or re.search("-([0-9a-f]{8,64})$", stem)
+  if match is None:
+    raise WeightsError(
+      f"{address} has no checksum; add #sha256=HEX, as printed by sha256sum where you trust the file."
+    )
+  found, parts = hashlib.sha256(), []
+  try:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+      while chunk := response.read(_CHUNK):
+        found.update(chunk)
+        parts.append(chunk)
+  except (OSError, ValueError, urllib.error.URLError) as error:
+    raise WeightsError(f"{url} cannot be read ({storage.first_line(error)}).") from error
+  if not found.hexdigest().startswith(match[1]):
+    raise WeightsError(
+      f"{url} has the SHA-256 {found.hexdigest()}, not {match[1]}; it is damaged, or another file."
+    )
+  return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def read_weights(
+  origin: str, net: net_lib.Net, averaged: bool = True
+) -> tuple[net_lib.Leaves, About]:
+  """Return the leaves of a model by path, and what is known about them.
+
+  Args:
+    origin: as of `load`.
+    net: the model.
+    averaged: as of `load`.
+
+  Raises:
+    WeightsError: as `load`, and if anything is missing, of another shape, or left over: with the
+      first of these, and what the weights are.
+  """
+  loaded = load(origin, averaged)
+  found = fit(loaded, net)
+  if not found.complete:
+    raise WeightsError(
+      f"{origin} does not fit config.model ({net.describe()}, {net.config.model.num_classes:,} "
+      f"classes): {found.problems()}. {_advice(loaded.guess, net)}"
+    )
+  return found.found, loaded.about
+
+
+def fit(loaded: Loaded, net: net_lib.Net) -> foreign.Fit:
+  """Return how tensors fit a model, also in part.
+
+  Raises:
+    WeightsError: if a tensor that has a place holds what is no weight.
+  """
+  try:
+    return foreign.fit(loaded.tensors, net.leaves, net.torch_name)
+  except WeightsError as error:
+    raise WeightsError(f"{loaded.origin} {error}.") from error
+
+
+def _advice(guess: foreign.Guess, net: net_lib.Net) -> str:
+  """Return what the weights look like, and which fields would make their model."""
+  model, fields = net.config.model, []
+  if guess.depth and "depth" in model and guess.depth != model.depth:
+    fields.append(f"--config.model.depth={guess.depth}")
+  if guess.classes and guess.classes != model.num_classes:
+    fields.append(f"--config.model.num_classes={guess.classes}")
+  return f"The weights look like {guess}" + (f"; give {' '.join(fields)}." if fields else ".")

@@ -1,0 +1,326 @@
+"""One owner of a workdir at a time: WORKDIR/owner.json, held by process 0 and renewed.
+
+Two runs that write to one folder remove each other's checkpoints. So a run takes the lease before
+it reads or writes anything else there. A lease is free if there is none, if its process is known to
+be gone (same machine), or if it was not renewed for `config.pod.lease_seconds` while this process
+watched: no clock of another machine is believed.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import socket
+import threading
+import time
+from typing import Any, Protocol
+
+from absl import logging
+from etils import epath
+
+from trainer.errors import StorageError, WorkdirBusy
+from trainer.workdir import storage
+
+_POLL = 0.5  # seconds between two looks at the lease of another
+_RENEWALS = 6  # within the time after which it is lost
+
+
+class _Store(Protocol):
+  """A small file that is created, replaced and removed only as it was last read."""
+
+  def read(self) -> tuple[str, Any] | None:
+    """Return its text and version, or None if there is none."""
+
+  def create(self, text: str) -> bool:
+    """Write it if there is none; whether this was so."""
+
+  def renew(self, text: str, version: Any) -> bool:
+    """Write the owner's own file anew if it has this version; whether this was so."""
+
+  def take(self, text: str, version: Any) -> bool:
+    """Write over another's file if it has this version; whether this was so."""
+
+  def remove(self, version: Any) -> None:
+    """Remove it if it has this version."""
+
+
+class _Folder:
+  """On a disk, local or shared: links and renames are atomic there."""
+
+  def __init__(self, path: epath.Path):
+    self._path = pathlib.Path(path)
+
+  def read(self) -> tuple[str, Any] | None:
+    try:
+      text = self._path.read_text()
+    except FileNotFoundError:
+      return None
+    return text, text
+
+  def create(self, text: str) -> bool:
+    own = self._beside(text)
+    try:
+      os.link(own, self._path)
+    except FileExistsError:
+      return False
+    finally:
+      own.unlink()
+    return True
+
+  def renew(self, text: str, version: Any) -> bool:
+    if self.read() != (version, version):
+      return False
+    # Never absent, or a second run would take it for free. One that takes it over at this very
+    # moment finds another's file at its next renewal, and ends.
+    self._beside(text).replace(self._path)
+    return True
+
+  def take(self, text: str, version: Any) -> bool:
+    if self.read() != (version, version):
+      return False
+    aside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
+    try:
+      self._path.rename(aside)  # of several that take over only one finds it
+    except FileNotFoundError:
+      return False
+    aside.unlink()
+    return self.create(text)
+
+  def remove(self, version: Any) -> None:
+    if self.read() == (version, version):
+      self._path.unlink(missing_ok=True)
+
+  def _beside(self, text: str) -> pathlib.Path:
+    own = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
+    own.write_text(text)
+    return own
+
+
+class _Object:
+  """In a bucket: every write names the generation that it replaces."""
+
+  def __init__(self, path: epath.Path):
+    from google.cloud import storage as gcs
+
+    bucket, _, name = str(path).removeprefix("gs://").partition("/")
+    self._blob = gcs.Client().bucket(bucket).blob(name)
+
+  def read(self) -> tuple[str, Any] | None:
+    from google.api_core import exceptions
+
+    try:
+      self._blob.reload()
+      generation = self._blob.generation
+      return self._blob.download_as_text(if_generation_match=generation), generation
+    except (exceptions.NotFound, exceptions.PreconditionFailed):
+      return None
+
+  def create(self, text: str) -> bool:
+    return self.take(text, 0)
+
+  def renew(self, text: str, version: Any) -> bool:
+    return self.take(text, version)
+
+  def take(self, text: str, version: Any) -> bool:
+    from google.api_core import exceptions
+
+    try:
+      self._blob.upload_from_string(text, if_generation_match=version)
+      return True
+    except exceptions.PreconditionFailed:
+      return False
+
+  def remove(self, version: Any) -> None:
+    from google.api_core import exceptions
+
+    with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
+      self._blob.delete(if_generation_match=version)
+
+
+@dataclasses.dataclass
+class Lease:
+  """The lease of this process; `hold` makes one.
+
+  Attributes:
+    lost: why it is this run's no more, or "".
+  """
+
+  store: _Store
+  owner: dict[str, Any]
+  seconds: float
+  lost: str = ""
+
+  def __post_init__(self) -> None:
+    self._done = threading.Event()
+    self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+  def check(self) -> None:
+    """Raise if another run has taken the workdir, as it may after a long silence of this one.
+
+    Raises:
+      WorkdirBusy: naming the other.
+    """
+    if self.lost:
+      raise WorkdirBusy(self.lost)
+
+  def take(self, workdir: epath.Path) -> None:
+    """Take the lease; wait for one whose owner may be gone.
+
+    Raises:
+      WorkdirBusy: if another process holds it and is alive.
+    """
+    until, first = time.monotonic() + self.seconds, None
+    while True:
+      found = self.store.read()
+      if found is None:
+        if self.store.create(self._text()):
+          break
+        continue
+      text, version = found
+      theirs = _parse(text)
+      if theirs is None or _is_gone(theirs) or time.monotonic() > until:
+        if self.store.take(self._text(), version):
+          logging.info("Taken over from %s, which is gone.", _words(theirs))
+          break
+        continue
+      if first not in (None, text) or _is_here(theirs):
+        raise WorkdirBusy(
+          f"{workdir} is in use by {_words(theirs)}. Wait until it has ended, stop it, or give "
+          "another --workdir."
+        )
+      if first is None:
+        logging.info(
+          "%s was in use by %s; waiting up to %.0f s for a sign of it.",
+          workdir,
+          _words(theirs),
+          self.seconds,
+        )
+      first = text
+      time.sleep(_POLL)
+    self._thread.start()
+
+  def release(self) -> None:
+    """Give the lease back, if it is still this run's."""
+    self._done.set()
+    self._thread.join()
+    try:
+      found = self.store.read()
+      if found and _parse(found[0], "token") == self.owner["token"]:
+        self.store.remove(found[1])
+    except Exception as error:  # the next run takes it over after a while
+      if not _is_failure(error):
+        raise
+      logging.warning("The lease could not be removed (%s).", storage.first_line(error))
+
+  def _text(self) -> str:
+    self.owner["renewed"] = time.time()
+    return json.dumps(self.owner, indent=2) + "\n"
+
+  def _renew(self) -> None:
+    while not self._done.wait(self.seconds / _RENEWALS):
+      try:
+        found = self.store.read()
+        if found and _parse(found[0], "token") == self.owner["token"]:
+          self.store.renew(self._text(), found[1])
+        elif found or not self.store.create(self._text()):
+          theirs = _words(_parse(found[0])) if found else "another process"
+          self.lost = f"This workdir was taken over by {theirs}; this run has to stop."
+          return
+      except Exception as error:  # whatever the storage has, the next renewal may succeed
+        logging.warning("The lease could not be renewed (%s).", storage.first_line(error))
+
+
+@contextlib.contextmanager
+def hold(path: epath.Path, workdir: epath.Path, seconds: float) -> Iterator[Lease]:
+  """Hold the lease of a workdir for the body; on process 0 only.
+
+  Args:
+    path: of the file.
+    workdir: for messages.
+    seconds: after which a lease that is not renewed is lost.
+
+  Raises:
+    WorkdirBusy: if another process holds it.
+    StorageError: if the storage fails.
+  """
+  try:
+    store: _Store = _Object(path) if storage.in_bucket(path) else _Folder(path)
+    lease = Lease(store, _owner(), seconds)
+    lease.take(workdir)
+  except Exception as error:
+    if not _is_failure(error):
+      raise
+    raise StorageError(
+      f"{path} could not be written ({storage.first_line(error)}); run the same command again."
+    ) from error
+  try:
+    yield lease
+  finally:
+    lease.release()
+
+
+def _is_failure(error: Exception) -> bool:
+  if storage.is_failure(error):
+    return True
+  module = type(error).__module__
+  return module.startswith(("google.", "requests."))
+
+
+def _owner() -> dict[str, Any]:
+  return {
+    "token": secrets.token_hex(8),
+    "host": socket.gethostname(),
+    "machine": _machine(),
+    "pid": os.getpid(),
+    "started": _started(os.getpid()),
+    "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+  }
+
+
+def _machine() -> str:
+  """Return what two processes share exactly if each can see whether the other is alive."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return ""
+
+
+def _started(pid: int) -> str:
+  """Return when a process of this machine started, in ticks since boot; "" if it is gone."""
+  try:
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+  except OSError:
+    return ""
+  return "" if fields[0] in "ZX" else fields[19]
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+  """Whether the owner is a process of this machine, dead or alive."""
+  return bool(owner["machine"]) and owner["machine"] == _machine()
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+  return _is_here(owner) and _started(owner["pid"]) != owner["started"]
+
+
+def _parse(text: str, *keys: str) -> Any:
+  """Return the owner, or an entry of it; None if the file is damaged."""
+  try:
+    owner = json.loads(text)
+    if not all(isinstance(owner[key], str) for key in ("token", "host", "machine", "started")):
+      return None
+    if not isinstance(owner["pid"], int):
+      return None
+  except (ValueError, KeyError, TypeError):
+    return None
+  return owner[keys[0]] if keys else owner
+
+
+def _words(owner: dict[str, Any] | None) -> str:
+  if owner is None:
+    return "an owner whose owner.json is damaged"
+  return f"process {owner['pid']} of {owner['host']} since {owner.get('since')}"
