@@ -31,6 +31,7 @@ class Durations:
     eval_every: steps between evaluations; 0 is only at the end.
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
+    augment: steps until images are augmented on the devices; 0 is the whole run.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
   """
@@ -40,12 +41,18 @@ class Durations:
   eval_every: int
   checkpoint_every: int
   per_epoch: float
+  augment: int = 0
   offset: int = 0
 
   @property
   def last(self) -> int:
     """The steps taken at the end of the run."""
     return self.total - self.offset
+
+  @property
+  def augment_until(self) -> int | None:
+    """The steps taken from which on images are not augmented on the devices; None is never."""
+    return self.augment - self.offset if self.augment else None
 
   def epoch(self, step: int) -> float:
     """Return the epochs after `step` steps taken."""
@@ -115,10 +122,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_allowed(name, fields, config.model.name)
   try:
     models.check(config.model)
-    names.find(losses.LOSSES, config.loss, "config.loss")
+    losses.make_loss(config.loss)
     names.find(optimizer.OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
     names.find(schedules.SCHEDULES, config.optimizer.schedule, "config.optimizer.schedule")
-    augment.make_chain(config.augment)
+    augment.check(config)
     sources.check_kind(config.data.kind)
     host_augment.parse(config.data.operations)
   except (ValueError, DataError) as error:
@@ -227,6 +234,9 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     eval_every=steps(config.eval, "every"),
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
+    augment=max(1, round(config.augment_until_epochs * per_epoch))
+    if config.augment_until_epochs
+    else 0,
     offset=offset,
   )
   if result.warmup >= result.total:

@@ -100,7 +100,12 @@ class Program:
         self.abstract_state.for_eval(), evaluate.abstract_totals(self.mesh), batch, requests
       )
     train_step = step_lib.make_train_step(
-      self.model, self.optimizer, self.schedule, self.config, self.mesh
+      self.model,
+      self.optimizer,
+      self.schedule,
+      self.config,
+      self.mesh,
+      self.lengths.augment_until,
     )
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
