@@ -58,13 +58,21 @@ RUN: Fields = {
   ),
   "loss": Field(
     "softmax_cross_entropy",
-    "Loss of an example: a function of trainer/losses.py, or package.module:function.",
+    "Loss of an example: a function of trainer/losses.py, or package.module:function, with options "
+    "as in 'sigmoid_cross_entropy(threshold=0.2)'.",
     resume=ASK,
   ),
   "augment": Field(
     "",
     "Chain of functions of trainer/augment.py on the device, as in 'mixup(alpha=0.2)|...'.",
     resume=ASK,
+  ),
+  "augment_until_epochs": Field(
+    0.0,
+    "From then on config.augment is off; 0 is never.",
+    "epochs",
+    at_least(0),
+    ASK,
   ),
   "compilation_cache": Field(
     "workdir",
