@@ -58,13 +58,21 @@ RUN: Fields = {
   ),
   "loss": Field(
     "softmax_cross_entropy",
-    "Loss of an example: a function of trainer/losses.py, or package.module:function.",
+    "Loss of an example: a function of trainer/losses.py, or package.module:function, with options "
+    "as in 'sigmoid_cross_entropy(threshold=0.2)'.",
     resume=ASK,
   ),
   "augment": Field(
     "",
     "Chain of functions of trainer/augment.py on the device, as in 'mixup(alpha=0.2)|...'.",
     resume=ASK,
+  ),
+  "augment_until_epochs": Field(
+    0.0,
+    "From then on config.augment is off; 0 is never.",
+    "epochs",
+    at_least(0),
+    ASK,
   ),
   "compilation_cache": Field(
     "workdir",
@@ -147,7 +155,35 @@ RUN: Fields = {
     YES,
   ),
   "data.eval_resize": Field(
-    256, "Shorter side before the centre crop of evaluation.", "pixels", at_least(1), YES
+    256,
+    "Shorter side before the centre crop of evaluation; 0 leaves the image as it is.",
+    "pixels",
+    at_least(0),
+    YES,
+  ),
+  "data.eval_interpolation": Field(
+    "bilinear",
+    "Of this resize, antialiased: bilinear | bicubic.",
+    check=one_of("bilinear", "bicubic"),
+    resume=YES,
+  ),
+  "data.crop": Field(
+    "random_resized",
+    "random_resized: by crop_area and crop_aspect (arXiv:1409.4842) | padded: of image_size at a "
+    "random place of the image and a black margin, as for CIFAR (arXiv:1512.03385) | none: the "
+    "whole image.",
+    check=one_of("random_resized", "padded", "none"),
+    resume=ASK,
+  ),
+  "data.crop_padding": Field(
+    4, "Width of the margin on each side, of crop padded.", "pixels", at_least(0), ASK
+  ),
+  "data.interpolation": Field(
+    "bilinear",
+    "Of the resize in training: bilinear, not antialiased and fast | bicubic, antialiased | "
+    "random: one of the two for each image, as in timm.",
+    check=one_of("bilinear", "bicubic", "random"),
+    resume=ASK,
   ),
   "data.crop_area": Field(
     (0.08, 1.0), "Random-resized crop: share of the area of the image.", "", _AREA, ASK
@@ -155,10 +191,18 @@ RUN: Fields = {
   "data.crop_aspect": Field(
     (3 / 4, 4 / 3), "Random-resized crop: width over height, log-uniform.", "", _ASPECT, ASK
   ),
+  "data.repeats": Field(
+    1,
+    "Augmented copies of an image in a row (arXiv:1901.09335). An epoch keeps its number of "
+    "examples, so that it has that much fewer different ones.",
+    "copies",
+    at_least(1),
+    ASK,
+  ),
   "data.flip": Field(True, "Mirror half of the training images.", resume=ASK),
   "data.operations": Field(
     "",
-    "Chain of operations of input_pipeline/augment.py on the host, after crop and flip, as in "
+    "Chain of operations of input_pipeline/augment on the host, after crop and flip, as in "
     "'solarize(p=0.2)|...'.",
     resume=ASK,
   ),

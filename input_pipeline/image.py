@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
-from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import BadRecordError, DataError
 
 # Images are decoded in parallel already; threads of OpenCV would only compete for the same cores.
 cv2.setNumThreads(0)
@@ -34,9 +34,11 @@ _COUNT_SCANS_FROM = 1 << 37
 # 8x8 block: faster than all pixels, and without the aliasing of skipped pixels.
 _REDUCTIONS = (8, 4, 2)
 
-# An evaluated image is decoded to at least this multiple of the size that it is resized to. The
-# antialiased resize then hides the reduced decoding: 0.05 of 255 levels on average.
-_EVAL_MARGIN = 2
+# Before an antialiased resize an image is decoded to at least this multiple of the size that it is
+# resized to. The resize then hides the reduced decoding: 0.05 of 255 levels on average.
+_MARGIN = 2
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def decode(data: bytes, reduction: int = 1) -> np.ndarray:
@@ -161,43 +163,101 @@ def train_view(
   aspect: tuple[float, float],
   flip: bool,
   out: np.ndarray | None = None,
+  *,
+  crop: str = "random_resized",
+  padding: int = 0,
+  interpolation: str = "bilinear",
 ) -> np.ndarray:
-  """Decode an image, crop a random box, resize it, and mirror it with probability 1/2 if `flip`.
+  """Decode an image, crop it, resize it, and mirror it with probability 1/2 if `flip`.
 
-  The resize is bilinear without antialiasing, which is several times faster. Boxes of twice the
-  `size` and more are decoded at a reduced size instead, which is both faster and smoother.
+  A bilinear resize is without antialiasing, which is several times faster. Boxes of twice the
+  `size` and more are decoded at a reduced size instead, which is both faster and smoother. A
+  bicubic one is antialiased, as Pillow's.
 
   Args:
     data: the whole file.
-    rng: source of the draws of box and flip.
+    rng: source of the draws of box, interpolation and flip.
     size: side of the result in pixels.
     area: see `draw_box`.
     aspect: see `draw_box`.
     flip: whether to mirror at random.
     out: uint8 [size, size, 3] to write the result to, e.g. a row of a batch.
+    crop: random_resized; or padded, a box of `size` at a random place of the image and a black
+      margin; or none, the whole image.
+    padding: width of the margin in pixels.
+    interpolation: bilinear, bicubic, or random, one of the two.
 
   Returns:
     uint8 [size, size, 3]: `out` if given.
 
   Raises:
     BadRecordError: as `decode`.
+    DataError: the image and its margin are smaller than the crop.
   """
   height, width, rgb = _measure(data)
-  top, left, height, width = draw_box(height, width, rng, area, aspect)
+  if crop == "padded":
+    view = _padded(decode(data) if rgb is None else rgb, rng, size, padding, out)
+    return cv2.flip(view, 1, view) if flip and rng.random() < 0.5 else view
+  box = (0, 0, height, width) if crop == "none" else draw_box(height, width, rng, area, aspect)
+  if interpolation == "random":
+    interpolation = "bilinear" if rng.random() < 0.5 else "bicubic"
+  bicubic = interpolation == "bicubic"
   reduction = 1
   if rgb is None:
-    reduction = _reduction(min(height, width), size)
+    reduction = _reduction(min(box[2:]), _MARGIN * size if bicubic else size)
     rgb = decode(data, reduction)
-  bottom, right = top + height, left + width
-  top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
-  box = rgb[top:bottom, left:right]
-  # Where a reduced size is not possible; bilinear interpolation would skip pixels.
-  method = cv2.INTER_AREA if min(box.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
-  view = cv2.resize(box, (size, size), out, interpolation=method)
+  top, left, bottom, right = box[0], box[1], box[0] + box[2], box[1] + box[3]
+  if bicubic:
+    bottom, right = min(bottom / reduction, rgb.shape[0]), min(right / reduction, rgb.shape[1])
+    view = _resize(
+      rgb, size, interpolation, (left / reduction, top / reduction, right, bottom), out
+    )
+  else:
+    top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
+    part = rgb[top:bottom, left:right]
+    # Where a reduced size is not possible; bilinear interpolation would skip pixels.
+    method = cv2.INTER_AREA if min(part.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
+    view = cv2.resize(part, (size, size), out, interpolation=method)
   return cv2.flip(view, 1, view) if flip and rng.random() < 0.5 else view
 
 
-def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
+def _padded(
+  rgb: np.ndarray, rng: np.random.Generator, size: int, padding: int, out: np.ndarray | None
+) -> np.ndarray:
+  """Return a box of `size` at a random place of an image with a black margin."""
+  height, width = rgb.shape[:2]
+  free = (height + 2 * padding - size, width + 2 * padding - size)
+  if min(free) < 0:
+    raise DataError(
+      f"an image of {width}x{height} pixels with config.data.crop_padding={padding} is smaller "
+      f"than the crop of config.data.image_size={size}; prepare larger images, or use "
+      "config.data.crop=random_resized."
+    )
+  top, left = (int(u * (n + 1)) - padding for u, n in zip(rng.random(2), free, strict=True))
+  view = np.empty((size, size, 3), np.uint8) if out is None else out
+  view[...] = 0
+  y, x = max(-top, 0), max(-left, 0)
+  part = rgb[max(top, 0) : top + size, max(left, 0) : left + size]
+  view[y : y + part.shape[0], x : x + part.shape[1]] = part
+  return view
+
+
+def _resize(
+  rgb: np.ndarray,
+  size: int,
+  interpolation: str,
+  box: tuple[float, float, float, float],
+  out: np.ndarray | None = None,
+) -> np.ndarray:
+  """Resize a box (left, top, right, bottom) of an image, antialiased, as Pillow."""
+  resized = Image.fromarray(rgb).resize((size, size), _RESAMPLING[interpolation], box=box)
+  if out is None:
+    return np.array(resized)  # that of Pillow is not to be written to
+  out[...] = np.asarray(resized)
+  return out
+
+
+def eval_view(data: bytes, resize: int, size: int, interpolation: str = "bilinear") -> np.ndarray:
   """Decode an image, resize its shorter side to `resize`, antialiased, and crop the centre.
 
   Equal to torchvision to less than a level. Only the pixels under the crop are resized, to the same
@@ -205,19 +265,30 @@ def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
 
   Args:
     data: the whole file.
-    resize: pixels of the shorter side, at least `size`.
+    resize: pixels of the shorter side, at least `size`; 0 to crop the image as it is.
     size: side of the result in pixels.
+    interpolation: bilinear or bicubic.
 
   Returns:
     uint8 [size, size, 3].
 
   Raises:
     BadRecordError: as `decode`.
+    DataError: the image is smaller than `size`, and not resized.
   """
   height, width, rgb = _measure(data)
+  if not resize:
+    if min(height, width) < size:
+      raise DataError(
+        f"an image of {width}x{height} pixels is smaller than config.data.eval_image_size={size}; "
+        "set config.data.eval_resize to resize it."
+      )
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    whole = decode(data) if rgb is None else rgb
+    return whole[top : top + size, left : left + size]
   reduction = 1
   if rgb is None:
-    reduction = _reduction(min(height, width), _EVAL_MARGIN * resize)
+    reduction = _reduction(min(height, width), _MARGIN * resize)
     rgb = decode(data, reduction)
   if width <= height:
     new_width, new_height = resize, int(resize * height / width)
@@ -228,7 +299,7 @@ def eval_view(data: bytes, resize: int, size: int) -> np.ndarray:
   # min: rounding may put the far edge slightly outside the image, which Pillow refuses.
   right, bottom = min((left + size) * x, rgb.shape[1]), min((top + size) * y, rgb.shape[0])
   box = (left * x, top * y, right, bottom)
-  return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR, box=box))
+  return _resize(rgb, size, interpolation, box)
 
 
 def _measure(data: bytes) -> tuple[int, int, np.ndarray | None]:

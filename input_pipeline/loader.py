@@ -13,13 +13,16 @@ import math
 from absl import logging
 import ml_collections
 
-from configs import image_sizes
+from configs import base, fields, image_sizes
 from input_pipeline import batches as batches_lib
 from input_pipeline.batches import Batches
 from input_pipeline.errors import DataError
 from input_pipeline.rows import Batch, EvalRows, Sizes, TrainRows
 from input_pipeline.sources.base import Plan, Position, Reader, Source
 from input_pipeline.workers import processes
+
+# The orders that data.repeats applies to; a parquet stream has each example once.
+_REPEATED = ("shuffle", "lanes")
 
 
 class BatchIterator:
@@ -117,8 +120,9 @@ def train_batches(
   Row r of step s is example number g = s * global_batch_size + r of the run. Its epoch is
   g // len(source), each epoch is another permutation, and a batch may span two epochs. Host h gets
   the rows [h * b, (h + 1) * b) with b = global_batch_size / hosts. A record that cannot be decoded
-  is replaced by the next one in the source that can. Sources with another order describe it:
-  `order.LaneShuffle`, and `sources/hf_stream.py`, where it depends on the number of hosts.
+  is replaced by the next one in the source that can. With data.repeats, r examples in a row of an
+  epoch are the same record, each augmented by its own number. Sources with another order describe
+  it: `order.LaneShuffle`, and `sources/hf_stream.py`, where it depends on the number of hosts.
 
   Args:
     source: the examples.
@@ -146,6 +150,13 @@ def train_batches(
     low, high = data[name]
     if not 0 < low <= high <= most:
       raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
+  _check_fields(data, "crop", "crop_padding", "interpolation", "repeats")
+  if data.repeats > 1 and source.order not in _REPEATED:
+    raise DataError(
+      f"config.data.repeats={data.repeats} is not possible with the order {source.order!r} of "
+      f"{type(source).__name__}; make shards with `python -m input_pipeline.prepare`, or set it to "
+      "1."
+    )
   workers, _ = processes.choose(data.workers, data.threads)
   plan = Plan(data, global_batch_size, host, hosts, workers, seed, first_step, positions)
   reader = source.train_reader(plan)
@@ -185,10 +196,11 @@ def eval_batches(
     DataError: a value does not fit; see BatchIterator for what happens later.
   """
   _check(data, "config.eval.batch_size", batch_size, hosts)
-  if data.eval_resize < data.eval_image_size:
+  _check_fields(data, "eval_resize", "eval_interpolation")
+  if 0 < data.eval_resize < data.eval_image_size:
     raise DataError(
       f"config.data.eval_resize={data.eval_resize} is smaller than "
-      f"config.data.eval_image_size={data.eval_image_size}, which is cut out of it."
+      f"config.data.eval_image_size={data.eval_image_size}, which is cut out of it; 0 is no resize."
     )
   workers, _ = processes.choose(data.workers, data.threads)
   reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
@@ -202,6 +214,14 @@ def _decoders(reader: Reader, data: ml_collections.ConfigDict) -> tuple[int, int
   if reader.in_order:
     return 0, processes.choose_threads(data.threads)
   return processes.choose(data.workers, data.threads)
+
+
+def _check_fields(data: ml_collections.ConfigDict, *names: str) -> None:
+  """Raise DataError if the value of a field is none that it may have."""
+  for name in names:
+    wrong = fields.problem(f"data.{name}", base.RUN[f"data.{name}"], data[name])
+    if wrong:
+      raise DataError(wrong)
 
 
 def _check(data: ml_collections.ConfigDict, field: str, batch_size: int, hosts: int) -> None:

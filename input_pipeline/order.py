@@ -56,14 +56,23 @@ class WindowedOrder(Protocol):
 class GlobalShuffle:
   """Each epoch is another permutation of all examples; an IndexOrder."""
 
-  def __init__(self, length: int, seed: int):
+  def __init__(self, length: int, seed: int, repeats: int = 1):
+    """Store the arguments.
+
+    Args:
+      length: of an epoch.
+      seed: of the order.
+      repeats: examples in a row that are the same; an epoch then ends before it has seen all.
+    """
     import grain  # here, because it imports JAX, which takes seconds and `prepare` does without
 
     self._order = grain.MapDataset.range(length).shuffle(seed=seed)
+    self._length, self._repeats = length, repeats
 
   def __getitem__(self, number: int) -> int:
     """Return the index of example `number` of a run."""
-    return self._order[number]
+    place = number % self._length
+    return self._order[number - place + place // self._repeats]
 
 
 class OnePass:
@@ -96,6 +105,7 @@ class LaneShuffle:
     lanes: int,
     block: int,
     window: int,
+    repeats: int = 1,
   ):
     """Cut the shards into blocks.
 
@@ -106,7 +116,10 @@ class LaneShuffle:
       lanes: number of lanes.
       block: records of a block, or up to twice as many; shards with fewer are one block.
       window: blocks of a window.
+      repeats: examples in a row of a lane that are the same record. A lane then ends an epoch
+        before it has served its whole stretch.
     """
+    self._repeats = repeats
     self._firsts = _block_firsts(shard_counts, block)
     self._length = int(self._firsts[-1])
     self._seed = seed
@@ -141,9 +154,10 @@ class LaneShuffle:
       ahead = min(ahead, end - number, (epoch + 1) * self._length - number)
       position = int((self._taken(number) - self._taken(epoch * self._length))[lane])
       _, bounds = self._stretch(epoch, lane)
-      window = int(np.searchsorted(bounds, position, side="right")) - 1
-      ahead = min(ahead, int(bounds[window + 1]) - position)
-      slots = self._permutation(epoch, lane, window)[position - bounds[window] :][:ahead]
+      window = int(np.searchsorted(bounds, position // self._repeats, side="right")) - 1
+      ahead = min(ahead, int(bounds[window + 1]) * self._repeats - position)
+      places = np.arange(position, position + ahead) // self._repeats - bounds[window]
+      slots = self._permutation(epoch, lane, window)[places]
       parts.append(Part((epoch, lane, window), slots))
       number += ahead
     return parts

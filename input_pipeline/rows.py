@@ -171,9 +171,15 @@ class TrainRows(Rows):
     sizes: Sizes,
   ):
     super().__init__(reader, sizes, workers, threads)
-    self._area = tuple(data.crop_area)
-    self._aspect = tuple(data.crop_aspect)
-    self._flip = bool(data.flip)
+    self._crop = functools.partial(
+      image.train_view,
+      area=tuple(data.crop_area),
+      aspect=tuple(data.crop_aspect),
+      flip=bool(data.flip),
+      crop=str(data.crop),
+      padding=int(data.crop_padding),
+      interpolation=str(data.interpolation),
+    )
     self._operations = augment.parse(data.operations)
     self._seed = seeds(seed)[1]
 
@@ -199,7 +205,7 @@ class TrainRows(Rows):
   def _view(self, draws: Draws, number: int, out: np.ndarray, data: bytes) -> None:
     """Write the augmented image of example `number` to uint8 [size, size, 3]."""
     rng = draws.of(number)
-    image.train_view(data, rng, len(out), self._area, self._aspect, self._flip, out)
+    self._crop(data, rng, len(out), out=out)
     augment.apply(self._operations, out, rng)
 
 
@@ -209,6 +215,7 @@ class EvalRows(Rows):
   def __init__(self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int):
     super().__init__(reader, ((0, int(data.eval_image_size)),), workers, threads)
     self._resize = int(data.eval_resize)
+    self._interpolation = str(data.eval_interpolation)
 
   def _empty(self, count: int, size: int) -> Batch:
     return _empty_rows(count, size) | {"mask": np.zeros(count, bool)}
@@ -230,4 +237,4 @@ class EvalRows(Rows):
 
   def _view(self, out: np.ndarray, data: bytes) -> None:
     """Write the central crop of an image to uint8 [size, size, 3]."""
-    out[...] = image.eval_view(data, self._resize, len(out))
+    out[...] = image.eval_view(data, self._resize, len(out), self._interpolation)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs import base, image_sizes, names
+from configs import base, image_sizes
 from configs.fields import ASK, NO, YES, Field, problem
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
@@ -34,6 +34,7 @@ class Durations:
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
     ema_start: steps before which averaged weights are copies.
+    augment: steps until images are augmented on the devices; 0 is the whole run.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
     sizes: (step, size of training images in pixels from it on), rising from step 0.
@@ -44,6 +45,7 @@ class Durations:
   eval_every: int
   checkpoint_every: int
   per_epoch: float
+  augment: int = 0
   offset: int = 0
   sizes: tuple[tuple[int, int], ...] = ()
   ema_start: int = 0
@@ -52,6 +54,11 @@ class Durations:
   def last(self) -> int:
     """The steps taken at the end of the run."""
     return self.total - self.offset
+
+  @property
+  def augment_until(self) -> int | None:
+    """The steps taken from which on images are not augmented on the devices; None is never."""
+    return self.augment - self.offset if self.augment else None
 
   def epoch(self, step: int) -> float:
     """Return the epochs after `step` steps taken."""
@@ -133,11 +140,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_allowed(name, fields, config.model.name)
   try:
     models.check(config.model)
-    names.find(losses.LOSSES, config.loss, "config.loss")
+    losses.make_loss(config.loss)
     optimizer.check(config)
     schedules.check(config)
     averages.check(config)
-    augment.make_chain(config.augment)
+    augment.check(config)
     sources.check_kind(config.data.kind)
     image_sizes.parse(config.data.image_sizes)
     slices.parse(config.data.train_split, "config.data.train_split")
@@ -305,6 +312,9 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     eval_every=steps(config.eval, "every"),
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
+    augment=max(1, round(config.augment_until_epochs * per_epoch))
+    if config.augment_until_epochs
+    else 0,
     offset=offset,
     # Of two points that fall on one step the later counts.
     sizes=tuple(

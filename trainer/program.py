@@ -132,6 +132,7 @@ class Program:
       self.config,
       self.mesh,
       ema_start=self.lengths.ema_start - self.lengths.offset,
+      augment_until=self.lengths.augment_until,
     )
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(

@@ -74,7 +74,8 @@ class Span:
   def _once_an_epoch(self, schedule: optax.Schedule) -> optax.Schedule:
     def stepwise(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
       epochs = math.ceil(self.total / self.per_epoch)
-      first = jnp.array([self.steps(epoch) for epoch in range(epochs + 1)], jnp.int32)
+      starts = [self.steps(epoch) for epoch in range(epochs + 1)]
+      first = jnp.array(starts, jnp.result_type(step))
       epoch = jnp.searchsorted(first, step, side="right", method="scan_unrolled") - 1
       return schedule(first[epoch])
 

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from configs import names
 from trainer import augment, averages, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
@@ -66,6 +65,7 @@ def make_train_step(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
   ema_start: int = 0,
+  augment_until: int | None = None,
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
@@ -77,25 +77,26 @@ def make_train_step(
   of devices. BN statistics are of groups within a micro-batch, and the running averages see the
   micro-batches in order.
 
-  Averaged weights are copies until `ema_start` steps are taken.
+  The metric top1 counts the examples whose highest logit is their own label, whatever else was
+  mixed into them: with mixing it is far below that of evaluation.
+
+  With `augment_until` images are augmented while fewer steps than that were taken. Averaged weights
+  are copies until `ema_start` steps are taken.
 
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
   """
-  dtype = jnp.dtype(config.model.dtype)
   accumulation_steps = config.accumulation_steps
-  loss_of_examples = names.find(losses.LOSSES, config.loss, "config.loss")
-  augmentation = augment.make_chain(config.augment)
   average = averages.make_average(config, ema_start)
+  loss_of_examples = losses.make_loss(config.loss)
+  inputs = augment.make_inputs(config, augment_until)
 
   def loss_fn(
-    params: Params, statistics: Variables, batch: Batch, key: jax.Array
+    params: Params, statistics: Variables, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
     key_augment, key_model = jax.random.split(key)
     net = model.merge(statistics._replace(params=params), key_model)
-    images = augment.normalize(batch["image"], config.data, dtype)
-    targets = jax.nn.one_hot(batch["label"], config.model.num_classes, dtype=net_dtype(dtype))
-    images, targets = augmentation(key_augment, images, targets)
+    images, targets = inputs(key_augment, batch, step)
     logits = net(images)
     targets = optax.smooth_labels(targets, config.label_smoothing)
     loss = loss_of_examples(logits, targets).mean()
@@ -112,7 +113,7 @@ def make_train_step(
     ) -> tuple[_Sums, Variables]:
       key = step_key(config.seed, step, micro_batch)
       (loss, (top1, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, statistics, batch, key
+        params, statistics, batch, key, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs; in shards it is scattered in each round.
@@ -127,10 +128,7 @@ def make_train_step(
 
     if accumulation_steps == 1:
       return one(statistics, batch, 0)
-    micro_batches = {
-      name: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
-      for name, x in batch.items()
-    }
+    micro_batches = split(batch, accumulation_steps)
     shapes = jax.eval_shape(one, statistics, jax.tree.map(lambda x: x[0], micro_batches), 0)
     # Averages start the same in all groups; the mean over groups may wait until the last
     # micro-batch, being linear.
@@ -168,9 +166,9 @@ def make_train_step(
   return train_step
 
 
-def net_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-  """Return the dtype of logits and targets for activations of `dtype`: float32, or wider."""
-  return jnp.promote_types(dtype, jnp.float32)
+def split(batch: Batch, parts: int) -> Batch:
+  """Return the micro-batches of a batch, [parts, N / parts, ...]: part a has the rows a::parts."""
+  return {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
 def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) -> EvalStep:

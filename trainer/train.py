@@ -140,6 +140,9 @@ def _already_finished(run: Run) -> dict[str, Any] | None:
       )
     return final
   write_json(run.workdir.config, run.config.to_dict())
+  names = getattr(run.train_source, "class_names", ())
+  if names and not run.workdir.classes.exists():  # imported weights may have brought theirs
+    write_json(run.workdir.classes, {"classes": list(names)})
   if run.pod.host == 0:
     earlier = read_json(run.workdir.starts, WallClock.STARTS, set_aside=True)
     write_json(run.workdir.starts, run.clock.start(earlier, run.step, changes))

@@ -203,7 +203,7 @@ class Source(abc.ABC):
     Raises:
       DataError: the plan does not fit the data.
     """
-    order = GlobalShuffle(len(self), seeds(plan.seed)[0])
+    order = GlobalShuffle(len(self), seeds(plan.seed)[0], int(plan.data.repeats))
     return self.index_reader(self, plan, range(plan.first_step, ENDLESS), order)
 
   def eval_reader(self, plan: Plan) -> Reader:

@@ -121,6 +121,7 @@ class StreamSource(ShardedSource):
       lanes=int(data.stream_lanes),
       block=int(data.stream_block),
       window=int(data.stream_window),
+      repeats=int(data.repeats),
     )
     return StreamReader(self, plan, range(plan.first_step, ENDLESS), order)
 

@@ -83,6 +83,43 @@ def test_hosts_threads_processes_and_a_restart_change_nothing(shards, kind):
   assert digest(take(*opened(shards, **fields), 3, first_step=5)) == digest(expected[5:])
 
 
+# Every operation of the package, and the draws of crop and interpolation.
+_ALL = (
+  "timm_rand_augment(n=2, m=9, mstd=0.5, inc=1, p=0.9)|"
+  "timm_rand_augment(n=1, m=5, mstd=101, inc=0)|"
+  "rand_augment(n=2, m=12)|"
+  "trivial_augment(interpolation='nearest')|"
+  "auto_augment()|"
+  "auto_augment(policy='v0')|"
+  "three_augment()|"
+  "color_jitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)|"
+  "random_erasing(p=0.5)|" + _MIXED
+)
+
+
+@pytest.mark.parametrize("kind", ["array_record", "stream"])
+def test_with_everything_on_hosts_processes_and_a_restart_change_nothing(shards, kind):
+  assert all(f"{name}(" in _ALL for name in augment.OPERATIONS)
+  fields = {
+    "kind": kind,
+    "operations": _ALL,
+    "interpolation": "random",
+    "repeats": 3,
+    "stream_lanes": 4,
+    "stream_block": 4,
+  }
+  expected = take(*opened(shards, **fields), 7)  # more than two epochs
+  assert digest(take(*opened(shards, **fields), 7)) == digest(expected)
+  for hosts in (2, 4):
+    parts = [take(*opened(shards, **fields), 7, host=h, hosts=hosts) for h in range(hosts)]
+    assert digest(joined(parts)) == digest(expected)
+  assert digest(take(*opened(shards, workers=3, **fields), 7)) == digest(expected)
+  for first in (1, 5):
+    resumed = take(*opened(shards, **fields), 7 - first, first_step=first)
+    assert digest(resumed) == digest(expected[first:])
+  assert digest(take(*opened(shards, **fields), 7, seed=1)) != digest(expected)
+
+
 def test_evaluation_has_none():
   source = memory(8)
   plain = evaluate(source, data_config(""))
@@ -102,6 +139,26 @@ def test_evaluation_has_none():
     ("invert(p='no')", "invert refuses its arguments"),
     ("solarize(p=0.1, threshold=300)", r"threshold=300 must be in \[0, 255\]"),
     ("invert(p=0.5", "invert"),
+    (
+      "rand_augment(m=31)",
+      r"rand_augment refuses its arguments: m=31 must be an integer in \[0, 30\]",
+    ),
+    ("rand_augment(m=2.5)", "m=2.5 must be an integer"),
+    ("rand_augment(n=0)", "n=0 operations must be 1 or more"),
+    ("rand_augment(interpolation='cubic')", "interpolation='cubic' must be nearest, bilinear"),
+    ("rand_augment(fill=(0, 0))", r"fill=\(0, 0\) must be three integers"),
+    ("trivial_augment(fill=(0, 0, 256))", "fill=.* must be three integers in"),
+    ("timm_rand_augment", "timm_rand_augment needs a value of m"),
+    ("timm_rand_augment(m=11)", r"m=11 must be in \[0, 10\]"),
+    ("timm_rand_augment(m=7, p=-0.1)", r"p=-0.1 must be in \[0, 1\]"),
+    ("timm_rand_augment(m=7, mstd=-1)", "mstd=-1 must be 0 or more"),
+    ("auto_augment(policy='cifar10')", "policy='cifar10' must be imagenet or v0"),
+    ("color_jitter(hue=0.6)", r"hue=0.6 must be in \[0, 0.5\]"),
+    ("color_jitter(contrast=-0.1)", "contrast=-0.1 must be 0 or more"),
+    ("three_augment(jitter=-1)", "brightness=-1 must be 0 or more"),
+    ("random_erasing(p=2)", r"p=2 must be in \[0, 1\]"),
+    ("random_erasing(area=(0.1, 1.2))", "must be 0 < low <= high <= 1, shares of the image"),
+    ("random_erasing(aspect=(2, 1))", "must be 0 < low <= high"),
     ("|", "which is not NAME"),
     ("no.such:thing(p=1)", "cannot be imported"),
     (f"{_HERE}:cropped", r"cropped returned uint8 \[7, 8, 3\] for an image of uint8 \[8, 8, 3\]"),

@@ -327,3 +327,82 @@ def test_views_of_the_real_originals_are_what_antialiased_ones_would_be(original
   assert train < 2
   assert evaluated < 0.1
   assert found[:, 1].max() < 1.5
+
+
+def test_padded_crops_are_those_of_the_padded_image():
+  rgb = picture(5, 32, 32)
+  margin = np.pad(rgb, ((4, 4), (4, 4), (0, 0)))
+  options = {"crop": "padded", "padding": 4}
+  found, out = set(), np.full((32, 32, 3), 9, np.uint8)
+  for seed in range(400):
+    rng = np.random.default_rng(seed)
+    view = image.train_view(encoded(rgb, "PNG"), rng, 32, _AREA, _ASPECT, False, out, **options)
+    assert view is out
+    places = [
+      (y, x)
+      for y in range(9)
+      for x in range(9)
+      if np.array_equal(margin[y : y + 32, x : x + 32], view)
+    ]
+    assert len(places) == 1
+    found.update(places)
+  assert len(found) > 70  # of 81
+  mirrored = [
+    image.train_view(
+      encoded(rgb, "PNG"),
+      np.random.default_rng(s),
+      32,
+      _AREA,
+      _ASPECT,
+      True,
+      crop="padded",
+      padding=0,
+    )
+    for s in range(40)
+  ]
+  same = sum(np.array_equal(view, rgb) for view in mirrored)
+  assert same + sum(np.array_equal(view, rgb[:, ::-1]) for view in mirrored) == 40
+  assert 10 <= same <= 30
+
+
+def test_without_a_crop_the_whole_image_is_taken():
+  rgb = picture(6, 32, 32)
+  rng = np.random.default_rng(0)
+  view = image.train_view(encoded(rgb, "PNG"), rng, 32, _AREA, _ASPECT, False, crop="none")
+  np.testing.assert_array_equal(view, rgb)
+  rgb = picture(7, 60, 90)
+  view = image.train_view(
+    encoded(rgb, "PNG"), rng, 40, _AREA, _ASPECT, False, crop="none", interpolation="bicubic"
+  )
+  expected = Image.fromarray(rgb).resize((40, 40), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(view, expected)
+
+
+def test_interpolation_is_pillows_bicubic_or_drawn_for_each_image():
+  rgb = picture(8, 90, 70)
+  data = encoded(rgb, "PNG")
+  kinds = {"bilinear": 0, "bicubic": 0}
+  for seed in range(60):
+    top, left, height, width = image.draw_box(90, 70, np.random.default_rng(seed), _AREA, _ASPECT)
+    box = (left, top, left + width, top + height)
+    expected = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BICUBIC, box=box)
+    arguments = (32, _AREA, _ASPECT, False)
+    views = {
+      how: image.train_view(data, np.random.default_rng(seed), *arguments, interpolation=how)
+      for how in ("bilinear", "bicubic", "random")
+    }
+    np.testing.assert_array_equal(views["bicubic"], expected)
+    (how,) = (h for h in kinds if np.array_equal(views[h], views["random"]))
+    kinds[how] += 1
+  assert min(kinds.values()) >= 15
+
+
+def test_evaluation_without_a_resize_is_exact_and_bicubic_is_pillows():
+  rgb = picture(9, 32, 32)
+  np.testing.assert_array_equal(image.eval_view(encoded(rgb, "PNG"), 0, 32), rgb)
+  np.testing.assert_array_equal(image.eval_view(encoded(rgb, "PNG"), 0, 28), rgb[2:30, 2:30])
+  rgb = picture(10, 100, 140)
+  resized = Image.fromarray(rgb).resize((67, 48), Image.Resampling.BICUBIC)
+  expected = np.asarray(resized).astype(int)[8:40, 18:50]
+  found = image.eval_view(encoded(rgb, "PNG"), 48, 32, "bicubic")
+  np.testing.assert_allclose(found.astype(int), expected, atol=1)

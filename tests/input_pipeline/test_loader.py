@@ -407,6 +407,16 @@ def test_synthetic_batches_cost_nothing():
     (8, 1, {"crop_area": (0.5, 1.1)}, r"config.data.crop_area=\(0.5, 1.1\) must be 0 < low"),
     (8, 1, {"crop_aspect": (2.0, 1.0)}, r"config.data.crop_aspect=\(2.0, 1.0\) must be"),
     (8, 1, {"prefetch_batches": 0}, "config.data.prefetch_batches=0 must be at least 1"),
+    (8, 1, {"crop": "center"}, "config.data.crop must be one of random_resized, padded, none"),
+    (8, 1, {"crop_padding": -1}, "config.data.crop_padding must be 0 or more; it is -1"),
+    (8, 1, {"interpolation": "area"}, "config.data.interpolation must be one of bilinear"),
+    (8, 1, {"repeats": 0}, "config.data.repeats must be 1 or more; it is 0"),
+    (
+      8,
+      1,
+      {"crop": "padded", "image_size": 36, "crop_padding": 4},
+      "an image of 24x24 pixels with config.data.crop_padding=4 is smaller than the crop",
+    ),
   ],
 )
 def test_values_that_do_not_fit_are_named(batch, hosts, fields, says):
@@ -428,3 +438,34 @@ def test_values_of_evaluation_that_do_not_fit_are_named():
     DataError, match=r"config.data.eval_resize=15 is smaller than .*eval_image_size=16"
   ):
     evaluate(memory(3), data)
+  data = data_config("", eval_interpolation="nearest")
+  with pytest.raises(DataError, match="eval_interpolation must be one of bilinear, bicubic"):
+    evaluate(memory(3), data)
+  data = data_config("", eval_resize=0, eval_image_size=25)
+  with pytest.raises(DataError, match=r"24x24 pixels is smaller than .*eval_image_size=25"):
+    evaluate(memory(3), data)
+
+
+def test_an_order_without_repeats_refuses_them():
+  class Windows(Memory):
+    order = "windows"
+
+  with pytest.raises(DataError, match=r"config.data.repeats=2 is not possible .*'windows'"):
+    take(Windows(memory(3).images), data_config("", repeats=2), 1)
+
+
+def test_repeated_examples_differ_by_their_augmentation_alone():
+  source = memory(20)
+  one = np.concatenate([b["label"] for b in take(source, data_config(""), 10)])
+  batches = take(source, data_config("", repeats=3), 10)
+  labels = np.concatenate([b["label"] for b in batches])
+  for epoch in range(4):  # of 20 examples each, the last copies cut off
+    permutation, found = one[20 * epoch :][:20], labels[20 * epoch :][:20]
+    np.testing.assert_array_equal(found, np.repeat(permutation, 3)[:20])
+  plain = take(source, data_config("", repeats=3, crop="none", flip=False), 10)
+  np.testing.assert_array_equal(plain[0]["image"][0], plain[0]["image"][1])
+  assert not np.array_equal(batches[0]["image"][0], batches[0]["image"][1])
+  # The key of the augmentation is the number of the example, as without repeats.
+  np.testing.assert_array_equal(
+    batches[0]["image"][0], take(source, data_config(""), 1)[0]["image"][0]
+  )

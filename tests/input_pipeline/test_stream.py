@@ -80,6 +80,27 @@ def test_each_epoch_is_another_permutation_of_all(data_folder):
     assert sum(a == b for a, b in zip(one, other)) < 20
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_examples_follow_each_other_in_their_lane(data_folder, repeats):
+  source, _ = opened(data_folder)
+  fields = {"lanes": 4, "block": 8, "window": 3}
+  counts = [shard.count for shard in source.shards]
+  once = order.LaneShuffle(counts, 7, _BATCH, **fields)
+  lanes = order.LaneShuffle(counts, 7, _BATCH, **fields, repeats=repeats)
+  rows = _BATCH // 4
+  for epoch in range(2):
+    served = {(order_, lane): [] for order_ in (once, lanes) for lane in range(4)}
+    for order_ in (once, lanes):
+      for number in range(epoch * _TRAIN, (epoch + 1) * _TRAIN):
+        served[order_, number % _BATCH // rows].append(index_of(order_, number))
+    for lane in range(4):
+      expected = np.repeat(served[once, lane], repeats)[: len(served[once, lane])]
+      np.testing.assert_array_equal(served[lanes, lane], expected)
+  numbers = range(_TRAIN - 2 * _BATCH, _TRAIN + 2 * _BATCH)
+  parts = lanes.parts(numbers.start, len(numbers))
+  assert sum(len(slots) for _, slots in parts) == len(numbers)
+
+
 def index_of(lanes, number):
   ((key, (slot,)),) = lanes.parts(number, 1)
   ends = list(itertools.accumulate(run.count for run in lanes.runs(key)))

@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from trainer.models.layers import Layers, halve, pad_channels
+from trainer.models.layers import Layers, every_nth, halve, pad_channels
 
 
 class Shape(NamedTuple):
@@ -107,7 +107,7 @@ class Block(nnx.Module):
 
   def _shortcut(self, x: jax.Array) -> jax.Array:
     if self.pads:
-      return pad_channels(x[:, :: self.stride, :: self.stride], self.outputs)
+      return pad_channels(every_nth(x, self.stride), self.outputs)
     if not self.projects:
       return x
     x = self.projection_conv(halve(x) if self.pools else x)

@@ -3,6 +3,7 @@
     python -m trainer.bench loop      steps per second of `train()` over those of the bare step
     python -m trainer.bench save      time that steps lose to an asynchronous save over its duration
     python -m trainer.bench startup   seconds to the first step of a second start over the first
+    python -m trainer.bench depth     compiler, memory and step of deep nets, unrolled and scanned
 
 `--help` after a command lists its options.
 """
@@ -33,6 +34,7 @@ from trainer import train as train_lib
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
+from trainer.tools.depth import bench_depth
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
@@ -299,6 +301,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder=(tempfile.gettempdir(), "folder on the disk to write to"),
   )
   add("startup", bench_startup)
+  add(
+    "depth",
+    bench_depth,
+    nets=(
+      "cifar_resnet-56,cifar_resnet-110,cifar_resnet_v2-1001,cifar_resnet-1202",
+      "families and depths",
+    ),
+    ways=(
+      "unroll,scan,scan+convs,scan+blocks",
+      "unroll or scan, with +REMAT of config.model.remat",
+    ),
+    width=(1.0, "of config.model.width"),
+    image_size=(32, "pixels"),
+    batch_size=(8, "images per step"),
+    steps=(3, "steps timed after the first"),
+    limit_seconds=(1200.0, "longest time for one net"),
+  )
   args = parser.parse_args(arguments)
   logging.set_verbosity(logging.WARNING)
   args.function(args)

@@ -145,7 +145,7 @@ def _safetensors(
   tensors: dict[str, np.ndarray] = {}
   for leaf in sorted(leaves, key=foreign.natural):
     name = net.torch_name(leaf)
-    tensors[name] = np.ascontiguousarray(foreign.theirs(leaf, np.asarray(leaves[leaf])))
+    tensors[name] = np.ascontiguousarray(foreign.theirs(leaf, name, np.asarray(leaves[leaf])))
     if name.endswith("running_var"):  # torch's batch norm counts its batches
       counter = f"{name.removesuffix('running_var')}num_batches_tracked"
       tensors[counter] = np.array(facts.step or 0, np.int64)

@@ -1,4 +1,4 @@
-"""State dicts of other tools against the leaves of a model: spelling, layout, fit, and what they are."""
+"""State dicts of other tools against the leaves of a model: spelling, layout, fit, a guess."""
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
@@ -15,6 +15,10 @@ _SHOWN = 3  # mismatches in a message
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
 # Counters beside the weights, of batch norm and of averaging.
 _COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
+_PARTS = ("bn", "conv")
+# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of nets
+# with pre-activation.
+_AS_CONVOLUTIONS = re.compile(r"(?:.*\.se\.fc[12]|head\.fc)\.weight")
 # Spellings of other tools, as regular expressions, and those of torchvision. In order: of the CIFAR
 # nets of akamaster, of Hugging Face's ResNetForImageClassification.
 _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
@@ -28,9 +32,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
   ),
   (
     re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.(\w+)\.(.*)"),
-    lambda m: (
-      f"layer{int(m[1]) + 1}.{m[2]}.{'conv' if m[4] == 'convolution' else 'bn'}{int(m[3]) + 1}.{m[5]}"
-    ),
+    lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{_PARTS[m[4] == 'convolution']}{int(m[3]) + 1}.{m[5]}",
   ),
   (re.compile(r"classifier\.1\.(weight|bias)"), r"fc.\1"),
 )
@@ -57,14 +59,23 @@ def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return result
 
 
-def theirs(leaf: str, array: np.ndarray) -> np.ndarray:
-  """Return a leaf in the layout of torch: [out, in, h, w] of convolutions, [out, in] of others."""
-  return array.transpose(_their_axes(leaf, array.ndim))
+def theirs(leaf: str, name: str, array: np.ndarray) -> np.ndarray:
+  """Return a leaf as torch keeps it: [out, in, h, w] of convolutions, [out, in] of matrices.
+
+  Args:
+    leaf: its path.
+    name: of the tensor.
+    array: in our layout.
+  """
+  return array.transpose(_their_axes(leaf, array.ndim)).reshape(
+    their_shape(leaf, name, array.shape)
+  )
 
 
-def their_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(leaf: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Return the shape that `theirs` has."""
-  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape)))
+  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) is not None
+  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * flat
 
 
 def _their_axes(leaf: str, ndim: int) -> tuple[int, ...]:
@@ -73,9 +84,13 @@ def _their_axes(leaf: str, ndim: int) -> tuple[int, ...]:
   return tuple(range(ndim))
 
 
-def _ours(leaf: str, tensor: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-  axes = np.argsort(_their_axes(leaf, tensor.ndim))
-  return np.ascontiguousarray(tensor.transpose(axes).astype(dtype))
+def _ours(
+  leaf: str, tensor: np.ndarray, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray:
+  axes = _their_axes(leaf, len(shape))
+  tensor = tensor.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+  with np.errstate(over="ignore"):  # it is refused afterwards, by name
+    return np.ascontiguousarray(tensor.astype(dtype))
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -147,17 +162,22 @@ def fit(
     if name not in tensors:
       result.missing[leaf] = name
       continue
-    tensor, shape = tensors[name], their_shape(leaf, leaves[leaf].shape)
-    if tensor.shape != shape:
+    tensor, shape = tensors[name], their_shape(leaf, name, leaves[leaf].shape)
+    # Some files have 1x1 convolutions as matrices, or the other way round.
+    if _significant(tensor.shape) != _significant(shape):
       result.misfits[leaf] = name, tensor.shape, shape
       continue
     _check_values(leaf, name, tensor)
-    result.found[leaf] = _ours(leaf, tensor, np.dtype(leaves[leaf].dtype))
+    result.found[leaf] = _ours(leaf, tensor, leaves[leaf].shape, np.dtype(leaves[leaf].dtype))
     if not np.isfinite(result.found[leaf]).all():
       raise WeightsError(f"holds numbers in {name!r} that are too large for {leaves[leaf].dtype}")
   known = set(names.values())
   result.left_over.extend(name for name in tensors if name not in known)
   return result
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+  return shape[:-2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
 def _check_values(leaf: str, name: str, tensor: np.ndarray) -> None:
@@ -171,7 +191,7 @@ def _check_values(leaf: str, name: str, tensor: np.ndarray) -> None:
 
 
 # Blocks of the four stages, whether they are bottlenecks: depth.
-_DEPTHS = {
+_DEPTHS: Mapping[tuple[tuple[int, ...], bool], int] = {
   ((2, 2, 2, 2), False): 18,
   ((3, 4, 6, 3), False): 34,
   ((3, 4, 6, 3), True): 50,
@@ -209,11 +229,11 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
   Args:
     shapes: of each tensor, in torch's layout, by torchvision's or timm's names.
   """
-  v2 = [_block(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)]
-  blocks = v2[0] or _block(r"layer(\d+)\.(\d+)\.", shapes, first=1)
+  v2 = _blocks(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)
+  blocks = v2 or _blocks(r"layer(\d+)\.(\d+)\.", shapes, first=1)
   head = next((shapes[n] for n in ("fc.weight", "head.fc.weight") if n in shapes), ())
   classes = head[0] if head else None
-  start = "stages.0.blocks.0" if v2[0] else "layer1.0"
+  start = "stages.0.blocks.0" if v2 else "layer1.0"
   inner = shapes.get(f"{start}.conv2.weight", ())
   if not blocks or len(inner) != 4:
     return Guess(classes=classes)
@@ -250,8 +270,8 @@ def _variant(
   return plain if inner[0] == 64 else f"{plain} of width {inner[0] / 64:g}"
 
 
-def _block(pattern: str, names: Iterable[str], first: int) -> list[int]:
-  """Return the number of blocks of each stage; empty unless stages and blocks count without gaps."""
+def _blocks(pattern: str, names: Iterable[str], first: int) -> list[int]:
+  """Return the number of blocks of each stage; empty unless they count without gaps."""
   found: dict[int, set[int]] = {}
   for name in names:
     if match := re.match(pattern, name):

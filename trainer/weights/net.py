@@ -70,8 +70,10 @@ def build(config: ml_collections.ConfigDict) -> Net:
     ConfigError: if the config has no such model.
   """
   model_config = ml_collections.ConfigDict(config.model.to_dict())
-  if model_config.dtype != "float64":
-    model_config.dtype = "float32"
+  # The same leaves and numbers by a program that other tools can read.
+  for name, value in (("dtype", "float32"), ("scan", False), ("remat", "none")):
+    if name in model_config:
+      model_config[name] = value
   made: list[Model] = []
 
   def create() -> Variables:

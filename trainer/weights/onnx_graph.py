@@ -137,11 +137,9 @@ class Graph:
   def _run(self, equation: Any, inputs: list[_Value]) -> list[_Value]:
     name, shape = equation.primitive.name, tuple(equation.outvars[0].aval.shape)
     inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-    if name == "scan":
-      return self._scan(equation.params, inputs)
-    if inner is not None:
+    if inner is not None and name not in ("scan", "while", "cond"):
       closed = isinstance(inner, core.ClosedJaxpr)
-      return self.trace(*((inner.jaxpr, inner.consts) if closed else (inner, [])), inputs)
+      return self.trace(inner.jaxpr if closed else inner, inner.consts if closed else [], inputs)
     if name == "broadcast_in_dim":
       return [self._broadcast(inputs[0], shape, equation.params["broadcast_dimensions"])]
     if all(isinstance(value.data, np.ndarray) for value in inputs):
@@ -154,22 +152,6 @@ class Graph:
       return [self._reduce(_REDUCTIONS[name], inputs[0], equation.params["axes"], shape)]
     step: Callable[..., _Value] = getattr(self, f"_{name}", _refuse)
     return [step(*inputs, shape=shape, params=equation.params, primitive=name)]
-
-  def _scan(self, params: Mapping[str, Any], inputs: list[_Value]) -> list[_Value]:
-    """Write a loop of equal blocks out; what it stacks is slices of constants."""
-    body, consts, carried = params["jaxpr"], params["num_consts"], params["num_carry"]
-    fixed, carry, stacked = (
-      inputs[:consts],
-      inputs[consts : consts + carried],
-      inputs[consts + carried :],
-    )
-    rounds = range(params["length"])
-    if len(body.jaxpr.outvars) != carried or any(isinstance(x.data, str) for x in stacked):
-      raise WeightsError("cannot be exported to ONNX: it scans over more than its own weights")
-    for number in reversed(rounds) if params["reverse"] else rounds:
-      slices = [_fixed(_whole(x)[number]) for x in stacked]
-      carry = self.trace(body.jaxpr, body.consts, [*fixed, *carry, *slices])
-    return carry
 
   # Order and size of axes.
 

@@ -252,7 +252,7 @@ class _Machine:
 
 _DTYPES = frozenset({"float16", "bfloat16", "float32", "float64", "int64", "int32", "bool"})
 _LITERALS = frozenset(
-  [
+  {
     "INT",
     "BININT",
     "BININT1",
@@ -272,7 +272,7 @@ _LITERALS = frozenset(
     "BINUNICODE",
     "SHORT_BINUNICODE",
     "BINUNICODE8",
-  ]
+  }
 )
 _CONSTANTS: dict[str, Callable[[], Any]] = {
   "NONE": lambda: None,

@@ -1,4 +1,4 @@
-"""Reads weights of any origin: a workdir, a file of safetensors or of torch.save, here or remote."""
+"""Reads weights of any origin: a workdir, a file of safetensors or torch.save, here or remote."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -70,7 +70,8 @@ def load(origin: str, averaged: bool = True) -> Loaded:
       raise WeightsError(str(error).replace("--workdir ", "")) from error
     if run_folder.is_one(path):
       net, leaves, facts = run_folder.read(origin, averaged)
-      tensors = {net.torch_name(leaf): foreign.theirs(leaf, leaves[leaf]) for leaf in leaves}
+      names = {leaf: net.torch_name(leaf) for leaf in leaves}
+      tensors = {name: foreign.theirs(leaf, name, leaves[leaf]) for leaf, name in names.items()}
       return Loaded(origin, "a workdir", tensors, facts)
     data = _read_file(path, origin)
   try:
@@ -127,7 +128,7 @@ def _download(address: str) -> np.ndarray:
   match = re.fullmatch("sha256=([0-9a-f]{64})", fragment) or re.search("-([0-9a-f]{8,64})$", stem)
   if match is None:
     raise WeightsError(
-      f"{address} has no checksum; add #sha256=HEX, as printed by sha256sum where you trust the file."
+      f"{address} has no checksum; add #sha256=HEX, from sha256sum where you trust the file."
     )
   found, parts = hashlib.sha256(), []
   try:

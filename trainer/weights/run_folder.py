@@ -149,7 +149,8 @@ def write(
     if _steps(folder.checkpoints):
       raise WeightsError(f"{path} holds checkpoints already; give another --workdir.")
     program = _program(config)
-    variables = jax.tree.map(jnp.asarray, net.variables(leaves))
+    like = Variables(*[getattr(program.abstract_state, name) for name in _COLLECTIONS])
+    variables = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), net.variables(leaves), like)
     # Not by `program.init`, which would be compiled to draw weights that nobody wants.
     state = dataclasses.replace(
       program.abstract_state,
