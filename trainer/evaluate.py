@@ -148,7 +148,7 @@ def evaluate(
         for variables, so_far in zip(weights, totals, strict=True)
       ]
       in_flight.append(totals[-1]["request"])
-      # Two batches late: that bounds the batches in flight, and with them the memory that they
+      # Two batches late, one of two weights: that bounds those in flight, and the memory that they
       # hold.
       if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) == STOP:
         return None
