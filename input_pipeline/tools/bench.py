@@ -47,6 +47,7 @@ _A1 = {  # of config.data; timm's rand-m7-mstd0.5-inc1 and random interpolation
   "interpolation": "random",
   "operations": "timm_rand_augment(m=7, mstd=0.5, inc=1)",
 }
+_PARTS = ("train", "eval", "a1", "operations")
 _LIMIT = 900.0  # seconds after which a silent contestant is given up
 
 
@@ -292,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--max-size", type=int, default=0, help="also measure images as made by prepare --max-size")
   add("--rivals", action=argparse.BooleanOptionalAction, default=True, help="those installed too")
   add("--peers", dest="rivals", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
+  add("--only", choices=_PARTS, help="one part of it")
   args = parser.parse_args(argv)
   for name in ("images", "rounds", "batch_size"):
     if getattr(args, name) < 1:
@@ -345,24 +347,32 @@ def _run(args: argparse.Namespace, folder: str) -> None:
       for name, rival in rivals.installed(task):
         contestants.append(Contestant(name, functools.partial(rival, examples, args.batch_size)))
 
-  turns = race(train, args.images, args.batch_size, args.rounds)
-  stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
-  print("\nTraining: JPEG to batch, random crop to 224 px, flip. Ratios of images per CPU-second.")
-  print(f"{report(turns)}\n\n{stages}")
-  if many in turns:
-    print(report_scaling(turns[worker], turns[many], cores))
-  if args.max_size:
+  parts = (args.only,) if args.only else _PARTS
+  run = functools.partial(race, images=args.images, batch_size=args.batch_size, rounds=args.rounds)
+  if "train" in parts:
+    print(
+      "\nTraining: JPEG to batch, random crop to 224 px, flip. Ratios of images per CPU-second."
+    )
+    turns = run(train)
+    stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
+    print(f"{report(turns)}\n\n{stages}")
+    if many in turns:
+      print(report_scaling(turns[worker], turns[many], cores))
+  if "train" in parts and args.max_size:
     effects = bench_data.pixel_effect(examples, small.once())
     print(
       f"--max-size={args.max_size} changes pixels by {effects[0]:.2f} of 255 levels on average in "
       f"training, {effects[1]:.2f} in evaluation"
     )
-  print("\nEvaluation: shorter side to 256 px, central crop of 224 px.")
-  print(report(race(evaluation, args.images, args.batch_size, args.rounds)))
-  print("\nTraining as RSB A1: crop by bilinear or bicubic, flip, RandAugment, 224 px.")
-  print(report(race(a1, args.images, args.batch_size, args.rounds)))
-  print(f"\nOperations on an image of {bench_operations.SIZE} px, laws and then their steps.")
-  print(bench_operations.report(examples, args.rounds))
+  if "eval" in parts:
+    print("\nEvaluation: shorter side to 256 px, central crop of 224 px.")
+    print(report(run(evaluation)))
+  if "a1" in parts:
+    print("\nTraining as RSB A1: crop by bilinear or bicubic, flip, RandAugment, 224 px.")
+    print(report(run(a1)))
+  if "operations" in parts:
+    print(f"\nOperations on an image of {bench_operations.SIZE} px, laws and then their steps.")
+    print(bench_operations.report(examples, args.rounds))
 
 
 def _cpu_name() -> str:
