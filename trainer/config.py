@@ -167,10 +167,10 @@ def _check_evaluation(values: Mapping[str, Any]) -> None:
       f"config.eval.precise_bn_examples is {count}, which must be a multiple of "
       f"config.eval.batch_size = {batch}; the nearest is {max(1, round(count / batch)) * batch}."
     )
-  if count and averaged and values.get("optimizer.ema_batch_stats", True):
+  if count and averaged and values["optimizer.ema_batch_stats"]:
     raise ConfigError(
-      f"config.eval.precise_bn_examples is {count}, but averaged weights (config.optimizer."
-      "ema_decay) have averaged BN statistics already; keep one of the two, and set the other to 0."
+      f"config.eval.precise_bn_examples is {count}, but config.optimizer.ema_batch_stats averages "
+      "the BN statistics that it would replace; set ema_batch_stats to False, or the other to 0."
     )
 
 

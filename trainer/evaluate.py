@@ -150,7 +150,7 @@ def evaluate(
       in_flight.append(totals[-1]["request"])
       # Two batches late: that bounds the batches in flight, and with them the memory that they
       # hold.
-      if len(in_flight) > 2 and jax.device_get(in_flight.popleft()) == STOP:
+      if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) == STOP:
         return None
   result, *raw = (_means(sums) for sums in jax.device_get(totals))
   if raw:

@@ -229,6 +229,7 @@ class Run:
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
     weights, results = self._weights(), {}
     for name, source in self.eval_sources.items():
+      self.pod.at(f"evaluation of step {self.step} on {name}")
       host_batches = self._one_pass(source)
       with self.clock("eval"), contextlib.closing(host_batches):
         result = evaluate_lib.evaluate(

@@ -146,14 +146,17 @@ def test_precise_bn_is_the_moments_of_all_its_images(net):
     np.testing.assert_allclose(leaf["var"], variances.mean(0) + means.var(0), rtol=1e-3, atol=1e-4)
 
 
-def test_precise_bn_of_a_run_leaves_its_state_alone(tmp_path, run_config):
+def test_precise_bn_of_a_run_leaves_its_state_alone(tmp_path, run_config, caplog):
   run_config.total_steps = 4
   plain = train_lib.train(run_config, str(tmp_path / "plain"))
   run_config.eval.precise_bn_examples = 64
   final = train_lib.train(run_config, str(tmp_path / "precise"))
   assert fingerprints(tmp_path / "precise", 4) == fingerprints(tmp_path / "plain", 4)
   assert final["loss"] != plain["loss"] and final["examples"] == 29
+  run_config.data.eval_split = "val, train[50%:]"
   again = train_lib.evaluate_only(run_config, str(tmp_path / "plain"))
+  assert "train[50%:] is evaluated, but trained on as well: train." in caplog.text
+  assert again["splits"]["train[50%:]"]["examples"] == 36
   assert again["loss"] == final["loss"] and again["top1"] == final["top1"]
 
 
@@ -167,7 +170,7 @@ def test_precise_bn_of_a_run_leaves_its_state_alone(tmp_path, run_config):
     ),
     (
       {"eval.precise_bn_examples": 16, "optimizer.ema_decay": 0.9},
-      "averaged weights (config.optimizer.ema_decay) have averaged BN statistics already",
+      "config.optimizer.ema_batch_stats averages the BN statistics that it would replace",
     ),
     ({"data.eval_split": "val, val"}, "config.data.eval_split is 'val, val', which names"),
     ({"data.train_split": "train[1%"}, "config.data.train_split is 'train[1%'; write a split as"),
@@ -179,6 +182,13 @@ def test_what_does_not_fit_together_is_refused(fields, words):
   with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_averaged_weights_without_averaged_statistics_may_have_precise_ones():
+  config = tiny.get_config()
+  config.optimizer.ema_decay, config.optimizer.ema_batch_stats = 0.9, False
+  config.eval.precise_bn_examples, config.eval.raw = 16, True
+  config_lib.validate(config)
 
 
 def test_precise_bn_that_the_data_or_the_model_cannot_have(run_config):

@@ -7,7 +7,7 @@ from etils import epath
 import jax.numpy as jnp
 import pytest
 
-from trainer.reporting import events
+from trainer.reporting import events, flops
 from trainer.reporting import telemetry as telemetry_lib
 from trainer.step import METRICS
 
@@ -191,3 +191,14 @@ def test_what_was_read_from_a_bucket_is_written(run):
     and scalars["read_requests"][4] < scalars["read_requests"][8]
   )
   assert set(scalars["read_retries"].values()) == {1}
+
+
+def test_the_time_left_is_that_of_the_sizes_to_come(run, caplog):
+  """Steps from 50 on are four times the work of those before."""
+  run = run(work=flops.Work([(0, 1.0), (50, 4.0)]).between, image_size=lambda step: 16 + step // 50)
+  for step in range(1, 11):
+    run.take(step)
+  scalars = run.read()
+  # After step 8 of 100: 42 steps of 0.1 s and 50 of 0.4 s.
+  assert "ETA 24.2 s" in caplog.text and "16 px" in caplog.text
+  assert scalars["image_size"] == {4: 16, 8: 16}
