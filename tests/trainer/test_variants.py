@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from configs import base
+from trainer import mesh as mesh_lib
 from trainer import models, state
+from trainer import program as program_lib
 from trainer.models import layers, stack
 from trainer.models.norm import BatchNorm
+from trainer.pod.requests import NOTHING
+from trainer.tools import depth
 
 
 def config_of(name, **fields):
@@ -130,7 +134,7 @@ def test_names_of_torch(name, fields, leaf, theirs):
 
 
 FIELDS = {
-  "depth": 26,
+  "depth": 20,
   "width": 0.25,
   "num_classes": 10,
   "dtype": "float64",
@@ -194,14 +198,38 @@ def test_scan_and_remat_change_no_number(unrolled, scan, remat):
     assert other.lines < unrolled.lines
 
 
+@pytest.mark.slow
+def test_1202_layers_learn():
+  """A quarter of the width, digits at 32 px, 200 steps of 16."""
+  datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra smoke")
+  config = depth.net_config(
+    "cifar_resnet", 1202, scan=True, remat="none", width=0.25, image_size=32, batch_size=16
+  )
+  config.model.shortcut = "pad"
+  config.total_steps, config.optimizer.warmup_steps, config.optimizer.lr_per_256 = 200, 20, 0.32
+  config.label_smoothing = 0.0
+  program = program_lib.build(config, 1437)
+  train_step = program.compile("train", **program.sizes("train"))
+  train_state, requests = program.init_state(), mesh_lib.flags(program.mesh, NOTHING)
+  digits = datasets.load_digits()
+  images = np.repeat((digits.images * 15.9375).astype(np.uint8)[..., None], 3, axis=-1)
+  images = images.repeat(4, axis=1).repeat(4, axis=2)
+  losses, rng = [], np.random.default_rng(0)
+  for _ in range(200):
+    chosen = rng.integers(0, 1437, 16)
+    batch = {"image": images[chosen], "label": digits.target[chosen].astype(np.int32)}
+    train_state, output = train_step(train_state, mesh_lib.to_global(program.mesh, batch), requests)
+    losses.append(float(output.metrics[0]))
+  first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+  assert first > 2 and last < 1, losses
+
+
 def test_scan_refuses_blocks_that_differ():
-  model = abstract("cifar_resnet", depth=14)
+  config = config_of("cifar_resnet", depth=14, width=0.0625)
+  model = models.create(config, image_size=8, rngs=nnx.Rngs(0))
   blocks = [model.stage1_block1, model.stage1_block2, model.stage2_block2]
   with pytest.raises(ValueError, match="must be equal"):
-    nnx.eval_shape(
-      lambda x: stack.run(blocks, x, first=0, paths=None, scan=True, remat="none"),
-      jnp.zeros((1, 8, 8, 16)),
-    )
+    stack.run(blocks, jnp.zeros((1, 2, 2, 1)), first=0, paths=None, scan=True, remat="none")
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
@@ -325,8 +353,11 @@ def test_stride_of_v1_and_v1_5():
 
 
 def test_features_of_each_stage():
-  model = abstract("resnet", depth=18, num_classes=5)
-  shapes = nnx.eval_shape(lambda x: model.features(x), jnp.zeros((2, 64, 96, 3)))
+  config = config_of("resnet", depth=18, num_classes=5)
+  shapes = nnx.eval_shape(
+    lambda x: models.create(config, image_size=64, rngs=nnx.Rngs(0)).features(x),
+    jnp.zeros((2, 64, 96, 3)),
+  )
   assert {name: x.shape for name, x in shapes.items()} == {
     "stem": (2, 16, 24, 64),
     "stage1": (2, 16, 24, 64),
@@ -346,9 +377,9 @@ def test_features_of_each_stage():
     ("resnet", {"blurpool": "all", "stem_pool": "conv"}, "set config.model.blurpool to 'convs'"),
     ("cifar_resnet", {"stem": "deep"}, "config.model.stem is 'deep'; the stem of a CIFAR ResNet"),
     ("cifar_resnet_v2", {"blurpool": "all"}, "a CIFAR ResNet v2 has none"),
-    ("cifar_resnet_v2", {"depth": 110}, "must be 9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)"),
+    ("cifar_resnet_v2", {"depth": 32}, "must be 9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)"),
     ("resnet_rs", {"depth": 34}, "must be one of 50, 101, 152, 200, 270, 350, 420 (resnet_rs)"),
-    ("resnet", {"remat": "some"}, "config.model.remat must be one of none, convs, blocks"),
+    ("resnet", {"remat": "some"}, "config.model.remat must be one of none, blocks, convs"),
     ("resnet", {"shortcut": "A"}, "config.model.shortcut must be one of conv, pool, pad"),
     ("resnet", {"activation": "tanh"}, "config.model.activation must be one of relu,"),
     ("resnet", {"drop_path": 1.0}, "config.model.drop_path must be in [0, 1)"),
