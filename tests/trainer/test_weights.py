@@ -15,8 +15,8 @@ import pytest
 from configs import base
 from tests.trainer import tiny, torch_files
 from tests.trainer.weights_fuzz import Fuzz
+from trainer import command_line, train
 from trainer import config as config_lib
-from trainer import train
 from trainer.errors import FAILED
 from trainer.weights import __main__ as command
 from trainer.weights import export, foreign, read, run_folder, safetensors, torch_file
@@ -29,7 +29,11 @@ NAMES = ["ant", "bee", "crane", "dhole", "emu", "fox"]
 
 
 def main(*arguments):
+  """Return the exit code of a verb, as in a process of its own."""
   argv = ["trainer.weights", *map(str, arguments)]
+  for name in list(command_line.FLAGS):
+    if name.startswith("config."):  # overrides of the last call
+      delattr(command_line.FLAGS, name)
   with mock.patch.object(sys, "argv", argv):  # where config_flags looks for overrides
     return command.main(argv)
 
@@ -363,7 +367,7 @@ class TestVerbs:
       ),
       (
         "import {pth} --config={config} --workdir={none} --config.model.depth=9",
-        "config.model.depth",
+        "config.model.depth must be 6n+2",
       ),
       ("import {pth} --config={config} --workdir={none} --config.nonsense=9", "nonsense"),
       ("import {pth} --config={config} --workdir={run}", "{run} holds checkpoints already"),

@@ -93,9 +93,9 @@ def _read_step(
     raise WeightsError(
       f"{folder} holds other leaves than {net.describe()} has; it is of another version."
     )
-  classes = read_json(workdir.classes) or {}
+  classes = read_json(workdir.classes, {"classes": list}) or {}
   facts = About(
-    classes=tuple(classes.get("classes", ())),
+    classes=tuple(map(str, classes.get("classes", ()))),
     config=meta["config"],
     step=step,
     weights="ema" if averages else "raw",
