@@ -294,7 +294,7 @@ class TestGraphs:
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, 16, 16]
     words = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(words["classes"]) == NAMES
-    assert json.loads(words["preprocessing"])["size"] == 16
+    assert json.loads(words["preprocessing"])["eval_image_size"] == 16
 
   def test_stablehlo_brings_its_words(self, imported, tmp_path):
     pytest.importorskip("flatbuffers", reason="flatbuffers comes with [export]")
@@ -358,6 +358,10 @@ class TestVerbs:
         "--images={empty} holds no image",
       ),
       (
+        "export {run} --format=safetensors --out={empty}/x --images={broken}",
+        "--images={broken} holds no image that can be read.",
+      ),
+      (
         "import {pth} --config={config} --workdir={none} --config.model.depth=14",
         "not in the file (layer1.1.bn1.bias, layer1.1.bn1.running_mean, layer1.1.bn1.running_var, ",
       ),
@@ -391,8 +395,10 @@ class TestVerbs:
     two = tmp_path / "two"
     two.write_text("a\nb\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.jpg").write_bytes(b"no image")
     names = {"none": tmp_path / "none", "empty": tmp_path / "empty", "two": two, "config": CONFIG}
-    names |= {"pth": imported[0], "run": imported[1]}
+    names |= {"pth": imported[0], "run": imported[1], "broken": tmp_path / "broken"}
     code, _, error = run(capsys, *[part.format(**names) for part in arguments.split()])
     assert code == FAILED
     assert words.format(**names) in error

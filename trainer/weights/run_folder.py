@@ -144,7 +144,7 @@ def write(
   Raises:
     WeightsError: if there are checkpoints already, or this one could not be written.
   """
-  with Pod.join(config.pod, lambda: False) as pod:
+  with Pod(config.pod, host=0, hosts=1) as pod:  # alone, also on a host of a slice
     folder = Workdir(open_workdir(path, pod))
     if _steps(folder.checkpoints):
       raise WeightsError(f"{path} holds checkpoints already; give another --workdir.")
