@@ -207,14 +207,11 @@ def train_view(
     reduction = _reduction(min(box[2:]), _MARGIN * size if bicubic else size)
     rgb = decode(data, reduction)
   top, left, bottom, right = box[0], box[1], box[0] + box[2], box[1] + box[3]
+  top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
+  part = rgb[top:bottom, left:right]
   if bicubic:
-    bottom, right = min(bottom / reduction, rgb.shape[0]), min(right / reduction, rgb.shape[1])
-    view = _resize(
-      rgb, size, interpolation, (left / reduction, top / reduction, right, bottom), out
-    )
+    view = _resize(part, size, interpolation, None, out)
   else:
-    top, left, bottom, right = (round(x / reduction) for x in (top, left, bottom, right))
-    part = rgb[top:bottom, left:right]
     # Where a reduced size is not possible; bilinear interpolation would skip pixels.
     method = cv2.INTER_AREA if min(part.shape[:2]) >= 2 * size else cv2.INTER_LINEAR
     view = cv2.resize(part, (size, size), out, interpolation=method)
@@ -246,10 +243,10 @@ def _resize(
   rgb: np.ndarray,
   size: int,
   interpolation: str,
-  box: tuple[float, float, float, float],
+  box: tuple[float, float, float, float] | None,
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Resize a box (left, top, right, bottom) of an image, antialiased, as Pillow."""
+  """Resize an image, or a box (left, top, right, bottom) of it, antialiased, as Pillow."""
   resized = Image.fromarray(rgb).resize((size, size), _RESAMPLING[interpolation], box=box)
   if out is None:
     return np.array(resized)  # that of Pillow is not to be written to

@@ -158,6 +158,19 @@ class Draws:
     return self._generator
 
 
+def crop_of(data: ml_collections.ConfigDict) -> Callable[..., np.ndarray]:
+  """Return `image.train_view` with the options of a config: a function of (bytes, rng, size)."""
+  return functools.partial(
+    image.train_view,
+    area=tuple(data.crop_area),
+    aspect=tuple(data.crop_aspect),
+    flip=bool(data.flip),
+    crop=str(data.crop),
+    padding=int(data.crop_padding),
+    interpolation=str(data.interpolation),
+  )
+
+
 class TrainRows(Rows):
   """Rows of a training run: random crop and flip, then the operations of the config."""
 
@@ -171,15 +184,7 @@ class TrainRows(Rows):
     sizes: Sizes,
   ):
     super().__init__(reader, sizes, workers, threads)
-    self._crop = functools.partial(
-      image.train_view,
-      area=tuple(data.crop_area),
-      aspect=tuple(data.crop_aspect),
-      flip=bool(data.flip),
-      crop=str(data.crop),
-      padding=int(data.crop_padding),
-      interpolation=str(data.interpolation),
-    )
+    self._crop = crop_of(data)
     self._operations = augment.parse(data.operations)
     self._seed = seeds(seed)[1]
 

@@ -9,22 +9,26 @@ import numpy as np
 import pytest
 import simplejpeg
 
-# In the environment, because child processes must see it, and before anything imports jax.
-_cache = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ.update(
-  {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": _cache.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    # Half of the time to compile. The nets of the tests are so small that they run no slower.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }
-)
+# In the environment, because child processes must see it, and before anything imports jax. Workers
+# of xdist inherit it.
+_cache = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix="compiled-")
+  os.environ.update(
+    {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": _cache.name,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+      # Half of the time to compile. The nets of the tests are so small that they run no slower.
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+  )
 
 
 def pytest_unconfigure(config):
   del config
-  _cache.cleanup()
+  if _cache:
+    _cache.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -173,25 +173,33 @@ def affine(
   Args:
     image: uint8 [height, width, 3].
     matrix: a, b, c, d, e, f.
-    interpolation: bicubic is left to Pillow, whose kernel (a = -1) OpenCV does not have.
+    interpolation: OpenCV does not have Pillow's bicubic kernel (a = -1). Shears and translations
+      by it are a sum of four shifted images; the rest, and nearest, is left to Pillow.
     fill: red, green, blue.
   """
   a, b, c, d, e, f = matrix
   height, width = image.shape[:2]
   if (a, b, d, e) == (1, 0, 0, 1) and c == int(c) and f == int(f):
     return _shift(image, int(c), int(f), fill)
-  if interpolation != "bilinear":
+  along_x, along_y = (a, d, e, f) == (1, 0, 1, 0), (a, b, c, e) == (1, 0, 0, 1)
+  if interpolation == "bicubic" and along_x:
+    moved = _slide(image, b * (np.arange(height) + 0.5) + c)
+  elif interpolation == "bicubic" and along_y:
+    turned = _slide(cv2.transpose(image), d * (np.arange(width) + 0.5) + f)
+    moved = cv2.transpose(turned)
+  elif interpolation != "bilinear":
     how = _RESAMPLING[interpolation]
     transform = pillow.Transform.AFFINE
     result = pillow.fromarray(image).transform((width, height), transform, matrix, how, 1, fill)
     np.copyto(image, np.asarray(result))  # that of Pillow is not to be written to
     return image
-  # OpenCV's centres are at + 0. In floating point since OpenCV 5; before, in 32nds of a pixel.
-  centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-  flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-  moved = cv2.warpAffine(
-    image, centred, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
-  )
+  else:
+    # OpenCV's centres are at + 0. In floating point since OpenCV 5; before, in 32nds of a pixel.
+    centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(
+      image, centred, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
+    )
   xs, ys = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
   inside = np.ones((height, width), bool)
   for x_step, y_step, start, size in ((a, b, c, width), (d, e, f, height)):
@@ -200,6 +208,28 @@ def affine(
       inside &= (place >= 0) & (place < size)
   np.copyto(image, _plain(height, width, fill))
   return cv2.copyTo(moved, inside.view(np.uint8), image)
+
+
+def _slide(image: Image, shifts: np.ndarray) -> Image:
+  """Fetch row y from `shifts[y]` to the right, bicubic as in Pillow, edges repeated.
+
+  Args:
+    image: uint8 [height, width, 3].
+    shifts: float64 [height], in pixels.
+  """
+  height, width = image.shape[:2]
+  whole = np.floor(shifts)
+  t = (shifts - whole).astype(np.float32)[:, None]
+  margin = width + 2  # beyond it, all pixels are those of the edge
+  wide = cv2.copyMakeBorder(image, 0, 0, margin, margin, cv2.BORDER_REPLICATE)
+  starts = np.clip(whole.astype(np.int64) - 1 + margin, 0, width + margin - 1)
+  windows = np.lib.stride_tricks.sliding_window_view(
+    wide.reshape(height, -1), 3 * (width + 3), axis=1
+  )
+  values = windows[np.arange(height), 3 * starts].astype(np.float32)
+  weights = (-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2)
+  moved = sum(w * values[:, 3 * k : 3 * (k + width)] for k, w in enumerate(weights))
+  return np.clip(moved, 0, 255).astype(np.uint8).reshape(height, width, 3)
 
 
 def _shift(image: Image, left: int, up: int, fill: Color) -> Image:

@@ -29,8 +29,8 @@ class Step(NamedTuple):
   arguments: tuple[Any, ...] = ()
 
   def __str__(self) -> str:
-    shown = [f"{a:.3g}" if isinstance(a, float) else str(a) for a in self.arguments]
-    return " ".join([self.do.__name__, *(a for a in shown if "(" not in a)])
+    numbers = [f"{a:.3g}" for a in self.arguments if isinstance(a, int | float)]
+    return " ".join([self.do.__name__, *numbers])
 
 
 Law = Callable[..., list[Step]]

@@ -8,12 +8,15 @@ threads and processes of a contestant. Images in a folder are first written to a
 as `input_pipeline.prepare` does; without --data images are generated. Streamed data are read ahead
 by threads, which counts as rest.
 
-Rivals take part if they can be imported: `pip install tensorflow-cpu nvidia-dali-cuda120`.
+Then the operations of `config.data.operations` are timed, and the augmentation of RSB's recipe A1
+(arXiv:2110.00476) is compared with timm's own.
+
+Rivals take part if they can be imported: `pip install tensorflow-cpu nvidia-dali-cuda120 timm`.
 """
 
 import argparse
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import importlib.metadata
@@ -33,13 +36,18 @@ from configs import base
 from input_pipeline import image, loader
 from input_pipeline.errors import DataError
 from input_pipeline.sources import Source
-from input_pipeline.tools import bench_data, rivals
+from input_pipeline.tools import bench_data, bench_operations, rivals
 from input_pipeline.tools.rivals import Made, Spent
 from input_pipeline.workers import processes
 
 _CHIP_IMAGES, _CHIP_SECONDS = 128, 0.070  # per step of a TPU v5e
 _SETTLED = 0.005  # seconds of CPU in 0.2 s, below which a contestant has no work ahead left
 _AHEAD = 4  # batches that Grain makes ahead with each decoding process
+_A1 = {  # of config.data; timm's rand-m7-mstd0.5-inc1 and random interpolation
+  "interpolation": "random",
+  "operations": "timm_rand_augment(m=7, mstd=0.5, inc=1)",
+}
+_PARTS = ("train", "eval", "a1", "operations")
 _LIMIT = 900.0  # seconds after which a silent contestant is given up
 
 
@@ -67,10 +75,25 @@ class Turn(NamedTuple):
 
 
 def ours(
-  source: Source, batch_size: int, train: bool, workers: int = 0, timed: bool = False
+  source: Source,
+  batch_size: int,
+  train: bool,
+  workers: int = 0,
+  timed: bool = False,
+  fields: Mapping[str, str] | None = None,
 ) -> Made:
-  """Return batches of this package and, if `timed`, CPU seconds by stage."""
+  """Return batches of this package and, if `timed`, CPU seconds by stage.
+
+  Args:
+    source: the examples.
+    batch_size: of a batch.
+    train: whether to train on them or to evaluate.
+    workers: decoding processes.
+    timed: whether to measure stages, which costs some time.
+    fields: of config.data, where they differ from the defaults.
+  """
   data = base.get_config().data
+  data.update(fields or {})
   data.workers, data.threads = workers, 0
   spent: Spent = collections.Counter()
   if timed:
@@ -270,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--max-size", type=int, default=0, help="also measure images as made by prepare --max-size")
   add("--rivals", action=argparse.BooleanOptionalAction, default=True, help="those installed too")
   add("--peers", dest="rivals", action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
+  add("--only", choices=_PARTS, help="one part of it")
   args = parser.parse_args(argv)
   for name in ("images", "rounds", "batch_size"):
     if getattr(args, name) < 1:
@@ -317,25 +341,38 @@ def _run(args: argparse.Namespace, folder: str) -> None:
     make = functools.partial(ours, small, args.batch_size, True)
     train.append(Contestant(f"ours, re-encoded with --max-size={args.max_size}", make))
   evaluation = [Contestant(own, mine(False))]
+  a1 = [Contestant(own, mine(True, fields=_A1))]
   if args.rivals:
-    for contestants, task in ((train, "TRAIN"), (evaluation, "EVAL")):
+    for contestants, task in ((train, "TRAIN"), (evaluation, "EVAL"), (a1, "A1")):
       for name, rival in rivals.installed(task):
         contestants.append(Contestant(name, functools.partial(rival, examples, args.batch_size)))
 
-  turns = race(train, args.images, args.batch_size, args.rounds)
-  stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
-  print("\nTraining: JPEG to batch, random crop to 224 px, flip. Ratios of images per CPU-second.")
-  print(f"{report(turns)}\n\n{stages}")
-  if many in turns:
-    print(report_scaling(turns[worker], turns[many], cores))
-  if args.max_size:
+  parts = (args.only,) if args.only else _PARTS
+  run = functools.partial(race, images=args.images, batch_size=args.batch_size, rounds=args.rounds)
+  if "train" in parts:
+    print(
+      "\nTraining: JPEG to batch, random crop to 224 px, flip. Ratios of images per CPU-second."
+    )
+    turns = run(train)
+    stages = report_stages(turns.pop(timed), turns[own], turns[worker], mean_bytes)
+    print(f"{report(turns)}\n\n{stages}")
+    if many in turns:
+      print(report_scaling(turns[worker], turns[many], cores))
+  if "train" in parts and args.max_size:
     effects = bench_data.pixel_effect(examples, small.once())
     print(
       f"--max-size={args.max_size} changes pixels by {effects[0]:.2f} of 255 levels on average in "
       f"training, {effects[1]:.2f} in evaluation"
     )
-  print("\nEvaluation: shorter side to 256 px, central crop of 224 px.")
-  print(report(race(evaluation, args.images, args.batch_size, args.rounds)))
+  if "eval" in parts:
+    print("\nEvaluation: shorter side to 256 px, central crop of 224 px.")
+    print(report(run(evaluation)))
+  if "a1" in parts:
+    print("\nTraining as RSB A1: crop by bilinear or bicubic, flip, RandAugment, 224 px.")
+    print(report(run(a1)))
+  if "operations" in parts:
+    print(f"\nOperations on an image of {bench_operations.SIZE} px, laws and then their steps.")
+    print(bench_operations.report(examples, args.rounds))
 
 
 def _cpu_name() -> str:

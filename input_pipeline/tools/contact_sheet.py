@@ -9,8 +9,10 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from input_pipeline import loader
-from input_pipeline.rows import Batch
+from input_pipeline import augment, loader
+from input_pipeline.errors import BadRecordError
+from input_pipeline.order import seeds
+from input_pipeline.rows import Batch, Draws, crop_of
 from input_pipeline.sources import Source
 from input_pipeline.sources.base import Subset
 
@@ -56,6 +58,29 @@ def evaluation_section(source: Source, config: Any, count: int) -> Section:
   ) as batches:
     batch = next(batches)
   return _section(f"evaluation, {len(indices)} of {len(source):,}", source, batch)
+
+
+def views_section(source: Source, config: Any, count: int) -> Section:
+  """Return 8 augmented views of each of `count` images, with the steps that each has had.
+
+  Records that cannot be decoded are left out.
+  """
+  data, size = config.data, int(config.data.image_size)
+  crop, operations = crop_of(data), augment.parse(data.operations)
+  draws = Draws(seeds(config.seed)[1])
+  views, captions = [], []
+  for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+    for epoch in range(_COLUMNS):
+      rng = draws.of(epoch * len(source) + index)
+      try:
+        view = crop(source[index].image, rng, size)
+      except BadRecordError:
+        break
+      captions.append(", ".join(augment.apply_named(operations, view, rng)) or "no step")
+      views.append(view)
+  title = f"{_COLUMNS} views of an image a row, by {data.operations}"
+  pixels = np.stack(views) if views else np.zeros((0, size, size, 3), np.uint8)
+  return Section(title, pixels, captions, np.zeros(len(views), bool))
 
 
 def _alone(data: ml_collections.ConfigDict) -> Any:

@@ -5,6 +5,7 @@
 
 It writes one picture of training images and evaluation crops with their labels, made by the loader
 with the crops, flips and operations of the config (the rest, such as mixup, happens on devices).
+If there are operations, some images follow in eight views each, with the steps that each has had.
 For each split it prints the numbers of records, classes and bytes, formats and sizes of a sample,
 and checks that the data are what was written: by the SHA-256 of every shard if there is a manifest,
 else by reading every record, whose hash ArrayRecord checks.
@@ -36,6 +37,7 @@ from input_pipeline.sources import Source, slices
 from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
+_VIEWED = 6  # images that are shown in several views
 _SHOWN = 10  # bad records and classes that are named
 _MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP"}
 
@@ -154,6 +156,8 @@ def _write_sheet(options: flags.FlagValues, opened: dict[str, Source]) -> list[s
     make = contact_sheet.training_section if train else contact_sheet.evaluation_section
     try:
       sections.append(make(source, options.config, options.images))
+      if train and options.config.data.operations:
+        sections.append(contact_sheet.views_section(source, options.config, _VIEWED))
     except DataError as e:
       wrong.append(f"{split} cannot be shown: {e}")
   if sections:

@@ -1,7 +1,7 @@
 """Other input pipelines, which `input_pipeline.bench` compares with. Nothing else imports this.
 
-Each gets the bytes of images and returns batches without end, made in one thread. TensorFlow and
-DALI are imported in the process that uses them.
+Each gets the bytes of images and returns batches without end, made in one thread. TensorFlow,
+DALI and timm are imported in the process that uses them.
 """
 
 import collections
@@ -11,6 +11,7 @@ import importlib.util
 import io
 import itertools
 import os
+import random
 import tempfile
 from typing import Any
 
@@ -31,7 +32,11 @@ Examples = Sequence[Record]
 
 
 def installed(task: str) -> Iterator[tuple[str, Callable[[Examples, int], Made]]]:
-  """Yield name and maker of each rival that can be imported; `task` is TRAIN or EVAL."""
+  """Yield name and maker of each rival that can be imported; `task` is TRAIN, EVAL or A1."""
+  if task == "A1":
+    if importlib.util.find_spec("timm"):
+      yield f"timm {_version('timm')}, Pillow {_version('pillow')}, to uint8", timm_a1
+    return
   if importlib.util.find_spec("tensorflow"):
     name = f"tf.data {_version('tensorflow-cpu', 'tensorflow')}"
     flax = "as in Flax's ImageNet example: decode_and_crop_jpeg, bicubic, float32 normalised"
@@ -192,6 +197,33 @@ def _dali(examples: Examples, batch_size: int, train: bool, normalise: bool) -> 
   running = pipeline()
   running.build()
   return (running.run() for _ in itertools.count()), collections.Counter()
+
+
+def timm_a1(examples: Examples, batch_size: int) -> Made:
+  """Bytes in memory to batches of uint8, as timm's loader makes them before its prefetcher."""
+  from timm.data.transforms_factory import create_transform
+  import torch
+
+  torch.set_num_threads(1)
+  for seed in (torch.manual_seed, random.seed, np.random.seed):
+    seed(0)
+  transform = create_transform(
+    _SIZE,
+    is_training=True,
+    interpolation="random",
+    auto_augment="rand-m7-mstd0.5-inc1",
+    use_prefetcher=True,
+  )
+  data = itertools.cycle([example.image for example in examples])
+  return (
+    torch.stack(
+      [
+        transform(Image.open(io.BytesIO(d)).convert("RGB"))
+        for d in itertools.islice(data, batch_size)
+      ]
+    )
+    for _ in itertools.count()
+  ), collections.Counter()
 
 
 def pillow_train(examples: Examples, batch_size: int) -> Made:

@@ -298,6 +298,21 @@ def project_policy(place: Place) -> Line:
   return ["gcloud", "projects", "get-iam-policy", place.project, "--format=json", "--quiet"]
 
 
+def may_delete(place: Place, account: str) -> Line:
+  """Ask whether a service account may delete TPUs, by all policies of project and organization."""
+  return [
+    "gcloud",
+    "policy-intelligence",
+    "troubleshoot-policy",
+    "iam",
+    f"//cloudresourcemanager.googleapis.com/projects/{place.project}",
+    "--permission=tpu.nodes.delete",  # that of queued resources, too
+    f"--principal-email={account}",
+    "--format=json(overallAccessState)",
+    *_project(place),
+  ]
+
+
 def project_number(place: Place) -> Line:
   """Read the number in the name of the default service account."""
   return [
@@ -411,6 +426,7 @@ def every_line() -> Iterator[Line]:
     bucket(place),
     bucket_policy(place),
     project_policy(place),
+    may_delete(place, "sa@my-project.iam.gserviceaccount.com"),
     project_number(place),
     firewall(place),
     account_policy(place, "sa@my-project.iam.gserviceaccount.com"),

@@ -13,7 +13,7 @@ from typing import Any
 from launch.cloud import commands
 from launch.cloud.gcloud import Gcloud, GcloudError
 from launch.cloud.look import queued_of
-from launch.cloud.settings import Place
+from launch.cloud.settings import Place, UsageError
 
 _TESTED = 528  # version of the Google Cloud CLI whose parser accepts all lines of commands.py
 _SERVICES = tuple(
@@ -21,6 +21,8 @@ _SERVICES = tuple(
   for name in ("tpu", "compute", "storage", "iam", "cloudresourcemanager", "cloudquotas")
 )
 _SECRETS = "secretmanager.googleapis.com"  # only for `up --secret`
+_DEFAULT_ACCOUNT = "PROJECT_NUMBER-compute@developer.gserviceaccount.com"
+_REMOVERS = {"roles/tpu.admin", "roles/owner", "roles/editor"}  # roles that may delete TPUs
 _IAP = "35.235.240.0/20"  # from where Identity-Aware Proxy reaches hosts
 
 
@@ -57,9 +59,7 @@ def lines(wanted: Wanted) -> list[commands.Line]:
     commands.bucket_policy(place),
     commands.project_number(place),
     commands.project_policy(place),
-    commands.account_policy(
-      place, wanted.service_account or "PROJECT_NUMBER-compute@developer.gserviceaccount.com"
-    ),
+    commands.account_policy(place, wanted.service_account or _DEFAULT_ACCOUNT),
     commands.firewall(place),
     commands.list_queued(place),
     commands.list_nodes(place),
@@ -231,17 +231,71 @@ def _bucket(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
     )
 
 
-def _account_of(wanted: Wanted, gcloud: Gcloud) -> str:
+def _account_of(place: Place, service_account: str, gcloud: Gcloud) -> str:
   """Returns the service account of the hosts."""
-  if wanted.service_account:
-    return wanted.service_account
-  number = gcloud.json(commands.project_number(wanted.place))["projectNumber"]
-  return f"{number}-compute@developer.gserviceaccount.com"
+  if service_account:
+    return service_account
+  number = gcloud.json(commands.project_number(place))["projectNumber"]
+  return _DEFAULT_ACCOUNT.replace("PROJECT_NUMBER", number)
+
+
+def removal_lines(place: Place, service_account: str) -> list[commands.Line]:
+  """Returns the lines that `check_removal` runs; the last one only if it is needed."""
+  return [
+    *([] if service_account else [commands.project_number(place)]),
+    commands.project_policy(place),
+    commands.may_delete(place, service_account or _DEFAULT_ACCOUNT),
+  ]
+
+
+def check_removal(place: Place, service_account: str, gcloud: Gcloud) -> str | None:
+  """Find out, before anything is bought, whether hosts may remove their own slice.
+
+  Args:
+    place: of the run.
+    service_account: of the hosts; "" is the project's Compute Engine one.
+    gcloud: of this machine.
+
+  Returns:
+    None if they may, or a sentence if that cannot be found out from here.
+
+  Raises:
+    UsageError: if they may not.
+  """
+  account = service_account or "The project's Compute Engine service account"
+  try:
+    account = _account_of(place, service_account, gcloud)
+    member = f"serviceAccount:{account}"
+    if _roles(gcloud.json(commands.project_policy(place), tries=1), member) & _REMOVERS:
+      return None
+    answer = gcloud.json(commands.may_delete(place, account), tries=1)
+    state = str((answer or {}).get("overallAccessState"))
+  except (GcloudError, KeyError) as error:
+    state = str(error)
+  if state == "CAN_ACCESS":
+    return None
+  if state == "CANNOT_ACCESS":
+    raise UsageError(
+      f"{account} may not delete TPUs, so no slice could remove itself; give it the right: "
+      f"{_grant(place, account)}"
+    )
+  return (
+    f"Whether {account} may remove the slice cannot be found out from here ({state}). Its hosts "
+    "prove it before a trainer starts; if they may not, only this launcher removes it, so stay "
+    "until then."
+  )
+
+
+def _grant(place: Place, account: str) -> str:
+  return (
+    f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
+    f"--member=serviceAccount:{account}"
+  )
 
 
 def _act_as(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   """Whoever makes a slice must be allowed to let it act as its service account."""
-  account = _account_of(wanted, gcloud)
+  account = _account_of(wanted.place, wanted.service_account, gcloud)
   user = (gcloud.json(commands.account()) or [{}])[0].get("account", "")
   if not user:
     return
@@ -290,21 +344,18 @@ def _allows_ssh(allowed: dict[str, Any]) -> bool:
 
 def _service_account(wanted: Wanted, gcloud: Gcloud) -> Iterator[Finding]:
   place = wanted.place
-  account = _account_of(wanted, gcloud)
+  account = _account_of(wanted.place, wanted.service_account, gcloud)
   member = f"serviceAccount:{account}"
   project = _roles(gcloud.json(commands.project_policy(place)), member)
   bucket = _roles(gcloud.json(commands.bucket_policy(place)), member) | project
   custom = sorted(role for role in project if role.startswith("projects/"))
-  good = bool(project & {"roles/tpu.admin", "roles/owner", "roles/editor"} or custom)
+  good = bool(project & _REMOVERS or custom)
   yield Finding(
     "service account",
     good,
     f"{account} {'may' if good else 'may not'} remove its own slice at the cost limit"
     + (f" if {custom[0]} allows it, which hosts prove before training" if custom else ""),
-    ""
-    if good
-    else f"gcloud projects add-iam-policy-binding {place.project} --role=roles/tpu.admin "
-    f"--member=serviceAccount:{account}",
+    "" if good else _grant(place, account),
   )
   name = "/".join(place.bucket.split("/")[:3])
   for roles, role, what in (

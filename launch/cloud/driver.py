@@ -335,7 +335,7 @@ def leave(run: Run, store: Store) -> list[str]:
     lines += [f"It removes itself {_ends(run)}.", *([] if memory.guarded else [_UNPROVEN])]
   return [
     *lines,
-    "No launcher restarts it after a preemption. Next:",
+    "If the slice is lost, nothing asks for another one until a launcher runs again:",
     f"  launch/tpu watch {name}    watch over it again",
     f"  launch/tpu stop {name}     save, and end the trainer",
     f"  launch/tpu down {name}     remove everything that is paid for",

@@ -9,7 +9,7 @@ import json
 import pathlib
 import tempfile
 
-from launch.cloud import boot, bundle, commands, verbs
+from launch.cloud import boot, bundle, commands, doctor, verbs
 from launch.cloud.commands import Line
 from launch.cloud.driver import attempt_spec
 from launch.cloud.run import Run, noted
@@ -59,6 +59,7 @@ def up(settings: Settings) -> list[Line]:
   ]
   return [
     *_read_run(place),
+    *doctor.removal_lines(place, settings.service_account),
     commands.upload(place, str(folder / "run.json"), f"{place.url}/run.json", "0"),
     commands.upload(place, str(agent), f"{launch}/{agent.name}"),
     *shipped,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import records
-from input_pipeline.tools import bench, bench_data, rivals
+from input_pipeline.tools import bench, bench_data, bench_operations, rivals
 from tests.input_pipeline.conftest import encoded, picture
 
 
@@ -60,7 +60,7 @@ def test_the_rival_that_is_always_installed_makes_batches(task):
 
 def test_the_table_of_a_folder_of_images(folder, capsys, monkeypatch):
   found = importlib.util.find_spec
-  absent = ("tensorflow", "nvidia", "nvidia.dali")
+  absent = ("tensorflow", "nvidia", "nvidia.dali", "timm")
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name, *a: None if name in absent else found(name, *a)
   )
@@ -71,10 +71,13 @@ def test_the_table_of_a_folder_of_images(folder, capsys, monkeypatch):
   assert "8 images of" in out
   rows = re.findall(r"^ +(\d+\.\d\d) +(\d+) +\d+  (.*)$", out, re.M)
   names = [re.sub(r" \d.*", "", name) for _, _, name in rows]
-  assert names == ["ours", "ours, through a decoding process", "Pillow", "ours", "Pillow"]
+  assert names == ["ours", "ours, through a decoding process", "Pillow", "ours", "Pillow", "ours"]
   assert all(int(rate) > 0 for _, rate, _ in rows)
   assert re.search(r"read \d+, decode \d+, resize \d+, rest \d+", out)
   assert "cores like these" in out
+  for chain in bench_operations.CHAINS:
+    assert re.search(rf"^ +\d+ +[\d,]+  {re.escape(chain)}$", out, re.M)
+  assert re.search(r"^ +\d+ +[\d,]+    rotate 21.0 bicubic$", out, re.M)
   assert not err
 
 

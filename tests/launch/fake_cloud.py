@@ -46,6 +46,7 @@ class Cloud:
     bills: every node that there ever was.
     grants: whether a request ever leaves the queue.
     may_delete: whether the service account of hosts may delete queued resources.
+    explains: whether whoever launches may read the policies by which that is so.
     environment: what a process needs to meet this cloud in place of Google's.
   """
 
@@ -71,7 +72,7 @@ class Cloud:
     self.resources: dict[str, Resource] = {}
     self.nodes: dict[str, Node] = {}
     self.bills: list[Node] = []
-    self.grants = self.may_delete = True
+    self.grants = self.may_delete = self.explains = True
     self._failure: dict[str, Any] | None = None
     self._server = serve(Api, self)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -81,7 +82,10 @@ class Cloud:
     self._google = {
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": f"{self.url}/",
       "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{self.url}/compute/v1/",
-      "CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER": f"{self.url}/",
+      **{
+        f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": f"{self.url}/"
+        for name in ("SECRETMANAGER", "CLOUDRESOURCEMANAGER", "POLICYTROUBLESHOOTER")
+      },
       "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(home / "token"),
       "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
       "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
@@ -429,6 +433,20 @@ class Cloud:
   def _project(self, _, name: str) -> dict[str, Any]:
     return {"name": name, "commonInstanceMetadata": {"items": []}}
 
+  def _resource_manager(self, _, name: str) -> dict[str, Any]:
+    return {"projectId": name, "projectNumber": "7"}
+
+  def _policy(self, _, name: str) -> dict[str, Any]:
+    del name
+    if not self.may_delete or not self.explains:
+      return {}
+    member = "serviceAccount:7-compute@developer.gserviceaccount.com"
+    return {"bindings": [{"role": "roles/editor", "members": [member]}]}
+
+  def _troubleshoot(self, _) -> dict[str, Any]:
+    state = "CAN_ACCESS" if self.may_delete else "CANNOT_ACCESS"
+    return {"overallAccessState": state if self.explains else "UNKNOWN_INFO"}
+
   def _secret(self, _, name: str) -> dict[str, Any]:
     value = f"the secret {name.rpartition('/')[2]}"
     return {
@@ -451,6 +469,9 @@ _ROUTES = (
   ("DELETE", f"{_PARENT}/nodes{_NAME}", Cloud._delete_node),
   ("POST", f"{_PARENT}/nodes{_NAME}:getGuestAttributes", Cloud._guest_attributes),
   ("GET", rf"/compute/v1/projects{_NAME}", Cloud._project),
+  ("GET", rf"/v1/projects{_NAME}", Cloud._resource_manager),
+  ("POST", rf"/v1/projects{_NAME}:getIamPolicy", Cloud._policy),
+  ("POST", r"/v3/iam:troubleshoot", Cloud._troubleshoot),
   ("GET", r"/v1/(?P<name>projects/[^/]+/secrets/[^/]+)/versions/latest:access", Cloud._secret),
 )
 

@@ -67,6 +67,7 @@ def test_granted_hours_later(bed, how):
     assert launcher.finish(60) == LEFT
     assert "hosts count from then, with this machine off too" in launcher.log
     assert "have not proven yet" in launcher.log
+    assert "If the slice is lost, nothing asks for another one" in launcher.log
   bed.cloud.grant(NAME)
   assert_removes_itself(bed, IDLE)
 
@@ -117,14 +118,20 @@ def test_the_guard_is_killed_again_and_again(bed):
 
 
 @slow
-def test_a_service_account_that_may_not_delete(bed):
-  """Sequence 6: it is found out at the first boot, and no trainer starts."""
-  bed.cloud.may_delete = False
+@pytest.mark.parametrize("explains", [True, False], ids=["told", "not told"])
+def test_a_service_account_that_may_not_delete(bed, explains):
+  """Sequence 6: nothing is bought, or it is found out at the first boot; no trainer starts."""
+  bed.cloud.may_delete, bed.cloud.explains = False, explains
   code, log = bed.run(*up(bed))
   assert code == ERROR, log
-  assert re.search("may not delete queued resources: Permission 'tpu.nodes.delete' denied", log)
   assert not bed.cloud.nodes and not bed.cloud.resources
   assert not bed.names("logs/attempt-1")
+  assert bed.cloud.count(r"^POST .*/queuedResources$") == (0 if explains else 1)
+  if explains:
+    assert "may not delete TPUs, so no slice could remove itself" in log
+  else:
+    assert "cannot be found out from here (UNKNOWN_INFO)" in log
+    assert re.search("may not delete queued resources: Permission 'tpu.nodes.delete' denied", log)
 
 
 @slow

@@ -97,7 +97,7 @@ class CifarBlock(torch.nn.Module):
 
 
 class CifarNet(torch.nn.Module):
-  """The net of arXiv:1512.03385, section 4.2, under the names of akamaster/pytorch_resnet_cifar10."""
+  """The net of arXiv:1512.03385, section 4.2, by the names of akamaster/pytorch_resnet_cifar10."""
 
   def __init__(self, depth):
     super().__init__()

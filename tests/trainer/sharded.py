@@ -12,11 +12,13 @@ import tempfile
 from etils import epath
 import jax
 import numpy as np
+import optax
 
 from tests.trainer import outside, tiny
 from trainer import config as config_lib
 from trainer import evaluate
 from trainer import mesh as mesh_lib
+from trainer import optimizer as optimizer_lib
 from trainer import program as program_lib
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
@@ -192,6 +194,39 @@ def move_checkpoints(dtype):
   return moved
 
 
+def update_in_shards():
+  """Return {optimizer: [on a device, in shards over eight]}: norms of its leaves after 3 steps."""
+  shapes = {"conv": (3, 3, 8, 16), "bn": (16,), "head": (16, 8)}
+  rng = np.random.default_rng(0)
+  steps = [{name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(4)]
+  seen = collections.defaultdict(list)
+  for name in optimizer_lib.OPTIMIZERS:
+    for num_devices, overrides in ((1, {}), (8, FSDP | UPDATE)):
+      config = make_config("float64", {"optimizer.name": name, "optimizer.agc": 0.3} | overrides)
+      mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:num_devices])
+      rule = optimizer_lib.make_optimizer(config, lambda step: 0.1)
+      state = {"params": steps[0], "opt_state": jax.eval_shape(rule.init, steps[0])}
+      shardings = mesh_lib.state_shardings(config, mesh, state)
+      in_shards = mesh_lib.state_shardings(config, mesh, {"opt_state": steps[0]})["opt_state"]
+      assert num_devices == 1 or not in_shards["conv"].is_fully_replicated
+
+      def take(state, grads, rule=rule):
+        updates, opt_state = rule.update(grads, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+
+      def init(params, rule=rule):
+        return {"params": params, "opt_state": rule.init(params)}
+
+      state = jax.jit(init, out_shardings=shardings)(steps[0])
+      step = jax.jit(take, out_shardings=shardings)
+      for grads in steps[1:]:
+        state = step(state, jax.device_put(grads, in_shards))
+      moved = jax.tree.map(lambda x, start: x - start, jax.device_get(state["params"]), steps[0])
+      leaves = jax.tree.leaves([moved, jax.device_get(state["opt_state"])])
+      seen[name].append([float(np.linalg.norm(leaf)) for leaf in leaves])
+  return seen
+
+
 def main(dtype, *families):
   if families[0] == "hosts":
     _, port, process = families
@@ -201,6 +236,9 @@ def main(dtype, *families):
   for family in families:
     if family == "checkpoint":
       seen[family] = move_checkpoints(dtype)
+      continue
+    if family == "optimizers":
+      seen[family] = update_in_shards()
       continue
     host_state, seen[family] = None, {}
     for name, (num_devices, overrides) in FAMILIES[family].items():

@@ -37,3 +37,21 @@ def test_startup():
     text=True,
   ).stdout
   assert "start 2: first step after" in out and "ratio" in out
+
+
+@pytest.mark.slow
+def test_depth(capsys):
+  bench.main(
+    [
+      "depth",
+      *("--nets", "cifar_resnet-20", "--ways", "unroll,scan+blocks", "--width", "0.25"),
+      *("--image-size", "8", "--batch-size", "2", "--steps", "1"),
+    ]
+  )
+  rows = capsys.readouterr().out.splitlines()[2:]
+  assert [row.split()[:3] for row in rows] == [
+    ["cifar_resnet-20", "unroll", "none"],
+    ["cifar_resnet-20", "scan", "blocks"],
+  ]
+  unrolled, scanned = (float(row.split()[-1]) for row in rows)
+  assert scanned == pytest.approx(unrolled, rel=1e-3)

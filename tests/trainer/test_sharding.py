@@ -21,7 +21,7 @@ from tests.trainer.shared import free_port
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
 from trainer.errors import ConfigError
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import OPTIMIZERS, make_optimizer
 from trainer.state import make_init
 
 RANDOM = ("random", "random micro-batches")
@@ -60,7 +60,7 @@ def seen():
   """{dtype: {family: {mode: what it showed}}}"""
   processes = {
     "float32": launch("float32", *FLOAT32, devices=8),
-    "float64": launch("float64", *FLOAT64, devices=8),
+    "float64": launch("float64", *FLOAT64, "optimizers", devices=8),
   }
   try:
     return {dtype: results(process) for dtype, process in processes.items()}
@@ -100,6 +100,15 @@ def test_every_layout_computes_the_same(seen, dtype, family):
   assert reference["loss"][0] != reference["loss"][-1]
   for mode in modes.values():
     assert_same(mode, reference, RTOL[dtype])
+
+
+def test_every_optimizer_updates_shards_as_it_does_whole_leaves(seen):
+  """Trust ratios, clipping by unit and by norm are of whole leaves."""
+  norms = seen["float64"]["optimizers"]
+  assert set(norms) == set(OPTIMIZERS)
+  for name, (whole, shards) in norms.items():
+    np.testing.assert_allclose(shards, whole, rtol=1e-12, err_msg=name)
+  assert len({tuple(whole[:3]) for whole, _ in norms.values()}) == len(norms)
 
 
 def test_groups_and_micro_batches_change_the_statistics(seen):

@@ -15,8 +15,8 @@ import pytest
 from configs import base
 from tests.trainer import tiny, torch_files
 from tests.trainer.weights_fuzz import Fuzz
+from trainer import command_line, train
 from trainer import config as config_lib
-from trainer import train
 from trainer.errors import FAILED
 from trainer.weights import __main__ as command
 from trainer.weights import export, foreign, read, run_folder, safetensors, torch_file
@@ -29,7 +29,11 @@ NAMES = ["ant", "bee", "crane", "dhole", "emu", "fox"]
 
 
 def main(*arguments):
+  """Return the exit code of a verb, as in a process of its own."""
   argv = ["trainer.weights", *map(str, arguments)]
+  for name in list(command_line.FLAGS):
+    if name.startswith("config."):  # overrides of the last call
+      delattr(command_line.FLAGS, name)
   with mock.patch.object(sys, "argv", argv):  # where config_flags looks for overrides
     return command.main(argv)
 
@@ -290,7 +294,7 @@ class TestGraphs:
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, 16, 16]
     words = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(words["classes"]) == NAMES
-    assert json.loads(words["preprocessing"])["size"] == 16
+    assert json.loads(words["preprocessing"])["eval_image_size"] == 16
 
   def test_stablehlo_brings_its_words(self, imported, tmp_path):
     pytest.importorskip("flatbuffers", reason="flatbuffers comes with [export]")
@@ -354,6 +358,10 @@ class TestVerbs:
         "--images={empty} holds no image",
       ),
       (
+        "export {run} --format=safetensors --out={empty}/x --images={broken}",
+        "--images={broken} holds no image that can be read.",
+      ),
+      (
         "import {pth} --config={config} --workdir={none} --config.model.depth=14",
         "not in the file (layer1.1.bn1.bias, layer1.1.bn1.running_mean, layer1.1.bn1.running_var, ",
       ),
@@ -363,7 +371,7 @@ class TestVerbs:
       ),
       (
         "import {pth} --config={config} --workdir={none} --config.model.depth=9",
-        "config.model.depth",
+        "config.model.depth must be 6n+2",
       ),
       ("import {pth} --config={config} --workdir={none} --config.nonsense=9", "nonsense"),
       ("import {pth} --config={config} --workdir={run}", "{run} holds checkpoints already"),
@@ -387,8 +395,10 @@ class TestVerbs:
     two = tmp_path / "two"
     two.write_text("a\nb\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.jpg").write_bytes(b"no image")
     names = {"none": tmp_path / "none", "empty": tmp_path / "empty", "two": two, "config": CONFIG}
-    names |= {"pth": imported[0], "run": imported[1]}
+    names |= {"pth": imported[0], "run": imported[1], "broken": tmp_path / "broken"}
     code, _, error = run(capsys, *[part.format(**names) for part in arguments.split()])
     assert code == FAILED
     assert words.format(**names) in error

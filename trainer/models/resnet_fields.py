@@ -101,8 +101,8 @@ COMMON: Fields = {
   ),
   "scan": Field(
     False,
-    "Whether the equal blocks of a stage are one block in a loop, so that time to compile does not "
-    "grow with depth. Checkpoints are the same.",
+    "Whether the equal blocks of a stage are one block in a loop, which deep nets compile faster. "
+    "Checkpoints are the same.",
     resume=YES,
   ),
   "remat": Field(

@@ -36,15 +36,16 @@ def measure(config: ml_collections.ConfigDict, steps: int) -> dict[str, float]:
   """Return what the training step of a config costs, on images of noise.
 
   Returns:
-    Seconds to `trace`, to `compile` and of a `step` (the median of `steps` after the first), bytes
-    of `temporaries`, and `loss` after all of them.
+    Seconds of CPU to `trace` and to `compile`, which other load on the machine does not stretch;
+    seconds of a `step` (the median of `steps` after the first), bytes of `temporaries`, and `loss`
+    after all of them.
   """
   program = program_lib.build(config, 1000)
-  start = time.perf_counter()
+  start = time.process_time()
   lowered = program.lower("train", **program.sizes("train"))
-  traced = time.perf_counter()
+  traced = time.process_time()
   step = lowered.compile()
-  compiled = time.perf_counter()
+  compiled = time.process_time()
   size, examples = config.data.image_size, config.global_batch_size
   rng = np.random.default_rng(0)
   batch = mesh_lib.to_global(
@@ -97,7 +98,7 @@ def bench_depth(args: argparse.Namespace) -> None:
   interrupted otherwise.
   """
   print(f"width {args.width:g}, {args.image_size} px, batch {args.batch_size}, float32")
-  print("net                      scan   remat   trace s  compile s  temporaries MB  step s  loss")
+  print("net                      loop   remat   trace s  compile s  temporaries MB  step s  loss")
   for net in args.nets.split(","):
     family, _, depth = net.strip().rpartition("-")
     for way in args.ways.split(","):

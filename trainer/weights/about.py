@@ -34,9 +34,8 @@ class About:
     """Return the facts as metadata of a file."""
     result = {"format": "pt"}  # that of the library: names and layouts are those of torch
     if self.config:
-      data = {name: self.config.get(f"data.{name}") for name in ("mean", "std", "eval_resize")}
-      data["size"] = self.config.get("data.eval_image_size")
-      result["preprocessing"] = json.dumps(data)
+      fields = ("mean", "std", "eval_resize", "eval_image_size", "eval_interpolation")
+      result["preprocessing"] = json.dumps({f: self.config.get(f"data.{f}") for f in fields})
       result["config"] = json.dumps(dict(self.config))
     if self.classes:
       result["classes"] = json.dumps(list(self.classes), ensure_ascii=False)

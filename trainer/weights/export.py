@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import image
-from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import BadRecordError, DataError
 from trainer.state import Variables
 from trainer.weights import foreign, onnx_graph, read, run_folder, safetensors
 from trainer.weights import net as net_lib
@@ -127,6 +127,8 @@ def export(
     except OSError as error:
       raise WeightsError(f"--out={out} cannot be written ({error.strerror}).") from error
     agreement = compare(_own(net, variables), predict, views)
+    if not agreement.images:
+      raise WeightsError(f"--images={images} holds no image that can be read.")
     if not agreement.difference <= TOLERANCE:
       raise WeightsError(
         f"{out} was not kept: read back, it gives {agreement}, above {TOLERANCE:g}."
@@ -251,7 +253,7 @@ def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
     WeightsError: if there is no image.
   """
   data = net.config.data
-  resize = max(size, round(size * data.eval_resize / data.eval_image_size))
+  resize = data.eval_resize and max(size, round(size * data.eval_resize / data.eval_image_size))
   files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in _SUFFIXES)
   if not files:
     raise WeightsError(f"--images={folder} holds no image ({', '.join(_SUFFIXES)}).")
@@ -260,8 +262,8 @@ def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
     batch: list[np.ndarray] = []
     for path in files[:_MOST_IMAGES]:
       try:
-        batch.append(image.eval_view(path.read_bytes(), resize, size))
-      except (BadRecordError, OSError):
+        batch.append(image.eval_view(path.read_bytes(), resize, size, data.eval_interpolation))
+      except (BadRecordError, DataError, OSError):
         continue
       if len(batch) == _BATCH:
         yield np.stack(batch)

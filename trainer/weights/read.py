@@ -84,9 +84,8 @@ def load(origin: str, averaged: bool = True) -> Loaded:
 
 def _decode(origin: str, data: np.ndarray, averaged: bool) -> Loaded:
   kind = _KINDS.get(data[:2].tobytes())
-  # A pickle of protocol 2 begins with a byte that no sensible length of a header begins with, but a
-  # header of 640 bytes does.
-  if kind and not (data[:1].tobytes() != b"P" and data[8:9].tobytes() == b"{"):
+  # The header of safetensors begins with a brace, behind 8 bytes of length that may be any.
+  if kind and data[8:9].tobytes() != b"{":
     tensors, metadata = torch_file.decode(data, averaged), dict[str, str]()
   else:
     kind = "safetensors"

@@ -93,9 +93,9 @@ def _read_step(
     raise WeightsError(
       f"{folder} holds other leaves than {net.describe()} has; it is of another version."
     )
-  classes = read_json(workdir.classes) or {}
+  classes = read_json(workdir.classes, {"classes": list}) or {}
   facts = About(
-    classes=tuple(classes.get("classes", ())),
+    classes=tuple(map(str, classes.get("classes", ()))),
     config=meta["config"],
     step=step,
     weights="ema" if averages else "raw",
@@ -144,7 +144,7 @@ def write(
   Raises:
     WeightsError: if there are checkpoints already, or this one could not be written.
   """
-  with Pod.join(config.pod, lambda: False) as pod:
+  with Pod(config.pod, host=0, hosts=1) as pod:  # alone, also on a host of a slice
     folder = Workdir(open_workdir(path, pod))
     if _steps(folder.checkpoints):
       raise WeightsError(f"{path} holds checkpoints already; give another --workdir.")

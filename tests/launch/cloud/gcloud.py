@@ -9,6 +9,7 @@ CLOUD/refuse.json           [[words of a line, how often, message]]: lines that 
 CLOUD/log                   every line, shell-quoted
 """
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -21,6 +22,7 @@ import sys
 import time
 
 CLOUD = pathlib.Path(os.environ["FAKE_CLOUD"])
+ACCOUNT = "7-compute@developer.gserviceaccount.com"
 
 
 def load(name, default):
@@ -107,14 +109,15 @@ def end_hosts():
   """Ends all processes of hosts, this one last, and leaves their folders to the next machines."""
   for state in (CLOUD / "hosts").glob("*/state"):
     state.rename(state.with_name(f"lost-{time.time_ns()}"))
-  for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-    try:
-      if f"HOME={CLOUD}/hosts/".encode() in path.read_bytes() and path.parent.name != str(
-        os.getpid()
-      ):
-        os.kill(int(path.parent.name), signal.SIGKILL)
-    except OSError:
-      continue
+  found = True
+  while found:  # until a pass finds none: they may start others meanwhile
+    found = False
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+      with contextlib.suppress(OSError):
+        mine = f"HOME={CLOUD}/hosts/".encode() in path.read_bytes()
+        if mine and path.parent.name != str(os.getpid()):
+          os.kill(int(path.parent.name), signal.SIGKILL)
+          found = True
 
 
 def ssh(flags):
@@ -235,7 +238,11 @@ def main():
   elif words[:2] == ["compute", "tpus"]:
     tpus(words[2], words[3], words[4] if len(words) > 4 else None, flags)
   else:
-    print("{}" if "version" in words else "[]")
+    editor = {"role": "roles/editor", "members": [f"serviceAccount:{ACCOUNT}"]}
+    answers = {"version": {}, "describe": {"projectNumber": "7"}, "policy": {"bindings": [editor]}}
+    word = next((word for word in words if word in answers), "")
+    word = "policy" if words[:2] == ["projects", "get-iam-policy"] else word
+    print(json.dumps(answers.get(word, [])))
 
 
 main()

@@ -6,7 +6,7 @@ import pytest
 
 from launch.cloud import commands, doctor
 from launch.cloud.gcloud import GcloudError
-from launch.cloud.settings import Place
+from launch.cloud.settings import Place, UsageError
 
 WANTED = doctor.Wanted(
   Place("", "my-project", "us-west4-a", "gs://my-bucket/a"), "me", "v5litepod-16", ""
@@ -57,7 +57,8 @@ class Answers:
       for name, value in changes.items()
     }
 
-  def json(self, line):
+  def json(self, line, tries=3):
+    del tries
     found = next(value for words, value in self.table.items() if words in " ".join(line))
     if isinstance(found, Exception):
       raise found
@@ -217,6 +218,38 @@ def test_a_custom_role_is_proven_by_the_hosts():
   found = findings(**{"projects get-iam-policy": roles})
   assert all(one.good for one in found)
   assert any("which hosts prove before training" in one.what for one in found)
+
+
+REFUSED = GcloudError("permission", [], "API [policytroubleshooter.googleapis.com] not enabled")
+
+
+@pytest.mark.parametrize(
+  "account, changes, told",
+  [
+    ("", {}, None),
+    ("", {"projects get-iam-policy": {}, "troubleshoot": "CAN_ACCESS"}, None),
+    ("", {"projects get-iam-policy": {}, "troubleshoot": "UNKNOWN_INFO"}, "(UNKNOWN_INFO)"),
+    ("", {"projects get-iam-policy": {}, "troubleshoot": REFUSED}, "not enabled"),
+    ("", {"projects get-iam-policy": REFUSED}, "not enabled"),
+    ("", {"projects describe": REFUSED}, "The project's Compute Engine service account"),
+    ("", {"projects describe": {}}, "cannot be found out"),
+    ("sa@p", {"troubleshoot": "UNKNOWN_CONDITIONAL"}, "Whether sa@p may remove the slice"),
+  ],
+)
+def test_whether_hosts_may_remove_their_slice(account, changes, told):
+  state = changes.get("troubleshoot")
+  if isinstance(state, str):
+    changes = changes | {"troubleshoot": {"overallAccessState": state}}
+  found = doctor.check_removal(WANTED.place, account, Answers(**changes))
+  assert found is None if told is None else told in found and found.endswith(".")
+
+
+def test_hosts_that_may_not_remove_their_slice_are_refused():
+  answers = Answers(troubleshoot={"overallAccessState": "CANNOT_ACCESS"})
+  with pytest.raises(
+    UsageError, match=r"sa@p may not delete TPUs.*--role=roles/tpu.admin --member"
+  ):
+    doctor.check_removal(WANTED.place, "sa@p", answers)
 
 
 def test_without_a_network_one_line_says_so():

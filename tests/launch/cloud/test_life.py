@@ -1,5 +1,6 @@
 """Whole lives of a run: the real launcher and agent, a folder for a cloud, folders for hosts."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -113,12 +114,14 @@ class Cloud:
 
   def end_hosts(self, name=""):
     """Ends every process whose home is a host: its machine is gone."""
-    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-      try:
-        if f"HOME={self.folder}/hosts/{name}".encode() in path.read_bytes():
-          os.kill(int(path.parent.name), signal.SIGKILL)
-      except OSError:
-        pass
+    found = True
+    while found:  # until a pass finds none: they may start others meanwhile
+      found = False
+      for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+          if f"HOME={self.folder}/hosts/{name}".encode() in path.read_bytes():
+            os.kill(int(path.parent.name), signal.SIGKILL)
+            found = True
 
   def take_away(self):
     """What a preemption is: the machines end, and the queued resource is suspended."""

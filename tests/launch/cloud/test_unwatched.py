@@ -80,6 +80,7 @@ def test_granted_when_the_launcher_is_gone(cloud, how):
   output = launcher.communicate(timeout=60)[0]
   if how == signal.SIGINT:
     assert "If it is granted, its hosts count from then" in output
+    assert "If the slice is lost, nothing asks for another one until a launcher runs" in output
   granted(cloud)
   assert_removes_itself(cloud, time.monotonic(), IDLE)
 
