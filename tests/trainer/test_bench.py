@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from input_pipeline import loader, sources
 from tests.trainer import tiny
-from trainer.tools import bench
+from trainer.errors import ConfigError
+from trainer.tools import bench, mixed
 
 
 @pytest.mark.slow
@@ -55,3 +58,33 @@ def test_depth(capsys):
   ]
   unrolled, scanned = (float(row.split()[-1]) for row in rows)
   assert scanned == pytest.approx(unrolled, rel=1e-3)
+
+
+def test_augment(capsys, monkeypatch):
+  monkeypatch.setattr(bench, "base", tiny)
+  chain = "mix(mixup=0.2)|random_erasing(p=0.5)"
+  bench.main(["augment", "--batch-size", "8", "--image-size", "16", "--chain", chain])
+  out = capsys.readouterr().out
+  share = float(out.split("the augmentation adds ")[1].split(" %")[0])
+  assert "MB of an image with no augmentation" in out and f"with {chain}" in out and share > 0
+
+
+def test_a_picture_of_mixed_images(tmp_path):
+  config = tiny.get_config()
+  config.data.kind, config.accumulation_steps = "synthetic", 2
+  plain = mixed.draw_section(config, 3)
+  source = sources.open_source(config.data, "train", config.model.num_classes)
+  batch = next(loader.train_batches(source, config.data, seed=0, global_batch_size=8))
+  np.testing.assert_array_equal(plain.images, batch["image"][::2][:3])  # of the first micro-batch
+  names = [source.class_names[label] for label in batch["label"][::2][:3]]
+  assert plain.captions == [f"1.00 {name}" for name in names]
+  config.augment = "mix(mixup=1.0, group=2, per='example')"
+  section = mixed.draw_section(config, 4)
+  assert (section.images != batch["image"][::2][:4]).any()
+  both = [caption.split(" + ") for caption in section.captions if "+" in caption]
+  assert both and all(
+    sum(float(part.split()[0]) for part in parts) == pytest.approx(1, abs=0.02) for parts in both
+  )
+  config.augment = "mix(mixup=1.0, group=3)"
+  with pytest.raises(ConfigError, match="group of mix makes 3"):
+    mixed.draw_section(config, 4)
