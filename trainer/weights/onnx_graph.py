@@ -60,7 +60,7 @@ _REDUCTIONS: Mapping[str, str] = {
   "reduce_min": "ReduceMin",
   "reduce_sum": "ReduceSum",
 }
-_PASSED_ON = ("copy", "copy_p", "stop_gradient", "reduce_precision", "optimization_barrier")
+_PASSED_ON = ("copy", "copy_p", "reduce_precision", "optimization_barrier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Graph:
     inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
     if inner is not None and name not in ("scan", "while", "cond"):
       closed = isinstance(inner, core.ClosedJaxpr)
-      return self.trace(inner.jaxpr if closed else inner, inner.consts if closed else [], inputs)
+      jaxpr, constants = (inner.jaxpr, inner.consts) if closed else (inner, [])
+      return self.trace(jaxpr, constants, inputs)
     if name == "broadcast_in_dim":
       return [self._broadcast(inputs[0], shape, equation.params["broadcast_dimensions"])]
     if all(isinstance(value.data, np.ndarray) for value in inputs):
@@ -161,10 +162,8 @@ class Graph:
     if isinstance(value.data, np.ndarray):
       at = [value.order.index(axis) for axis in order]
       return self._constant(value.data.transpose(at))
-    if order == value.order:
-      return value.data
     at = [value.order.index(axis) for axis in order]
-    return self._emit("Transpose", [value.data], perm=at)
+    return value.data if order == value.order else self._emit("Transpose", [value.data], perm=at)
 
   def _plain(self, value: _Value) -> str:
     return self._in_order(value, range(len(value.shape)))
