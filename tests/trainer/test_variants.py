@@ -134,7 +134,7 @@ def test_names_of_torch(name, fields, leaf, theirs):
 
 
 FIELDS = {
-  "depth": 32,
+  "depth": 26,
   "width": 0.25,
   "num_classes": 10,
   "dtype": "float64",
