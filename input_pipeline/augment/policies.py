@@ -301,10 +301,18 @@ def _wide_space() -> _Space:
 def _bins(bins: int, most: dict[str, float], bits: int) -> _Space:
   """Return magnitudes from 0 to `most`; Posterize loses up to `bits` bits, Solarize goes to 0."""
   shares = [i / (bins - 1) for i in range(bins)]
-  space = {name: [limit * share for share in shares] for name, limit in most.items()}
+  space = {name: _linspace(limit, bins) for name, limit in most.items()}
   space["Posterize"] = [8 - round(bits * share) for share in shares]
   space["Solarize"] = [255 * (1 - share) for share in shares]
   return space
+
+
+def _linspace(last: float, count: int) -> list[float]:
+  """Return torch.linspace(0, last, count) with its float32 rounding, which decides whole pixels."""
+  step = float(np.float32(np.float32(last) / np.float32(count - 1)))
+  half = count // 2
+  values = [step * i if i < half else last - step * (count - 1 - i) for i in range(count)]
+  return [float(np.float32(value)) for value in values]
 
 
 def _torchvision_step(

@@ -1,6 +1,7 @@
 """Decoding speed on this machine, compared with the other input pipelines that are installed.
 
     python -m input_pipeline.bench --data=DIR_OR_URL [--images=N] [--max-size=PIXELS] [--no-rivals]
+        [--only=PART]
 
 Every contestant makes batches of the same images, in turns and each in a process of its own, so
 that other load on the machine affects all of them. CPU time is compared, user and system, over all

@@ -262,6 +262,15 @@ def test_draws_of_crops(count):
     assert stats.ks_2samp([o[i] for o in ours], [t[i] for t in theirs]).pvalue > _LEAST_P, what
 
 
+def test_whole_pixels_are_those_of_torchvision():
+  for size in (32, 160, 176, 192, 224, 288):
+    space = transforms.RandAugment()._augmentation_space(31, (size, size))["TranslateX"][0]
+    ours = policies._torchvision_space(31, (size, size))["TranslateX"]
+    assert [int(v) for v in ours] == [int(v) for v in space.tolist()]
+  wide = transforms.TrivialAugmentWide()._augmentation_space(31)["TranslateX"][0]
+  assert [int(v) for v in policies._wide_space()["TranslateX"]] == [int(v) for v in wide.tolist()]
+
+
 def _views():
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   return [picture(1, 224, 224), noise]
