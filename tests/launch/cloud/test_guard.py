@@ -332,10 +332,16 @@ class ProcessesOf:
     for process in self.all():
       with contextlib.suppress(psutil.Error):
         line = process.cmdline()
-        found += [process.pid] if line[-1:] == ["guard"] and "-c" not in line else []
-    return found
+        if line[-1:] == ["guard"] and "-c" not in line:
+          found.append(process)
+    # A child that has not become another program yet has the words of its parent.
+    pids = {process.pid for process in found}
+    with contextlib.suppress(psutil.Error):
+      return [process.pid for process in found if process.ppid() not in pids]
+    return self.guards()
 
   def end(self):
     while found := self.all():
       for process in found:
-        process.kill()
+        with contextlib.suppress(psutil.Error):
+          process.kill()
