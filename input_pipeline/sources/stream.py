@@ -38,13 +38,13 @@ class StreamSource(ShardedSource):
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
-    del num_classes
     path = _checked_url(data.path) if has_scheme(data.path) else local.checked_folder(data.path)
     patience = tensorstore.Patience(
       data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds
     )
     bucket = tensorstore.Bucket(path, patience)
-    return cls(bucket, catalog.read(bucket, split))
+    columns = (data.image_column, data.label_column)
+    return cls(bucket, catalog.read(bucket, split, columns, num_classes))
 
   def _open_shards(self) -> None:
     self._remote = [
