@@ -104,7 +104,7 @@ def from_hf(
     try:
       made[split] = hf.HfSource(found, name, meaning)
     except parquet.UnlabelledError:
-      if split in asked or len(chosen) == 1:
+      if split == "train" or split in asked:
         raise
       notes.append(f"left out the split {name}, which has no labels: all are -1")
   for split, source in made.items():

@@ -257,8 +257,9 @@ def _tfds_classes(
   written = folder.read_small(file)
   if written is not None:
     # One name a line, which may be empty; the last line ends like the others, or not.
-    names = [line.strip(" \t\r") for line in written.decode("utf-8").split("\n")]
-    while names and not names[-1] and len(names) != number:
+    text = written.decode("utf-8").removesuffix("\n")
+    names = [line.strip(" \t\r") for line in text.split("\n")]
+    while names and not names[-1] and (number is None or len(names) > number):
       names.pop()
     if number is not None and len(names) != number and label in features:
       raise DataError(
