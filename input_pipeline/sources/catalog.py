@@ -163,10 +163,36 @@ def _from_manifest(folder: Folder, manifest: Any, split: str) -> tuple[str, Spli
     split = splits.find(split, list(described), folder.path_of(""))
     found = described[split]
     shards = [Shard(s["file"], s["examples"], s["bytes"], s.get("sha256")) for s in found["shards"]]
-    classes = list(manifest["classes"])
-    return split, Split(shards, classes, _PREPARE, found.get("class_counts"))
-  except (KeyError, TypeError) as e:
+    classes, counts = manifest["classes"], found.get("class_counts")
+  except (AttributeError, KeyError, TypeError) as e:
     raise DataError(f"{file} is incomplete ({type(e).__name__}: {e}); {_PREPARE}.") from e
+  if trouble := _contradiction(shards, classes, counts):
+    raise DataError(f"{file} is damaged, {trouble} of {split}; {_PREPARE}.")
+  return split, Split(shards, classes, _PREPARE, counts)
+
+
+def _contradiction(shards: Sequence[Shard], classes: Any, counts: Any) -> str:
+  """Return what is wrong with the values in a manifest; "" if nothing is."""
+  names = [shard.name for shard in shards]
+  numbers = [number for shard in shards for number in (shard.count, shard.size)]
+  if not all(isinstance(name, str) for name in names) or not _are_counts(numbers):
+    return "it does not list names and numbers of records and bytes for all shards"
+  if not all(isinstance(shard.sha256, str | None) for shard in shards):
+    return "a checksum is no text in the list"
+  if len(set(names)) < len(names):
+    return "it lists a shard twice"
+  if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    return "its classes are no list of names in the description"
+  if counts is None:
+    return ""
+  if not isinstance(counts, list) or not _are_counts(counts) or len(counts) != len(classes):
+    return "it does not count the records of each class"
+  total = sum(shard.count for shard in shards)
+  return "" if sum(counts) == total else f"it counts {sum(counts)} records by class and {total}"
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+  return all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
 def _from_tfds(
@@ -257,7 +283,10 @@ def _tfds_classes(
   written = folder.read_small(file)
   if written is not None:
     # One name a line, which may be empty; the last line ends like the others, or not.
-    text = written.decode("utf-8").removesuffix("\n")
+    try:
+      text = written.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as e:
+      raise DataError(f"{folder.path_of(file)} is no text ({e}); {_TFDS_PREPARE}.") from e
     names = [line.strip(" \t\r") for line in text.split("\n")]
     while names and not names[-1] and (number is None or len(names) > number):
       names.pop()

@@ -295,6 +295,8 @@ def _by_split(images: _Images, folders: set[_Path], where: str) -> dict[str, _Sp
   inside = {folder: at for folder in images if (at := _split_at(folder)) is not None}
   of_splits = {folder[: at + 1] for folder, at in inside.items()}
   roots = {folder[:-1] for folder in of_splits}
+  around = {folder[:depth] for folder in of_splits for depth in range(len(folder))}
+  folders = folders - around  # what holds a split is neither a split nor a class
   of_splits |= {
     folder
     for folder in folders
@@ -324,7 +326,7 @@ def _by_split(images: _Images, folders: set[_Path], where: str) -> dict[str, _Sp
     if len(folder) > at + 1:
       found[folder[at]].classes.setdefault(folder[at + 1], []).append(folder)
   for split in found.values():
-    for folder in folders:
+    for folder in folders - of_splits:
       if folder[:-1] == split.folder:
         split.classes.setdefault(folder[-1], [])
   return found
