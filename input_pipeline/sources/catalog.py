@@ -312,4 +312,9 @@ def _read_json(folder: Folder, name: str) -> Any:
   try:
     return json.loads(data)
   except ValueError as e:
+    if data.lstrip().startswith(b"<"):
+      raise DataError(
+        f"{folder.path_of(name)} is a web page; its server may ask for a login, or not "
+        "have the file."
+      ) from e
     raise DataError(f"{folder.path_of(name)} cannot be read ({e}); make the data again.") from e

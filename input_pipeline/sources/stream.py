@@ -44,7 +44,10 @@ class StreamSource(ShardedSource):
     )
     bucket = tensorstore.Bucket(path, patience)
     columns = (data.image_column, data.label_column)
-    return cls(bucket, catalog.read(bucket, split, columns, num_classes))
+    source = cls(bucket, catalog.read(bucket, split, columns, num_classes))
+    if path.startswith("http"):  # any server, perhaps one that sends whole files only
+      source._remote[0].open()
+    return source
 
   def _open_shards(self) -> None:
     self._remote = [

@@ -1,15 +1,19 @@
 """Folders, tars and archives that people report, each with its right answer by every way in."""
 
+import functools
+import http.server
 import io
 import json
 import os
 import shutil
 import tarfile
+import threading
 
 import pytest
 
 from input_pipeline import sources
 from input_pipeline.sources import layout, local
+from input_pipeline.tools import inspect
 from tests.input_pipeline.conftest import data_config, failure, run_prepare
 from tests.input_pipeline.ways import all_ways, by_inspect, by_prepare, by_training, picture, right
 
@@ -252,8 +256,6 @@ def test_the_whole_list_of_what_is_left_out(tmp_path):
   path = tree(tmp_path / "data", found)
   assert by_inspect(path, "train", allow="") == BOTH["train"]
   list_file = tmp_path / "list.json"
-  from input_pipeline.tools import inspect
-
   assert inspect.main(["inspect", f"--data={path}", "--sheet=", f"--list={list_file}"]) == 0
   assert json.loads(list_file.read_text()) == {
     "format": ["train/cat/a.tif"],
@@ -420,3 +422,44 @@ def test_shards_of_before_stay_readable(tmp_path):
   }
   shutil.rmtree(tmp_path / "out" / ".journal")
   assert by_training(tmp_path / "out", "validation") == right(cat=3, dog=3)
+
+
+class Whole(http.server.SimpleHTTPRequestHandler):
+  """A server that sends whole files only."""
+
+  def log_message(self, *unused):
+    pass
+
+
+class Elsewhere(Whole):
+  def do_GET(self):
+    self.send_response(302)
+    self.send_header("Location", f"/there{self.path}")
+    self.end_headers()
+
+
+class Login(Whole):
+  def do_GET(self):
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(b"<!DOCTYPE html><html>Please log in.</html>")
+
+
+@pytest.mark.parametrize(
+  ("kind", "says"),
+  [
+    (Whole, "its server sends whole files only, and parts are needed"),
+    (Elsewhere, "HTTP code 302, a redirect; give the URL that it leads to"),
+    (Login, "manifest.json is a web page; its server may ask for a login"),
+  ],
+)
+def test_a_server_that_cannot_be_used_is_named_at_the_start(kind, says, shards):
+  server = http.server.ThreadingHTTPServer(
+    ("127.0.0.1", 0), functools.partial(kind, directory=str(shards))
+  )
+  threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+  try:
+    assert says in by_training(f"http://127.0.0.1:{server.server_address[1]}", "train")
+  finally:
+    server.shutdown()
+    server.server_close()
