@@ -9,7 +9,7 @@ from absl import logging
 import jax
 import ml_collections
 
-from input_pipeline import sources
+from input_pipeline import loader, sources
 from input_pipeline.errors import DataError
 from input_pipeline.sources import layout, slices
 from trainer import config as config_lib
@@ -127,6 +127,9 @@ def _open(
         f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all "
         "hosts the same files, and a data set of the hub with its @REVISION."
       )
+  loader.check_eval(config.data, config.eval.batch_size, pod.hosts)
+  if not evaluation:
+    loader.check_train(train_source, config.data, config.global_batch_size, pod.hosts)
   program = program_lib.build(config, len(train_source))
   config_lib.check_precise_bn(config, train_source, program.abstract_state.for_eval().batch_stats)
   count, total = config.eval.precise_bn_examples, len(train_source)

@@ -209,12 +209,11 @@ class Source(abc.ABC):
       )
     return Subset(self, indices)
 
-  def train_reader(self, plan: Plan) -> Reader:
-    """Return the reader of a training run without end.
+  def check_plan(self, plan: Plan) -> None:  # noqa: B027 (most fit any plan)
+    """Raise DataError if a training run of this plan does not fit the data; nothing is read."""
 
-    Raises:
-      DataError: the plan does not fit the data.
-    """
+  def train_reader(self, plan: Plan) -> Reader:
+    """Return the reader of a training run without end; `check_plan` was called."""
     order = GlobalShuffle(len(self), seeds(plan.seed)[0], int(plan.data.repeats))
     return self.index_reader(self, plan, range(plan.first_step, ENDLESS), order)
 

@@ -213,6 +213,10 @@ class HfSource(Source):
         )
       yield Record(image or b"", int(known), shown)
 
+  def check_plan(self, plan: Plan) -> None:
+    """See Source."""
+    hf_stream.check_plan(self, plan)
+
   def train_reader(self, plan: Plan) -> Reader:
     """See Source."""
     return hf_stream.train_reader(self, plan)

@@ -109,7 +109,7 @@ class StreamSource(ShardedSource):
       for index, answer in enumerate(answers, run.first):
         yield index, functools.partial(self.decode, index, answer)
 
-  def train_reader(self, plan: Plan) -> Reader:
+  def check_plan(self, plan: Plan) -> None:
     """See Source."""
     data = plan.data
     if plan.batch_size % data.stream_lanes:
@@ -117,6 +117,10 @@ class StreamSource(ShardedSource):
         f"config.global_batch_size={plan.batch_size} must be a multiple of "
         f"config.data.stream_lanes={data.stream_lanes}."
       )
+
+  def train_reader(self, plan: Plan) -> Reader:
+    """See Source."""
+    data = plan.data
     order = LaneShuffle(
       self._counts(),
       seeds(plan.seed)[0],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import sources
+from input_pipeline.errors import DataError
 from tests.input_pipeline.conftest import data_config, encoded, run_prepare
 from tests.trainer import tiny
 from trainer import data as data_lib
@@ -182,3 +183,22 @@ def test_the_digest_is_that_of_the_images_and_not_of_the_place(shards, tmp_path)
   assert digest(f"file://{moved}") == digest(shards)
   assert digest(shards, "train[:50%]") != digest(shards, "train[50%:]") != digest(shards)
   assert pickle.loads(pickle.dumps(sources.open_source(data_config(shards), "train", None)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "says"),
+  [
+    ({"data.eval_resize": 8}, "eval_resize=8 is smaller than config.data.eval_image_size=16"),
+    ({"data.kind": "stream"}, "must be a multiple of config.data.stream_lanes=64"),
+  ],
+)
+def test_values_that_the_loader_refuses_are_refused_before_anything_compiles(
+  fields, says, trained, tmp_path, monkeypatch
+):
+  monkeypatch.setattr("trainer.program.build", None)
+  path = trained[1]
+  if "data.kind" in fields:
+    path = tmp_path / "shards"
+    assert run_prepare("--out", path, "--folder", trained[1]) == 0
+  with pytest.raises(DataError, match=says):
+    train_lib.train(small(path, **fields), str(tmp_path / "new"))
