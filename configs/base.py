@@ -33,6 +33,9 @@ _AREA = Check("(min, max) in (0, 1]", lambda v: len(v) == 2 and 0 < v[0] <= v[1]
 _ASPECT = Check("(min, max), both positive", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 _AXIS_OR_REST = Check("1 or more, or -1 for all that is left", lambda v: v == -1 or v >= 1)
 
+# What `data.allow`, and `--allow` of input_pipeline.prepare, may name.
+FAULTS = ("empty_class", "deeper", "missing_file", "behind_end")
+
 RUN: Fields = {
   "seed": Field(
     0,
@@ -135,6 +138,34 @@ RUN: Fields = {
     "val",
     "Split that is evaluated, or several: in 'train[99%:], val' the first decides which checkpoint "
     "is the best.",
+    resume=YES,
+  ),
+  "data.image_column": Field(
+    "",
+    "Column of the images in parquet, or feature of TFDS; '' takes the only one, or `image`.",
+    resume=ASK,
+  ),
+  "data.label_column": Field(
+    "",
+    "Column of the labels in parquet, or feature of TFDS; '' takes the only one, or `label`.",
+    resume=ASK,
+  ),
+  "data.class_order": Field(
+    "natural",
+    "How the class folders of kind folder are numbered: natural, in alphabetical order, but by "
+    "value where all names are numbers | text, always alphabetical, as before this field existed.",
+    check=one_of("natural", "text"),
+    resume=YES,
+  ),
+  "data.allow": Field(
+    "",
+    "Faults of the data that are not refused, joined by commas: empty_class, a class without "
+    "images in a split | deeper, images of a class in several folders | missing_file, gaps in "
+    "numbered parquet files.",
+    check=Check(
+      f"names of {', '.join(FAULTS)}, joined by commas",
+      lambda v: not v or all(word.strip() in FAULTS for word in v.split(",")),
+    ),
     resume=YES,
   ),
   "data.image_size": Field(

@@ -4,6 +4,10 @@
 class DataError(Exception):
   """The data cannot be used; the text, one sentence, names the file or field and what to do."""
 
+  def __str__(self) -> str:
+    """Return the text in one line, whatever characters the names in it have."""
+    return _printable(super().__str__())
+
 
 class BadRecordError(Exception):
   """One record cannot be read or is no image; the text is the reason. Other records are usable."""
@@ -11,7 +15,11 @@ class BadRecordError(Exception):
 
 def one_line(text: str) -> str:
   """Return `text`, which may quote damaged bytes, fit for a log: printable, 300 characters."""
-  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
+  return _printable(text[:300])
+
+
+def _printable(text: str) -> str:
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

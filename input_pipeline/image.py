@@ -19,9 +19,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A larger image is an accident or an attack: decoding it would take a gigabyte.
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn
-# Those of tf.io.decode_image. Of Pillow's other plugins one starts a program, and WebP allocates
-# the size in the header, up to 2 GB, before that size can be checked.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+# Those of tf.io.decode_image, and WebP. Of Pillow's other plugins one starts a program.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 # A JPEG has at least one bit per block of 8x8 pixels; a header that claims more has no pixels.
 _MAX_PIXELS_PER_BYTE = 8 * 64
@@ -97,11 +96,28 @@ def _too_much(data: bytes, height: int, width: int, jpeg: bool) -> str:
   return ""
 
 
+def _webp_size(data: bytes) -> tuple[int, int]:
+  """Return height and width in the header of a WebP (RFC 9649); zeros for anything else."""
+  if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+    return 0, 0
+  if data[12:16] == b"VP8X":
+    width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+  elif data[12:16] == b"VP8L":
+    bits = int.from_bytes(data[21:25], "little")
+    width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+  else:
+    width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+  return height, width
+
+
 def decode_with_pillow(data: bytes) -> np.ndarray:
   """Return uint8 [height, width, 3], decoded by Pillow; raise BadRecordError if it cannot."""
   if not data:
     raise BadRecordError("zero bytes")
   try:
+    # Pillow allocates the size in the header of a WebP, up to 2 GB, before that can be checked.
+    if reason := _too_much(data, *_webp_size(data), jpeg=False):
+      raise BadRecordError(reason)
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
       jpeg = opened.format in ("JPEG", "MPO")  # the latter is a JPEG with a second picture appended
       reason = _too_much(data, opened.height, opened.width, jpeg)
@@ -115,7 +131,7 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
   except BadRecordError:
     raise
   except UnidentifiedImageError as e:  # its text holds an address, so it is never the same
-    raise BadRecordError(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from e
+    raise BadRecordError("is no JPEG, PNG, GIF or BMP, nor WebP") from e
   except Exception as e:  # Pillow's plugins raise anything for a malformed file
     raise BadRecordError(f"{type(e).__name__}: {e}") from e
 

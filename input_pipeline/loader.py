@@ -143,20 +143,9 @@ def train_batches(
   Raises:
     DataError: a value does not fit; see BatchIterator for what happens later.
   """
-  _check(data, "config.global_batch_size", global_batch_size, hosts)
+  check_train(source, data, global_batch_size, hosts)
   if seed < 0:
     raise DataError(f"config.seed={seed} must not be negative.")
-  for name, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
-    low, high = data[name]
-    if not 0 < low <= high <= most:
-      raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
-  _check_fields(data, "crop", "crop_padding", "interpolation", "repeats")
-  if data.repeats > 1 and source.order not in _REPEATED:
-    raise DataError(
-      f"config.data.repeats={data.repeats} is not possible with the order {source.order!r} of "
-      f"{type(source).__name__}; make shards with `python -m input_pipeline.prepare`, or set it to "
-      "1."
-    )
   workers, _ = processes.choose(data.workers, data.threads)
   plan = Plan(data, global_batch_size, host, hosts, workers, seed, first_step, positions)
   reader = source.train_reader(plan)
@@ -170,6 +159,29 @@ def train_batches(
   )
   batches = batches_lib.start(rows, data.prefetch_batches)
   return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
+
+
+def check_train(
+  source: Source, data: ml_collections.ConfigDict, global_batch_size: int, hosts: int
+) -> None:
+  """Refuse what `train_batches` would refuse; nothing is read.
+
+  Raises:
+    DataError: a value does not fit.
+  """
+  _check(data, "config.global_batch_size", global_batch_size, hosts)
+  for name, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+    low, high = data[name]
+    if not 0 < low <= high <= most:
+      raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
+  _check_fields(data, "crop", "crop_padding", "interpolation", "repeats")
+  if data.repeats > 1 and source.order not in _REPEATED:
+    raise DataError(
+      f"config.data.repeats={data.repeats} is not possible with the order {source.order!r} of "
+      f"{type(source).__name__}; make shards with `python -m input_pipeline.prepare`, or set it to "
+      "1."
+    )
+  source.check_plan(Plan(data, global_batch_size, hosts=hosts))
 
 
 def eval_batches(
@@ -195,6 +207,20 @@ def eval_batches(
   Raises:
     DataError: a value does not fit; see BatchIterator for what happens later.
   """
+  check_eval(data, batch_size, hosts)
+  workers, _ = processes.choose(data.workers, data.threads)
+  reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
+  rows = EvalRows(reader, data, *_decoders(reader, data))
+  batches = batches_lib.start(rows, data.prefetch_batches)
+  return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
+
+
+def check_eval(data: ml_collections.ConfigDict, batch_size: int, hosts: int) -> None:
+  """Refuse what `eval_batches` would refuse; nothing is read.
+
+  Raises:
+    DataError: a value does not fit.
+  """
   _check(data, "config.eval.batch_size", batch_size, hosts)
   _check_fields(data, "eval_resize", "eval_interpolation")
   if 0 < data.eval_resize < data.eval_image_size:
@@ -202,11 +228,6 @@ def eval_batches(
       f"config.data.eval_resize={data.eval_resize} is smaller than "
       f"config.data.eval_image_size={data.eval_image_size}, which is cut out of it; 0 is no resize."
     )
-  workers, _ = processes.choose(data.workers, data.threads)
-  reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
-  rows = EvalRows(reader, data, *_decoders(reader, data))
-  batches = batches_lib.start(rows, data.prefetch_batches)
-  return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
 
 
 def _decoders(reader: Reader, data: ml_collections.ConfigDict) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from input_pipeline.errors import BadRecordError, DataError
 
 # One record per chunk makes random access cheap, and JPEG does not compress any further.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+KEYS = ("image", "label")  # features of a record; TFDS may have others
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -77,12 +78,13 @@ def encode(record: Record) -> bytes:
   return example.SerializeToString(deterministic=True)
 
 
-def decode(data: bytes, name: str) -> Record:
+def decode(data: bytes, name: str, keys: tuple[str, str] = KEYS) -> Record:
   """Return the record in a serialized tf.train.Example.
 
   Args:
     data: the serialized message.
     name: of the record if it has no `file_name`, as in many TFDS datasets.
+    keys: names of the features that hold the image and the label.
 
   Raises:
     BadRecordError: `data` is no such message, or has no `image` or no `label`.
@@ -92,13 +94,13 @@ def decode(data: bytes, name: str) -> Record:
   except message.DecodeError as e:
     raise BadRecordError(f"no tf.train.Example ({e})") from e
   # Looking up an absent key would insert it, hence the tests with `in`.
-  for key in ("image", "label"):
+  for key in keys:
     if key not in feature:
-      raise BadRecordError(f"has no feature {key!r}")
-  image = feature["image"].bytes_list.value
-  label = feature["label"].int64_list.value
+      raise BadRecordError(f"has no feature {key!r}, only {', '.join(sorted(feature)) or 'none'}")
+  image = feature[keys[0]].bytes_list.value
+  label = feature[keys[1]].int64_list.value
   if len(image) != 1 or len(label) != 1:
-    raise BadRecordError("`image` must hold one byte string and `label` one integer")
+    raise BadRecordError(f"`{keys[0]}` must hold one byte string and `{keys[1]}` one integer")
   if "file_name" in feature and feature["file_name"].bytes_list.value:
     name = feature["file_name"].bytes_list.value[0].decode("utf-8", "surrogateescape")
   return Record(image[0], label[0], name)

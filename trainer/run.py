@@ -1,6 +1,6 @@
 """A run in one process: what it was opened with, and what changes from step to step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 from typing import Any
@@ -8,8 +8,11 @@ from typing import Any
 from absl import logging
 import jax
 import ml_collections
+import numpy as np
 
 from input_pipeline import loader, sources
+from trainer import config as config_lib
+from trainer import data as data_lib
 from trainer import evaluate as evaluate_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
@@ -73,6 +76,9 @@ class Run:
     self.workdir, self.program = opened.workdir, opened.program
     self.train_source, self.eval_sources = opened.train_source, opened.eval_sources
     self.statistics_source = opened.statistics_source
+    self.data = data_lib.describe(self.train_source, self.eval_sources)
+    self.saved_data: data_lib.Facts | None = None
+    self._labels: dict[str, np.ndarray | None] = {}
     self.lengths, self.mesh = self.program.lengths, self.program.mesh
     self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
     self.steps = Steps(self.program)
@@ -99,6 +105,7 @@ class Run:
     self.step, self.best, self.positions = meta["step"], meta["best"], meta.get("positions")
     self.clock.restore(meta["wall_seconds"], meta.get("starts"))
     self.history = meta.get("history", [])
+    self.saved_data = meta.get("dataset")
     if changes := meta.get("changes"):
       self.history = [*self.history, {"step": self.step, "changes": changes}]
       logging.info("By config.resume.allow, from step %d on: %s.", self.step, _in_words(changes))
@@ -111,6 +118,29 @@ class Run:
       self.program = program_lib.build(self.config, len(self.train_source), offset=offset)
       self.lengths, self.steps = self.program.lengths, Steps(self.program)
     logging.info("Resuming from checkpoint %d of %d.", self.step, self.lengths.last)
+
+  def check_data(self) -> None:
+    """Refuse to resume on other data, and evaluated splits with classes that training lacks."""
+    if self.restored:
+      allow = "data" in config_lib.allowed_names(self.config.resume.allow)
+      data_lib.check_same(
+        self.saved_data, self.data, self.train_source, str(self.workdir.path), allow
+      )
+    self._match_labels(self.data["classes"])
+
+  def match_labels(self) -> None:
+    """Compare the classes of an evaluated data set by name with those that the run has learned."""
+    if self.saved_data is None:  # of an earlier version, which kept no names
+      for source in self.eval_sources.values():
+        sources.check_number(source, self.config.data, self.config.model.num_classes)
+    else:
+      self._match_labels(self.saved_data["classes"])
+
+  def _match_labels(self, classes: Sequence[str]) -> None:
+    self._labels = {
+      name: data_lib.label_table(classes, source, name)
+      for name, source in self.eval_sources.items()
+    }
 
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
@@ -233,7 +263,11 @@ class Run:
       host_batches = self._one_pass(source)
       with self.clock("eval"), contextlib.closing(host_batches):
         result = evaluate_lib.evaluate(
-          eval_step, self.mesh, weights, host_batches, self.requests.flags
+          eval_step,
+          self.mesh,
+          weights,
+          data_lib.relabelled(host_batches, self._labels.get(name)),
+          self.requests.flags,
         )
       if result is None:
         return None
@@ -279,6 +313,7 @@ class Run:
       "positions": everywhere and [at for _, at in sorted(everywhere.items())],
       "offset": self.lengths.offset,
       "history": self.history,
+      "dataset": self.data,
     }
 
 

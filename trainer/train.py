@@ -9,9 +9,11 @@ from absl import logging
 import jax
 import ml_collections
 
-from input_pipeline import sources
-from input_pipeline.sources import slices
+from input_pipeline import loader, sources
+from input_pipeline.errors import DataError
+from input_pipeline.sources import layout, slices
 from trainer import config as config_lib
+from trainer import data as data_lib
 from trainer import program as program_lib
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.evaluate import Result, in_words
@@ -56,6 +58,7 @@ def train(
     run.own_workdir(exits)
     run.restore()
     exits.callback(run.checkpointer.close)
+    run.check_data()
     if final := _already_finished(run):
       return final
     run.compile(exits)
@@ -75,13 +78,15 @@ def evaluate_only(
     TrainerError: as `train` does, and if there is no checkpoint.
   """
   with join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
-    run = Run(config, _open(config, workdir, pod), pod, WallClock(), stop)
+    opened = _open(config, workdir, pod, evaluation=True)
+    run = Run(config, opened, pod, WallClock(), stop)
     run.restore()
     run.checkpointer.close()
     if not run.restored:
       raise CheckpointError(
         f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir."
       )
+    run.match_labels()
     exits.callback(run.steps.close)
     result = run.evaluate()
     if result is None:
@@ -93,34 +98,56 @@ def evaluate_only(
     return found
 
 
-def _open(config: ml_collections.ConfigDict, workdir: str, pod: Pod) -> Opened:
+def _open(
+  config: ml_collections.ConfigDict, workdir: str, pod: Pod, evaluation: bool = False
+) -> Opened:
   folder = Workdir(open_workdir(workdir, pod))
   program_lib.use_compilation_cache(config, folder.compiled)
   evaluated = slices.several(config.data.eval_split, "config.data.eval_split")
-  train_source, *eval_sources = (
-    sources.open_source(config.data, split, config.model.num_classes)
-    for split in (config.data.train_split, *evaluated)
-  )
+  train_source = _open_train(config, evaluation)
+  eval_sources = [
+    # The number of its classes may be another: they are compared by name with those of training.
+    sources.open_source(config.data, split, config.model.num_classes, any_number=True)
+    for split in evaluated
+  ]
+  if train_source is None:
+    train_source = eval_sources[0]  # an evaluation needs no more than some length of an epoch
   trained = slices.parse(config.data.train_split)
   for name in evaluated:
     if trained.whole and slices.parse(name).name == trained.name:
       logging.warning("%s is evaluated, but trained on as well: %s.", name, trained.text)
-  seen = pod.gather(
-    "data",
-    [getattr(source, "fingerprint", len(source)) for source in (train_source, *eval_sources)],
-  )
+  opened = (train_source, *eval_sources)
+  if pod.host == 0:
+    for line in layout.summary(opened):
+      logging.info("Data: %s.", line)
+  seen = pod.gather("data", [data_lib.summary(source) for source in opened])
   for host, theirs in seen.items():
     if theirs != seen[0]:
       raise ConfigError(
         f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all "
         "hosts the same files, and a data set of the hub with its @REVISION."
       )
+  loader.check_eval(config.data, config.eval.batch_size, pod.hosts)
+  if not evaluation:
+    loader.check_train(train_source, config.data, config.global_batch_size, pod.hosts)
   program = program_lib.build(config, len(train_source))
   config_lib.check_precise_bn(config, train_source, program.abstract_state.for_eval().batch_stats)
   count, total = config.eval.precise_bn_examples, len(train_source)
   some = train_source.subset(slices.choose(total, 0, count)) if count else None
   named = dict(zip(evaluated, eval_sources, strict=True))
   return Opened(folder, train_source, named, some, program)
+
+
+def _open_train(config: ml_collections.ConfigDict, evaluation: bool) -> sources.Source | None:
+  """Open the training split; None if there is none and an evaluation does without."""
+  try:
+    return sources.open_source(
+      config.data, config.data.train_split, config.model.num_classes, any_number=evaluation
+    )
+  except DataError:
+    if not evaluation or config.eval.precise_bn_examples:
+      raise
+    return None
 
 
 def _already_finished(run: Run) -> dict[str, Any] | None:
@@ -143,10 +170,21 @@ def _already_finished(run: Run) -> dict[str, Any] | None:
   names = getattr(run.train_source, "class_names", ())
   if names and not run.workdir.classes.exists():  # imported weights may have brought theirs
     write_json(run.workdir.classes, {"classes": list(names)})
+  write_json(
+    run.workdir.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)}
+  )
   if run.pod.host == 0:
     earlier = read_json(run.workdir.starts, WallClock.STARTS, set_aside=True)
     write_json(run.workdir.starts, run.clock.start(earlier, run.step, changes))
   return None
+
+
+def _left_out(run: Run) -> dict[str, list[str]]:
+  """Return the names of all files of the data that are no examples, by reason."""
+  found: dict[str, list[str]] = {}
+  for source in (run.train_source, *run.eval_sources.values()):
+    found |= {reason: sorted(paths) for reason, paths in source.left_out.items()}
+  return found
 
 
 def _loop(run: Run) -> Result:

@@ -24,19 +24,22 @@ import signal
 import sys
 from typing import Any
 
+from configs.base import FAULTS
 from input_pipeline import records
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, one_line
 from input_pipeline.prepare import archives as inputs
 from input_pipeline.prepare import hf as hf_inputs
+from input_pipeline.prepare import imagenet, pool, shards
 from input_pipeline.prepare import output as outputs
-from input_pipeline.prepare import pool, shards
+from input_pipeline.sources import layout, splits
 from input_pipeline.sources.base import HF_PREFIX
 from input_pipeline.workers import processes
 
 # Target size of a shard: large enough to copy efficiently, and 1,024 of them hold ImageNet.
 _SHARD_BYTES = 128 << 20
 _MAX_SHARDS = 1024
-_SHARD = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
+_LEFT_OUT = "left_out.json"  # beside the shards: all files that are no record, by reason
+_SHARD = re.compile(r"(train|val|test)-\d{5}-of-\d{5}\.array_record")
 _TEMPORARY = re.compile(rf"\.{_SHARD.pattern}\.\d+\.tmp")
 
 
@@ -79,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     "--imagenet-val", metavar="TAR", help="ILSVRC2012_img_val.tar; needs --devkit or --val-labels"
   )
   what.add_argument(
-    "--folder", metavar="DIR", help="{train,val}/CLASS/*.jpg|jpeg|png, or CLASS/*: split train"
+    "--folder",
+    metavar="DIR",
+    help="{train,val,test}/CLASS/IMAGE, or CLASS/IMAGE: split train; images are files named *"
+    + ", *".join(layout.IMAGE_SUFFIXES),
   )
   what.add_argument(
     "--tar", metavar="TAR", help="the same in an uncompressed tar, with or without a leading folder"
@@ -99,13 +105,40 @@ def _parser() -> argparse.ArgumentParser:
   labels = parser.add_argument_group("classes of --imagenet-val, one of")
   labels.add_argument("--devkit", metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
   labels.add_argument(
-    "--val-labels", metavar="TXT", help="one synset per line, in the order of the image names"
+    "--val-labels",
+    metavar="TXT",
+    help="one synset per line, in the order of the image names, or IMAGE and synset",
   )
-  parser.add_argument(
-    "--val-split",
+  what_is = parser.add_argument_group("what is what, where it is not clear")
+  what_is.add_argument(
+    "--split",
+    action="append",
+    default=[],
+    metavar="NAME=FOUND",
+    help="make the split NAME (train, val, test) of the one that is called FOUND there; NAME= "
+    "(nothing) leaves it out. By default train, val and test are made, by any of their usual names",
+  )
+  what_is.add_argument("--val-split", default="", metavar="NAME", help="same as --split val=NAME")
+  what_is.add_argument(
+    "--image-column", default="", metavar="NAME", help="column of the images of --from"
+  )
+  what_is.add_argument(
+    "--label-column", default="", metavar="NAME", help="column of the labels of --from"
+  )
+  what_is.add_argument(
+    "--classes",
+    type=int,
+    default=0,
+    metavar="N",
+    help="number of classes of --from, where labels are integers without names",
+  )
+  what_is.add_argument(
+    "--allow",
     default="",
-    metavar="NAME",
-    help="split of --from that becomes val (default: validation or val)",
+    metavar="FAULT,...",
+    help="faults that are not refused: empty_class, a class without images | deeper, images of a "
+    "class in several folders | missing_file, gaps in numbered parquet files | behind_end, more "
+    "behind the end of a tar, which is left out",
   )
   how = parser.add_argument_group("how")
   how.add_argument(
@@ -161,8 +194,13 @@ def prepare(args: argparse.Namespace) -> None:
         f"{number:,} shards to make",
         flush=True,
       )
-    if found.ignored:
-      print(f"ignored {found.ignored:,} files that are not CLASS/*.jpg, .jpeg or .png", flush=True)
+    for note in found.notes:
+      print(one_line(note), flush=True)
+    left_out = {reason: sorted(paths) for reason, paths in found.left_out.items()}
+    if number := sum(map(len, left_out.values())):
+      print(f"ignored {number:,} files, listed in {args.out}/{_LEFT_OUT}", flush=True)
+      for line in layout.in_words(left_out):
+        print(f"  {line}", flush=True)
     plan = {
       "format_version": records.FORMAT_VERSION,
       "source": found.origin,
@@ -183,10 +221,17 @@ def prepare(args: argparse.Namespace) -> None:
       ]
       for split in found.splits
     }
+    if left_out:
+      output.write_json(_LEFT_OUT, left_out)
     entries = pool.make_all(list(itertools.chain(*tasks.values())), workers)
     manifest = _manifest(
-      plan, found.classes, {s: [entries[t.file] for t in tasks[s]] for s in tasks}
+      plan,
+      found.classes,
+      {s: [entries[t.file] for t in tasks[s]] for s in tasks},
+      layout.EMPTY_CLASS in layout.words(args.allow),
     )
+    if left_out:
+      manifest["left_out"] = {reason: len(paths) for reason, paths in left_out.items()}
     output.write_json(records.MANIFEST, manifest)
   print(summary(manifest), flush=True)
 
@@ -202,27 +247,54 @@ def _check(args: argparse.Namespace) -> None:
     raise DataError(f"--from is {args.hf}; it must begin with {HF_PREFIX}.")
   if args.val_split and not args.hf:
     raise DataError("--val-split names a split of --from, which is not given.")
+  if (args.image_column or args.label_column or args.classes) and not args.hf:
+    raise DataError(
+      "--image-column, --label-column and --classes describe --from, which is not given."
+    )
+  if args.split and not (args.hf or args.folder or args.tar):
+    raise DataError("--split names splits of --folder, --tar or --from, none of which is given.")
+  for word in layout.words(args.allow):
+    if word not in FAULTS:
+      raise DataError(f"--allow={word} is no fault; there is {', '.join(FAULTS)}.")
   if args.devkit and args.val_labels:
     raise DataError("give --devkit or --val-labels, not both.")
   if (args.devkit or args.val_labels) and not args.imagenet_val:
     raise DataError("--devkit and --val-labels label --imagenet-val, which is not given.")
-  for name in ("shards", "val_shards", "seed", "max_size", "workers"):
+  for name in ("shards", "val_shards", "seed", "max_size", "workers", "classes"):
     if getattr(args, name) < 0:
       raise DataError(f"--{name.replace('_', '-')} must not be negative.")
 
 
-def _find(args: argparse.Namespace, run: inputs.Map) -> inputs.Inputs | hf_inputs.HfInputs:
+def _find(args: argparse.Namespace, run: imagenet.Map) -> inputs.Inputs | hf_inputs.HfInputs:
+  allow = layout.words(args.allow)
+  asked = _asked_splits(args)
   if args.hf:
-    return hf_inputs.from_hf(args.hf, args.val_split)
+    columns = (args.image_column, args.label_column)
+    return hf_inputs.from_hf(args.hf, asked, columns, args.classes or None, allow)
   if args.digits:
     return inputs.from_digits(args.seed)
   if args.folder:
-    return inputs.from_folder(args.folder)
+    return inputs.from_folder(args.folder, asked, allow)
   if args.tar:
-    return inputs.from_tar(args.tar)
-  return inputs.from_imagenet(
-    args.imagenet_train, args.imagenet_val, args.devkit, args.val_labels, run
+    return inputs.from_tar(args.tar, asked, allow)
+  return imagenet.from_imagenet(
+    args.imagenet_train, args.imagenet_val, args.devkit, args.val_labels, run, allow
   )
+
+
+def _asked_splits(args: argparse.Namespace) -> dict[str, str]:
+  """Return the splits that --split and --val-split name; raise DataError if one makes no sense."""
+  asked: dict[str, str] = {"val": args.val_split} if args.val_split else {}
+  for word in args.split:
+    name, equals, found = word.partition("=")
+    if not name or not equals or (found and name not in splits.SYNONYMS):
+      raise DataError(
+        f"--split={word} must be NAME=FOUND, with NAME one of {', '.join(splits.SYNONYMS)}, or "
+        "FOUND= to leave that out."
+      )
+    if asked.setdefault(name, found) != found:
+      raise DataError(f"--split names {name} twice; give it once.")
+  return asked
 
 
 def _shard_count(
@@ -288,10 +360,13 @@ def _remove_temporaries(folder: str) -> None:
 
 
 def _manifest(
-  plan: dict[str, Any], classes: list[str], made: dict[str, list[dict[str, Any]]]
+  plan: dict[str, Any],
+  classes: list[str],
+  made: dict[str, list[dict[str, Any]]],
+  allow_empty: bool,
 ) -> dict[str, Any]:
-  """Return the manifest of finished shards; raise DataError if a split is empty."""
-  splits = {}
+  """Return the manifest of finished shards; raise DataError if a split or class is lost."""
+  described = {}
   for split, entries in made.items():
     counts: collections.Counter[int] = collections.Counter()
     problems: dict[str, list[str]] = collections.defaultdict(list)
@@ -303,7 +378,14 @@ def _manifest(
         problems[kind] += names
     if not counts:
       raise DataError(f"not one image of {split} can be decoded: {next(iter(reasons.items()))}.")
-    splits[split] = {
+    lost = {label for entry in entries for label in entry.get("lost_classes", ())}
+    if (gone := sorted(lost - {str(label) for label in counts})) and not allow_empty:
+      raise DataError(
+        f"not one image of the class {classes[int(gone[0])]} of {split} can be decoded: "
+        f"{next(iter(reasons.items()))}; replace them, or leave the class without images with "
+        f"--allow={layout.EMPTY_CLASS}."
+      )
+    described[split] = {
       "examples": counts.total(),
       "class_counts": [counts[label] for label in range(len(classes))],
       "reencoded": sum(entry["reencoded"] for entry in entries),
@@ -317,7 +399,7 @@ def _manifest(
     **{k: plan[k] for k in ("format_version", "source", "seed", "max_size")},
     "checksum": "sha256",
     "classes": classes,
-    "splits": splits,
+    "splits": described,
   }
 
 

@@ -1,16 +1,15 @@
 """The input of `prepare --from hf:...`: row groups of parquet, several for each shard."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from input_pipeline.errors import DataError
 from input_pipeline.prepare.archives import Images
 from input_pipeline.records import Record
-from input_pipeline.sources import catalog, hf
+from input_pipeline.sources import hf, layout, parquet, parquet_files, splits
 from input_pipeline.sources.base import HF_PREFIX
 
 
@@ -36,14 +35,18 @@ class HfInputs(NamedTuple):
   Attributes:
     origin: what they were made of, for the manifest.
     classes: names, by label.
-    splits: the row groups of train and val.
-    ignored: always 0.
+    splits: the row groups of train, val and test, as far as there are any.
+    left_out: other files, by reason; see `layout.REASONS`.
+    notes: what a user should know, a line each.
+    asked: the columns that a user has chosen.
   """
 
   origin: dict[str, Any]
   classes: list[str]
   splits: dict[str, hf.HfSource]
-  ignored: int = 0
+  left_out: Mapping[str, Sequence[str]]
+  notes: Sequence[str]
+  asked: tuple[str, str]
 
   def count(self, split: str) -> int:
     """Return the number of images of a split."""
@@ -70,28 +73,45 @@ class HfInputs(NamedTuple):
   def fingerprint(self) -> str:
     """Return a hash that changes if a file is added, renamed, or cut into other row groups."""
     found = [(split, source.fingerprint) for split, source in self.splits.items()]
-    return hashlib.sha256(repr((found, list(self.classes))).encode()).hexdigest()
+    value = (found, list(self.classes), *([self.asked] * any(self.asked)))
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def from_hf(path: str, val_split: str) -> HfInputs:
-  """Find the splits train and val of a data set; see `hf.find_splits`.
+def from_hf(
+  path: str,
+  asked: Mapping[str, str],
+  columns: tuple[str, str] = ("", ""),
+  num_classes: int | None = None,
+  allow: Sequence[str] = (),
+) -> HfInputs:
+  """Find the splits train, val and test of a data set; see `parquet_files.find_splits`.
 
   Args:
     path: with the prefix hf:.
-    val_split: name of the split that becomes val; "" is validation or val, if there is one.
+    asked: see `splits.choose`.
+    columns: of images and labels; "" for the only ones.
+    num_classes: number of classes where labels are integers without names.
+    allow: faults that are allowed.
 
   Raises:
-    DataError: as `hf.HfSource`, and if the splits have different classes.
+    DataError: as `hf.HfSource`.
   """
-  files, features = hf.find_splits(path)
-  wanted = {"train": catalog.find_split("train", list(files), path)}
-  if val_split or "validation" in files or "val" in files:
-    wanted["val"] = catalog.find_split(val_split or "val", list(files), path)
-  left = sorted(set(files) - set(wanted.values()))
-  if left:
-    print(f"left out the splits {', '.join(left)}; see --val-split", flush=True)
-  found = {split: hf.HfSource(path, files[name], features, None) for split, name in wanted.items()}
-  classes = found["train"].class_names
-  if any(source.class_names != classes for source in found.values()):
-    raise DataError(f"{path}: the splits {' and '.join(wanted.values())} have different classes.")
-  return HfInputs({"kind": "hf", "name": path.removeprefix(HF_PREFIX)}, list(classes), found)
+  found = parquet_files.find_splits(path, allow)
+  chosen, left = splits.choose(list(found.splits), asked, path)
+  meaning = hf.read_labelling(found, next(iter(chosen.values())), columns, num_classes)
+  made, notes = {}, [f"left out the split {name}, as it was asked" for name in left]
+  for split, name in chosen.items():
+    try:
+      made[split] = hf.HfSource(found, name, meaning)
+    except parquet.UnlabelledError:
+      if split == "train" or split in asked:
+        raise
+      notes.append(f"left out the split {name}, which has no labels: all are -1")
+  for split, source in made.items():
+    if chosen[split] != split:
+      notes.append(f"the split {chosen[split]} becomes {split}")
+    notes += [
+      note for note in source.notes if note not in notes and not note.startswith(layout.UNUSED)
+    ]
+  origin = {"kind": "hf", "name": path.removeprefix(HF_PREFIX)}
+  return HfInputs(origin, list(meaning.names), made, found.left_out, notes, columns)

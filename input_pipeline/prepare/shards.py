@@ -31,7 +31,13 @@ KINDS = {
 _EXIF_ORIENTATION = 0x0112
 _QUALITY = 95  # of --max-size, without chroma subsampling
 _JPEG = ("JPEG", "MPO")  # the latter has a second picture appended, as phones write it
-_FORMATS = {".jpg": _JPEG, ".jpeg": _JPEG, ".png": ("PNG",)}
+_FORMATS = {
+  **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), _JPEG),
+  ".png": ("PNG",),
+  ".gif": ("GIF",),
+  ".bmp": ("BMP",),
+  ".webp": ("WEBP",),
+}
 
 
 class Task(NamedTuple):
@@ -52,8 +58,8 @@ def make_shard(task: Task, report: Callable[[int], None]) -> tuple[dict[str, Any
 
   Returns:
     Its journal: file, examples, bytes, sha256, class_counts ({label: count}), reencoded
-    (count), problems ({kind: [names]}), reasons ({name: why it is undecodable}); and whether the
-    shard existed already.
+    (count), problems ({kind: [names]}), reasons ({name: why it is undecodable}), lost_classes
+    (labels of these); and whether the shard existed already.
 
   Raises:
     DataError: the images cannot be read or the disk cannot be written.
@@ -85,6 +91,7 @@ def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, An
   counts: collections.Counter[int] = collections.Counter()
   problems: dict[str, list[str]] = collections.defaultdict(list)
   reasons: dict[str, str] = {}
+  lost: set[int] = set()
   reencoded = 0
   writer = array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
   try:
@@ -94,6 +101,7 @@ def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, An
         problems[kind].append(name)
       if rgb is None:
         reasons[name] = reason
+        lost.add(label)
       else:
         if task.max_size and min(rgb.shape[:2]) > task.max_size:
           data = shrink(rgb, task.max_size)
@@ -110,6 +118,7 @@ def _write(path: str, task: Task, report: Callable[[int], None]) -> dict[str, An
     "reencoded": reencoded,
     "problems": dict(problems),
     "reasons": reasons,
+    "lost_classes": [str(label) for label in sorted(lost)],
   }
 
 

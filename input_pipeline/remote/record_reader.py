@@ -98,6 +98,10 @@ class RemoteShard:
     except (RuntimeError, ValueError, IndexError) as e:  # a wrong checksum
       return BadRecordError(f"{self._name}[{i}]: cannot be read ({e})")
 
+  def open(self) -> None:
+    """Read the index, which `read` needs; raise DataError as it does."""
+    self._opened()
+
   def _opened(self) -> _Index:
     with self._lock:
       if self._index is None:

@@ -159,7 +159,7 @@ class Bucket:
         if not isinstance(e, TimeoutError) and not _TRANSIENT.match(reason):
           if reason.startswith("OUT_OF_RANGE"):
             raise Changed(f"{self.path_of(what)} is shorter than it was; check the data.") from e
-          raise DataError(f"{self.path_of(what)} cannot be read ({reason}).") from e
+          raise DataError(f"{self.path_of(what)} cannot be read ({_explained(reason)}).") from e
         if time.monotonic() + pause > give_up or interrupts != self._interrupts:
           raise DataError(
             f"{self.path_of(what)} could not be read within "
@@ -219,6 +219,15 @@ def limit_waits(seconds: float) -> None:
   os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", str(min(20, round(seconds))))
   os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(max(1, round(seconds))))
   os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+
+
+def _explained(reason: str) -> str:
+  """Return a reason with what it means for a user, where that is known."""
+  if "was ignored by server" in reason:
+    return "its server sends whole files only, and parts are needed; use another server or a bucket"
+  if redirect := re.search(r"HTTP code 30\d", reason):
+    return f"{redirect[0]}, a redirect; give the URL that it leads to"
+  return reason
 
 
 def _reason(error: BaseException) -> str:

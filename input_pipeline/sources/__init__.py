@@ -14,7 +14,16 @@ from input_pipeline.remote import has_scheme
 from input_pipeline.sources import slices
 from input_pipeline.sources.base import HF_PREFIX, Source
 
-__all__ = ["KINDS", "ORDERS", "Source", "check_kind", "open_source", "order_of", "source_class"]
+__all__ = [
+  "KINDS",
+  "ORDERS",
+  "Source",
+  "check_kind",
+  "check_number",
+  "open_source",
+  "order_of",
+  "source_class",
+]
 
 # Imported when it is used. A config may also name one from elsewhere, as "package.module:Name".
 KINDS = {
@@ -36,7 +45,9 @@ _AUTO = "auto"
 _FIELD = "config.data.kind"
 
 
-def open_source(data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Source:
+def open_source(
+  data: ml_collections.ConfigDict, split: str, num_classes: int | None, any_number: bool = False
+) -> Source:
   """Open one split of the data of a config.
 
   Args:
@@ -44,6 +55,7 @@ def open_source(data: ml_collections.ConfigDict, split: str, num_classes: int | 
     split: name of the split, or a part of it as in train[:99%] (see `slices`); `val` and
       `validation` are synonyms.
     num_classes: `config.model.num_classes`; None takes what there is, unless data are synthetic.
+    any_number: whether the number of classes may be another, where the caller compares names.
 
   Raises:
     DataError: the path, the split or the number of classes do not fit what is there.
@@ -55,14 +67,25 @@ def open_source(data: ml_collections.ConfigDict, split: str, num_classes: int | 
 
     kind = local.guess_kind(data.path)
   source = _find(kind).open(data, part.name, num_classes)
-  if num_classes is not None and source.num_classes != num_classes:
-    raise DataError(
-      f"{data.path or kind} has {source.num_classes} classes, but config.model.num_classes is "
-      f"{num_classes}; give --config.model.num_classes={source.num_classes}."
-    )
+  if num_classes is not None and not any_number:
+    check_number(source, data, num_classes)
   if part.whole:
     return source
-  return source.subset(slices.choose(len(source), *part.bounds(len(source))))
+  begin, end = part.bounds(len(source))
+  subset = source.subset(slices.choose(len(source), begin, end))
+  subset.digest = f"{source.digest}[{begin}:{end}]" if source.digest else ""
+  subset.revision, subset.renumbered = source.revision, source.renumbered
+  subset.left_out, subset.notes = source.left_out, source.notes
+  return subset
+
+
+def check_number(source: Source, data: ml_collections.ConfigDict, num_classes: int) -> None:
+  """Raise DataError if a source has another number of classes than the model."""
+  if source.num_classes != num_classes:
+    raise DataError(
+      f"{data.path or data.kind} has {source.num_classes} classes, but config.model.num_classes is "
+      f"{num_classes}; give --config.model.num_classes={source.num_classes}."
+    )
 
 
 def check_kind(kind: str) -> None:

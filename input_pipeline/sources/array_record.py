@@ -19,6 +19,7 @@ from input_pipeline.sources.base import Source
 
 # What the library advises for random access.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_FIRST = 16  # records that are read to find out whether there are labels
 _READER_BUFFER = 32 << 10  # bytes; the default of 1 MiB would be kept for each of 1,024 shards
 
 
@@ -44,6 +45,9 @@ class ShardedSource(Source):
     self.class_counts = split.class_counts
     self.shards = split.shards
     self.folder = folder
+    self.digest = split.digest
+    self.notes = split.notes
+    self._keys = split.keys
     self._mend = split.mend
     self._ends = list(itertools.accumulate(shard.count for shard in split.shards))
     self._chosen: np.ndarray | None = None
@@ -70,12 +74,13 @@ class ShardedSource(Source):
   def _decode(self, data: bytes, shard: int, position: int) -> Record:
     name = f"{self.shards[shard].name}[{position}]"
     try:
-      record = records.decode(data, name)
+      record = records.decode(data, name, self._keys)
     except BadRecordError as e:
       raise BadRecordError(f"{name}: {e}") from e
     if not 0 <= record.label < self.num_classes:
+      none = ", which stands for no label" if record.label == -1 else ""
       raise BadRecordError(
-        f"{name}: has label {record.label}, but there are {self.num_classes} classes"
+        f"{name}: has label {record.label}, but there are {self.num_classes} classes{none}"
       )
     return record
 
@@ -91,9 +96,33 @@ class ArrayRecordSource(ShardedSource):
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
-    del num_classes
     folder = catalog.LocalFolder(local.checked_folder(data.path))
-    return cls(folder, catalog.read(folder, split))
+    columns = (data.image_column, data.label_column)
+    source = cls(folder, catalog.read(folder, split, columns, num_classes))
+    source.refuse_unlabelled(split)
+    return source
+
+  def refuse_unlabelled(self, split: str) -> None:
+    """Raise DataError if the first records of TFDS are all unlabelled, or lack their features.
+
+    Shards of `prepare` were checked when they were made.
+    """
+    if all(shard.sha256 is not None for shard in self.shards):
+      return
+    reasons = []
+    for index in range(min(_FIRST, self.shards[0].count)):
+      try:
+        self[index]
+      except BadRecordError as e:
+        reasons.append(str(e))
+      except DataError:  # of the whole shard, which reading it says
+        return
+      else:
+        return
+    raise DataError(
+      f"{self.folder.path_of('')}: no example of {split} can be used ({reasons[0]}); choose a "
+      "split with labels, and with config.data.image_column and label_column the features."
+    )
 
   def _forget_readers(self) -> None:
     self._readers: list[array_record_module.ArrayRecordReader | None] = [None] * len(self.shards)

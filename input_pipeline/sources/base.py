@@ -7,10 +7,11 @@ examples in each epoch. One with an order of its own returns readers of its own.
 
 import abc
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import math
+import types
 from typing import Any, ClassVar, Self
 
 import ml_collections
@@ -137,6 +138,12 @@ class Source(abc.ABC):
     class_counts: number of records of each class, if it is known without reading them.
     shards: files of records, if the source consists of such.
     folder: where the shards are.
+    digest: changes if the images or their order change, but not if they are moved or copied as they
+      are; "" if unknown. Its first word is the way in which it was made; others do not compare.
+    revision: of a data set of the hub, or "".
+    renumbered: whether earlier versions numbered the same classes in another order.
+    left_out: what is not among the examples, by reason; see `sources.layout.REASONS`.
+    notes: what was chosen or found when it was opened, a line each.
     index_reader: class of the default readers.
   """
 
@@ -147,6 +154,11 @@ class Source(abc.ABC):
   class_counts: Sequence[int] | None = None
   shards: Sequence[Shard] = ()
   folder: Folder | None = None
+  digest: str = ""
+  revision: str = ""
+  renumbered: bool = False
+  left_out: Mapping[str, Sequence[str]] = types.MappingProxyType({})
+  notes: Sequence[str] = ()
   index_reader: type[IndexReader] = IndexReader
 
   @classmethod
@@ -197,12 +209,11 @@ class Source(abc.ABC):
       )
     return Subset(self, indices)
 
-  def train_reader(self, plan: Plan) -> Reader:
-    """Return the reader of a training run without end.
+  def check_plan(self, plan: Plan) -> None:  # noqa: B027 (most fit any plan)
+    """Raise DataError if a training run of this plan does not fit the data; nothing is read."""
 
-    Raises:
-      DataError: the plan does not fit the data.
-    """
+  def train_reader(self, plan: Plan) -> Reader:
+    """Return the reader of a training run without end; `check_plan` was called."""
     order = GlobalShuffle(len(self), seeds(plan.seed)[0], int(plan.data.repeats))
     return self.index_reader(self, plan, range(plan.first_step, ENDLESS), order)
 

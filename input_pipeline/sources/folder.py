@@ -1,19 +1,23 @@
 """One file per example, one local folder per class."""
 
+import collections
 from collections.abc import Sequence
+import hashlib
 import os
-from typing import Self
+from typing import Any, Self
 
 import ml_collections
 
-from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.errors import BadRecordError
 from input_pipeline.records import Record
-from input_pipeline.sources import catalog, local
+from input_pipeline.sources import layout, local, splits
 from input_pipeline.sources.base import Source
+
+_SIZES = 1000  # files whose size counts: asking for a million takes long on a network
 
 
 class FolderSource(Source):
-  """FOLDER/SPLIT/CLASS/IMAGE."""
+  """FOLDER/SPLIT/CLASS/IMAGE; `sources/layout.py` decides what these are."""
 
   def __init__(self, folder: str, files: Sequence[tuple[str, int]], class_names: Sequence[str]):
     """Store the list.
@@ -27,32 +31,35 @@ class FolderSource(Source):
     self.num_classes = len(self.class_names)
     self._root = folder
     self._files = files
+    counts = collections.Counter(label for _, label in files)
+    self.class_counts = [counts[label] for label in range(self.num_classes)]
+    self.digest = f"folder {_digest(folder, files)}"
 
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
     del num_classes
     path = local.checked_folder(data.path)
-    splits = local.list_classes(path)
-    split = catalog.find_split(split, splits, path)
-    classes = local.list_classes(os.path.join(path, split))
-    # Labels are positions in a sorted list: a class missing from one split would shift the others.
-    for other in sorted({"train", "val", "validation"}.intersection(splits)):
-      unlike = set(classes).symmetric_difference(local.list_classes(os.path.join(path, other)))
-      if unlike:
-        raise DataError(
-          f"{path}: {split} and {other} must have the same class folders, but {min(unlike)!r} is "
-          "in only one of them."
-        )
+    allow, by_text = layout.words(data.allow), data.class_order == layout.TEXT
+    contents = layout.arrange(local.walk(path), path, allow)
+    split = splits.find(split, list(contents.splits), path)
+    # One numbering for the splits of a run: that of train, whichever is opened.
+    others = [n for n in contents.splits if splits.canonical(n) in ("train", "val") and n != split]
+    names = sorted([split, *others], key=lambda name: splits.canonical(name) != "train")
+    classes = layout.number(contents, names, allow, by_text)
     files = [
-      (os.path.join(split, name, image), label)
+      (image.entry.path, label)
       for label, name in enumerate(classes)
-      for image in local.list_images(os.path.join(path, split, name))
+      for image in contents.splits[split].get(name, ())
     ]
-    if not files:
-      suffixes = "|".join(local.IMAGE_SUFFIXES)
-      raise DataError(f"{os.path.join(path, split)} holds no CLASS/*{suffixes}.")
-    return cls(path, files, classes)
+    source = cls(path, files, classes)
+    source.left_out = contents.left_out
+    source.notes = (*contents.notes, *_unused(contents, [split]))
+    source.renumbered = classes != sorted(classes)
+    return source
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"left_out": {}, "notes": ()}  # decoding processes need no lists
 
   def __len__(self) -> int:
     return len(self._files)
@@ -64,3 +71,22 @@ class FolderSource(Source):
         return Record(f.read(), label, name)
     except OSError as e:
       raise BadRecordError(f"{name}: cannot be read ({e.strerror})") from e
+
+
+def _unused(contents: layout.Contents, names: Sequence[str]) -> list[str]:
+  unused = sorted(contents.splits.keys() - set(names))
+  return [f"{layout.UNUSED}{name}" for name in unused]
+
+
+def _digest(folder: str, files: Sequence[tuple[str, int]]) -> str:
+  """Return a hash of the names and labels, and of the sizes of files from all over the list."""
+  digest = hashlib.sha256()
+  for name, label in files:
+    digest.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
+  for name, _ in files[:: -(-len(files) // _SIZES) or 1]:
+    try:
+      size = os.stat(os.path.join(folder, name)).st_size
+    except OSError:  # gone meanwhile, which reading it says
+      size = -1
+    digest.update(f"{size}\n".encode())
+  return digest.hexdigest()[:32]

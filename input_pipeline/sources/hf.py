@@ -5,15 +5,14 @@ environment (HF_TOKEN). The files are read by row group: some hundred neighbouri
 in one request.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import copy
+import functools
 import hashlib
-import logging
 import os
-import re
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import ml_collections
 import numpy as np
@@ -22,21 +21,10 @@ from input_pipeline.errors import DataError
 from input_pipeline.records import Record
 from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
-from input_pipeline.sources import catalog, hf_stream
-from input_pipeline.sources.base import HF_PREFIX, Plan, Reader, Source
-
-if TYPE_CHECKING:
-  import datasets
+from input_pipeline.sources import hf_stream, layout, parquet, parquet_files, splits
+from input_pipeline.sources.base import Plan, Reader, Source
 
 _FOOTER_THREADS = 32
-_DEPTH = 4  # of folders below the one that is given
-_SPLITS = {
-  "train": ("train", "training"),
-  "validation": ("validation", "valid", "dev", "val"),
-  "test": ("test", "testing", "eval", "evaluation"),
-}
-_OTHER = "other"
-_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
 class RowGroup(NamedTuple):
@@ -46,6 +34,13 @@ class RowGroup(NamedTuple):
   index: int  # type: ignore[assignment]  # hides tuple.index
   rows: int
   bytes: int
+
+
+class Labelling(NamedTuple):
+  """What the columns of a data set mean: the same for all its splits and files."""
+
+  columns: parquet.Columns
+  names: tuple[str, ...]
 
 
 class HfSource(Source):
@@ -59,50 +54,71 @@ class HfSource(Source):
   order = "windows"
   indexed = False
 
-  def __init__(
-    self,
-    path: str,
-    files: Sequence[str],
-    features: "datasets.Features | None",
-    num_classes: int | None,
-  ):
+  def __init__(self, found: parquet_files.DataSet, split: str, labelling: Labelling):
     """Read the footer of each file.
 
     Args:
-      path: what the user gave, for messages.
-      files: URLs or local paths.
-      features: `datasets.Features`, or None to take those of the first file.
-      num_classes: how many there are, if the features have no names of classes.
+      found: the data set.
+      split: its name there.
+      labelling: what its columns mean.
 
     Raises:
-      DataError: a file cannot be read, or the columns are not those of labelled images.
+      DataError: a file cannot be read, or does not hold labelled images.
     """
-    self._path = path
-    self._files = list(files)
-    with futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-      self._footers = list(pool.map(_read_footer, self._files))
-    self._image, self._label, names = _columns(path, features, self._footers[0][1])
-    if names is None and num_classes is None:
-      raise DataError(
-        f"{path}: the column {self._label!r} has no names of classes, so their number is unknown."
-      )
-    self.class_names = tuple(names or map(str, range(num_classes or 0)))
+    self._path = found.path
+    self._files = list(found.splits[split])
+    self._footers = _read_footers(self._files)
+    self._image, self._label = labelling.columns.image, labelling.columns.label
+    self.class_names = labelling.names
     self.num_classes = len(self.class_names)
+    declared = (found.features or {}).get(self._label)
+    self._tables = [
+      parquet.table(url, self._label, footer, self.class_names, declared)
+      for url, (_, footer) in zip(self._files, self._footers)
+    ]
+    for number in range(len(self._files)):
+      self._check(number)
     self.row_groups = tuple(self._row_groups())
     # Which rows of a row group (URL, index) there are; None for all of every one.
     self._rows: Mapping[tuple[str, int], np.ndarray] | None = None
-    digest = hashlib.sha256(repr([os.path.basename(f) for f in files]).encode())
+    digest = hashlib.sha256(repr([os.path.basename(f) for f in self._files]).encode())
     digest.update(repr(self.row_groups).encode())
     self.fingerprint = digest.hexdigest()[:16]
+    self.digest, self.revision = f"parquet {self.fingerprint}", found.revision
+    self.left_out = found.left_out
+    mapped = sum(table is not None and parquet.is_renumbering(table) for table in self._tables)
+    self.notes = (
+      *found.notes,
+      *labelling.columns.notes,
+      *[f"{mapped} files number the classes otherwise: labels are mapped by name"] * bool(mapped),
+      *[f"{layout.UNUSED}{name}" for name in found.splits if name != split],
+    )
     if not len(self):
-      raise DataError(f"{path} holds no examples.")
+      raise DataError(f"{self._path} holds no examples.")
 
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source; `num_classes` is used where labels are plain integers."""
-    splits, features = find_splits(data.path)
-    name = catalog.find_split(split, list(splits), data.path)
-    return cls(data.path, splits[name], features, num_classes)
+    found = parquet_files.find_splits(data.path, layout.words(data.allow))
+    name = splits.find(split, list(found.splits), data.path)
+    columns = (data.image_column, data.label_column)
+    return cls(found, name, read_labelling(found, name, columns, num_classes))
+
+  def _check(self, number: int) -> None:
+    """Raise DataError for what the footer of a file shows: bad labels, or no images in it."""
+    url, (_, footer) = self._files[number], self._footers[number]
+    if parquet.only_paths(footer, self._image):
+      raise DataError(
+        f"{url} holds the paths of images and not the images; write it again with their bytes, or "
+        "make shards of the folder in which they are."
+      )
+    if parquet.has_integers(footer, self._label):
+      found = parquet.label_range(footer, self._label)
+      if found is None:  # no statistics
+        labels = _read_column(url, self._footers[number], self._label)
+        present = [label for label in labels if label is not None] or [-1]
+        found = (min(present), max(present), len(labels) - len(present))
+      parquet.check_range(url, found, self._tables[number], self.num_classes)
 
   def __len__(self) -> int:
     return sum(group.rows for group in self.row_groups)
@@ -131,11 +147,32 @@ class HfSource(Source):
     part = copy.copy(self)
     files = sorted({group.file for group in groups})
     part._files, part._footers = [self._files[i] for i in files], [self._footers[i] for i in files]
+    part._tables = [self._tables[i] for i in files]
+    part.left_out, part.notes = {}, ()
     part.row_groups = tuple(group._replace(file=files.index(group.file)) for group in groups)
     if self._rows is not None:
       keys = [(self._files[group.file], group.index) for group in groups]
       part._rows = {key: self._rows[key] for key in keys}
     return part
+
+  def __getitem__(self, index: int) -> Record:
+    """See Source; reads a whole row group."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"example {index} of {len(self)}")
+    _, get = next(iter(self.read_each([index])))
+    return get()
+
+  def read_each(self, indices: Sequence[int]) -> Iterator[tuple[int, Callable[[], Record]]]:
+    """See Source; `indices` ascend."""
+    wanted, first = iter(indices), 0
+    index = next(wanted, None)
+    for group in self.row_groups:
+      if index is not None and index < first + group.rows:
+        for number, record in enumerate(self.read(group), first):
+          if number == index:
+            yield index, functools.partial(_same, record)
+            index = next(wanted, None)
+      first += group.rows
 
   def _row_groups(self) -> Iterator[RowGroup]:
     for number, (_, footer) in enumerate(self._footers):
@@ -159,6 +196,7 @@ class HfSource(Source):
     url = self._files[group.file]
     table = remote.retried(url, lambda: self._read_table(group), stop)
     images, labels = table.column(self._image), table.column(self._label).to_pylist()
+    numbers = self._tables[group.file]
     name = f"{os.path.basename(url)}[{group.index}]"
     rows = range(len(labels)) if self._rows is None else self._rows[url, group.index].tolist()
     for row in rows:
@@ -167,12 +205,17 @@ class HfSource(Source):
       if isinstance(image, dict):
         shown = os.path.basename(image.get("path") or "") or shown
         image = image["bytes"]
-      if label is None or not 0 <= label < self.num_classes:
+      known = label if numbers is None or label is None else numbers.get(label)
+      if known is None or not 0 <= known < self.num_classes:
         raise DataError(
-          f"{url}, row {row} of row group {group.index}: the label is {label}, but there are "
+          f"{url}, row {row} of row group {group.index}: the label is {label!r}, but there are "
           f"{self.num_classes} classes; choose a split with labels."
         )
-      yield Record(image or b"", label, shown)
+      yield Record(image or b"", int(known), shown)
+
+  def check_plan(self, plan: Plan) -> None:
+    """See Source."""
+    hf_stream.check_plan(self, plan)
 
   def train_reader(self, plan: Plan) -> Reader:
     """See Source."""
@@ -193,143 +236,85 @@ class HfSource(Source):
 
   def _read_table(self, group: RowGroup) -> Any:
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import parquet as pq
 
     url, (size, footer) = self._files[group.file], self._footers[group.file]
     try:
       with remote.open_file(url, size) as f:
-        file = parquet.ParquetFile(f, metadata=footer, pre_buffer=has_scheme(url))
+        file = pq.ParquetFile(f, metadata=footer, pre_buffer=has_scheme(url))
         return file.read_row_group(group.index, [self._image, self._label], use_threads=False)
     except pyarrow.ArrowInvalid as e:
       raise DataError(f"{url} is damaged: {remote.said(e)}.") from e
 
 
-def find_splits(path: str) -> "tuple[dict[str, list[str]], datasets.Features | None]":
-  """Return the parquet files of each split, and the features where the data set declares them.
+def read_labelling(
+  found: parquet_files.DataSet,
+  split: str,
+  columns: tuple[str, str] = ("", ""),
+  num_classes: int | None = None,
+) -> Labelling:
+  """Return what the columns of a data set mean: by its split for training, if it has one.
 
   Args:
-    path: [hf:]NAME[:CONFIG][@REVISION] on the hub, or a folder: local, gs://, https:// (where the
-      server lists it).
+    found: the data set.
+    split: asked if there is none for training.
+    columns: `config.data.image_column` and `label_column`.
+    num_classes: number of classes where labels are integers without names.
 
   Raises:
-    DataError: there is no such data set, this token may not read it, or it is not parquet.
+    DataError: a file cannot be read, or there are no labelled images.
   """
-  datasets = _import_datasets()
-  where = path.removeprefix(HF_PREFIX)
-  local = os.path.expanduser(where)
-  try:
-    if has_scheme(where) or os.path.isdir(local):
-      splits, features = (
-        _in_folder(path, where.rstrip("/") if has_scheme(where) else local),
-        None,
-      )
-    else:
-      name = _NAME.fullmatch(where)
-      if where.startswith(("/", ".", "~")) or not name:
-        raise DataError(
-          f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] on the hub."
-        )
-      builder = datasets.load_dataset_builder(
-        name["name"], name["config"], revision=name["revision"]
-      )
-      splits, features = dict(builder.config.data_files or {}), builder.info.features
-  except DataError:
-    raise
-  except Exception as e:  # of `datasets`, its hub library, fsspec and their HTTP clients
-    raise DataError(f"{path} cannot be opened: {remote.said(e)}; {_advice(e)}.") from e
-  splits = {str(name): [str(f) for f in files] for name, files in splits.items()}
-  for files in splits.values():
-    for file in files:
-      if not file.endswith(".parquet"):
-        raise DataError(
-          f"{path} holds {os.path.basename(file)}, but only parquet is read; many data sets of the "
-          f"hub have a copy in parquet: give {HF_PREFIX}NAME@refs/convert/parquet."
-        )
-  return splits, features
+  split = next((name for name in found.splits if splits.canonical(name) == "train"), split)
+  files = found.splits[split]
+  footers = _read_footers(files[:1])
+  features = found.features or parquet.features_of(footers[0][1])
+  chosen = parquet.choose(found.path, features, *columns)
+  label = features[chosen.label]
+  if not parquet.is_named(label):  # else the first file has it all
+    footers += _read_footers(files[1:])
+  values = (
+    value
+    for url, footer in zip(files, footers)
+    for value in _read_column(url, footer, chosen.label)
+  )
+  named = [(url, footer) for url, (_, footer) in zip(files, footers)]
+  return Labelling(
+    chosen,
+    parquet.class_names(found.path, chosen.label, named, found.features, values, num_classes),
+  )
 
 
-def _in_folder(path: str, folder: str) -> dict[str, list[str]]:
-  """Return the parquet files below a folder by split, by their names as `datasets` does it."""
-  fs, root = remote.filesystem(folder)
-  # One walk for all names and sizes: `datasets` walks once for each of dozens of patterns.
-  found = remote.retried(folder, lambda: sorted(fs.find(root, maxdepth=_DEPTH)))
-  files = [name for name in found if name.endswith(".parquet")]
-  if not files:
-    raise DataError(
-      f"{path} holds no parquet files" + " that the server lists" * has_scheme(folder) + "."
-    )
-  splits: dict[str, list[str]] = {}
-  for file in files:
-    splits.setdefault(_split_of(file.removeprefix(root)), []).append(
-      fs.unstrip_protocol(file) if has_scheme(folder) else file
-    )
-  if list(splits) == [_OTHER]:
-    splits = {"train": splits[_OTHER]}
-  return splits
+def _same(record: Record) -> Record:
+  return record
 
 
-def _split_of(name: str) -> str:
-  """Return the split in the path of a file: SPLIT-00000-of-00009.parquet, or .../train/..."""
-  if numbered := re.fullmatch(r"(?:.*/)?([\w.]+)-\d{5}-of-\d{5}\.parquet", name):
-    return numbered[1]
-  words = re.split(r"[-._ /0-9]+", name)
-  return next((split for split, synonyms in _SPLITS.items() if set(synonyms) & set(words)), _OTHER)
+def _read_column(url: str, footer: tuple[int, Any], column: str) -> list[Any]:
+  """Return the values of one column of a file."""
+  from pyarrow import parquet as pq
+
+  def read() -> list[Any]:
+    with remote.open_file(url, footer[0]) as f:
+      return pq.ParquetFile(f, metadata=footer[1]).read([column]).column(column).to_pylist()
+
+  return remote.retried(url, read)
 
 
-def _import_datasets() -> Any:
-  try:
-    import datasets
-  except ImportError as e:
-    raise DataError(f"{HF_PREFIX} needs the library datasets ({e}): pip install -e '.[hf]'.") from e
-  datasets.disable_progress_bars()
-  for name in ("httpx", "httpx2"):  # a line for each request
-    logging.getLogger(name).setLevel(logging.WARNING)
-  return datasets
-
-
-def _advice(error: Exception) -> str:
-  text = f"{type(error).__name__} {error}"
-  if any(word in text for word in ("gated", "Gated", "401", "403", "NotFound", "doesn't exist")):
-    return (
-      "check the name, accept its terms on the hub, and give a token in the environment as HF_TOKEN"
-    )
-  return "check the name and the network"
+def _read_footers(urls: Sequence[str]) -> list[tuple[int, Any]]:
+  with futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+    return list(pool.map(_read_footer, urls))
 
 
 def _read_footer(url: str) -> tuple[int, Any]:
   """Return the size of a parquet file and its metadata."""
   import pyarrow
-  from pyarrow import parquet
+  from pyarrow import parquet as pq
 
   def read() -> tuple[int, Any]:
     with remote.open_file(url) as f:
       f.seek(0, os.SEEK_END)
-      return f.tell(), parquet.read_metadata(f)
+      return f.tell(), pq.read_metadata(f)
 
   try:
     return remote.retried(url, read)
   except pyarrow.ArrowInvalid as e:
     raise DataError(f"{url} is no parquet file, or cut off: {remote.said(e)}.") from e
-
-
-def _columns(path: str, features: Any, footer: Any) -> tuple[str, str, Sequence[str] | None]:
-  """Return the columns of images and of labels, and the names of the classes if there are any."""
-  import datasets
-
-  features = features or datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
-  binary = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-  images = [n for n, f in features.items() if isinstance(f, datasets.Image)] or [
-    n for n, f in features.items() if f in (binary, datasets.Value("binary"))
-  ]
-  labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)] or [
-    n for n, f in features.items() if isinstance(f, datasets.Value) and "int" in f.dtype
-  ]
-  if "label" in labels:
-    labels = ["label"]
-  if len(images) != 1 or len(labels) != 1:
-    raise DataError(
-      f"{path} must have one column of images, and one of integer labels or one named `label`; "
-      f"it has {', '.join(features)}."
-    )
-  label = features[labels[0]]
-  return images[0], labels[0], label.names if isinstance(label, datasets.ClassLabel) else None

@@ -243,15 +243,20 @@ class HfReader(Reader):
     self._stream.close()
 
 
-def train_reader(source: "HfSource", plan: Plan) -> HfReader:
-  """Return the examples of a training run; see `Source.train_reader`."""
-  data, groups = plan.data, len(source.row_groups)
+def check_plan(source: "HfSource", plan: Plan) -> None:
+  """Raise DataError if there are fewer row groups than hosts."""
+  groups = len(source.row_groups)
   if groups < plan.hosts:
     raise DataError(
       f"the parquet files have {groups} row groups, fewer than the {plan.hosts} hosts; make shards "
       "with `python -m input_pipeline.prepare --from hf:...`, or write the parquet with smaller "
       "row groups."
     )
+
+
+def train_reader(source: "HfSource", plan: Plan) -> HfReader:
+  """Return the examples of a training run; see `Source.train_reader`."""
+  data = plan.data
   if plan.host == 0:
     _describe(source, plan.hosts, data.hf_streams, data.hf_window)
   epoch = plan.first_step * plan.batch_size // len(source)

@@ -1,13 +1,12 @@
-"""Local folders: whether a path is one, and what kind of data it holds."""
+"""Local folders: whether a path is one, what kind of data it holds, and all that is below it."""
 
+from collections.abc import Iterator
 import os
 
 from input_pipeline import records
 from input_pipeline.errors import DataError
 from input_pipeline.remote import has_scheme
-from input_pipeline.sources import catalog
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+from input_pipeline.sources import catalog, layout
 
 
 def checked_folder(path: str) -> str:
@@ -67,25 +66,62 @@ def guess_kind(path: str) -> str:
     if os.path.relpath(parent, path).count(os.sep) >= 1:
       folders.clear()
     folders[:] = sorted(folders)[:20]
-  if any(list_classes(os.path.join(path, name)) for name in list_classes(path)):
+  if _may_have_classes(path):
     return "folder"
+  if other := next((name for name in sorted(found) if name.endswith((".parquet", ".tar"))), None):
+    if other.endswith(".parquet"):
+      raise DataError(f"{path} holds parquet; give --config.data.path=hf:{path}.")
+    raise DataError(
+      f"{path} holds {other}; make shards of it with `python -m input_pipeline.prepare`."
+    )
   raise DataError(
     f"{path} holds neither {records.MANIFEST} nor {catalog.TFDS_INFO} with ArrayRecord shards, nor "
     "SPLIT/CLASS/*.jpg; make shards with `python -m input_pipeline.prepare`."
   )
 
 
-def list_classes(folder: str) -> list[str]:
-  """Return the names of the folders in a folder, sorted, without hidden ones."""
-  with os.scandir(folder) as entries:
-    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+def _may_have_classes(path: str) -> bool:
+  """Whether a folder holds folders in its folders, or images in them."""
+  for name in os.listdir(path):
+    inside = os.path.join(path, name)
+    if os.path.isdir(inside) and not layout.is_system(name):
+      with os.scandir(inside) as entries:
+        if any(layout.is_image(e.name) or e.is_dir() for e in entries):
+          return True
+  return False
 
 
-def list_images(folder: str) -> list[str]:
-  """Return the names of the image files in a folder, by their suffix, sorted."""
-  with os.scandir(folder) as entries:
-    return sorted(
-      e.name
-      for e in entries
-      if e.name.lower().endswith(IMAGE_SUFFIXES) and not e.name.startswith(".")
-    )
+def walk(folder: str) -> Iterator[layout.Entry]:
+  """Yield all that is below a folder, with links followed, but not what is in system folders.
+
+  Raises:
+    DataError: a folder cannot be listed.
+  """
+  yield from _walk(folder, "", ())
+
+
+def _walk(root: str, folder: str, around: tuple[tuple[int, int], ...]) -> Iterator[layout.Entry]:
+  path = os.path.join(root, folder)
+  try:
+    status = os.stat(path)
+    with os.scandir(path) as found:
+      entries = sorted(found, key=lambda e: e.name)
+  except OSError as e:
+    raise DataError(f"{path} cannot be listed ({e.strerror}); make it readable or move it.") from e
+  inode = (status.st_dev, status.st_ino)
+  if inode in around:
+    yield layout.Entry(folder.rstrip("/"), "loop")
+    return
+  for entry in entries:
+    name = folder + entry.name
+    try:
+      if entry.is_dir():
+        yield layout.Entry(name, layout.FOLDER)
+        if not layout.is_system(entry.name):
+          yield from _walk(root, f"{name}/", (*around, inode))
+      elif entry.is_file():
+        yield layout.Entry(name)
+      else:  # a link to nothing is no file either
+        yield layout.Entry(name, "dangling" if entry.is_symlink() else "special")
+    except OSError:  # of links that go round in a circle
+      yield layout.Entry(name, "dangling")

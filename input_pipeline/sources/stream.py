@@ -38,13 +38,16 @@ class StreamSource(ShardedSource):
   @classmethod
   def open(cls, data: ml_collections.ConfigDict, split: str, num_classes: int | None) -> Self:
     """See Source."""
-    del num_classes
     path = _checked_url(data.path) if has_scheme(data.path) else local.checked_folder(data.path)
     patience = tensorstore.Patience(
       data.stream_timeout_seconds, data.stream_hedge_seconds, data.stream_give_up_seconds
     )
     bucket = tensorstore.Bucket(path, patience)
-    return cls(bucket, catalog.read(bucket, split))
+    columns = (data.image_column, data.label_column)
+    source = cls(bucket, catalog.read(bucket, split, columns, num_classes))
+    if path.startswith("http"):  # any server, perhaps one that sends whole files only
+      source._remote[0].open()
+    return source
 
   def _open_shards(self) -> None:
     self._remote = [
@@ -106,7 +109,7 @@ class StreamSource(ShardedSource):
       for index, answer in enumerate(answers, run.first):
         yield index, functools.partial(self.decode, index, answer)
 
-  def train_reader(self, plan: Plan) -> Reader:
+  def check_plan(self, plan: Plan) -> None:
     """See Source."""
     data = plan.data
     if plan.batch_size % data.stream_lanes:
@@ -114,6 +117,10 @@ class StreamSource(ShardedSource):
         f"config.global_batch_size={plan.batch_size} must be a multiple of "
         f"config.data.stream_lanes={data.stream_lanes}."
       )
+
+  def train_reader(self, plan: Plan) -> Reader:
+    """See Source."""
+    data = plan.data
     order = LaneShuffle(
       self._counts(),
       seeds(plan.seed)[0],

@@ -15,7 +15,7 @@ wrong.
 """
 
 import collections
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -29,17 +29,17 @@ from ml_collections import config_flags
 import numpy as np
 
 from configs import base
-from input_pipeline import sources
+from input_pipeline import records, sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.prepare import shards as shards_lib
 from input_pipeline.prepare.progress import Progress
-from input_pipeline.sources import Source, slices
+from input_pipeline.sources import Source, layout, parquet_files, slices
 from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
 _VIEWED = 6  # images that are shown in several views
 _SHOWN = 10  # bad records and classes that are named
-_MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP"}
+_MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP", b"RI": "WebP"}
 
 
 class UsageError(Exception):
@@ -82,6 +82,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   whole("sample", 2000, "Records to decode of each split; 0 is all.")
   text("sheet", "contact_sheet.png", "File of the picture; empty for none.")
   whole("images", 32, "Images of each split in the picture.")
+  text("list", "", "File for the list of all files that are left out, as JSON.")
   switch("help", False, "Show this text.")
   argv = list(argv)
   help_text = "Run file (default configs/base.py); --config.field=value sets a single field."
@@ -123,7 +124,9 @@ def inspect(options: flags.FlagValues) -> list[str]:
     DataError: the data cannot be opened.
   """
   data = options.config.data
-  if not sources.source_class(data.kind, data.path).indexed:
+  if not sources.source_class(data.kind, data.path).indexed and not parquet_files.is_folder(
+    data.path
+  ):
     raise DataError(
       f"{data.path} has neither checksums nor access by index; make shards of it with "
       "`python -m input_pipeline.prepare --from` and inspect those."
@@ -136,11 +139,26 @@ def inspect(options: flags.FlagValues) -> list[str]:
   if not options.split:
     splits += slices.several(data.eval_split, "config.data.eval_split")
   opened = {split: sources.open_source(data, split, num_classes) for split in splits}
+  for line in layout.summary(opened.values()):
+    print(line, flush=True)
+  if options.list:
+    _write_list(options.list, opened.values())
   wrong = _write_sheet(options, opened) if options.sheet else []
   for split, source in opened.items():
     wrong += _inspect_split(options, split, source)
   # A shard that cannot be opened is reported more than once.
   return list(dict.fromkeys(wrong))
+
+
+def _write_list(path: str, opened: Iterable[Source]) -> None:
+  left_out = {
+    reason: sorted(paths) for source in opened for reason, paths in source.left_out.items()
+  }
+  try:
+    with open(path, "wb") as f:
+      f.write(records.to_json(left_out))
+  except OSError as e:
+    raise DataError(f"--list={path} cannot be written ({e.strerror}).") from e
 
 
 def _run_file(options: flags.FlagValues) -> str:
@@ -238,7 +256,8 @@ def _look(
   """Read records in threads, decode those in `decoded`, and report how many are done."""
   found = _Found()
   with futures.ThreadPoolExecutor() as pool:
-    chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+    chunk_size = _CHUNK if source.indexed else len(indices)
+    chunks = [indices[i : i + chunk_size] for i in range(0, len(indices), chunk_size)]
     waiting = [pool.submit(_look_at, source, chunk, decoded) for chunk in chunks]
     try:
       for chunk, future in zip(chunks, waiting, strict=True):

@@ -12,7 +12,7 @@ import pytest
 
 from input_pipeline import loader, sources
 from input_pipeline.errors import DataError
-from input_pipeline.sources import hf
+from input_pipeline.sources import parquet_files
 from tests.input_pipeline.conftest import data_config, encoded, picture
 
 datasets = pytest.importorskip("datasets", reason="the extra [hf] is not installed")
@@ -290,7 +290,7 @@ def test_fewer_row_groups_than_hosts(parquet):
 
 
 def test_the_split_is_in_the_name():
-  split = hf._split_of
+  split = parquet_files.split_of
   assert split("/data/train-00000-of-00294.parquet") == "train"
   assert split("/data/test_val-00001-of-00002.parquet") == "test_val"
   assert split("/default/train/0000.parquet") == split("/my_train_3.parquet") == "train"

@@ -26,6 +26,11 @@ class Workdir:
     return self.path / "owner.json"
 
   @property
+  def data(self) -> epath.Path:
+    """What the data of the newest start are; see trainer.data."""
+    return self.path / "data.json"
+
+  @property
   def starts(self) -> epath.Path:
     """When the run was first started, and how often since."""
     return self.path / "starts.json"
