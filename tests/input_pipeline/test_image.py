@@ -406,3 +406,27 @@ def test_evaluation_without_a_resize_is_exact_and_bicubic_is_pillows():
   expected = np.asarray(resized).astype(int)[8:40, 18:50]
   found = image.eval_view(encoded(rgb, "PNG"), 48, 32, "bicubic")
   np.testing.assert_allclose(found.astype(int), expected, atol=1)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"lossless": True}, {"save_all": True, "append_images": []}]
+)
+def test_webp_is_decoded_and_its_size_checked_before(options, monkeypatch):
+  rgb = picture(3, 40, 56)
+  data = encoded(rgb, "WEBP", **options)
+  decoded = image.decode(data)
+  assert decoded.shape == rgb.shape
+  assert np.abs(decoded.astype(int) - rgb).mean() < (1 if "lossless" in options else 8)
+  assert image._webp_size(data) == (40, 56)
+  extended = Image.new("RGBA", (50, 30), (1, 2, 3, 4))
+  file = io.BytesIO()
+  extended.save(file, "WEBP", **options)
+  assert file.getvalue()[12:16] in (b"VP8X", b"VP8L") and image._webp_size(file.getvalue()) == (
+    30,
+    50,
+  )
+  # A header that claims more is refused before anything is allocated for it.
+  monkeypatch.setattr(image, "MAX_PIXELS", 40 * 56 - 1)
+  monkeypatch.setattr(image.Image, "open", None)
+  with pytest.raises(BadRecordError, match="56x40 pixels are more than 2239"):
+    image.decode(data)
