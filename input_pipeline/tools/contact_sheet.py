@@ -37,7 +37,8 @@ def training_section(source: Source, config: Any, count: int) -> Section:
 
   A few less if `count` does not divide the batch.
   """
-  batch_size = config.global_batch_size
+  # The order of parquet depends on the hosts and not on the batch; that of the others the reverse.
+  batch_size = config.global_batch_size if source.indexed else min(count, len(source))
   # The part of the first of so many hosts: the order of streamed data depends on the whole batch.
   hosts = next(n for n in range(-(-batch_size // count), batch_size + 1) if batch_size % n == 0)
   with contextlib.closing(

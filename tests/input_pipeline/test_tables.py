@@ -7,6 +7,7 @@ import pytest
 from input_pipeline import records, sources
 from input_pipeline.errors import DataError
 from input_pipeline.sources import catalog
+from input_pipeline.tools import inspect
 from tests.input_pipeline.conftest import data_config, failure, tfds_folder, write_shard
 from tests.input_pipeline.ways import all_ways, by_prepare, by_training, picture, right
 
@@ -311,3 +312,10 @@ def test_unlabelled_tfds_is_said_at_the_start(tmp_path):
   labels = (-1, 0, 1)
   write_shard(shard, [records.Record(picture("cat"), i, f"{i}") for i in labels])
   assert len(sources.open_source(data_config(root), "train", 2)) == 5
+
+
+def test_a_picture_of_parquet(tmp_path):
+  folder = both(tmp_path / "set")
+  flags = [f"--data=hf:{folder}", f"--sheet={tmp_path / 'sheet.png'}", "--images=4"]
+  assert inspect.main(["inspect", *flags]) == 0
+  assert (tmp_path / "sheet.png").stat().st_size > 1000
