@@ -1,0 +1,59 @@
+"""Every recipe of configs/: its fields, and a trial run of two steps, a resume and an evaluation."""
+
+import re
+
+import pytest
+
+from configs import recipes, trial
+from tests.configs import golden
+from trainer import config as config_lib
+from trainer.errors import Preempted
+from trainer.train import evaluate_only, train
+
+NAMES = recipes.names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_are_those_of_the_golden_file(name):
+  assert golden.text(name) == golden.path(name).read_text(), (
+    "if the change is meant: python -m tests.configs.golden"
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_valid_and_its_docstring_says_how_to_run_it(name):
+  config_lib.validate(recipes.load(name))
+  file = name.partition(":")[0]
+  words = __import__(f"configs.{file}", fromlist=["get_config"]).__doc__
+  assert re.search(rf"--config=configs/{file}\.py|bash launch/smoke\.sh", words)
+  assert re.search(r"[Ee]xpected|Measured|published", words)
+
+
+def _first_variants():
+  seen = {}
+  for name in NAMES:
+    seen.setdefault(name.partition(":")[0], name)
+  return set(seen.values())
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[] if name in _first_variants() else pytest.mark.slow)
+    for name in NAMES
+  ],
+)
+def test_a_trial_takes_two_steps_resumes_and_evaluates(name, shards, tmp_path):
+  config = recipes.load(name)
+  config.model.num_classes = 6
+  config.data.path = str(shards)
+  trial.shrink(config)
+  config_lib.validate(config)
+  steps = iter(range(10))
+  with pytest.raises(Preempted, match="saved at step 2 "):
+    train(config, str(tmp_path), stop=lambda: next(steps) >= 2)
+  steps = iter(range(10))
+  with pytest.raises(Preempted, match="saved at step 3 "):
+    train(config, str(tmp_path), stop=lambda: next(steps) >= 1)
+  result = evaluate_only(config, str(tmp_path))
+  assert result["step"] == 3 and result["examples"] == 29
