@@ -41,7 +41,7 @@ def get_config(batch: str = "4096") -> ml_collections.ConfigDict:
   config.optimizer.lr = lr
   config.optimizer.momentum = momentum
   config.optimizer.warmup_epochs = warmup
-  config.optimizer.schedule = "polynomial(power=2)"
+  config.optimizer.schedule = "polynomial(power=2, extra_steps=1)"
   config.optimizer.final_lr_fraction = 1e-4 / lr
   config.optimizer.weight_decay = decay
 

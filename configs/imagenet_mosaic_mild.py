@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss = "sigmoid_cross_entropy(reduction='sum')"
   config.label_smoothing = 0.08
 
-  config.model.blurpool = "conv_and_pool"
+  config.model.blurpool = "all"
   config.model.zero_init_residual = False
   config.model.head_bias_init = -math.log(1000)
   config.model.bn_group = "256"
