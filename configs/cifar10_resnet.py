@@ -1,9 +1,10 @@
 """The CIFAR-10 nets of the ResNet paper: 20 to 110 layers, 64,000 steps (arXiv:1512.03385, 4.2).
 
-    python -m input_pipeline.prepare --folder CIFAR10 --out data/cifar10     # CIFAR10/train/CLASS/*.png
-    python -m trainer --config=configs/cifar10_resnet.py:20 --workdir=DIR --config.data.path=data/cifar10
+    python -m input_pipeline.prepare --folder CIFAR10 --out data/cifar10
+    python -m trainer --config=configs/cifar10_resnet.py:20 --workdir=DIR \\
+        --config.data.path=data/cifar10
 
-Expected error on the 10,000 test images: 8.75 % with 20 layers, 7.51 with 32, 7.17 with 44, 6.97
+CIFAR10 holds train/CLASS/*.png and val/CLASS/*.png. Expected error on the 10,000 test images: 8.75 % with 20 layers, 7.51 with 32, 7.17 with 44, 6.97
 with 56, 6.43 with 110 (table 6 of the paper); not measured by this project. Departs from the
 source: mean and deviation of each channel instead of the mean of each pixel; with 110 layers the
 rate rises from 0.01 over the first 400 steps, where the paper holds it there.

@@ -1,6 +1,7 @@
 """ResNet-18 and ResNet-50 for 16 to 88 epochs at growing image sizes: the ladder of FFCV.
 
-    python -m trainer --config=configs/imagenet_ffcv.py:rn50_88 --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_ffcv.py:rn50_88 --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected top-1 at 256 px, averaged over each image and its mirror (README of
 libffcv/ffcv-imagenet):

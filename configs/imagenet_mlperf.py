@@ -1,6 +1,7 @@
 """ResNet-50 to MLPerf's 75.9 % with LARS, at batch 4096, 8192 or 32768.
 
-    python -m trainer --config=configs/imagenet_mlperf.py:8192 --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_mlperf.py:8192 --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected: 75.9 % top-1 after 40, 42 and 56 epochs, the mean of MLPerf's reference convergence points
 for these batches (mlcommons/logging, rcp_checker of training 4.0), which stop at the first
@@ -15,7 +16,7 @@ from configs import base
 
 VARIANTS = ("4096", "8192", "32768")
 
-# Batch: (epochs, rate, epochs of warm-up, momentum, weight decay, examples that share BN statistics)
+# Batch: epochs, rate, epochs of warm-up, momentum, weight decay, BN group
 _POINTS = {
   "4096": (47.0, 10.0, 5.0, 0.9, 2e-4, "64"),
   "8192": (44.0, 17.0, 5.0, 0.9, 2e-4, "64"),

@@ -1,6 +1,7 @@
 """ResNet-50 as MosaicML's mild recipe: 36 epochs at 88 to 176 px.
 
-    python -m trainer --config=configs/imagenet_mosaic_mild.py --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_mosaic_mild.py --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected: between 75 and 78.1 % top-1, the published range of this recipe below 60 epochs
 (mosaicml/benchmarks, blogs/resnet/recipes/resnet50_mild.yaml; 76.6 % in 27 minutes on 8 A100); not

@@ -1,13 +1,15 @@
 """ResNet-RS: 350 epochs, nets of 50 to 420 layers, each at its image size (arXiv:2103.07579).
 
-    python -m trainer --config=configs/imagenet_resnet_rs.py:101_192 --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_resnet_rs.py:101_192 --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected top-1, by the README of tensorflow/tpu, models/official/resnet/resnet_rs (and by timm, of
 the same weights converted): 50_160 78.8 (77.9), 101_160 80.3, 101_192 81.2 (80.7), 152_192 82.0,
 152_224 82.2, 152_256 83.0 (82.9), 200_256 83.4 (83.9), 270_256 83.8 (83.6), 350_256 84.0, 350_320
 84.2, 420_320 84.4 (84.2). Not measured by this project. Departs from the source: RandAugment is
-torchvision's at its largest magnitude, about 10 of TensorFlow's, where the source has 10 for the smaller
-nets and 15 for the others. The running averages of BN keep nothing (momentum 0); the averaged weights do.
+torchvision's at its largest magnitude, about TensorFlow's 10, where the source has 10 for the
+first two and 15 for the others. BN statistics keep nothing of earlier steps (momentum 0): the
+averages of the weights hold theirs as well.
 """
 
 import ml_collections

@@ -1,6 +1,7 @@
 """ResNet-50 as torchvision's first weights: 90 epochs at batch 256, three steps of the rate.
 
-    python -m trainer --config=configs/imagenet_torchvision_v1.py --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_torchvision_v1.py --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected: 76.13 % top-1, the figure of torchvision's ResNet50_Weights.IMAGENET1K_V1, trained on 8
 GPUs; not measured by this project. Departs from the source: the head starts from N(0, 0.01), and an

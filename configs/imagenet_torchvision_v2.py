@@ -1,6 +1,7 @@
 """ResNet-50 as torchvision's second weights: 600 epochs at 176 px, all of today's regularisation.
 
-    python -m trainer --config=configs/imagenet_torchvision_v2.py --workdir=DIR --config.data.path=SHARDS
+    python -m trainer --config=configs/imagenet_torchvision_v2.py --workdir=DIR \\
+        --config.data.path=SHARDS
 
 Expected: 80.86 % top-1 at 224 px, the figure of torchvision's ResNet50_Weights.IMAGENET1K_V2 (of
 the averaged weights; timm measures 80.85 %), trained on 8 GPUs; not measured by this project. The
@@ -42,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.schedule = "cosine(per_epoch=True)"
   config.optimizer.weight_decay = 2e-5
   config.optimizer.decay_bn_and_bias, config.optimizer.no_decay = True, "bn"  # the head's bias does
-  # 1 - (1 - 0.99998) * 1024 * 32 / 600: torchvision's rule of --model-ema-decay and --model-ema-steps
+  # torchvision's rule: 1 - (1 - decay) * batch * steps / epochs
   config.optimizer.ema_decay = 1 - 2e-5 * 1024 * 32 / 600
   config.optimizer.ema_rule = "constant"
   config.optimizer.ema_every_steps = 32

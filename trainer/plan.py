@@ -1,4 +1,4 @@
-"""python -m trainer.plan; see trainer/tools/plan.py."""
+"""The command `python -m trainer.plan`; its code is in trainer/tools/plan.py."""
 
 import sys
 

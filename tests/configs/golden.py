@@ -1,6 +1,6 @@
 """Every field of every recipe as text, one file a recipe: a change of a default shows in the diff.
 
-    python -m tests.configs.golden     # writes the files anew
+python -m tests.configs.golden     # writes the files anew
 """
 
 import pathlib

@@ -16,6 +16,7 @@ from absl import flags
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from configs import image_sizes
 from input_pipeline import sources
@@ -25,6 +26,7 @@ from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 from trainer.reporting import flops
 from trainer.reporting.clock import format_seconds
+from trainer.state import make_init
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 0, "Training examples.", lower_bound=0)
@@ -94,7 +96,8 @@ def make(config: ml_collections.ConfigDict, examples: int = 0) -> Plan:
   steps = np.unique(np.linspace(0, lengths.total - 1, _POINTS).astype(np.int32))
   rates = np.asarray(jax.vmap(schedule)(steps))
   sizes = np.array([image_sizes.at(lengths.sizes, int(step)) for step in steps])
-  model, variables = models.abstract(config.model, image_size=int(sizes.max()))
+  model, init = make_init(config, optax.identity(), shards=1)
+  variables = jax.eval_shape(init).for_eval()
   work = {
     int(size): flops.step_flops(
       model, variables, image_size=int(size), batch_size=config.global_batch_size
