@@ -4,10 +4,11 @@
     python -m trainer --config=configs/cifar10_resnet.py:20 --workdir=DIR \\
         --config.data.path=data/cifar10
 
-CIFAR10 holds train/CLASS/*.png and val/CLASS/*.png. Expected error on the 10,000 test images: 8.75 % with 20 layers, 7.51 with 32, 7.17 with 44, 6.97
-with 56, 6.43 with 110 (table 6 of the paper); not measured by this project. Departs from the
-source: mean and deviation of each channel instead of the mean of each pixel; with 110 layers the
-rate rises from 0.01 over the first 400 steps, where the paper holds it there.
+CIFAR10 holds train/CLASS/*.png and val/CLASS/*.png. Expected error on the 10,000 test images: 8.75
+percent with 20 layers, 7.51 with 32, 7.17 with 44, 6.97 with 56, 6.43 with 110 (table 6 of the
+paper); not measured by this project. Departs from the source: mean and deviation of each channel
+instead of the mean of each pixel; with 110 layers the rate rises from 0.01 over the first 400
+steps, where the paper holds it there.
 """
 
 import ml_collections

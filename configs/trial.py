@@ -16,7 +16,7 @@ _SIZE, _MARGIN = 32, 4  # pixels
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
-  """Shrink a config in place; without `config.data.path` its data are synthetic, a batch an epoch."""
+  """Shrink a config in place; without `config.data.path` an epoch is one synthetic batch."""
   config.global_batch_size = config.eval.batch_size = BATCH * config.accumulation_steps
   config.augment = _smaller_groups(config.augment)
   for name, value in families.find(config.model.name).TRIAL.items():

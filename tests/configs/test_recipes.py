@@ -1,4 +1,4 @@
-"""Every recipe of configs/: its fields, and a trial run of two steps, a resume and an evaluation."""
+"""Every recipe: its fields, and a trial run of two steps, a resume and an evaluation."""
 
 import re
 
