@@ -10,6 +10,8 @@ import ml_collections
 
 from configs import imagenet_resnet50
 
+TOP1 = ""
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = imagenet_resnet50.get_config()

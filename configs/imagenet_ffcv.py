@@ -25,6 +25,27 @@ _NETS = {"rn18": (18, 1024, 0.5, 5e-5), "rn50": (50, 4096, 1.7, 1e-4)}
 
 VARIANTS = tuple(f"{net}_{epochs}" for net in _NETS for epochs in _GROWTH)
 
+TOP1 = dict(
+  zip(
+    VARIANTS,
+    [
+      "66.9",
+      "68.8",
+      "70.0",
+      "70.6",
+      "71.3",
+      "72.4",
+      "73.8",
+      "75.6",
+      "76.6",
+      "77.2",
+      "78.0",
+      "78.4",
+    ],
+    strict=True,
+  )
+)
+
 
 def get_config(variant: str = "rn50_16") -> ml_collections.ConfigDict:
   net, _, epochs = variant.partition("_")

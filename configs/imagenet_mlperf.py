@@ -23,6 +23,8 @@ _POINTS = {
   "32768": (74.0, 21.2, 16.0, 0.94, 2.5e-5, "128"),
 }
 
+TOP1 = "75.9"
+
 
 def get_config(batch: str = "4096") -> ml_collections.ConfigDict:
   epochs, lr, warmup, momentum, decay, bn_group = _POINTS[batch]

@@ -33,6 +33,14 @@ _NETS = {
 
 VARIANTS = tuple(_NETS)
 
+TOP1 = dict(
+  zip(
+    VARIANTS,
+    ["78.8", "80.3", "81.2", "82.0", "82.2", "83.0", "83.4", "83.8", "84.0", "84.2", "84.4"],
+    strict=True,
+  )
+)
+
 
 def get_config(variant: str = "50_160") -> ml_collections.ConfigDict:
   depth, size = map(int, variant.split("_"))

@@ -12,6 +12,8 @@ import ml_collections
 
 from configs import base
 
+TOP1 = "80.4"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = base.get_config("resnet")

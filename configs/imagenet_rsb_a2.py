@@ -10,6 +10,8 @@ import ml_collections
 
 from configs import imagenet_rsb_a1
 
+TOP1 = "79.8"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = imagenet_rsb_a1.get_config()

@@ -10,6 +10,8 @@ import ml_collections
 
 from configs import imagenet_rsb_a2
 
+TOP1 = "78.1"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = imagenet_rsb_a2.get_config()

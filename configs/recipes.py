@@ -1,12 +1,19 @@
-"""The recipes of this folder: every run file, with its variants."""
+"""The recipes of this folder: every run file, with its variants.
+
+Beside `get_config` a run file may have VARIANTS, the arguments that it takes; EXAMPLES, the number
+of training examples that it is written for, if not ImageNet's; and has TOP1, the expected top-1 in
+percent, one or by variant.
+"""
 
 from collections.abc import Iterator
 import importlib
 import pathlib
 import types
+from typing import Any
 
 import ml_collections
 
+_IMAGENET = 1_281_167  # training examples of ILSVRC2012
 _FOLDER = pathlib.Path(__file__).parent
 
 
@@ -21,15 +28,28 @@ def names() -> list[str]:
 
 def load(name: str) -> ml_collections.ConfigDict:
   """Return the config of one of `names()`."""
-  file, _, variant = name.partition(":")
-  module = importlib.import_module(f"configs.{file}")
-  return module.get_config(*[variant] * bool(variant))
+  variant = name.partition(":")[2]
+  return _module(name).get_config(*[variant] * bool(variant))
 
 
 def title(name: str) -> str:
   """Return the first line of a recipe's docstring."""
-  module = importlib.import_module(f"configs.{name.partition(':')[0]}")
-  return str(module.__doc__).splitlines()[0]
+  return str(_module(name).__doc__).splitlines()[0]
+
+
+def examples(name: str) -> int:
+  """Return the training examples that a recipe is written for."""
+  return getattr(_module(name), "EXAMPLES", _IMAGENET)
+
+
+def top1(name: str) -> str:
+  """Return the expected top-1 of a recipe in percent, whoever measured it; "" if nobody has."""
+  found = _module(name).TOP1
+  return found if isinstance(found, str) else found[name.partition(":")[2]]
+
+
+def _module(name: str) -> Any:
+  return importlib.import_module(f"configs.{name.partition(':')[0]}")
 
 
 def _run_files() -> Iterator[types.ModuleType]:

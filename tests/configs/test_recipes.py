@@ -27,6 +27,9 @@ def test_a_recipe_is_valid_and_its_docstring_says_how_to_run_it(name):
   words = __import__(f"configs.{file}", fromlist=["get_config"]).__doc__
   assert re.search(rf"--config=configs/{file}\.py|bash launch/smoke\.sh", words)
   assert re.search(r"[Ee]xpected|Measured|published", words)
+  top1 = recipes.top1(name)
+  errors = name.startswith("cifar10") and f"{100 - float(top1):.2f}"
+  assert (errors or top1) in " ".join(words.split())
 
 
 def _first_variants():

@@ -2,11 +2,10 @@
 
 Prints model, length, learning rate, image sizes, augmentation, evaluations and work of a run.
 
---examples           training examples, where the data are not at hand; 1,281,167 (ImageNet) for a
-                     config of 1,000 classes
+--examples           training examples, where the data are not at hand
 --images_per_second  of all chips in training, for the hours
 --picture            FILE.png of the learning rate and the image size over the epochs
---markdown           one row of a table instead
+--table              every recipe of configs/ as a row of a table instead
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from configs import image_sizes
+from configs import image_sizes, recipes
 from input_pipeline import sources
 from input_pipeline.errors import DataError
 from trainer import command_line, models, schedules
@@ -32,9 +31,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 0, "Training examples.", lower_bound=0)
 flags.DEFINE_float("images_per_second", 0.0, "Of all chips in training.", lower_bound=0.0)
 flags.DEFINE_string("picture", "", "FILE.png of rate and image size.")
-flags.DEFINE_bool("markdown", False, "One row of a table.")
+flags.DEFINE_bool("table", False, "Every recipe of configs/ as a row of a table.")
 
-_IMAGENET = 1_281_167
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60  # characters of the curve
 _POINTS = 1000  # of the picture
@@ -77,18 +75,19 @@ class Plan:
     return -(-total // every) if every else 1
 
 
-def make(config: ml_collections.ConfigDict, examples: int = 0) -> Plan:
+def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Plan:
   """Return the plan of a config; computes nothing on a device.
 
   Args:
     config: the run.
-    examples: of the training split; 0 takes them from the data, or those of ImageNet.
+    name: of its run file.
+    examples: of the training split; 0 takes them from the data, or those of the recipe.
 
   Raises:
     ConfigError: if the config is refused, or nobody knows how many examples there are.
   """
   config_lib.validate(config)
-  examples = examples or _examples(config)
+  examples = examples or _examples(config, name)
   lengths = config_lib.durations(config, examples)
   schedule = schedules.make_schedule(
     config, warmup_steps=lengths.warmup, total_steps=lengths.total, per_epoch=lengths.per_epoch
@@ -119,15 +118,15 @@ def make(config: ml_collections.ConfigDict, examples: int = 0) -> Plan:
   )
 
 
-def _examples(config: ml_collections.ConfigDict) -> int:
+def _examples(config: ml_collections.ConfigDict, name: str) -> int:
   data = config.data
   if data.path or data.kind == "synthetic":
     try:
       return len(sources.open_source(data, data.train_split, config.model.num_classes))
     except DataError as error:
       raise ConfigError(f"{error} Or give --examples.") from error
-  if config.model.num_classes == 1000:
-    return _IMAGENET
+  if name in recipes.names():
+    return recipes.examples(name)
   raise ConfigError("Give --config.data.path, or --examples: how many there are to train on.")
 
 
@@ -176,8 +175,16 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
   return "\n".join(f"{name:10} {line}" for name, line in lines.items())
 
 
+def table() -> str:
+  """Return every recipe as a row: the table of configs/README.md."""
+  head = "recipe", "epochs", "batch", "steps", "images", "px, training / evaluation"
+  head += "optimizer, peak rate", "EFLOP", "expected top-1"
+  rows = [row(make(recipes.load(name), name), name) for name in recipes.names()]
+  return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows])
+
+
 def row(plan: Plan, name: str) -> str:
-  """Return the plan as a row of the table in configs/README.md."""
+  """Return the plan of a recipe as a row of a table."""
   config = plan.config
   cells = [
     f"`{name}`",
@@ -188,6 +195,7 @@ def row(plan: Plan, name: str) -> str:
     f"{_sizes(plan)} / {config.data.eval_image_size}",
     f"{config.optimizer.name}, {plan.rates.max():.3g}",
     f"{plan.train_flops / 1e18:.3g}",
+    recipes.top1(name),
   ]
   return "| " + " | ".join(cells) + " |"
 
@@ -236,12 +244,12 @@ def main(argv: list[str]) -> int:
     if command_line.help_wanted(argv) is not None:
       print(str(__doc__).strip())
       return DONE
+    if "--table" in argv:
+      print(table())
+      return DONE
     command_line.parse(argv, "--config=configs/X.py")
-    plan = make(FLAGS.config, FLAGS.examples)
-    if FLAGS.markdown:
-      print(row(plan, command_line.name_of(argv)))
-    else:
-      print(text(plan, FLAGS.images_per_second))
+    plan = make(FLAGS.config, command_line.name_of(argv), FLAGS.examples)
+    print(text(plan, FLAGS.images_per_second))
     if FLAGS.picture:
       write_picture(plan, FLAGS.picture)
   except (TrainerError, OSError) as error:
