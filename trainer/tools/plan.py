@@ -97,12 +97,8 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   sizes = np.array([image_sizes.at(lengths.sizes, int(step)) for step in steps])
   model, init = make_init(config, optax.identity(), shards=1)
   variables = jax.eval_shape(init).for_eval()
-  work = {
-    int(size): flops.step_flops(
-      model, variables, image_size=int(size), batch_size=config.global_batch_size
-    )
-    for size in np.unique(sizes)
-  }
+  forward = {int(size): flops.forward_flops(model, variables, int(size)) for size in set(sizes)}
+  work = [(first, 3 * config.global_batch_size * forward[size]) for first, size in lengths.sizes]
   return Plan(
     config,
     examples,
@@ -111,10 +107,8 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
     rates,
     sizes,
     params=sum(x.size for x in jax.tree.leaves(variables.params)),
-    forward_flops=flops.forward_flops(model, variables, int(sizes.max())),
-    train_flops=flops.Work([(first, work[size]) for first, size in lengths.sizes]).between(
-      0, lengths.total
-    ),
+    forward_flops=forward[int(sizes.max())],
+    train_flops=flops.Work(work).between(0, lengths.total),
   )
 
 
