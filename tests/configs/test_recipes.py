@@ -51,7 +51,8 @@ QUICK = (
 def test_a_trial_takes_some_steps_resumes_and_evaluates(name, shards, tmp_path):
   config = recipes.load(name)
   config.model.num_classes = 6
-  config.data.path = str(shards)
+  if config.data.crop == "random_resized":  # else images must be as large as the net's
+    config.data.path = str(shards)
   trial.shrink(config)
   config_lib.validate(config)
   steps = []
@@ -62,4 +63,4 @@ def test_a_trial_takes_some_steps_resumes_and_evaluates(name, shards, tmp_path):
     steps.append(int(re.search(r"saved at step (\d+) of", str(stopped.value))[1]))
   assert 0 < steps[0] < steps[1] <= 8
   result = evaluate_only(config, str(tmp_path))
-  assert result["step"] == steps[1] and result["examples"] == 29
+  assert result["step"] == steps[1] and result["examples"] == (29 if config.data.path else 8)
