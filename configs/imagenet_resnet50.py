@@ -11,6 +11,8 @@ import ml_collections
 
 from configs import base
 
+TOP1 = "76 to 77"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = base.get_config("resnet")

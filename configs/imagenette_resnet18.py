@@ -15,6 +15,9 @@ import ml_collections
 
 from configs import base
 
+EXAMPLES = 6_000
+TOP1 = "79.9"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = base.get_config("resnet")

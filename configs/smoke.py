@@ -9,6 +9,9 @@ import ml_collections
 
 from configs import base
 
+EXAMPLES = 1_437
+TOP1 = "98.3"
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = base.get_config("cifar_resnet")

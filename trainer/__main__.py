@@ -3,6 +3,7 @@
 --config   run file; configs/README.md lists them
 --workdir  folder of everything the run writes, local or gs://; a run resumes from what is there
 --mode     train (default), or eval: evaluate the newest checkpoint of the workdir
+--trial    the run file made so small that a CPU runs all of it in a minute
 --help     this text and every field of the config; --help=WORD only those about a word
 """
 

@@ -3,17 +3,22 @@
 from collections.abc import Iterator
 import os
 import traceback
+from typing import Any
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
+from configs import trial
 from trainer.errors import TrainerError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
   "config", None, "Run file; single fields are set by --config.field=value."
 )
+
+
+flags.DEFINE_bool("trial", False, "Shrink the run file to a minute on a CPU; see configs/trial.py.")
 
 
 def parse(argv: list[str], needed: str) -> None:
@@ -33,6 +38,11 @@ def parse(argv: list[str], needed: str) -> None:
     if not all(FLAGS[flag.split("=")[0].lstrip("-")].value for flag in needed.split()):
       raise flags.Error(f"{' and '.join(needed.split())} are needed")
     FLAGS.config.to_dict()  # config_flags reports a file that cannot be loaded at its first use
+    if FLAGS.trial:
+      trial.shrink(FLAGS.config)
+      flag: Any = FLAGS["config"]
+      for name, value in flag.override_values.items():
+        FLAGS.config.update_from_flattened_dict({name: value})
   except Exception as error:  # a run file is Python, and may raise anything
     raise TrainerError(_in_words(error, argv)) from error
 
@@ -73,6 +83,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _same(one: str | None, other: str) -> bool:
   return one is not None and os.path.realpath(one) == os.path.realpath(other)
+
+
+def name_of(argv: list[str]) -> str:
+  """Return the run file of a command line by name, as in "imagenet_ffcv:rn18_16"."""
+  word = next(word for word in argv if word.startswith("--config="))
+  file, _, variant = word.removeprefix("--config=").partition(":")
+  name = os.path.basename(file).removesuffix(".py")
+  return f"{name}:{variant}" if variant else name
 
 
 def help_wanted(argv: list[str]) -> str | None:

@@ -19,11 +19,13 @@ class Family(nnx.Module):
 
   Attributes:
     FIELDS: what a config may set in its section `model`, beside name, num_classes and dtype.
+    TRIAL: values of FIELDS that make the smallest net of all its parts, for --trial.
     NO_DECAY: regular expressions of matrices without weight decay, searched for in their path;
       vectors never decay.
   """
 
   FIELDS: ClassVar[Fields] = {}
+  TRIAL: ClassVar[Mapping[str, Any]] = {}
   NO_DECAY: ClassVar[tuple[str, ...]] = ()
 
   @classmethod

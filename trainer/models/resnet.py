@@ -259,6 +259,7 @@ class ResNet(_Trunk):
   """
 
   FIELDS: ClassVar[Fields] = fields_of(depth_of("resnet", 50, STAGES))
+  TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 18, "width": 0.125}
   TITLE = "ResNet"
   CHANNELS = (64, 128, 256, 512)
   STEM = (7, 2)
@@ -323,6 +324,7 @@ class ResNetRS(ResNet):
     se_ratio=0.25,
     drop_path_by="stage",
   )
+  TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 50, "width": 0.0625}
   TITLE = "ResNet-RS"
 
   @staticmethod
@@ -345,6 +347,7 @@ class CifarResNet(_Trunk):
       Check("6n+2 (cifar_resnet: 8, 14, 20, 26, ...)", lambda v: v >= 8 and v % 6 == 2),
     )
   )
+  TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 8, "width": 0.25}
   TITLE = "CIFAR ResNet"
   CHANNELS = (16, 32, 64)
   STEM = (3, 1)
@@ -397,6 +400,7 @@ class CifarResNetV2(CifarResNet):
     stride_at="1x1",
     zero_init_residual=False,
   )
+  TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 11, "width": 0.25}
   TITLE = "CIFAR ResNet v2"
 
   @staticmethod
