@@ -171,8 +171,8 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
 
 def table() -> str:
   """Return every recipe as a row: the table of configs/README.md."""
-  head = "recipe", "epochs", "batch", "steps", "images", "px, training / evaluation"
-  head += "optimizer, peak rate", "EFLOP", "expected top-1"
+  head = ["recipe", "epochs", "batch", "steps", "images", "px, training / evaluation"]
+  head += ["optimizer, peak rate", "EFLOP", "expected top-1"]
   rows = [row(make(recipes.load(name), name), name) for name in recipes.names()]
   return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows])
 
