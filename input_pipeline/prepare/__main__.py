@@ -24,7 +24,7 @@ import signal
 import sys
 from typing import Any
 
-from configs.base import FAULTS
+from configs.data_fields import FAULTS
 from input_pipeline import records
 from input_pipeline.errors import DataError, one_line
 from input_pipeline.prepare import archives as inputs
