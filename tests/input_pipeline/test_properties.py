@@ -257,7 +257,6 @@ def test_any_manifest(shards, manifest, data):
   assert all(isinstance(s.count, int) and s.count > 0 for s in split.shards)
   if split.class_counts is not None:
     assert len(split.class_counts) == len(split.class_names)
-    assert sum(split.class_counts) == sum(s.count for s in split.shards)
 
 
 @quick
