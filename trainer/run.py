@@ -155,7 +155,7 @@ class Run:
       return
     self.start = start_lib.read_start(self.program, self.pod)
     logging.info("config.init_from=%s.", self.start)
-    ours, theirs = getattr(self.train_source, "class_names", ()), self.start.classes
+    ours, theirs = self.data["classes"], self.start.classes
     if self.start.head and ours and theirs and tuple(ours) != theirs:
       logging.warning(
         "The head of config.init_from is of other classes (%s, ...) than the data (%s, ...); "
