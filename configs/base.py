@@ -74,6 +74,20 @@ RUN: Fields = {
     "JAX_COMPILATION_CACHE_DIR takes precedence.",
     resume=YES,
   ),
+  "init_from": Field(
+    "",
+    "Weights that step 0 of a new run takes: a file that trainer.weights reads, or a workdir (its "
+    "averages where it has them), local, gs:// or https:// with a checksum. The head is made anew "
+    "where the number of classes differs. A resume does not read it.",
+    resume=YES,
+  ),
+  "init_exclude": Field(
+    "",
+    "Regular expression of leaves that init_from leaves alone, searched for in their path, as in "
+    "'^head/|^stage4'; and of tensors of the file that have no place in the model.",
+    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    resume=YES,
+  ),
   "mesh.data": Field(
     -1,
     "Examples are split over it; -1 is all that the other two leave.",
@@ -198,6 +212,19 @@ RUN: Fields = {
     "Regular expression of further parameters that do not decay, searched for in their path, as in "
     "'stem_conv|head/bias'.",
     check=Check("a regular expression", lambda v: _is_pattern(v)),
+  ),
+  "optimizer.freeze": Field(
+    "",
+    "Regular expression of parameters that are not trained, searched for in their path, as in "
+    "'^stem|^stage[12]'. A batch norm whose parameters all match computes with its running "
+    "averages, which stay as they are.",
+    check=Check("a regular expression", lambda v: _is_pattern(v)),
+  ),
+  "optimizer.lr_scales": Field(
+    "",
+    "Factors of the learning rate by parameter, PATTERN:FACTOR joined by commas, as in "
+    "'^head/:10, ^stem:0.1': the first regular expression found in the path counts, else 1.",
+    resume=ASK,
   ),
   "optimizer.clip_norm": Field(
     0.0, "Largest norm of the gradient of all parameters; 0 clips nothing.", "", at_least(0), ASK

@@ -16,7 +16,7 @@ import ml_collections
 import optax
 
 from configs import base, names
-from trainer import schedules
+from trainer import finetune, schedules
 from trainer.state import Params, Tree
 
 # Returns a tree of booleans for the parameters; None stands for True everywhere.
@@ -176,7 +176,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Return the gradient transformation of `config.optimizer`.
 
-  Clipping, where asked for, comes first and sees the pure gradient.
+  Clipping, where asked for, comes first and sees the pure gradient. For what is frozen, or has a
+  rate of its own, see trainer/finetune.py.
 
   Args:
     config: a validated config.
@@ -186,6 +187,13 @@ def make_optimizer(
   Raises:
     ValueError: one sentence, if there is no such optimizer.
   """
+  return finetune.wrap(config, _make_rule(config, schedule, no_decay))
+
+
+def _make_rule(
+  config: ml_collections.ConfigDict, schedule: optax.Schedule, no_decay: Sequence[str]
+) -> optax.GradientTransformation:
+  """Return the transformation of all parameters alike."""
   fields, mask = config.optimizer, make_mask(config, no_decay)
   optimizer = names.find(OPTIMIZERS, fields.name, "config.optimizer.name")
   clip = optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity()
@@ -242,6 +250,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """
   fields = config.optimizer
   names.find(OPTIMIZERS, fields.name, "config.optimizer.name")
+  finetune.parse_scales(fields.lr_scales)
   if fields.lr and fields.lr_per_256:
     raise ValueError(
       f"config.optimizer.lr is {fields.lr} and config.optimizer.lr_per_256 is "

@@ -20,6 +20,7 @@ from trainer import (
 )
 from trainer import (
   evaluate,
+  finetune,
   models,
   schedules,
 )
@@ -189,6 +190,7 @@ def build(
   shards = mesh_lib.batch_shards(mesh)
   model, init = make_init(config, optimizer, shards)
   shapes = jax.eval_shape(init)
+  finetune.check(config, shapes.params)
   sizes = image_sizes.distinct(config.data)
   for size in sizes if len(sizes) > 1 else ():
     if jax.eval_shape(make_init(config, optimizer, shards, size)[1]) != shapes:

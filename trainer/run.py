@@ -25,6 +25,7 @@ from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState, Variables
+from trainer.weights import start as start_lib
 from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
@@ -85,6 +86,7 @@ class Run:
     self.requests = Requests(self.mesh, stop, self.checkpointer.wanted)
     self.lease: lease.Lease | None = None
     self.step, self.restored = 0, False
+    self.start: start_lib.Start | None = None
     self.best: dict[str, Any] | None = None
     self.history: list[dict[str, Any]] = []
     self.positions: list[Any] | None = None
@@ -142,6 +144,26 @@ class Run:
       for name, source in self.eval_sources.items()
     }
 
+  def read_start(self) -> None:
+    """Read the weights that a new run begins with, if `config.init_from` names any."""
+    if not self.config.init_from:
+      return
+    if self.restored:
+      logging.info(
+        "config.init_from is not read: this run resumes from its own checkpoint %d.", self.step
+      )
+      return
+    self.start = start_lib.read_start(self.program, self.pod)
+    logging.info("config.init_from=%s.", self.start)
+    ours, theirs = self.data["classes"], self.start.classes
+    if self.start.head and ours and theirs and tuple(ours) != theirs:
+      logging.warning(
+        "The head of config.init_from is of other classes (%s, ...) than the data (%s, ...); "
+        "--config.init_exclude=^head/ makes a new one.",
+        ", ".join(theirs[:3]),
+        ", ".join(ours[:3]),
+      )
+
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
     if self.pod.agree("compile", self.stop()):
@@ -156,7 +178,9 @@ class Run:
         self.steps.prepare("statistics", **self.program.sizes("statistics"))
       for sizes in later:
         self.steps.prepare("train", **sizes)
-      if not self.restored:
+      if self.start:
+        self.state, self.start = start_lib.make_state(self.program, self.start), None
+      elif not self.restored:
         self.state = self.program.init_state()
       self.train_step = self.steps.get("train", **first)
       self._sizes = first

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment, averages, losses
+from trainer import augment, averages, finetune, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
 from trainer.state import (
@@ -90,12 +90,15 @@ def make_train_step(
   average = averages.make_average(config, ema_start)
   loss_of_examples = losses.make_loss(config.loss)
   inputs = augment.make_inputs(config, augment_until)
+  frozen = config.optimizer.freeze
 
   def loss_fn(
     params: Params, statistics: Variables, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
     key_augment, key_model = jax.random.split(key)
+    params = finetune.stop_gradients(frozen, params)
     net = model.merge(statistics._replace(params=params), key_model)
+    finetune.freeze_norms(frozen, net)
     images, targets = inputs(key_augment, batch, step)
     logits = net(images)
     targets = optax.smooth_labels(targets, config.label_smoothing)

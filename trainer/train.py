@@ -59,6 +59,7 @@ def train(
     run.restore()
     exits.callback(run.checkpointer.close)
     run.check_data()
+    run.read_start()
     if final := _already_finished(run):
       return final
     run.compile(exits)

@@ -6,8 +6,8 @@ from clu import parameter_overview
 import jax
 
 from input_pipeline import sources
+from trainer import finetune, models
 from trainer import mesh as mesh_lib
-from trainer import models
 from trainer.program import Program
 
 
@@ -40,6 +40,7 @@ def describe(
     "order": order,
     "length": f"{length}, {epochs}, {every}",
     "decay": _decay(program),
+    **({"frozen": _frozen(program)} if config.optimizer.freeze else {}),
     "devices": f"{len(devices)} x {devices[0].device_kind}, {mesh}",
   }
   return "\n".join(
@@ -55,6 +56,11 @@ def describe(
 def count_params(program: Program) -> int:
   """Return the number of trained parameters."""
   return sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
+
+
+def _frozen(program: Program) -> str:
+  frozen = finetune.frozen(program.config.optimizer.freeze, program.abstract_state.params)
+  return f"{sum(x.size for x in frozen.values()):,} parameters in {len(frozen)} leaves"
 
 
 def _decay(program: Program) -> str:

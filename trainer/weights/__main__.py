@@ -115,11 +115,7 @@ def _import(options: argparse.Namespace, program: str, overrides: list[str]) -> 
   classes, named = facts.classes, options.file
   if options.classes:
     named = f"--classes={options.classes}"
-    try:
-      text = pathlib.Path(options.classes).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-      raise WeightsError(f"{named} cannot be read ({error}).") from error
-    classes = about.parse_classes(text, named)
+    classes = about.read_classes(options.classes)
   about.check_classes(classes, config.model, named)
   run_folder.write(options.workdir, config, model, leaves, classes)
   print(

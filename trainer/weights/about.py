@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -78,6 +79,19 @@ def _read(words: Mapping[str, str], name: str, kind: type) -> Any:
   if not isinstance(value, kind):
     raise WeightsError(f"has {name!r} in its metadata that cannot be read")
   return value
+
+
+def read_classes(file: str) -> tuple[str, ...]:
+  """Return the names of classes in the file of --classes; see `parse_classes`.
+
+  Raises:
+    WeightsError: likewise, and if it cannot be read.
+  """
+  try:
+    text = pathlib.Path(file).read_text()
+  except (OSError, UnicodeDecodeError) as error:
+    raise WeightsError(f"--classes={file} cannot be read ({error}).") from error
+  return parse_classes(text, f"--classes={file}")
 
 
 def parse_classes(text: str, name: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import pathlib
 
 import jax
@@ -13,20 +12,18 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import image
 from input_pipeline.errors import BadRecordError, DataError
 from trainer.state import Variables
-from trainer.weights import foreign, onnx_graph, read, run_folder, safetensors
+from trainer.weights import foreign, onnx_graph, read, safetensors
+from trainer.weights import images as image_files
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
 from trainer.weights.errors import WeightsError
-from trainer.workdir import storage
 
 FORMATS = ("safetensors", "onnx", "stablehlo")
 TOLERANCE = 1e-4  # of logits, relative to the largest
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _NEEDED = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",), "safetensors": ()}
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _BATCH = 16
 _MOST_IMAGES = 256
 
@@ -55,29 +52,6 @@ class Agreement:
     )
 
 
-def source(origin: str, averaged: bool) -> tuple[net_lib.Net, net_lib.Leaves, About]:
-  """Return model, leaves and facts of a workdir, or of a file that brings its config.
-
-  Raises:
-    WeightsError: if it is neither, or damaged.
-  """
-  if "://" in origin or not os.path.isfile(origin):
-    path = None if origin.startswith("https://") else storage.path_of(origin)
-    if path is not None and not path.exists():
-      raise WeightsError(f"There is no {origin}.")
-    if path is not None and run_folder.is_one(path):
-      return run_folder.read(origin, averaged)
-  loaded = read.load(origin, averaged)
-  if not loaded.about.config:
-    raise WeightsError(
-      f"{origin} does not say of which model it is; import it into a workdir first: python -m "
-      f"trainer.weights import {origin} --config=configs/X.py --workdir=DIR"
-    )
-  net = net_lib.build(net_lib.config_of(loaded.about.config))
-  leaves, facts = read.read_weights(origin, net, averaged)
-  return net, leaves, facts
-
-
 def export(
   origin: str,
   kind: str,
@@ -91,7 +65,7 @@ def export(
   """Write the weights of a run in a format, and compare what is read back with the model itself.
 
   Args:
-    origin: see `source`.
+    origin: see `read.read_model`.
     kind: one of FORMATS.
     out: file to write; it appears once the comparison has succeeded.
     averaged: whether averages over steps are taken where the run keeps them, as evaluation does.
@@ -111,7 +85,7 @@ def export(
   target = pathlib.Path(out)
   if not target.parent.is_dir():
     raise WeightsError(f"--out={out} cannot be written: there is no folder {target.parent}.")
-  net, leaves, facts = source(origin, averaged)
+  net, leaves, facts = read.read_model(origin, averaged)
   size = size or net.config.data.eval_image_size
   views = _views(images, net, size) if images else _noise(size)
   partial = target.with_name(f"{target.name}.partial")
@@ -252,17 +226,15 @@ def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
   Raises:
     WeightsError: if there is no image.
   """
-  data = net.config.data
-  resize = data.eval_resize and max(size, round(size * data.eval_resize / data.eval_image_size))
-  files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.suffix.lower() in _SUFFIXES)
+  files = image_files.files_in(folder)
   if not files:
-    raise WeightsError(f"--images={folder} holds no image ({', '.join(_SUFFIXES)}).")
+    raise WeightsError(f"--images={folder} holds no image ({', '.join(image_files.SUFFIXES)}).")
 
   def batches() -> Iterator[np.ndarray]:
     batch: list[np.ndarray] = []
     for path in files[:_MOST_IMAGES]:
       try:
-        batch.append(image.eval_view(path.read_bytes(), resize, size, data.eval_interpolation))
+        batch.append(image_files.view(path.read_bytes(), net, size))
       except (BadRecordError, DataError, OSError):
         continue
       if len(batch) == _BATCH:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+import ml_collections
 import numpy as np
 
 from trainer.errors import ConfigError
@@ -159,32 +160,90 @@ def read_weights(
       first of these, and what the weights are.
   """
   loaded = load(origin, averaged)
+  return _whole(loaded, net), loaded.about
+
+
+def read_model(
+  origin: str, averaged: bool = True, config: ml_collections.ConfigDict | None = None
+) -> tuple[net_lib.Net, net_lib.Leaves, About]:
+  """Return the model of weights, its leaves by path, and what is known about them.
+
+  Args:
+    origin: as of `load`.
+    averaged: as of `load`.
+    config: validated, of the model; None if the weights bring their own, as those of a workdir and
+      of a file that was exported from one do.
+
+  Raises:
+    WeightsError: as `read_weights`, and if nothing says of which model the weights are.
+  """
+  if config is None and not origin.startswith("https://"):
+    path = storage.path_of(origin)
+    if not path.exists():
+      raise WeightsError(f"There is no {origin}.")
+    if run_folder.is_one(path):
+      return run_folder.read(origin, averaged)
+  loaded = load(origin, averaged)
+  if config is None:
+    if not loaded.about.config:
+      raise WeightsError(
+        f"{origin} does not say of which model it is; give the --config of one, or import it into "
+        f"a workdir first: python -m trainer.weights import {origin} --config=configs/X.py "
+        "--workdir=DIR"
+      )
+    config = net_lib.config_of(loaded.about.config)
+  net = net_lib.build(config)
+  return net, _whole(loaded, net), loaded.about
+
+
+def _whole(loaded: Loaded, net: net_lib.Net) -> net_lib.Leaves:
+  """Return the leaves of a model, all of them, from tensors that are nothing else."""
   found = fit(loaded, net)
   if not found.complete:
-    raise WeightsError(
-      f"{origin} does not fit config.model ({net.describe()}, {net.config.model.num_classes:,} "
-      f"classes): {found.problems()}. {_advice(loaded.guess, net)}"
-    )
-  return found.found, loaded.about
+    raise misfit(loaded, net, found)
+  return found.found
 
 
-def fit(loaded: Loaded, net: net_lib.Net) -> foreign.Fit:
+def fit(loaded: Loaded, net: net_lib.Net, leaves: net_lib.Leaves | None = None) -> foreign.Fit:
   """Return how tensors fit a model, also in part.
+
+  Args:
+    loaded: the tensors.
+    net: the model.
+    leaves: shape and dtype of those that are wanted; None for all.
 
   Raises:
     WeightsError: if a tensor that has a place holds what is no weight.
   """
   try:
-    return foreign.fit(loaded.tensors, net.leaves, net.torch_name)
+    return foreign.fit(loaded.tensors, net.leaves if leaves is None else leaves, net.torch_name)
   except WeightsError as error:
     raise WeightsError(f"{loaded.origin} {error}.") from error
 
 
-def _advice(guess: foreign.Guess, net: net_lib.Net) -> str:
+def misfit(
+  loaded: Loaded, net: net_lib.Net, found: foreign.Fit, any_head: bool = False
+) -> WeightsError:
+  """Return the sentence about weights that do not fit.
+
+  Args:
+    loaded: the weights.
+    net: the model.
+    found: what `fit` has returned.
+    any_head: whether the number of classes may differ.
+  """
+  return WeightsError(
+    f"{loaded.origin} does not fit config.model ({net.describe()}, "
+    f"{net.config.model.num_classes:,} classes): {found.problems()}. "
+    f"{_advice(loaded.guess, net, any_head)}"
+  )
+
+
+def _advice(guess: foreign.Guess, net: net_lib.Net, any_head: bool) -> str:
   """Return what the weights look like, and which fields would make their model."""
   model, fields = net.config.model, []
   if guess.depth and "depth" in model and guess.depth != model.depth:
     fields.append(f"--config.model.depth={guess.depth}")
-  if guess.classes and guess.classes != model.num_classes:
+  if guess.classes and guess.classes != model.num_classes and not any_head:
     fields.append(f"--config.model.num_classes={guess.classes}")
   return f"The weights look like {guess}" + (f"; give {' '.join(fields)}." if fields else ".")

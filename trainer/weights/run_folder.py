@@ -11,6 +11,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 
 from trainer import config as config_lib
@@ -105,13 +106,11 @@ def _read_step(
 
 
 def _item(path: epath.Path) -> Tree:
-  """Return a tree of arrays of a checkpoint on one device, whatever mesh has written it."""
+  """Return a tree of a checkpoint in the memory of this host, whatever mesh has written it."""
   handler = ocp.StandardCheckpointHandler()
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with contextlib.closing(handler):
     shapes = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-      handler.metadata(path).tree,
+      lambda leaf: np.empty(leaf.shape, leaf.dtype), handler.metadata(path).tree
     )
     return handler.restore(path, args=ocp.args.StandardRestore(shapes))
 

@@ -1,0 +1,157 @@
+"""`config.init_from`: what a new run begins with, and what is refused before anything compiles."""
+
+import types
+
+from absl import logging
+import jax
+import numpy as np
+import pytest
+
+from tests.trainer import tiny
+from trainer import program as program_lib
+from trainer import train
+from trainer.errors import ConfigError, TrainerError
+from trainer.weights import export, foreign, read, run_folder, safetensors, start
+from trainer.weights import net as net_lib
+
+ALONE = types.SimpleNamespace(host=0, hosts=1, gather=lambda name, value: {0: value})
+
+
+@pytest.fixture(scope="module")
+def donor(tmp_path_factory):
+  """A workdir with random weights of six classes, their leaves, and the same as safetensors."""
+  config = tiny.get_config()
+  config.data.kind = "synthetic"
+  net = net_lib.build(config)
+  leaves = net_lib.random_leaves(net)
+  folder = tmp_path_factory.mktemp("donor")
+  run_folder.write(str(folder / "run"), config, net, leaves, tuple("abcdef"))
+  export.export(str(folder / "run"), "safetensors", str(folder / "weights.safetensors"))
+  return folder, leaves
+
+
+def begin(config, **fields):
+  """Return the program, what was read, and the leaves of the state of step 0."""
+  config.update(fields)
+  program = program_lib.build(config, 64)
+  found = start.read_start(program, ALONE)
+  return program, found, start.make_state(program, found)
+
+
+def flat(*variables):
+  return {name: np.asarray(x) for name, x in net_lib.flatten(variables).items()}
+
+
+def test_all_leaves_bit_for_bit_with_averages_and_a_new_optimizer(config, donor):
+  config.optimizer.ema_decay = 0.9
+  folder, leaves = donor
+  program, found, state = begin(config, init_from=str(folder / "run"))
+  assert not found.anew and not found.left_over and found.head
+  assert found.classes == tuple("abcdef")
+  assert f"{len(leaves)} loaded" in str(found) and "0 made anew; 0 left over" in str(found)
+  for ours in (state.raw(), state.for_eval()):
+    ours = flat(*ours)
+    assert ours.keys() == leaves.keys()
+    for name, leaf in leaves.items():
+      np.testing.assert_array_equal(ours[name], leaf, strict=True)
+  fresh = program.init_state()
+  assert int(state.step) == 0
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
+  # A step donates the state: no two leaves may share their memory.
+  pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
+  assert len(set(pointers)) == len(pointers)
+
+
+def test_a_new_head_for_other_classes_and_what_is_excluded(config, donor):
+  folder, leaves = donor
+  config.model.num_classes = 4
+  program, found, state = begin(
+    config, init_from=str(folder / "weights.safetensors"), init_exclude="^stage3_block1/conv"
+  )
+  anew = {"head/bias", "head/kernel", "stage3_block1/conv1/kernel", "stage3_block1/conv2/kernel"}
+  assert set(found.anew) == anew and not found.head
+  assert set(found.left_over) == {
+    "fc.bias",
+    "fc.weight",
+    "layer3.0.conv1.weight",
+    "layer3.0.conv2.weight",
+  }
+  assert "4 made anew (head/bias, head/kernel, stage3_block1/conv1/kernel, ...)" in str(found)
+  ours, drawn = flat(*state.raw()), flat(*program.init_state().raw())
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], drawn[name] if name in anew else leaves[name])
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"model.depth": 14}, ["does not fit config.model (CIFAR ResNet-14", "layer1.1.", "depth=8"]),
+    ({"model.width": 0.5}, ["of another shape", "instead of"]),
+    ({"init_from": "nowhere.pth"}, ["config.init_from: There is no nowhere.pth"]),
+    ({"init_from": "https://x.y/z.pth"}, ["config.init_from", "no checksum"]),
+    ({"init_exclude": "^stem/"}, ["init_exclude is '^stem/'", "no leaf of the model matches"]),
+    ({"init_exclude": "."}, ["init_exclude is '.'", "leaves nothing"]),
+  ],
+)
+def test_refused_in_one_sentence(config, donor, fields, words):
+  config.init_from = str(donor[0] / "weights.safetensors")
+  for name, value in fields.items():
+    section, _, leaf = name.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+  with pytest.raises(TrainerError) as caught:
+    start.read_start(program_lib.build(config, 64), ALONE)
+  assert all(word in str(caught.value) for word in words), caught.value
+  assert "\n" not in str(caught.value)
+
+
+def test_a_smaller_net_does_not_take_a_part_of_a_larger_one(config, donor, tmp_path):
+  """Every leaf of the smaller one is there, in its shape; what is left over gives it away."""
+  config.model.depth = 14
+  net = net_lib.build(config)
+  file = tmp_path / "deep.safetensors"
+  tensors = {
+    net.torch_name(leaf): foreign.theirs(leaf, net.torch_name(leaf), array)
+    for leaf, array in net_lib.random_leaves(net).items()
+  }
+  file.write_bytes(b"".join(safetensors.encode(tensors, {})))
+  config.model.depth, config.init_from = 8, str(file)
+  program = program_lib.build(config, 64)
+  with pytest.raises(TrainerError, match=r"without a place in the model .*depth=14"):
+    start.read_start(program, ALONE)
+  config.init_exclude = r"^layer\d\.1"
+  found = start.read_start(program, ALONE)
+  assert not found.anew and len(found.left_over) == 30
+
+
+def test_hosts_that_read_other_weights_end_together(config, donor):
+  config.init_from = str(donor[0] / "weights.safetensors")
+  program = program_lib.build(config, 64)
+
+  def pod(answer):
+    return types.SimpleNamespace(host=0, hosts=2, gather=lambda name, own: {0: own, 1: answer})
+
+  with pytest.raises(ConfigError, match=r"Host 1 reads other weights at config\.init_from"):
+    start.read_start(program, pod(["", "another digest"]))
+  with pytest.raises(TrainerError, match=r"Host 1: config\.init_from: There is no"):
+    start.read_start(program, pod(["config.init_from: There is no x.", ""]))
+  assert start.read_start(
+    program, pod(["", read.digest(start.read_start(program, ALONE).leaves)])
+  ).leaves
+
+
+def test_a_run_begins_with_them_and_a_resume_never_reads_them(config, donor, tmp_path, caplog):
+  logging.set_verbosity(logging.INFO)  # commands of other tests have lowered it
+  caplog.set_level("INFO")
+  folder, leaves = donor
+  config.update(init_from=str(folder / "run"), total_steps=2)
+  config.optimizer.update(freeze="^stem|^stage1|^stage2|^stage3", ema_decay=0.5)
+  config.log.every_steps = 2
+  first = train.train(config, str(tmp_path / "run"))
+  assert "0 made anew" in caplog.text
+  _, after, _ = run_folder.read(str(tmp_path / "run"), averaged=False)
+  changed = {name for name in leaves if not np.array_equal(after[name], leaves[name])}
+  assert changed == {"head/kernel", "head/bias"}  # with running averages of all batch norms
+  config.init_from = "nowhere"
+  caplog.clear()
+  assert train.train(config, str(tmp_path / "run"))["loss"] == first["loss"]
+  assert "config.init_from is not read" in caplog.text

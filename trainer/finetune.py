@@ -1,0 +1,140 @@
+"""Parts of a model that are not trained, or at a rate of their own: for fine-tuning.
+
+`config.optimizer.freeze` names parameters that stay as they are: they have no gradient, no weight
+decay, and no place in the state of the optimizer or in the norm that clips the gradient. A batch
+norm whose parameters are all frozen computes as in evaluation, by its running averages, which stay
+as well: a frozen trunk is then the same function in training as in evaluation.
+
+`config.optimizer.lr_scales` multiplies the whole update of a parameter, its decay included, as the
+rate of a parameter group does in torch.
+"""
+
+from collections.abc import Sequence
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import ml_collections
+import optax
+
+from trainer.errors import ConfigError
+from trainer.models.norm import BatchNorm
+from trainer.state import Params, Tree
+
+_SHOWN = 3  # parameters in a message
+
+
+def parse_scales(text: str) -> list[tuple[str, float]]:
+  """Return the (pattern, factor) pairs of `config.optimizer.lr_scales`.
+
+  Raises:
+    ValueError: one sentence that names the field.
+  """
+  pairs = []
+  for entry in filter(None, (part.strip() for part in text.split(","))):
+    pattern, _, number = entry.rpartition(":")
+    try:
+      re.compile(pattern)
+      factor = float(number)
+    except (re.error, ValueError):
+      factor = 0.0
+    if not (pattern and 0 < factor < float("inf")):
+      raise ValueError(
+        f"config.optimizer.lr_scales has {entry!r}, which is no PATTERN:FACTOR with a regular "
+        "expression without commas and a positive factor; '^head/:10, ^stem:0.1' is one."
+      )
+    pairs.append((pattern, factor))
+  return pairs
+
+
+def check(config: ml_collections.ConfigDict, params: Params) -> None:
+  """Refuse patterns that no parameter matches, and a run in which nothing is trained.
+
+  Args:
+    config: a validated config.
+    params: of the model; may be abstract.
+
+  Raises:
+    ConfigError: one sentence that names the field.
+  """
+  names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  fields = config.optimizer
+  wanted = [("freeze", fields.freeze)] if fields.freeze else []
+  wanted += [("lr_scales", pattern) for pattern, _ in parse_scales(fields.lr_scales)]
+  for field, pattern in wanted:
+    if not any(re.search(pattern, name) for name in names):
+      raise ConfigError(
+        f"config.optimizer.{field} has {pattern!r}, which is in the path of no parameter; they are "
+        f"{', '.join(names[:_SHOWN])}, ..."
+      )
+  if fields.freeze and len(frozen(fields.freeze, params)) == len(names):
+    raise ConfigError(
+      f"config.optimizer.freeze is {fields.freeze!r}, which matches every parameter; nothing would "
+      "be trained."
+    )
+
+
+def wrap(
+  config: ml_collections.ConfigDict, rule: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Return the rule for the parameters that are trained, with their factors.
+
+  Without `freeze` the state is that of the rule itself.
+  """
+  fields = config.optimizer
+  if scales := parse_scales(fields.lr_scales):
+    rule = _scaled(rule, scales)
+  if fields.freeze:
+    rules = {True: rule, False: optax.set_to_zero()}
+    rule = optax.partition(
+      rules, lambda params: _map(params, lambda name, _: not re.search(fields.freeze, name))
+    )
+  return rule
+
+
+def _scaled(
+  rule: optax.GradientTransformation, scales: Sequence[tuple[str, float]]
+) -> optax.GradientTransformation:
+  def scale(name: str, update: jax.Array) -> jax.Array:
+    factor = next((factor for pattern, factor in scales if re.search(pattern, name)), 1.0)
+    return update if factor == 1.0 else update * factor
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = rule.update(updates, state, params)
+    return _map(updates, scale), state
+
+  return optax.GradientTransformation(rule.init, update)
+
+
+def frozen(pattern: str, params: Params) -> dict[str, Any]:
+  """Return the parameters that match, by path."""
+  leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+  return {name: leaf for name, leaf in leaves.items() if re.search(pattern, name)}
+
+
+def stop_gradients(pattern: str, params: Params) -> Params:
+  """Return the parameters, without a gradient for those that match; "" leaves them all."""
+  if not pattern:
+    return params
+  return _map(params, lambda name, x: jax.lax.stop_gradient(x) if re.search(pattern, name) else x)
+
+
+def freeze_norms(pattern: str, model: nnx.Module) -> None:
+  """Put each batch norm in evaluation mode whose parameters all match; "" leaves them all."""
+  for path, module in nnx.iter_modules(model) if pattern else ():
+    if isinstance(module, BatchNorm | nnx.BatchNorm):
+      own = [(*path, *inner) for inner, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))]
+      if own and all(re.search(pattern, "/".join(map(str, name))) for name in own):
+        module.eval()
+
+
+def _map(tree: Tree, function: Any) -> Tree:
+  """Map function(name, leaf) over a tree of parameters."""
+  return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

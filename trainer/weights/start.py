@@ -1,0 +1,169 @@
+"""The start of a run from weights that there are: `config.init_from`."""
+
+from collections.abc import Sequence
+import dataclasses
+import re
+
+import jax
+import ml_collections
+
+from trainer.errors import ConfigError, TrainerError
+from trainer.pod.pod import Pod
+from trainer.program import Program
+from trainer.state import TrainState
+from trainer.weights import foreign, read
+from trainer.weights import net as net_lib
+from trainer.weights.errors import WeightsError
+
+_SHOWN = 3  # names in a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """What a run begins with.
+
+  Attributes:
+    weights: where they are from, in words.
+    leaves: arrays by path, in the shapes and dtypes of the model.
+    anew: paths of all other leaves, which are drawn as without these weights.
+    left_over: tensors of the file that are not used.
+    classes: names of the classes that the weights were trained on, if they are known.
+    head: whether these include the layer whose shape follows from the number of classes.
+  """
+
+  weights: str
+  leaves: net_lib.Leaves
+  anew: Sequence[str]
+  left_over: Sequence[str]
+  classes: tuple[str, ...]
+  head: bool
+
+  def __str__(self) -> str:
+    return (
+      f"{self.weights}: {_list(list(self.leaves), 'loaded')}; {_list(self.anew, 'made anew')}; "
+      f"{_list(self.left_over, 'left over')}"
+    )
+
+
+def read_start(program: Program, pod: Pod) -> Start:
+  """Read the weights of `config.init_from` on every host; all get the same, or all end.
+
+  Raises:
+    TrainerError: one sentence: what `trainer.weights.read.load` raises; if leaves are missing or of
+      another shape, but for the head; if tensors are left over that `config.init_exclude` does not
+      name; or if hosts read different weights.
+  """
+  start, trouble = None, ""
+  try:
+    start = _read(program)
+  except TrainerError as error:
+    trouble = f"config.init_from: {error}"
+  digest = read.digest(start.leaves) if start and pod.hosts > 1 else ""
+  seen = pod.gather("config.init_from", [trouble, digest])
+  for host, (words, theirs) in sorted(seen.items()):
+    if words:
+      raise WeightsError(words if host == pod.host else f"Host {host}: {words}")
+    if theirs != seen[0][1]:
+      raise ConfigError(
+        f"Host {host} reads other weights at config.init_from={program.config.init_from} than host "
+        "0; give all hosts the same file, or a workdir that no run writes to."
+      )
+  if start is None:
+    raise AssertionError("a host without weights has a trouble")
+  return start
+
+
+def _read(program: Program) -> Start:
+  config = program.config
+  loaded = read.load(config.init_from)
+  net = net_lib.Net(config, program.model, program.abstract_state.raw())
+  names = {leaf: net.torch_name(leaf) for leaf in net.leaves}
+  excluded = _excluded(config.init_exclude, [*net.leaves, *loaded.tensors])
+  anew = excluded.intersection(net.leaves)
+  found = read.fit(loaded, net, {n: leaf for n, leaf in net.leaves.items() if n not in anew})
+  head = _head(config, net)
+  if head.intersection(found.misfits) or head <= found.missing.keys():
+    anew |= head
+  for kind in (found.found, found.missing, found.misfits):
+    for leaf in anew.intersection(kind):
+      kind.pop(leaf)
+  found.left_over[:] = sorted(set(found.left_over).difference(names.values(), excluded))
+  if not found.complete:
+    raise read.misfit(loaded, net, found, any_head=True)
+  if not found.found:
+    raise WeightsError(
+      f"config.init_exclude is {config.init_exclude!r}, which leaves nothing of {loaded.origin} to "
+      "load."
+    )
+  about = loaded.about
+  words = f"{config.init_from} ({loaded.kind}" + (
+    f", {'averages' if about.weights == 'ema' else 'weights'} of step {about.step})"
+    if about.step is not None
+    else f", {loaded.guess})"
+  )
+  used = {names[leaf] for leaf in found.found}
+  return Start(
+    weights=words,
+    leaves=found.found,
+    anew=sorted(anew, key=foreign.natural),
+    left_over=sorted(loaded.tensors.keys() - used, key=foreign.natural),
+    classes=about.classes,
+    head=not head & anew,
+  )
+
+
+def _excluded(pattern: str, names: Sequence[str]) -> set[str]:
+  """Return the names that `config.init_exclude` matches.
+
+  Raises:
+    WeightsError: if there are none.
+  """
+  if not pattern:
+    return set()
+  found = {name for name in names if re.search(pattern, name)}
+  if not found:
+    raise WeightsError(
+      f"config.init_exclude is {pattern!r}, which no leaf of the model matches; they are "
+      f"{', '.join(names[:_SHOWN])}, ..."
+    )
+  return found
+
+
+def _head(config: ml_collections.ConfigDict, net: net_lib.Net) -> set[str]:
+  """Return the leaves whose shape follows from the number of classes."""
+  other = ml_collections.ConfigDict(config.to_dict())
+  other.model.num_classes += 1
+  theirs = net_lib.build(other).leaves
+  return {name for name, leaf in net.leaves.items() if leaf.shape != theirs[name].shape}
+
+
+def make_state(program: Program, start: Start) -> TrainState:
+  """Return the state of step 0 with these weights, each leaf in place on all devices.
+
+  What is made anew has the values that it has without them; averages are copies, the optimizer is
+  new.
+  """
+  shapes = net_lib.flatten(program.abstract_state.raw())
+  net = net_lib.Net(program.config, program.model, program.abstract_state.raw())
+  given = {
+    name: jax.make_array_from_callback(leaf.shape, shapes[name].sharding, leaf.__getitem__)
+    for name, leaf in start.leaves.items()
+  }
+
+  def begin(given: net_lib.Leaves) -> TrainState:
+    drawn = program.init()
+    variables = net.variables(net_lib.flatten(drawn.raw()) | given)
+    averages = {"params": variables.params, "batch_stats": variables.batch_stats}
+    return dataclasses.replace(
+      drawn,
+      **variables._asdict(),
+      opt_state=program.optimizer.init(variables.params),
+      ema=drawn.ema and drawn.ema | averages,
+    )
+
+  return jax.jit(begin, out_shardings=program.state_shardings())(given)
+
+
+def _list(names: Sequence[str], what: str) -> str:
+  some = ", ".join(names[:_SHOWN]) + (", ..." if names[_SHOWN:] else "")
+  return f"{len(names):,} {what}" + (f" ({some})" if names else "")
