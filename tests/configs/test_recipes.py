@@ -1,6 +1,7 @@
 """Every recipe: its fields, and a trial run of two steps, a resume and an evaluation."""
 
 import itertools
+import pathlib
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from configs import recipes, trial
 from tests.configs import golden
 from trainer import config as config_lib
 from trainer.errors import Preempted
+from trainer.tools import plan
 from trainer.train import evaluate_only, train
 
 NAMES = recipes.names()
@@ -64,3 +66,10 @@ def test_a_trial_takes_some_steps_resumes_and_evaluates(name, shards, tmp_path):
   assert 0 < steps[0] < steps[1] <= 8
   result = evaluate_only(config, str(tmp_path))
   assert result["step"] == steps[1] and result["examples"] == (29 if config.data.path else 8)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_plan_prints():
+  text = (pathlib.Path(recipes.__file__).parent / "README.md").read_text()
+  shown = text.partition("<!-- recipes: begin -->")[2].partition("<!-- recipes: end -->")[0]
+  assert shown.strip() == plan.table()

@@ -92,7 +92,8 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   schedule = schedules.make_schedule(
     config, warmup_steps=lengths.warmup, total_steps=lengths.total, per_epoch=lengths.per_epoch
   )
-  steps = np.unique(np.linspace(0, lengths.total - 1, _POINTS).astype(np.int32))
+  even = np.linspace(0, lengths.total - 1, _POINTS).astype(np.int32)
+  steps = np.unique([*even, lengths.warmup])
   rates = np.asarray(jax.vmap(schedule)(steps))
   sizes = np.array([image_sizes.at(lengths.sizes, int(step)) for step in steps])
   model, init = make_init(config, optax.identity(), shards=1)
@@ -182,7 +183,7 @@ def row(plan: Plan, name: str) -> str:
   config = plan.config
   cells = [
     f"`{name}`",
-    f"{plan.lengths.total / plan.lengths.per_epoch:.4g}",
+    f"{plan.lengths.total / plan.lengths.per_epoch:.3g}",
     f"{config.global_batch_size:,}",
     f"{plan.lengths.total:,}",
     f"{plan.images / 1e6:,.4g} M",
