@@ -34,7 +34,7 @@ def get_config(variant: str = "layers") -> ml_collections.ConfigDict:
   config.label_smoothing = 0.1
 
   config.model.depth = 50
-  config.data.crop_area = (0.25, 1.0)  # the net knows how small parts look; a short run need not
+  config.data.crop_area = (0.25, 1.0)  # a short run gains little from tiny crops
 
   # A tenth of the rate of training from scratch, a hundredth for the stem.
   config.optimizer.lr_per_256 = 0.01

@@ -84,7 +84,7 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
     examples: of the training split; 0 takes them from the data, or those of the recipe.
 
   Raises:
-    ConfigError: if the config is refused, or nobody knows how many examples there are.
+    ConfigError: if the config is refused, or the number of examples cannot be found.
   """
   config_lib.validate(config)
   examples = examples or _examples(config, name)
