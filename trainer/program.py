@@ -122,9 +122,12 @@ class Program:
         variables, (variables.batch_stats, evaluate.abstract_count(self.mesh)), batch
       )
     if mode == "eval":
+      fields, classes = self.config.eval, self.config.model.num_classes
       eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
+      totals = evaluate.abstract_totals(self.mesh, classes if fields.per_class else 0)
+      only = () if fields.classes == "all" else (evaluate.abstract_allowed(self.mesh, classes),)
       return jax.jit(eval_step, out_shardings=replicated).lower(
-        self.abstract_state.for_eval(), evaluate.abstract_totals(self.mesh), batch, requests
+        self.abstract_state.for_eval(), totals, batch, requests, *only
       )
     train_step = step_lib.make_train_step(
       self.model,

@@ -21,6 +21,7 @@ from trainer.errors import Preempted
 from trainer.pod.pod import Pod
 from trainer.pod.requests import Requests
 from trainer.program import Program, Steps
+from trainer.reporting import classes as class_tables
 from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
@@ -28,6 +29,7 @@ from trainer.state import TrainState, Variables
 from trainer.weights import start as start_lib
 from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
+from trainer.workdir.files import read_json, write_json
 from trainer.workdir.paths import Workdir
 
 
@@ -132,11 +134,13 @@ class Run:
 
   def match_labels(self) -> None:
     """Compare the classes of an evaluated data set by name with those that the run has learned."""
-    if self.saved_data is None:  # of an earlier version, which kept no names
+    if self.saved_data is not None:
+      self._match_labels(self.saved_data["classes"])
+    elif names := self._imported_classes():
+      self._match_labels(names)
+    else:  # of an earlier version, which kept no names
       for source in self.eval_sources.values():
         sources.check_number(source, self.config.data, self.config.model.num_classes)
-    else:
-      self._match_labels(self.saved_data["classes"])
 
   def _match_labels(self, classes: Sequence[str]) -> None:
     self._labels = {
@@ -281,7 +285,8 @@ class Run:
     self.pod.at(f"evaluation of step {self.step}")
     with self.clock("compile"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
-    weights, results = self._weights(), {}
+    weights, results, tables = self._weights(), {}, {}
+    classes = self.config.model.num_classes if self.config.eval.per_class else 0
     for name, source in self.eval_sources.items():
       self.pod.at(f"evaluation of step {self.step} on {name}")
       host_batches = self._one_pass(source)
@@ -292,11 +297,36 @@ class Run:
           weights,
           data_lib.relabelled(host_batches, self._labels.get(name)),
           self.requests.flags,
+          classes,
+          self._allowed(name) if self.config.eval.classes == "data" else None,
         )
       if result is None:
         return None
+      if classes:
+        tables[name] = class_tables.table(result.pop("confusion"), self._class_names())
       results[name] = result
+    if classes:
+      write_json(self.workdir.eval_classes, {"step": self.step, "splits": tables})
     return evaluate_lib.join(results)
+
+  def _allowed(self, split: str) -> np.ndarray:
+    """Return which classes of the run a split has, bool [classes]."""
+    source, table = self.eval_sources[split], self._labels.get(split)
+    counts = source.class_counts
+    labels = np.arange(source.num_classes) if counts is None else np.flatnonzero(counts)
+    allowed = np.zeros(self.config.model.num_classes, np.bool_)
+    allowed[labels if table is None else table[labels]] = True
+    return allowed
+
+  def _class_names(self) -> Sequence[str]:
+    """Return the names of the classes that the run has learned; numbers if they are not known."""
+    number = self.config.model.num_classes
+    known = [self._imported_classes(), (self.saved_data or self.data)["classes"]]
+    return next((n for n in known if n and len(n) == number), [str(i) for i in range(number)])
+
+  def _imported_classes(self) -> Sequence[str]:
+    """Return the names that the workdir has; those of imported weights stand nowhere else."""
+    return (read_json(self.workdir.classes, {"classes": list}) or {}).get("classes", ())
 
   def _weights(self) -> list[Variables]:
     """Return what an evaluation is of: the averaged weights, if any, and the others."""
