@@ -301,6 +301,12 @@ RUN: Fields = {
     "WORKDIR/eval_classes.json.",
     resume=YES,
   ),
+  "eval.real_labels": Field(
+    "",
+    "File of ReaL labels for the validation images of ILSVRC2012 (real.json, arXiv:2006.07159), "
+    "local or gs://: adds real_top1 over the images that have any.",
+    resume=YES,
+  ),
   "eval.precise_bn_examples": Field(
     0,
     "Before an evaluation BN statistics are computed anew over so many training images, a fixed "

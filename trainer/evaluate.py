@@ -34,25 +34,30 @@ _TOTALS = {
 }
 
 
-def abstract_totals(mesh: Mesh, classes: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_totals(
+  mesh: Mesh, classes: int = 0, real: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of what `eval_step` adds to, replicated: scalars.
 
   Args:
     mesh: the mesh of the run.
     classes: if not 0, also `confusion`: examples by label and by the class with the highest logit.
+    real: whether there are ReaL labels: also how many examples have any, and right answers.
   """
   whole = mesh_lib.replicated(mesh)
   totals = {name: jax.ShapeDtypeStruct((), t, sharding=whole) for name, t in _TOTALS.items()}
+  for name in ("real_top1", "real_examples") if real else ():
+    totals[name] = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
   if classes:
     totals["confusion"] = jax.ShapeDtypeStruct((classes, classes), np.int32, sharding=whole)
   return totals
 
 
-def zero_totals(mesh: Mesh, classes: int = 0) -> Totals:
+def zero_totals(mesh: Mesh, classes: int = 0, real: bool = False) -> Totals:
   """Return `abstract_totals` with every number zero."""
   return {
     name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-    for name, x in abstract_totals(mesh, classes).items()
+    for name, x in abstract_totals(mesh, classes, real).items()
   }
 
 
@@ -69,7 +74,8 @@ def abstract_count(mesh: Mesh) -> jax.ShapeDtypeStruct:
 class Result(TypedDict):
   """Means over the examples of a split, and their number.
 
-  With `config.eval.raw` the `raw_` means are those of weights that are not averaged. `splits` holds
+  With ReaL labels `real_top1` is the mean over `real_examples`, those that have any. With
+  `config.eval.raw` the `raw_` means are those of weights that are not averaged. `splits` holds
   the results of all splits but the first, by name. `confusion` is int32 [classes, classes], see
   `abstract_totals`; no result that is written has it.
   """
@@ -81,6 +87,8 @@ class Result(TypedDict):
   raw_loss: NotRequired[float]
   raw_top1: NotRequired[float]
   raw_top5: NotRequired[float]
+  real_top1: NotRequired[float]
+  real_examples: NotRequired[int]
   confusion: NotRequired[np.ndarray]
   splits: NotRequired[dict[str, "Result"]]
 
@@ -101,6 +109,8 @@ def in_words(result: Result) -> list[str]:
   )
   if "raw_top1" in result:
     line += f"; not averaged: top1 {100 * result['raw_top1']:.2f}%"
+  if "real_top1" in result:
+    line += f"; ReaL {100 * result['real_top1']:.2f}% on {result['real_examples']} examples"
   others = result.get("splits", {})
   return [line, *(f"{name}: {words}" for name in others for words in in_words(others[name]))]
 
@@ -136,6 +146,7 @@ def evaluate(
   requests: Callable[[], jax.Array],
   classes: int = 0,
   allowed: np.ndarray | None = None,
+  real: bool = False,
 ) -> Result | None:
   """Run the model over a whole split.
 
@@ -148,6 +159,7 @@ def evaluate(
       evaluation on all.
     classes: if not 0, the result has `confusion` of so many classes, of the first weights.
     allowed: bool [classes], which classes count; None for a step that counts all of them.
+    real: whether batches have `accepted`; see trainer/real_labels.py.
 
   Returns:
     The result, or None if it was stopped.
@@ -155,10 +167,11 @@ def evaluate(
   Raises:
     NonFiniteError: if the mean loss is not a finite number.
   """
-  totals = [zero_totals(mesh, classes) for _ in weights]
+  totals = [zero_totals(mesh, classes, real) for _ in weights]
+  names = (*BATCH, "accepted") if real else BATCH
   only = () if allowed is None else (jax.device_put(allowed, mesh_lib.replicated(mesh)),)
   in_flight: collections.deque[jax.Array] = collections.deque()
-  with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, BATCH)) as batches:
+  with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, names)) as batches:
     for batch in batches:
       flags = requests()
       totals = [
@@ -185,4 +198,8 @@ def _means(sums: Mapping[str, np.ndarray]) -> Result:
   loss, top1, top5 = (float(sums[name]) / examples for name in ("loss", "top1", "top5"))
   if not np.isfinite(loss):
     raise NonFiniteError(f"the evaluation loss is {loss}; the weights are not usable.")
-  return Result(loss=loss, top1=top1, top5=top5, examples=examples)
+  result = Result(loss=loss, top1=top1, top5=top5, examples=examples)
+  if "real_top1" in sums:
+    result["real_examples"] = int(sums["real_examples"])
+    result["real_top1"] = float(sums["real_top1"]) / max(1, result["real_examples"])
+  return result

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import hashlib
+import re
 from typing import Any
 
 from absl import logging
@@ -16,8 +18,9 @@ from trainer import data as data_lib
 from trainer import evaluate as evaluate_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
+from trainer import real_labels
 from trainer.config import Changes
-from trainer.errors import Preempted
+from trainer.errors import ConfigError, Preempted
 from trainer.pod.pod import Pod
 from trainer.pod.requests import Requests
 from trainer.program import Program, Steps
@@ -89,6 +92,7 @@ class Run:
     self.lease: lease.Lease | None = None
     self.step, self.restored = 0, False
     self.start: start_lib.Start | None = None
+    self._real: np.ndarray | None = None
     self.best: dict[str, Any] | None = None
     self.history: list[dict[str, Any]] = []
     self.positions: list[Any] | None = None
@@ -167,6 +171,26 @@ class Run:
         ", ".join(theirs[:3]),
         ", ".join(ours[:3]),
       )
+
+  def read_real_labels(self) -> None:
+    """Read `config.eval.real_labels`, if it names any; all hosts must have the same."""
+    if not (path := self.config.eval.real_labels):
+      return
+    self._real = real_labels.read(path, self.config.model.num_classes)
+    names = list(self._class_names())
+    if all(re.fullmatch(r"n\d{8}", name) for name in names) and names != sorted(names):
+      raise ConfigError(
+        f"config.eval.real_labels={path} is for classes in the order of their WordNet ids; those "
+        "of this run are in another."
+      )
+    digest = hashlib.sha256(self._real.tobytes()).hexdigest()
+    seen = self.pod.gather("config.eval.real_labels", digest)
+    for host, theirs in seen.items():
+      if theirs != digest:
+        raise ConfigError(
+          f"Host {host} reads another file at config.eval.real_labels={path} than host "
+          f"{self.pod.host}; give all hosts the same."
+        )
 
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
@@ -289,16 +313,20 @@ class Run:
     classes = self.config.model.num_classes if self.config.eval.per_class else 0
     for name, source in self.eval_sources.items():
       self.pod.at(f"evaluation of step {self.step} on {name}")
-      host_batches = self._one_pass(source)
+      host_batches = self._one_pass(source, numbers=self._real is not None)
+      batches = data_lib.relabelled(host_batches, self._labels.get(name))
+      if self._real is not None:
+        batches = real_labels.accepted(batches, self._real)
       with self.clock("eval"), contextlib.closing(host_batches):
         result = evaluate_lib.evaluate(
           eval_step,
           self.mesh,
           weights,
-          data_lib.relabelled(host_batches, self._labels.get(name)),
+          batches,
           self.requests.flags,
           classes,
           self._allowed(name) if self.config.eval.classes == "data" else None,
+          self._real is not None,
         )
       if result is None:
         return None
@@ -346,13 +374,14 @@ class Run:
         precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
     return precise
 
-  def _one_pass(self, source: sources.Source) -> loader.BatchIterator:
+  def _one_pass(self, source: sources.Source, numbers: bool = False) -> loader.BatchIterator:
     return loader.eval_batches(
       source,
       self.config.data,
       batch_size=self.config.eval.batch_size,
       host=self.pod.host,
       hosts=self.pod.hosts,
+      numbers=numbers,
     )
 
   def meta(self) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
   and `request` int32, the highest request of any host. With `config.eval.flip` the logits are the
   mean of those of the image and of its mirror. With `allowed`, bool [classes], the logits of other
   classes do not count. With `confusion` in the totals, int32 [classes, classes], examples are
-  counted by label and by the class with the highest logit.
+  counted by label and by the class with the highest logit. With `accepted` in the batch, bool
+  [N, classes], see trainer/real_labels.py.
   """
   dtype = jnp.dtype(config.model.dtype)
 
@@ -215,6 +216,11 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
       "top5": jnp.sum(mask & (rank < 5)),
       "examples": jnp.sum(mask),
     }
+    if "accepted" in batch:
+      accepted = batch["accepted"]
+      hit = jnp.take_along_axis(accepted, jnp.argmax(logits, -1)[:, None], 1)[:, 0]
+      new["real_top1"] = jnp.sum(mask & hit)
+      new["real_examples"] = jnp.sum(mask & jnp.any(accepted, -1))
     if "confusion" in totals:
       # Zeros and ones, whose products are exact in any precision and their sums in float32.
       classes = logits.shape[-1]
