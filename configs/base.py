@@ -288,6 +288,25 @@ RUN: Fields = {
     "raw_top5 and raw_loss; the averaged ones decide which checkpoint is the best.",
     resume=YES,
   ),
+  "eval.classes": Field(
+    "all",
+    "Whose logits count: all | data: those of the classes that the split has, as is usual for "
+    "ImageNet-A and ImageNet-R, whose folders are 200 of the 1000.",
+    check=one_of("all", "data"),
+    resume=YES,
+  ),
+  "eval.per_class": Field(
+    False,
+    "Write the accuracy of each class, and the most frequent confusions, to "
+    "WORKDIR/eval_classes.json.",
+    resume=YES,
+  ),
+  "eval.real_labels": Field(
+    "",
+    "File of ReaL labels for the validation images of ILSVRC2012 (real.json, arXiv:2006.07159), "
+    "local or gs://: adds real_top1 over the images that have any.",
+    resume=YES,
+  ),
   "eval.precise_bn_examples": Field(
     0,
     "Before an evaluation BN statistics are computed anew over so many training images, a fixed "

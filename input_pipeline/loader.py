@@ -185,7 +185,13 @@ def check_train(
 
 
 def eval_batches(
-  source: Source, data: ml_collections.ConfigDict, *, batch_size: int, host: int = 0, hosts: int = 1
+  source: Source,
+  data: ml_collections.ConfigDict,
+  *,
+  batch_size: int,
+  host: int = 0,
+  hosts: int = 1,
+  numbers: bool = False,
 ) -> BatchIterator:
   """Iterate over all examples, each exactly once over all hosts.
 
@@ -199,6 +205,8 @@ def eval_batches(
     batch_size: examples per batch over all hosts; host h gets the rows [h * b, (h + 1) * b).
     host: number of this host.
     hosts: number of hosts.
+    numbers: whether batches have "number", int32 [b]: that of a validation image of ILSVRC2012 by
+      the name of its file, and 0 for all others.
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b], "bad": bool [b],
@@ -210,7 +218,7 @@ def eval_batches(
   check_eval(data, batch_size, hosts)
   workers, _ = processes.choose(data.workers, data.threads)
   reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
-  rows = EvalRows(reader, data, *_decoders(reader, data))
+  rows = EvalRows(reader, data, *_decoders(reader, data), numbers)
   batches = batches_lib.start(rows, data.prefetch_batches)
   return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
 

@@ -4,6 +4,7 @@ import abc
 import collections
 from collections.abc import Callable, Iterable, Sequence
 import functools
+import re
 from typing import Any
 
 from absl import logging
@@ -19,12 +20,14 @@ from input_pipeline.sources.base import Get, Reader
 from input_pipeline.workers import slots
 
 # image: uint8 [rows, size, size, 3] | label: int32 [rows] | bad: bool [rows], whether the record
-# could not be used | and in evaluation mask: bool [rows], whether the row is no padding.
+# could not be used | and in evaluation mask: bool [rows], whether the row is no padding | and where
+# it is asked for number: int32 [rows], of a validation image of ILSVRC2012 by its name, else 0.
 Batch = dict[str, np.ndarray]
 
 # (first step, size of its images and of those after it), rising from step 0.
 Sizes = Sequence[tuple[int, int]]
 
+_VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 _NEIGHBOURS = 16  # tried in place of a record that cannot be decoded
 _GREY = 128  # of an evaluated image that cannot be decoded
 
@@ -217,13 +220,22 @@ class TrainRows(Rows):
 class EvalRows(Rows):
   """Rows of one pass over the examples in order, padded at the end."""
 
-  def __init__(self, reader: Reader, data: ml_collections.ConfigDict, workers: int, threads: int):
+  def __init__(
+    self,
+    reader: Reader,
+    data: ml_collections.ConfigDict,
+    workers: int,
+    threads: int,
+    numbers: bool = False,
+  ):
     super().__init__(reader, ((0, int(data.eval_image_size)),), workers, threads)
+    self._numbers = numbers
     self._resize = int(data.eval_resize)
     self._interpolation = str(data.eval_interpolation)
 
   def _empty(self, count: int, size: int) -> Batch:
-    return _empty_rows(count, size) | {"mask": np.zeros(count, bool)}
+    empty = _empty_rows(count, size) | {"mask": np.zeros(count, bool)}
+    return empty | {"number": np.zeros(count, np.int32)} if self._numbers else empty
 
   def _fill(self, batch: Batch, first: int, examples: Iterable[Get], notes: Notes) -> None:
     del first
@@ -237,6 +249,8 @@ class EvalRows(Rows):
         batch["image"][row] = _GREY
       if record is not None:
         batch["label"][row] = record.label
+        if self._numbers and (match := _VALIDATION.search(record.name)):
+          batch["number"][row] = int(match[1])
       count += 1
     batch["image"][count:] = 0
 

@@ -21,6 +21,7 @@ from trainer.state import Tree
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
 Changes = dict[str, list[Any]]
+_MOST_CLASSES = 4096  # whose pairs are counted: 64 MiB on each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,11 @@ def _check_evaluation(values: Mapping[str, Any]) -> None:
     raise ConfigError(
       "config.eval.raw is True, but no weights are averaged; set config.optimizer.ema_decay, or "
       "config.eval.raw to False."
+    )
+  if values["eval.per_class"] and values["model.num_classes"] > _MOST_CLASSES:
+    raise ConfigError(
+      f"config.eval.per_class counts all pairs of at most {_MOST_CLASSES} classes; "
+      f"config.model.num_classes is {values['model.num_classes']}: set it to False."
     )
   count, batch = values["eval.precise_bn_examples"], values["eval.batch_size"]
   if count % batch:

@@ -34,20 +34,36 @@ _TOTALS = {
 }
 
 
-def abstract_totals(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Return the shapes of what `eval_step` adds to: replicated scalars."""
-  return {
-    name: jax.ShapeDtypeStruct((), dtype, sharding=mesh_lib.replicated(mesh))
-    for name, dtype in _TOTALS.items()
-  }
+def abstract_totals(
+  mesh: Mesh, classes: int = 0, real: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return the shapes of what `eval_step` adds to, replicated: scalars.
+
+  Args:
+    mesh: the mesh of the run.
+    classes: if not 0, also `confusion`: examples by label and by the class with the highest logit.
+    real: whether there are ReaL labels: also how many examples have any, and right answers.
+  """
+  whole = mesh_lib.replicated(mesh)
+  totals = {name: jax.ShapeDtypeStruct((), t, sharding=whole) for name, t in _TOTALS.items()}
+  for name in ("real_top1", "real_examples") if real else ():
+    totals[name] = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+  if classes:
+    totals["confusion"] = jax.ShapeDtypeStruct((classes, classes), np.int32, sharding=whole)
+  return totals
 
 
-def zero_totals(mesh: Mesh) -> Totals:
+def zero_totals(mesh: Mesh, classes: int = 0, real: bool = False) -> Totals:
   """Return `abstract_totals` with every number zero."""
   return {
-    name: jax.device_put(np.zeros((), x.dtype), x.sharding)
-    for name, x in abstract_totals(mesh).items()
+    name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+    for name, x in abstract_totals(mesh, classes, real).items()
   }
+
+
+def abstract_allowed(mesh: Mesh, classes: int) -> jax.ShapeDtypeStruct:
+  """Return the shape of which classes count, with `config.eval.classes` = data."""
+  return jax.ShapeDtypeStruct((classes,), np.bool_, sharding=mesh_lib.replicated(mesh))
 
 
 def abstract_count(mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -58,8 +74,10 @@ def abstract_count(mesh: Mesh) -> jax.ShapeDtypeStruct:
 class Result(TypedDict):
   """Means over the examples of a split, and their number.
 
-  With `config.eval.raw` the `raw_` means are those of weights that are not averaged. `splits` holds
-  the results of all splits but the first, by name.
+  With ReaL labels `real_top1` is the mean over `real_examples`, those that have any. With
+  `config.eval.raw` the `raw_` means are those of weights that are not averaged. `splits` holds
+  the results of all splits but the first, by name. `confusion` is int32 [classes, classes], see
+  `abstract_totals`; no result that is written has it.
   """
 
   loss: float
@@ -69,6 +87,9 @@ class Result(TypedDict):
   raw_loss: NotRequired[float]
   raw_top1: NotRequired[float]
   raw_top5: NotRequired[float]
+  real_top1: NotRequired[float]
+  real_examples: NotRequired[int]
+  confusion: NotRequired[np.ndarray]
   splits: NotRequired[dict[str, "Result"]]
 
 
@@ -88,6 +109,8 @@ def in_words(result: Result) -> list[str]:
   )
   if "raw_top1" in result:
     line += f"; not averaged: top1 {100 * result['raw_top1']:.2f}%"
+  if "real_top1" in result:
+    line += f"; ReaL {100 * result['real_top1']:.2f}% on {result['real_examples']} examples"
   others = result.get("splits", {})
   return [line, *(f"{name}: {words}" for name in others for words in in_words(others[name]))]
 
@@ -121,6 +144,9 @@ def evaluate(
   weights: Sequence[Variables],
   host_batches: Iterator[dict[str, np.ndarray]],
   requests: Callable[[], jax.Array],
+  classes: int = 0,
+  allowed: np.ndarray | None = None,
+  real: bool = False,
 ) -> Result | None:
   """Run the model over a whole split.
 
@@ -131,6 +157,9 @@ def evaluate(
     host_batches: this host's rows of each padded batch of the split.
     requests: returns what this host asks for, before each batch; a STOP of any host ends the
       evaluation on all.
+    classes: if not 0, the result has `confusion` of so many classes, of the first weights.
+    allowed: bool [classes], which classes count; None for a step that counts all of them.
+    real: whether batches have `accepted`; see trainer/real_labels.py.
 
   Returns:
     The result, or None if it was stopped.
@@ -138,13 +167,15 @@ def evaluate(
   Raises:
     NonFiniteError: if the mean loss is not a finite number.
   """
-  totals = [zero_totals(mesh) for _ in weights]
+  totals = [zero_totals(mesh, classes, real) for _ in weights]
+  names = (*BATCH, "accepted") if real else BATCH
+  only = () if allowed is None else (jax.device_put(allowed, mesh_lib.replicated(mesh)),)
   in_flight: collections.deque[jax.Array] = collections.deque()
-  with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, BATCH)) as batches:
+  with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, names)) as batches:
     for batch in batches:
       flags = requests()
       totals = [
-        eval_step(variables, so_far, batch, flags)
+        eval_step(variables, so_far, batch, flags, *only)
         for variables, so_far in zip(weights, totals, strict=True)
       ]
       in_flight.append(totals[-1]["request"])
@@ -152,7 +183,10 @@ def evaluate(
       # hold.
       if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) == STOP:
         return None
-  result, *raw = (_means(sums) for sums in jax.device_get(totals))
+  sums = jax.device_get(totals)
+  result, *raw = map(_means, sums)
+  if classes:
+    result["confusion"] = sums[0]["confusion"]
   if raw:
     result["raw_loss"], result["raw_top1"] = raw[0]["loss"], raw[0]["top1"]
     result["raw_top5"] = raw[0]["top5"]
@@ -164,4 +198,8 @@ def _means(sums: Mapping[str, np.ndarray]) -> Result:
   loss, top1, top5 = (float(sums[name]) / examples for name in ("loss", "top1", "top5"))
   if not np.isfinite(loss):
     raise NonFiniteError(f"the evaluation loss is {loss}; the weights are not usable.")
-  return Result(loss=loss, top1=top1, top5=top5, examples=examples)
+  result = Result(loss=loss, top1=top1, top5=top5, examples=examples)
+  if "real_top1" in sums:
+    result["real_examples"] = int(sums["real_examples"])
+    result["real_top1"] = float(sums["real_top1"]) / max(1, result["real_examples"])
+  return result

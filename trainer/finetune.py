@@ -73,6 +73,24 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
       f"config.optimizer.freeze is {fields.freeze!r}, which matches every parameter; nothing would "
       "be trained."
     )
+  if fields.freeze and config.model.get("scan"):
+    _check_scan(fields.freeze, names)
+
+
+def _check_scan(pattern: str, names: Sequence[str]) -> None:
+  """Refuse to freeze some of the blocks that are one block in a loop."""
+  kept: dict[str, dict[str, set[str]]] = {}
+  for name in names:
+    match = re.match(r"(stage\d+)_block(\d+)/(.*)", name)
+    if match and match[2] != "1":  # the first block is never part of the loop
+      own = kept.setdefault(match[1], {}).setdefault(match[2], set())
+      own |= {match[3]} if re.search(pattern, name) else set()
+  for stage, blocks in kept.items():
+    if any(own != next(iter(blocks.values())) for own in blocks.values()):
+      raise ConfigError(
+        f"config.optimizer.freeze is {pattern!r}, which does not take the blocks of {stage} alike; "
+        "config.model.scan runs them as one: freeze all of them, or set it to False."
+      )
 
 
 def wrap(

@@ -122,9 +122,14 @@ class Program:
         variables, (variables.batch_stats, evaluate.abstract_count(self.mesh)), batch
       )
     if mode == "eval":
+      fields, classes = self.config.eval, self.config.model.num_classes
       eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
+      totals = evaluate.abstract_totals(
+        self.mesh, classes if fields.per_class else 0, bool(fields.real_labels)
+      )
+      only = () if fields.classes == "all" else (evaluate.abstract_allowed(self.mesh, classes),)
       return jax.jit(eval_step, out_shardings=replicated).lower(
-        self.abstract_state.for_eval(), evaluate.abstract_totals(self.mesh), batch, requests
+        self.abstract_state.for_eval(), totals, batch, requests, *only
       )
     train_step = step_lib.make_train_step(
       self.model,
@@ -153,12 +158,16 @@ class Program:
       "image": ((batch_size, image_size, image_size, 3), np.uint8),
       "label": ((batch_size,), np.int32),
       "mask": ((batch_size,), np.bool_),
+      "accepted": ((batch_size, self.config.model.num_classes), np.bool_),
     }
+    names = BATCHES[mode]
+    if mode == "eval" and self.config.eval.real_labels:
+      names = (*names, "accepted")
     return {
       name: jax.ShapeDtypeStruct(
         *kinds[name], sharding=mesh_lib.batch_sharding(self.mesh, len(kinds[name][0]))
       )
-      for name in BATCHES[mode]
+      for name in names
     }
 
 

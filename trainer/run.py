@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import hashlib
+import re
 from typing import Any
 
 from absl import logging
@@ -16,11 +18,13 @@ from trainer import data as data_lib
 from trainer import evaluate as evaluate_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
+from trainer import real_labels
 from trainer.config import Changes
-from trainer.errors import Preempted
+from trainer.errors import ConfigError, Preempted
 from trainer.pod.pod import Pod
 from trainer.pod.requests import Requests
 from trainer.program import Program, Steps
+from trainer.reporting import classes as class_tables
 from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
 from trainer.reporting.telemetry import Telemetry
@@ -28,6 +32,7 @@ from trainer.state import TrainState, Variables
 from trainer.weights import start as start_lib
 from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
+from trainer.workdir.files import read_json, write_json
 from trainer.workdir.paths import Workdir
 
 
@@ -87,6 +92,7 @@ class Run:
     self.lease: lease.Lease | None = None
     self.step, self.restored = 0, False
     self.start: start_lib.Start | None = None
+    self._real: np.ndarray | None = None
     self.best: dict[str, Any] | None = None
     self.history: list[dict[str, Any]] = []
     self.positions: list[Any] | None = None
@@ -132,11 +138,13 @@ class Run:
 
   def match_labels(self) -> None:
     """Compare the classes of an evaluated data set by name with those that the run has learned."""
-    if self.saved_data is None:  # of an earlier version, which kept no names
+    if self.saved_data is not None:
+      self._match_labels(self.saved_data["classes"])
+    elif names := self._imported_classes():
+      self._match_labels(names)
+    else:  # of an earlier version, which kept no names
       for source in self.eval_sources.values():
         sources.check_number(source, self.config.data, self.config.model.num_classes)
-    else:
-      self._match_labels(self.saved_data["classes"])
 
   def _match_labels(self, classes: Sequence[str]) -> None:
     self._labels = {
@@ -163,6 +171,26 @@ class Run:
         ", ".join(theirs[:3]),
         ", ".join(ours[:3]),
       )
+
+  def read_real_labels(self) -> None:
+    """Read `config.eval.real_labels`, if it names any; all hosts must have the same."""
+    if not (path := self.config.eval.real_labels):
+      return
+    self._real = real_labels.read(path, self.config.model.num_classes)
+    names = list(self._class_names())
+    if all(re.fullmatch(r"n\d{8}", name) for name in names) and names != sorted(names):
+      raise ConfigError(
+        f"config.eval.real_labels={path} is for classes in the order of their WordNet ids; those "
+        "of this run are in another."
+      )
+    digest = hashlib.sha256(self._real.tobytes()).hexdigest()
+    seen = self.pod.gather("config.eval.real_labels", digest)
+    for host, theirs in seen.items():
+      if theirs != digest:
+        raise ConfigError(
+          f"Host {host} reads another file at config.eval.real_labels={path} than host "
+          f"{self.pod.host}; give all hosts the same."
+        )
 
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
@@ -281,22 +309,52 @@ class Run:
     self.pod.at(f"evaluation of step {self.step}")
     with self.clock("compile"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
-    weights, results = self._weights(), {}
+    weights, results, tables = self._weights(), {}, {}
+    classes = self.config.model.num_classes if self.config.eval.per_class else 0
     for name, source in self.eval_sources.items():
       self.pod.at(f"evaluation of step {self.step} on {name}")
-      host_batches = self._one_pass(source)
+      host_batches = self._one_pass(source, numbers=self._real is not None)
+      batches = data_lib.relabelled(host_batches, self._labels.get(name))
+      if self._real is not None:
+        batches = real_labels.accepted(batches, self._real)
       with self.clock("eval"), contextlib.closing(host_batches):
         result = evaluate_lib.evaluate(
           eval_step,
           self.mesh,
           weights,
-          data_lib.relabelled(host_batches, self._labels.get(name)),
+          batches,
           self.requests.flags,
+          classes,
+          self._allowed(name) if self.config.eval.classes == "data" else None,
+          self._real is not None,
         )
       if result is None:
         return None
+      if classes:
+        tables[name] = class_tables.table(result.pop("confusion"), self._class_names())
       results[name] = result
+    if classes:
+      write_json(self.workdir.eval_classes, {"step": self.step, "splits": tables})
     return evaluate_lib.join(results)
+
+  def _allowed(self, split: str) -> np.ndarray:
+    """Return which classes of the run a split has, bool [classes]."""
+    source, table = self.eval_sources[split], self._labels.get(split)
+    counts = source.class_counts
+    labels = np.arange(source.num_classes) if counts is None else np.flatnonzero(counts)
+    allowed = np.zeros(self.config.model.num_classes, np.bool_)
+    allowed[labels if table is None else table[labels]] = True
+    return allowed
+
+  def _class_names(self) -> Sequence[str]:
+    """Return the names of the classes that the run has learned; numbers if they are not known."""
+    number = self.config.model.num_classes
+    known = [self._imported_classes(), (self.saved_data or self.data)["classes"]]
+    return next((n for n in known if n and len(n) == number), [str(i) for i in range(number)])
+
+  def _imported_classes(self) -> Sequence[str]:
+    """Return the names that the workdir has; those of imported weights stand nowhere else."""
+    return (read_json(self.workdir.classes, {"classes": list}) or {}).get("classes", ())
 
   def _weights(self) -> list[Variables]:
     """Return what an evaluation is of: the averaged weights, if any, and the others."""
@@ -316,13 +374,14 @@ class Run:
         precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
     return precise
 
-  def _one_pass(self, source: sources.Source) -> loader.BatchIterator:
+  def _one_pass(self, source: sources.Source, numbers: bool = False) -> loader.BatchIterator:
     return loader.eval_batches(
       source,
       self.config.data,
       batch_size=self.config.eval.batch_size,
       host=self.pod.host,
       hosts=self.pod.hosts,
+      numbers=numbers,
     )
 
   def meta(self) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class StepOutput(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepOutput]]
-EvalStep = Callable[[Variables, Totals, Batch, jax.Array], Totals]
+# (variables, totals, batch, requests), and which classes count if not all do
+EvalStep = Callable[..., Totals]
 # The running statistics of so many batches.
 Statistics = tuple[BatchStats, jax.Array]
 StatisticsStep = Callable[[Variables, Statistics, Batch], Statistics]
@@ -180,17 +181,28 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
   The mask of the batch is False on padding. Totals are scalars over all real examples so far:
   `loss` float32 sum of the cross entropy (no smoothing), `top1`, `top5`, `examples` int32 counts,
   and `request` int32, the highest request of any host. With `config.eval.flip` the logits are the
-  mean of those of the image and of its mirror.
+  mean of those of the image and of its mirror. With `allowed`, bool [classes], the logits of other
+  classes do not count. With `confusion` in the totals, int32 [classes, classes], examples are
+  counted by label and by the class with the highest logit. With `accepted` in the batch, bool
+  [N, classes], see trainer/real_labels.py.
   """
   dtype = jnp.dtype(config.model.dtype)
 
-  def eval_step(variables: Variables, totals: Totals, batch: Batch, requests: jax.Array) -> Totals:
+  def eval_step(
+    variables: Variables,
+    totals: Totals,
+    batch: Batch,
+    requests: jax.Array,
+    allowed: jax.Array | None = None,
+  ) -> Totals:
     whole = jax.lax.with_sharding_constraint(variables.params, mesh_lib.replicated(mesh))
     net = model.merge(variables._replace(params=whole), None)
     images = augment.normalize(batch["image"], config.data, dtype)
     logits = net(images)
     if config.eval.flip:
       logits = (logits + net(images[:, :, ::-1])) / 2
+    if allowed is not None:
+      logits = jnp.where(allowed, logits, -jnp.inf)
     mask, labels = batch["mask"], batch["label"]
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     # How many classes come before the right one, equal logits in the order of classes. For a sort
@@ -204,6 +216,16 @@ def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) 
       "top5": jnp.sum(mask & (rank < 5)),
       "examples": jnp.sum(mask),
     }
+    if "accepted" in batch:
+      accepted = batch["accepted"]
+      hit = jnp.take_along_axis(accepted, jnp.argmax(logits, -1)[:, None], 1)[:, 0]
+      new["real_top1"] = jnp.sum(mask & hit)
+      new["real_examples"] = jnp.sum(mask & jnp.any(accepted, -1))
+    if "confusion" in totals:
+      # Zeros and ones, whose products are exact in any precision and their sums in float32.
+      classes = logits.shape[-1]
+      own_class = jax.nn.one_hot(labels, classes) * mask[:, None]
+      new["confusion"] = own_class.T @ jax.nn.one_hot(jnp.argmax(logits, -1), classes)
     # Sums of booleans are int64 where JAX runs in 64 bits.
     return {
       name: totals[name] + value.astype(totals[name].dtype) for name, value in new.items()

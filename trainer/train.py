@@ -60,6 +60,7 @@ def train(
     exits.callback(run.checkpointer.close)
     run.check_data()
     run.read_start()
+    run.read_real_labels()
     if final := _already_finished(run):
       return final
     run.compile(exits)
@@ -88,6 +89,7 @@ def evaluate_only(
         f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir."
       )
     run.match_labels()
+    run.read_real_labels()
     exits.callback(run.steps.close)
     result = run.evaluate()
     if result is None:

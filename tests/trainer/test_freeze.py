@@ -84,6 +84,15 @@ def test_patterns_that_fit_no_model_are_refused(config, field, value, words):
   assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_blocks_that_are_scanned_are_frozen_together(config):
+  config.model.update(depth=20, scan=True)
+  config.optimizer.freeze = "stage2_block3/bn1"
+  with pytest.raises(ConfigError, match=r"the blocks of stage2 alike; config\.model\.scan"):
+    program_lib.build(config, 64)
+  config.optimizer.freeze = "^stage2|stage3_block1/"
+  program_lib.build(config, 64)
+
+
 @pytest.mark.parametrize("name", sorted(optimizer.OPTIMIZERS))
 def test_every_optimizer_freezes_and_decays_only_the_rest(config, name):
   config.optimizer.update(name=name, freeze="^a/", weight_decay=0.1, clip_norm=1.0)

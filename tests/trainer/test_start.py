@@ -1,5 +1,9 @@
 """`config.init_from`: what a new run begins with, and what is refused before anything compiles."""
 
+import json
+import os
+import subprocess
+import sys
 import types
 
 from absl import logging
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.trainer import tiny
+from tests.trainer.shared import running
 from trainer import program as program_lib
 from trainer import train
 from trainer.errors import ConfigError, TrainerError
@@ -155,3 +160,59 @@ def test_a_run_begins_with_them_and_a_resume_never_reads_them(config, donor, tmp
   caplog.clear()
   assert train.train(config, str(tmp_path / "run"))["loss"] == first["loss"]
   assert "config.init_from is not read" in caplog.text
+
+
+PLACED = """
+import json, sys
+import jax, numpy as np
+from tests.trainer import test_start, tiny
+from trainer.weights import net as net_lib, run_folder
+config = tiny.get_config()
+config.mesh.fsdp, config.sharding.params, config.sharding.opt_state = 2, "fsdp", "data"
+config.optimizer.ema_decay, config.model.num_classes, config.model.width = 0.9, 8, 2.0
+program, found, state = test_start.begin(config, init_from=sys.argv[1])
+like = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim),
+                    state, program.abstract_state)
+parts = sum(not x.is_fully_replicated for x in jax.tree.leaves(state))
+equal = all(np.array_equal(x, found.leaves[name])
+            for name, x in test_start.flat(*state.raw()).items() if name in found.leaves)
+print(json.dumps([all(jax.tree.leaves(like)), parts, equal, list(found.anew)]))
+"""
+
+
+def test_each_leaf_is_placed_as_a_new_one(tmp_path):
+  """On four devices, parameters over two of them, the state of the optimizer over all."""
+  config = tiny.get_config()
+  config.model.width = 2.0
+  net = net_lib.build(config)
+  run_folder.write(str(tmp_path), config, net, net_lib.random_leaves(net), ())
+  ended = subprocess.run(
+    [sys.executable, "-c", PLACED, str(tmp_path)],
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stderr
+  placed, parts, equal, anew = json.loads(ended.stdout.splitlines()[-1])
+  assert placed and equal and parts > 10 and anew == ["head/bias", "head/kernel"]
+
+
+@pytest.mark.slow
+def test_two_hosts_begin_with_the_weights_of_a_workdir(donor, tmp_path):
+  flags = {
+    "workdir": tmp_path / "run",
+    "config": tiny.__file__,
+    "config.data.kind": "synthetic",
+    "config.init_from": donor[0] / "run",
+    "config.optimizer.freeze": "^stem|^stage",
+    "config.total_steps": 2,
+  }
+  command = [sys.executable, "-m", "trainer", *(f"--{key}={value}" for key, value in flags.items())]
+  with running(2, 2, command) as pod:
+    pod.finish()
+    assert pod.codes() == {0: 0, 1: 0}, pod.log[-3000:]
+  _, after, about = run_folder.read(str(tmp_path / "run"), averaged=False)
+  assert about.step == 2
+  for name, leaf in donor[1].items():
+    assert np.array_equal(after[name], leaf) == (not name.startswith("head/"))

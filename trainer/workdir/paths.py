@@ -51,6 +51,11 @@ class Workdir:
     return self.path / "eval.json"
 
   @property
+  def eval_classes(self) -> epath.Path:
+    """The result of the newest evaluation by class, with `config.eval.per_class`."""
+    return self.path / "eval_classes.json"
+
+  @property
   def report(self) -> epath.Path:
     """The report of the run as one page."""
     return self.path / "report.html"
