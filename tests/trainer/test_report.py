@@ -58,6 +58,7 @@ def write_events(workdir):
         "train/step_seconds_median": 0.131,
         "train/step_seconds_p99": 0.15,
         "train/goodput": 0.9 * t,
+        "train/image_size": 160 if t < 0.5 else 224,
         "train/input_wait": 0.01 * rng.random(),
         "steps_per_sec": 30.0,
       },
@@ -122,7 +123,7 @@ def test_finished_run(workdir):
     assert expected in text, expected
   assert "not finished" not in text
   images = pictures(page)
-  assert len(images) == len(report._PANELS) == 9
+  assert len(images) == len(report._PANELS) == 10
   assert all(image.format == "PNG" and image.width > 600 for image in images)
   assert sorted(p.name for p in workdir.iterdir()) == [
     "config.json",
