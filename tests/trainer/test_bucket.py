@@ -119,7 +119,9 @@ def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(
   assert fingerprints(workdir, 12) == fingerprints(epath.Path(tmp_path), 12)
   assert {p.name for p in workdir.iterdir()} == {
     "checkpoints",
+    "classes.json",
     "config.json",
+    "data.json",
     "events",
     "final.json",
     "report.html",
@@ -371,7 +373,7 @@ def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_pat
       if "step 300/" in line:
         server.process.kill()
         break
-    log += process.communicate(timeout=120)[1]
+    log += process.communicate(timeout=300)[1]
   assert process.returncode == FAILED, log
   assert "could not be saved" in log and "Training goes on" in log and "step 600/600" in log
   assert "Traceback" not in log

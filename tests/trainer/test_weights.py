@@ -346,8 +346,11 @@ class TestVerbs:
     ("arguments", "words"),
     [
       ("show {none}", "There is no {none}."),
-      ("export {empty} --format=onnx --out={empty}/x", "{empty} holds no checkpoint; give the"),
-      ("export {none} --format=onnx --out={empty}/x", "There is no {none}."),
+      (
+        "export {empty} --format=stablehlo --out={empty}/x",
+        "{empty} holds no checkpoint; give the",
+      ),
+      ("export {none} --format=safetensors --out={empty}/x", "There is no {none}."),
       (
         "export {pth} --format=safetensors --out={empty}/x",
         "{pth} does not say of which model it is",

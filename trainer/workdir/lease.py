@@ -9,6 +9,7 @@ watched: no clock of another machine is believed.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from trainer.errors import StorageError, WorkdirBusy
 from trainer.workdir import storage
 
 _POLL = 0.5  # seconds between two looks at the lease of another
+_REQUEST_SECONDS = 10.0  # of a bucket, and for all pauses between its retries
 _RENEWALS = 6  # within the time after which it is lost
 
 
@@ -37,11 +39,8 @@ class _Store(Protocol):
   def create(self, text: str) -> bool:
     """Write it if there is none; whether this was so."""
 
-  def renew(self, text: str, version: Any) -> bool:
-    """Write the owner's own file anew if it has this version; whether this was so."""
-
-  def take(self, text: str, version: Any) -> bool:
-    """Write over another's file if it has this version; whether this was so."""
+  def replace(self, text: str, version: Any) -> bool:
+    """Write it if it has this version; whether this was so."""
 
   def remove(self, version: Any) -> None:
     """Remove it if it has this version."""
@@ -70,28 +69,32 @@ class _Folder:
       own.unlink()
     return True
 
-  def renew(self, text: str, version: Any) -> bool:
-    if self.read() != (version, version):
-      return False
-    # Never absent, or a second run would take it for free. One that takes it over at this very
-    # moment finds another's file at its next renewal, and ends.
-    self._beside(text).replace(self._path)
-    return True
-
-  def take(self, text: str, version: Any) -> bool:
-    if self.read() != (version, version):
-      return False
-    aside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
-    try:
-      self._path.rename(aside)  # of several that take over only one finds it
-    except FileNotFoundError:
-      return False
-    aside.unlink()
-    return self.create(text)
+  def replace(self, text: str, version: Any) -> bool:
+    with self._locked():
+      if self.read() != (version, version):
+        return False
+      self._beside(text).replace(self._path)
+      return True
 
   def remove(self, version: Any) -> None:
-    if self.read() == (version, version):
-      self._path.unlink(missing_ok=True)
+    with self._locked():
+      if self.read() == (version, version):
+        self._path.unlink()
+
+  @contextlib.contextmanager
+  def _locked(self) -> Iterator[None]:
+    """Keep others from writing between a read and a write.
+
+    Some shared mounts cannot lock a folder. There, of two that take over within a millisecond, the
+    first finds the other's file at its next renewal, and ends.
+    """
+    folder = os.open(self._path.parent, os.O_RDONLY)
+    try:
+      with contextlib.suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
+      yield
+    finally:
+      os.close(folder)
 
   def _beside(self, text: str) -> pathlib.Path:
     own = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}")
@@ -104,31 +107,35 @@ class _Object:
 
   def __init__(self, path: epath.Path):
     from google.cloud import storage as gcs
+    from google.cloud.storage import retry
 
     bucket, _, name = str(path).removeprefix("gs://").partition("/")
     self._blob = gcs.Client().bucket(bucket).blob(name)
+    # The defaults are two minutes, for which the end of a run would wait where the bucket is gone.
+    self._limits: dict[str, Any] = {
+      "timeout": _REQUEST_SECONDS,
+      "retry": retry.DEFAULT_RETRY.with_timeout(_REQUEST_SECONDS),
+    }
 
   def read(self) -> tuple[str, Any] | None:
     from google.api_core import exceptions
 
     try:
-      self._blob.reload()
+      self._blob.reload(**self._limits)
       generation = self._blob.generation
-      return self._blob.download_as_text(if_generation_match=generation), generation
+      text = self._blob.download_as_text(if_generation_match=generation, **self._limits)
+      return text, generation
     except (exceptions.NotFound, exceptions.PreconditionFailed):
       return None
 
   def create(self, text: str) -> bool:
-    return self.take(text, 0)
+    return self.replace(text, 0)
 
-  def renew(self, text: str, version: Any) -> bool:
-    return self.take(text, version)
-
-  def take(self, text: str, version: Any) -> bool:
+  def replace(self, text: str, version: Any) -> bool:
     from google.api_core import exceptions
 
     try:
-      self._blob.upload_from_string(text, if_generation_match=version)
+      self._blob.upload_from_string(text, if_generation_match=version, **self._limits)
       return True
     except exceptions.PreconditionFailed:
       return False
@@ -137,7 +144,7 @@ class _Object:
     from google.api_core import exceptions
 
     with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
-      self._blob.delete(if_generation_match=version)
+      self._blob.delete(if_generation_match=version, **self._limits)
 
 
 @dataclasses.dataclass
@@ -182,7 +189,7 @@ class Lease:
       text, version = found
       theirs = _parse(text)
       if theirs is None or _is_gone(theirs) or time.monotonic() > until:
-        if self.store.take(self._text(), version):
+        if self.store.replace(self._text(), version):
           logging.info("Taken over from %s, which is gone.", _words(theirs))
           break
         continue
@@ -224,7 +231,7 @@ class Lease:
       try:
         found = self.store.read()
         if found and _parse(found[0], "token") == self.owner["token"]:
-          self.store.renew(self._text(), found[1])
+          self.store.replace(self._text(), found[1])
         elif found or not self.store.create(self._text()):
           theirs = _words(_parse(found[0])) if found else "another process"
           self.lost = f"This workdir was taken over by {theirs}; this run has to stop."
