@@ -347,7 +347,7 @@ class TestVerbs:
     [
       ("show {none}", "There is no {none}."),
       (
-        "export {empty} --format=stablehlo --out={empty}/x",
+        "export {empty} --format=safetensors --out={empty}/x",
         "{empty} holds no checkpoint; give the",
       ),
       ("export {none} --format=safetensors --out={empty}/x", "There is no {none}."),
