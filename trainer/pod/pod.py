@@ -26,7 +26,7 @@ import ml_collections
 
 from input_pipeline.errors import DataError
 from trainer.errors import FAILED, HOST_LOST, ConfigError, HostLost, Preempted, TrainerError
-from trainer.pod.lifeline import Lifeline, Line
+from trainer.pod.lifeline import Lifeline, Line, expand
 
 _TICKS = 10  # reports to host 0 within a timeout
 
@@ -166,11 +166,12 @@ class Pod:
         raise HostLost(
           self._farewell(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)
         ) from error
-      if len(reply["given"]) == self.hosts:
-        return {int(host): given for host, given in reply["given"].items()}
+      if "values" in reply:
+        given = {host: value for value, ranges in reply["values"] for host in expand(ranges)}
+        return dict(sorted(given.items()))
       if reply["verdict"]:
         self._await_verdict()
-      while_waiting([host for host in range(self.hosts) if str(host) not in reply["given"]])
+      while_waiting(expand(reply["missing"]))
 
   def agree(self, name: str, value: bool) -> bool:
     """Whether `value` is true on any host."""
@@ -188,12 +189,13 @@ class Pod:
 
   def _watch(self, line: Line) -> None:
     """Report where this host is and receive what is wrong elsewhere, until `leave`."""
+    seen = -1  # the last window whose notes were received
     best, offset = float("inf"), 0.0  # clock of host 0 minus ours, by the quickest reply
     while True:
       note = self._note and (self._note[0], self._note[1] + offset)
       asked = time.time()
       try:
-        reply = line.ask("alive", point=self._point, note=note)
+        reply = line.ask("alive", point=self._point, note=note, seen=seen)
       except OSError as error:
         if self._left.is_set():
           return
@@ -201,7 +203,9 @@ class Pod:
       answered = time.time()
       if answered - asked < best:
         best, offset = answered - asked, reply["now"] - (asked + answered) / 2
-      self._notes = {int(host): seconds for host, seconds in reply["notes"].items()}
+      if reply["notes"] is not None:
+        seen = reply["window"]
+        self._notes = {int(host): seconds for host, seconds in reply["notes"].items()}
       if self._left.is_set():
         line.ask("bye")
         return

@@ -5,6 +5,7 @@
     python -m trainer.bench startup   seconds to the first step of a second start over the first
     python -m trainer.bench depth     compiler, memory and step of deep nets, unrolled and scanned
     python -m trainer.bench augment   FLOPs and bytes that mixing adds to a step
+    python -m trainer.bench hosts     seconds until many hosts agree, memory and threads of host 0
 
 `--help` after a command lists its options.
 """
@@ -37,6 +38,7 @@ from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
 from trainer.tools.depth import bench_depth
+from trainer.tools.hosts import bench_hosts
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
@@ -355,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batch_size=(16, "images per step"),
     image_size=(224, "pixels"),
   )
+  add("hosts", bench_hosts, hosts=(1024, "hosts, simulated by two processes"))
   args = parser.parse_args(arguments)
   logging.set_verbosity(logging.WARNING)
   args.function(args)
