@@ -112,11 +112,14 @@ def test_a_guard_that_is_killed(cloud):
   end(trains(cloud))
   killed = guards(cloud)
   assert len(killed) == 2
-  for guard in killed:
-    os.kill(guard, signal.SIGKILL)
-  for trainer in ("0-0", "0-1"):  # the machine has no memory left
-    state = cloud.folder / "hosts" / trainer / "state" / "r1"
-    os.kill(test_life.json.loads((state / "state.json").read_text())["pid"], signal.SIGKILL)
+  trainers = []
+  for host in ("0-0", "0-1"):
+    state = cloud.folder / "hosts" / host / "state" / "r1" / "state.json"
+    # On a busy machine the second host starts its trainer after the first has taken steps.
+    cloud.wait_for(lambda state=state: "pid" in test_life.json.loads(state.read_text()))
+    trainers.append(test_life.json.loads(state.read_text())["pid"])
+  for process in [*killed, *trainers]:  # the machine has no memory left
+    os.kill(process, signal.SIGKILL)
   assert_removes_itself(cloud, time.monotonic(), IDLE)
 
 
