@@ -5,13 +5,12 @@ unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one 
 `trainer.config` turns both into steps.
 """
 
-import re
-
 import ml_collections
 
 from configs import data_fields, families
 from configs.fields import (
   ASK,
+  PATTERN,
   POSITIVE,
   SHARE,
   YES,
@@ -85,7 +84,7 @@ RUN: Fields = {
     "",
     "Regular expression of leaves that init_from leaves alone, searched for in their path, as in "
     "'^head/|^stage4'; and of tensors of the file that have no place in the model.",
-    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    check=PATTERN,
     resume=YES,
   ),
   "mesh.data": Field(
@@ -211,14 +210,14 @@ RUN: Fields = {
     "",
     "Regular expression of further parameters that do not decay, searched for in their path, as in "
     "'stem_conv|head/bias'.",
-    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    check=PATTERN,
   ),
   "optimizer.freeze": Field(
     "",
     "Regular expression of parameters that are not trained, searched for in their path, as in "
     "'^stem|^stage[12]'. A batch norm whose parameters all match computes with its running "
     "averages, which stay as they are.",
-    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    check=PATTERN,
   ),
   "optimizer.lr_scales": Field(
     "",
@@ -240,7 +239,7 @@ RUN: Fields = {
   "optimizer.no_agc": Field(
     "^head/",
     "Regular expression of parameters that optimizer.agc leaves alone; '' for none.",
-    check=Check("a regular expression", lambda v: _is_pattern(v)),
+    check=PATTERN,
     resume=ASK,
   ),
   "optimizer.ema_decay": Field(
@@ -403,11 +402,3 @@ def all_fields(family: str) -> dict[str, Field]:
     if name == "model.dtype":  # the last of the section
       merged |= {f"model.{key}": own_field for key, own_field in own.items()}
   return merged
-
-
-def _is_pattern(text: str) -> bool:
-  try:
-    re.compile(text)
-  except re.error:
-    return False
-  return True

@@ -8,6 +8,7 @@ of a resume are made of these entries.
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
+import re
 from typing import Any
 
 import ml_collections
@@ -63,6 +64,15 @@ def between(low: float, high: float) -> Check:
   return Check(f"in [{low:g}, {high:g}]", lambda v: low <= v <= high)
 
 
+def _is_pattern(text: str) -> bool:
+  try:
+    re.compile(text)
+  except re.error:
+    return False
+  return True
+
+
+PATTERN = Check("a regular expression", _is_pattern)
 POSITIVE = Check("positive", lambda v: v > 0)
 SHARE = Check("in [0, 1)", lambda v: 0 <= v < 1)
 COUNT_OR_AUTO = Check("0 or more, or -1 to choose by the machine", lambda v: v >= -1)

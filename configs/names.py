@@ -1,4 +1,7 @@
-"""Choices by name: an entry of a table, or `package.module:attribute` from elsewhere."""
+"""Choices by name: an entry of a table, or `package.module:attribute` from elsewhere.
+
+And the order of names with numbers in them.
+"""
 
 import ast
 from collections.abc import Callable, Mapping
@@ -49,6 +52,12 @@ def find_calls(
     ValueError: one sentence, if a function or an argument is unknown, missing or no literal.
   """
   return [_bind(table, part, field) for part in _parts(text)]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+  """Return a key that sorts names as a person counts: layer3.2 before layer3.10."""
+  # Of very long numbers the first nine digits, in case that a name from outside has thousands.
+  return [(int(part[:9]) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _bind(table: Mapping[str, Any], part: str, field: str) -> functools.partial[Any]:

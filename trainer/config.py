@@ -90,9 +90,17 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
   """Return the fields in which two configs differ, both as `to_dict()` or JSON give them."""
-  old, new = (flatten(ml_collections.ConfigDict(config)) for config in (before, now))
+  return _changes(*(flatten(ml_collections.ConfigDict(config)) for config in (before, now)))
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
   pairs = {name: [old.get(name), new.get(name)] for name in sorted(old.keys() | new.keys())}
   return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def in_words(changes: Changes) -> str:
+  """Return changes as 'config.seed: 0 -> 3, config.loss: ...'."""
+  return ", ".join(f"config.{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items())
 
 
 def fields_of(config: ml_collections.ConfigDict) -> dict[str, Field]:
@@ -308,9 +316,11 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
   """
   per_epoch = num_examples / config.global_batch_size
 
+  def of_epochs(epochs: float) -> int:
+    return max(1, round(epochs * per_epoch)) if epochs else 0
+
   def steps(section: ml_collections.ConfigDict, name: str) -> int:
-    epochs = section[f"{name}_epochs"]
-    return max(1, round(epochs * per_epoch)) if epochs else section[f"{name}_steps"]
+    return of_epochs(section[f"{name}_epochs"]) or section[f"{name}_steps"]
 
   result = Durations(
     total=steps(config, "total"),
@@ -318,9 +328,7 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     eval_every=steps(config.eval, "every"),
     checkpoint_every=steps(config.checkpoint, "every"),
     per_epoch=per_epoch,
-    augment=max(1, round(config.augment_until_epochs * per_epoch))
-    if config.augment_until_epochs
-    else 0,
+    augment=of_epochs(config.augment_until_epochs),
     offset=offset,
     # Of two points that fall on one step the later counts.
     sizes=tuple(
@@ -364,11 +372,8 @@ def check_same_run(
   """
   fields, values = fields_of(config), flatten(config)
   defaults = flatten(base.get_config(config.model.name))
-  changes = {
-    name: [saved.get(name, defaults.get(name)), values.get(name)]
-    for name in sorted(saved.keys() | values.keys())
-  }
-  changes = {name: pair for name, pair in changes.items() if pair[0] != pair[1]}
+  known = {name: defaults[name] for name in values if name in defaults} | saved
+  changes = _changes(known, values)
   orders = [sources.order_of(v["data.kind"], v["data.path"]) for v in (saved, values)]
   if orders[0] != orders[1]:
     then, now = (sources.ORDERS.get(order, order) for order in orders)
@@ -385,9 +390,7 @@ def check_same_run(
   ]
   never = [name for name, rule in rules.items() if rule == NO]
   if asked or never:
-    listed = ", ".join(
-      f"config.{name}: {changes[name][0]!r} -> {changes[name][1]!r}" for name in [*never, *asked]
-    )
+    listed = in_words({name: changes[name] for name in [*never, *asked]})
     advice = "use another --workdir, or the config that this one was started with"
     if not never:
       advice += f"; to make another run of it from here on: --config.resume.allow={','.join(asked)}"

@@ -53,11 +53,10 @@ def abstract_totals(
   return totals
 
 
-def zero_totals(mesh: Mesh, classes: int = 0, real: bool = False) -> Totals:
-  """Return `abstract_totals` with every number zero."""
+def zero_totals(totals: Mapping[str, jax.ShapeDtypeStruct]) -> Totals:
+  """Return totals of these shapes with every number zero."""
   return {
-    name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-    for name, x in abstract_totals(mesh, classes, real).items()
+    name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for name, x in totals.items()
   }
 
 
@@ -144,9 +143,8 @@ def evaluate(
   weights: Sequence[Variables],
   host_batches: Iterator[dict[str, np.ndarray]],
   requests: Callable[[], jax.Array],
-  classes: int = 0,
+  totals: Mapping[str, jax.ShapeDtypeStruct] | None = None,
   allowed: np.ndarray | None = None,
-  real: bool = False,
 ) -> Result | None:
   """Run the model over a whole split.
 
@@ -157,9 +155,10 @@ def evaluate(
     host_batches: this host's rows of each padded batch of the split.
     requests: returns what this host asks for, before each batch; a STOP of any host ends the
       evaluation on all.
-    classes: if not 0, the result has `confusion` of so many classes, of the first weights.
+    totals: what the step counts, see `abstract_totals`; None for what there is always. With
+      `confusion` the result has that of the first weights; with `real_top1` batches must have
+      `accepted`, see trainer/real_labels.py.
     allowed: bool [classes], which classes count; None for a step that counts all of them.
-    real: whether batches have `accepted`; see trainer/real_labels.py.
 
   Returns:
     The result, or None if it was stopped.
@@ -167,25 +166,26 @@ def evaluate(
   Raises:
     NonFiniteError: if the mean loss is not a finite number.
   """
-  totals = [zero_totals(mesh, classes, real) for _ in weights]
-  names = (*BATCH, "accepted") if real else BATCH
+  shapes = totals or abstract_totals(mesh)
+  counted = [zero_totals(shapes) for _ in weights]
+  names = (*BATCH, "accepted") if "real_top1" in shapes else BATCH
   only = () if allowed is None else (jax.device_put(allowed, mesh_lib.replicated(mesh)),)
   in_flight: collections.deque[jax.Array] = collections.deque()
   with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, names)) as batches:
     for batch in batches:
       flags = requests()
-      totals = [
+      counted = [
         eval_step(variables, so_far, batch, flags, *only)
-        for variables, so_far in zip(weights, totals, strict=True)
+        for variables, so_far in zip(weights, counted, strict=True)
       ]
-      in_flight.append(totals[-1]["request"])
+      in_flight.append(counted[-1]["request"])
       # Two batches late, one of two weights: that bounds those in flight, and the memory that they
       # hold.
       if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) == STOP:
         return None
-  sums = jax.device_get(totals)
+  sums = jax.device_get(counted)
   result, *raw = map(_means, sums)
-  if classes:
+  if "confusion" in shapes:
     result["confusion"] = sums[0]["confusion"]
   if raw:
     result["raw_loss"], result["raw_top1"] = raw[0]["loss"], raw[0]["top1"]

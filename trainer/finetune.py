@@ -20,7 +20,7 @@ import optax
 
 from trainer.errors import ConfigError
 from trainer.models.norm import BatchNorm
-from trainer.state import Params, Tree
+from trainer.state import Params, Tree, path_name
 
 _SHOWN = 3  # parameters in a message
 
@@ -58,7 +58,7 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
   Raises:
     ConfigError: one sentence that names the field.
   """
-  names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
   fields = config.optimizer
   wanted = [("freeze", fields.freeze)] if fields.freeze else []
   wanted += [("lr_scales", pattern) for pattern, _ in parse_scales(fields.lr_scales)]
@@ -129,7 +129,7 @@ def _scaled(
 
 def frozen(pattern: str, params: Params) -> dict[str, Any]:
   """Return the parameters that match, by path."""
-  leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+  leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
   return {name: leaf for name, leaf in leaves.items() if re.search(pattern, name)}
 
 
@@ -151,8 +151,4 @@ def freeze_norms(pattern: str, model: nnx.Module) -> None:
 
 def _map(tree: Tree, function: Any) -> Tree:
   """Map function(name, leaf) over a tree of parameters."""
-  return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+  return jax.tree.map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)

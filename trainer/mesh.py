@@ -20,7 +20,7 @@ import numpy as np
 
 from trainer import config as config_lib
 from trainer.errors import ConfigError
-from trainer.state import Tree
+from trainer.state import Tree, path_name
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -120,7 +120,7 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Tree) 
   rules = sharding_rules(config)
 
   def sharding(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = path_name(path)
     axes = next(axes for start, axes in rules if re.match(start, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
     fit = [dimension for dimension, size in enumerate(leaf.shape) if size % parts == 0]
@@ -151,7 +151,7 @@ def describe_shardings(state: Tree) -> list[str]:
   """Return a line for each part of a state and each sharding in it: leaves, bytes, the largest."""
   groups = collections.defaultdict(list)
   for path, leaf in jax.tree.leaves_with_path(state):
-    part, *rest = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    part, *rest = path_name(path).split("/")
     groups[part, str(leaf.sharding.spec).replace("PartitionSpec", "P")].append(
       (leaf, "/".join(rest))
     )

@@ -17,7 +17,7 @@ import optax
 
 from configs import base, names
 from trainer import finetune, schedules
-from trainer.state import Params, Tree
+from trainer.state import Params, Tree, path_name
 
 # Returns a tree of booleans for the parameters; None stands for True everywhere.
 Mask = Callable[[Params], Tree] | None
@@ -285,8 +285,7 @@ def _masked(rule: optax.GradientTransformation, mask: Mask) -> optax.GradientTra
 
 
 def _matches(path: tuple[object, ...], patterns: Sequence[str]) -> bool:
-  name = jax.tree_util.keystr(path, simple=True, separator="/")
-  return any(re.search(pattern, name) for pattern in patterns)
+  return any(re.search(pattern, path_name(path)) for pattern in patterns)
 
 
 def _mu_dtype(fields: ml_collections.ConfigDict) -> jnp.dtype | None:

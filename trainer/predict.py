@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.sources import layout
 from input_pipeline.tools import contact_sheet
 from trainer import command_line
 from trainer import config as config_lib
@@ -141,7 +142,7 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
       raise WeightsError(f"There is no {path}; give image files, or folders of them.")
     inside = image_files.files_in(path) if path.is_dir() else [path]
     if not inside:
-      raise WeightsError(f"{path} holds no image ({', '.join(image_files.SUFFIXES)}).")
+      raise WeightsError(f"{path} holds no image ({', '.join(layout.IMAGE_SUFFIXES)}).")
     files.extend(inside)
   return files
 

@@ -109,6 +109,12 @@ class Program:
     distinct = dict.fromkeys([self.lengths.image_size(step), *ahead])
     return [self.sizes(mode) | {"image_size": size} for size in distinct]
 
+  def abstract_totals(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of what an evaluation counts, by the config."""
+    fields = self.config.eval
+    classes = self.config.model.num_classes if fields.per_class else 0
+    return evaluate.abstract_totals(self.mesh, classes, bool(fields.real_labels))
+
   def lower(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Lowered:
     """Trace a step for batches of this size; see trainer.step. Training donates the state."""
     requests = mesh_lib.abstract_flags(self.mesh)
@@ -122,14 +128,11 @@ class Program:
         variables, (variables.batch_stats, evaluate.abstract_count(self.mesh)), batch
       )
     if mode == "eval":
-      fields, classes = self.config.eval, self.config.model.num_classes
       eval_step = step_lib.make_eval_step(self.model, self.config, self.mesh)
-      totals = evaluate.abstract_totals(
-        self.mesh, classes if fields.per_class else 0, bool(fields.real_labels)
-      )
-      only = () if fields.classes == "all" else (evaluate.abstract_allowed(self.mesh, classes),)
+      allowed = evaluate.abstract_allowed(self.mesh, self.config.model.num_classes)
+      only = (allowed,) if self.config.eval.classes == "data" else ()
       return jax.jit(eval_step, out_shardings=replicated).lower(
-        self.abstract_state.for_eval(), totals, batch, requests, *only
+        self.abstract_state.for_eval(), self.abstract_totals(), batch, requests, *only
       )
     train_step = step_lib.make_train_step(
       self.model,

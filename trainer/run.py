@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
 from typing import Any
@@ -19,7 +20,6 @@ from trainer import evaluate as evaluate_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
 from trainer import real_labels
-from trainer.config import Changes
 from trainer.errors import ConfigError, Preempted
 from trainer.pod.pod import Pod
 from trainer.pod.requests import Requests
@@ -116,7 +116,8 @@ class Run:
     self.saved_data = meta.get("dataset")
     if changes := meta.get("changes"):
       self.history = [*self.history, {"step": self.step, "changes": changes}]
-      logging.info("By config.resume.allow, from step %d on: %s.", self.step, _in_words(changes))
+      words = config_lib.in_words(changes)
+      logging.info("By config.resume.allow, from step %d on: %s.", self.step, words)
     offset = meta.get("offset", 0)
     before, now = meta["config"]["global_batch_size"], self.config.global_batch_size
     if before != now:
@@ -140,7 +141,7 @@ class Run:
     """Compare the classes of an evaluated data set by name with those that the run has learned."""
     if self.saved_data is not None:
       self._match_labels(self.saved_data["classes"])
-    elif names := self._imported_classes():
+    elif names := self._imported_classes:
       self._match_labels(names)
     else:  # of an earlier version, which kept no names
       for source in self.eval_sources.values():
@@ -184,13 +185,12 @@ class Run:
         "of this run are in another."
       )
     digest = hashlib.sha256(self._real.tobytes()).hexdigest()
-    seen = self.pod.gather("config.eval.real_labels", digest)
-    for host, theirs in seen.items():
-      if theirs != digest:
-        raise ConfigError(
-          f"Host {host} reads another file at config.eval.real_labels={path} than host "
-          f"{self.pod.host}; give all hosts the same."
-        )
+    host = self.pod.odd_one("config.eval.real_labels", digest)
+    if host is not None:
+      raise ConfigError(
+        f"Host {host} reads another file at config.eval.real_labels={path} than host 0; give all "
+        "hosts the same."
+      )
 
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
@@ -253,7 +253,7 @@ class Run:
     self.pod.at(f"step {self.step + 1}")
     with self.clock("input_wait"):
       batch = next(self.batches)
-    if self.program.sizes_at(self.step) != self._sizes:
+    if self.lengths.image_size(self.step) != self._sizes["image_size"]:
       self._change_size()
     flags = self.requests.flags()
     with jax.transfer_guard("disallow"):
@@ -310,7 +310,6 @@ class Run:
     with self.clock("compile"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
     weights, results, tables = self._weights(), {}, {}
-    classes = self.config.model.num_classes if self.config.eval.per_class else 0
     for name, source in self.eval_sources.items():
       self.pod.at(f"evaluation of step {self.step} on {name}")
       host_batches = self._one_pass(source, numbers=self._real is not None)
@@ -324,16 +323,15 @@ class Run:
           weights,
           batches,
           self.requests.flags,
-          classes,
+          self.program.abstract_totals(),
           self._allowed(name) if self.config.eval.classes == "data" else None,
-          self._real is not None,
         )
       if result is None:
         return None
-      if classes:
+      if "confusion" in result:
         tables[name] = class_tables.table(result.pop("confusion"), self._class_names())
       results[name] = result
-    if classes:
+    if tables:
       write_json(self.workdir.eval_classes, {"step": self.step, "splits": tables})
     return evaluate_lib.join(results)
 
@@ -349,11 +347,12 @@ class Run:
   def _class_names(self) -> Sequence[str]:
     """Return the names of the classes that the run has learned; numbers if they are not known."""
     number = self.config.model.num_classes
-    known = [self._imported_classes(), (self.saved_data or self.data)["classes"]]
+    known = [self._imported_classes, (self.saved_data or self.data)["classes"]]
     return next((n for n in known if n and len(n) == number), [str(i) for i in range(number)])
 
+  @functools.cached_property
   def _imported_classes(self) -> Sequence[str]:
-    """Return the names that the workdir has; those of imported weights stand nowhere else."""
+    """The names that the workdir has; those of imported weights stand nowhere else."""
     return (read_json(self.workdir.classes, {"classes": list}) or {}).get("classes", ())
 
   def _weights(self) -> list[Variables]:
@@ -398,7 +397,3 @@ class Run:
       "history": self.history,
       "dataset": self.data,
     }
-
-
-def _in_words(changes: Changes) -> str:
-  return ", ".join(f"config.{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())

@@ -167,6 +167,11 @@ def make_init(
   return traced[0], init
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+  """Return the path of a leaf in words: "params/head/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def fingerprints(tree: Tree) -> dict[str, int]:
   """Return a 32-bit hash of every leaf of `tree`, by its path.
 
@@ -175,10 +180,7 @@ def fingerprints(tree: Tree) -> dict[str, int]:
   modulo 2**32. Integer sums do not depend on their order, so the hash is the same on any mesh,
   sharding and number of hosts.
   """
-  hashes = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): _leaf_hash(leaf)
-    for path, leaf in jax.tree.leaves_with_path(tree)
-  }
+  hashes = {path_name(path): _leaf_hash(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
   return {name: int(value) for name, value in jax.device_get(hashes).items()}
 
 

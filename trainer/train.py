@@ -123,13 +123,12 @@ def _open(
   if pod.host == 0:
     for line in layout.summary(opened):
       logging.info("Data: %s.", line)
-  seen = pod.gather("data", [data_lib.summary(source) for source in opened])
-  for host, theirs in seen.items():
-    if theirs != seen[0]:
-      raise ConfigError(
-        f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all "
-        "hosts the same files, and a data set of the hub with its @REVISION."
-      )
+  host = pod.odd_one("data", [data_lib.summary(source) for source in opened])
+  if host is not None:
+    raise ConfigError(
+      f"Host {host} sees other data at config.data.path {config.data.path} than host 0; give all "
+      "hosts the same files, and a data set of the hub with its @REVISION."
+    )
   loader.check_eval(config.data, config.eval.batch_size, pod.hosts)
   if not evaluation:
     loader.check_train(train_source, config.data, config.global_batch_size, pod.hosts)
@@ -155,31 +154,35 @@ def _open_train(config: ml_collections.ConfigDict, evaluation: bool) -> sources.
 
 def _already_finished(run: Run) -> dict[str, Any] | None:
   """Note this start; return the result of a run that was complete before, else None."""
-  before = read_json(run.workdir.config)
-  changes = config_lib.differences(before, run.config.to_dict()) if before else {}
   complete = run.step >= run.lengths.last
   final = read_json(run.workdir.final, FINAL, set_aside=True) if complete else None
-  if final:
+  if final is not None:
     logging.info("This run is complete: %s", json.dumps(final, indent=2))
-    if changes:
+  if run.pod.host == 0:
+    before = read_json(run.workdir.config)
+    changes = config_lib.differences(before, run.config.to_dict()) if before else {}
+    if final is None:
+      _note_start(run, changes)
+    elif changes:
       logging.warning(
         "The result is that of %s; these fields differ now and had no effect: %s. "
         "--mode=eval evaluates with other settings.",
         run.workdir.config,
-        ", ".join(f"config.{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()),
+        config_lib.in_words(changes),
       )
-    return final
-  write_json(run.workdir.config, run.config.to_dict())
-  names = getattr(run.train_source, "class_names", ())
-  if names and not run.workdir.classes.exists():  # imported weights may have brought theirs
-    write_json(run.workdir.classes, {"classes": list(names)})
-  write_json(
-    run.workdir.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)}
-  )
-  if run.pod.host == 0:
-    earlier = read_json(run.workdir.starts, WallClock.STARTS, set_aside=True)
-    write_json(run.workdir.starts, run.clock.start(earlier, run.step, changes))
-  return None
+  return final
+
+
+def _note_start(run: Run, changes: config_lib.Changes) -> None:
+  """Write what this process runs, on which data, and that it was started."""
+  folder = run.workdir
+  write_json(folder.config, run.config.to_dict())
+  names = run.train_source.class_names
+  if names and not folder.classes.exists():  # imported weights may have brought theirs
+    write_json(folder.classes, {"classes": list(names)})
+  write_json(folder.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)})
+  earlier = read_json(folder.starts, WallClock.STARTS, set_aside=True)
+  write_json(folder.starts, run.clock.start(earlier, run.step, changes))
 
 
 def _left_out(run: Run) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import re
 import tarfile
 from typing import Any
 
+from configs.names import natural
 from input_pipeline.errors import DataError
 from input_pipeline.prepare import tars
 from input_pipeline.prepare.archives import Inputs, Member, inputs_of
@@ -132,7 +133,7 @@ def _val(
         f"{path} holds {len(images)} images, but {devkit or val_labels} labels {len(synsets)}; "
         "use files that belong together."
       )
-    if names != sorted(names, key=_natural):
+    if names != sorted(names, key=natural):
       raise DataError(
         f"{path}: the order of the images is not clear, as their numbers have no leading zeros; "
         "give --val-labels with the name of the image before each class."
@@ -176,11 +177,6 @@ def _images(
     else:
       found.append(layout.Image(entry, name))
   return found
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-  """Return a key by which numbers in names count as numbers."""
-  return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _listed_labels(

@@ -147,7 +147,7 @@ def test_eval_counts_each_real_example_once(config, batch):
     jax.device_get(
       eval_step(
         state.for_eval(),
-        evaluate.zero_totals(program.mesh),
+        evaluate.zero_totals(program.abstract_totals()),
         {"image": image, "label": batch["label"], "mask": mask},
         np.zeros(1, np.int32),
       )
@@ -168,7 +168,7 @@ def test_equal_logits_are_no_free_hits(config, batch):
   totals = jax.device_get(
     eval_step(
       state.for_eval()._replace(params=params),
-      evaluate.zero_totals(program.mesh),
+      evaluate.zero_totals(program.abstract_totals()),
       {"image": batch["image"], "label": labels, "mask": np.ones(8, bool)},
       np.zeros(1, np.int32),
     )

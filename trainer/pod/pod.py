@@ -173,6 +173,14 @@ class Pod:
         self._await_verdict()
       while_waiting(expand(reply["missing"]))
 
+  def odd_one(self, name: str, value: Any) -> int | None:
+    """Return the first host whose value is another than that of host 0, the same on all hosts.
+
+    The arguments and errors are those of `gather`; None if all values are equal.
+    """
+    seen = self.gather(name, value)
+    return next((host for host in sorted(seen) if seen[host] != seen[0]), None)
+
   def agree(self, name: str, value: bool) -> bool:
     """Whether `value` is true on any host."""
     return any(self.gather(name, value).values())

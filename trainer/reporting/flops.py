@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from trainer.state import Model, Variables
 
+FORWARD_PASSES = 3  # that a training step counts as
+
 # Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind; kinds as in
 # jax/_src/pallas/mosaic/tpu_info.py.
 _PEAK = {
@@ -81,7 +83,7 @@ def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
 
 def step_flops(model: Model, variables: Variables, *, image_size: int, batch_size: int) -> int:
   """Return the model FLOPs of a training step; see `forward_flops`."""
-  return 3 * batch_size * forward_flops(model, variables, image_size)
+  return FORWARD_PASSES * batch_size * forward_flops(model, variables, image_size)
 
 
 class Work:

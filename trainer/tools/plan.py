@@ -99,7 +99,8 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   model, init = make_init(config, optax.identity(), shards=1)
   variables = jax.eval_shape(init).for_eval()
   forward = {int(size): flops.forward_flops(model, variables, int(size)) for size in set(sizes)}
-  work = [(first, 3 * config.global_batch_size * forward[size]) for first, size in lengths.sizes]
+  step = flops.FORWARD_PASSES * config.global_batch_size
+  work = [(first, step * forward[size]) for first, size in lengths.sizes]
   return Plan(
     config,
     examples,

@@ -12,7 +12,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from configs.names import natural
 from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.sources import layout
 from trainer.state import Variables
 from trainer.weights import foreign, onnx_graph, read, safetensors
 from trainer.weights import images as image_files
@@ -119,7 +121,7 @@ def _safetensors(
   net: net_lib.Net, leaves: net_lib.Leaves, facts: About, path: pathlib.Path
 ) -> Predict:
   tensors: dict[str, np.ndarray] = {}
-  for leaf in sorted(leaves, key=foreign.natural):
+  for leaf in sorted(leaves, key=natural):
     name = net.torch_name(leaf)
     tensors[name] = np.ascontiguousarray(foreign.theirs(leaf, name, np.asarray(leaves[leaf])))
     if name.endswith("running_var"):  # torch's batch norm counts its batches
@@ -228,7 +230,7 @@ def _views(folder: str, net: net_lib.Net, size: int) -> Iterator[np.ndarray]:
   """
   files = image_files.files_in(folder)
   if not files:
-    raise WeightsError(f"--images={folder} holds no image ({', '.join(image_files.SUFFIXES)}).")
+    raise WeightsError(f"--images={folder} holds no image ({', '.join(layout.IMAGE_SUFFIXES)}).")
 
   def batches() -> Iterator[np.ndarray]:
     batch: list[np.ndarray] = []

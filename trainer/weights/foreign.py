@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from configs.names import natural
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # mismatches in a message
@@ -91,11 +92,6 @@ def _ours(
   tensor = tensor.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
   with np.errstate(over="ignore"):  # it is refused afterwards, by name
     return np.ascontiguousarray(tensor.astype(dtype))
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-  """Return a key that sorts names as a person counts: layer3.2 before layer3.10."""
-  return [(int(part[:9]) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 @dataclasses.dataclass(frozen=True)

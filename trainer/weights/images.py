@@ -7,19 +7,19 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from configs.names import natural
 from input_pipeline import image
 from input_pipeline.errors import BadRecordError
-from trainer.weights import foreign
+from input_pipeline.sources import layout
 from trainer.weights import net as net_lib
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _LEAST = 2  # pixels of a side; a single pixel shows nothing
 
 
 def files_in(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
   """Return the image files in a folder and all folders in it, by their suffix, as one counts."""
-  files = [path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES]
-  return sorted((p for p in files if p.is_file()), key=lambda path: foreign.natural(str(path)))
+  files = [path for path in pathlib.Path(folder).rglob("*") if layout.is_image(path.name)]
+  return sorted((p for p in files if p.is_file()), key=lambda path: natural(str(path)))
 
 
 def view(data: bytes, net: net_lib.Net, size: int = 0) -> np.ndarray:

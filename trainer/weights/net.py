@@ -14,7 +14,7 @@ from configs import base
 from trainer import models
 from trainer.augment import normalize
 from trainer.errors import ConfigError
-from trainer.state import Model, Variables, split
+from trainer.state import Model, Variables, path_name, split
 
 # Arrays, or their shapes, by path: "stage1_block1/conv1/kernel".
 Leaves = dict[str, Any]
@@ -99,7 +99,7 @@ def flatten(variables: Variables) -> Leaves:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path[1:], simple=True, separator="/")
+  return path_name(path[1:])
 
 
 def config_of(values: Mapping[str, Any]) -> ml_collections.ConfigDict:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.weights.foreign import natural
+from configs.names import natural
 from trainer.weights.read import Loaded
 
 _LONGEST = 100  # characters of a fact

@@ -7,12 +7,13 @@ import re
 import jax
 import ml_collections
 
+from configs.names import natural
 from trainer.errors import ConfigError, TrainerError
 from trainer.pod.pod import Pod
 from trainer.program import Program
 from trainer.state import TrainState
-from trainer.weights import foreign, read
 from trainer.weights import net as net_lib
+from trainer.weights import read
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # names in a line
@@ -105,8 +106,8 @@ def _read(program: Program) -> Start:
   return Start(
     weights=words,
     leaves=found.found,
-    anew=sorted(anew, key=foreign.natural),
-    left_over=sorted(loaded.tensors.keys() - used, key=foreign.natural),
+    anew=sorted(anew, key=natural),
+    left_over=sorted(loaded.tensors.keys() - used, key=natural),
     classes=about.classes,
     head=not head & anew,
   )

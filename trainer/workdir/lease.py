@@ -215,12 +215,16 @@ class Lease:
     self._thread.join()
     try:
       found = self.store.read()
-      if found and _parse(found[0], "token") == self.owner["token"]:
+      if found and self._is_own(found[0]):
         self.store.remove(found[1])
     except Exception as error:  # the next run takes it over after a while
       if not _is_failure(error):
         raise
       logging.warning("The lease could not be removed (%s).", storage.first_line(error))
+
+  def _is_own(self, text: str) -> bool:
+    owner = _parse(text)
+    return owner is not None and owner["token"] == self.owner["token"]
 
   def _text(self) -> str:
     self.owner["renewed"] = time.time()
@@ -230,7 +234,7 @@ class Lease:
     while not self._done.wait(self.seconds / _RENEWALS):
       try:
         found = self.store.read()
-        if found and _parse(found[0], "token") == self.owner["token"]:
+        if found and self._is_own(found[0]):
           self.store.replace(self._text(), found[1])
         elif found or not self.store.create(self._text()):
           theirs = _words(_parse(found[0])) if found else "another process"
@@ -314,17 +318,16 @@ def _is_gone(owner: dict[str, Any]) -> bool:
   return _is_here(owner) and _started(owner["pid"]) != owner["started"]
 
 
-def _parse(text: str, *keys: str) -> Any:
-  """Return the owner, or an entry of it; None if the file is damaged."""
+def _parse(text: str) -> dict[str, Any] | None:
+  """Return the owner that a file names; None if it is damaged."""
   try:
     owner = json.loads(text)
-    if not all(isinstance(owner[key], str) for key in ("token", "host", "machine", "started")):
-      return None
-    if not isinstance(owner["pid"], int):
-      return None
+    whole = isinstance(owner["pid"], int) and all(
+      isinstance(owner[key], str) for key in ("token", "host", "machine", "started")
+    )
   except (ValueError, KeyError, TypeError):
     return None
-  return owner[keys[0]] if keys else owner
+  return owner if whole else None
 
 
 def _words(owner: dict[str, Any] | None) -> str:
