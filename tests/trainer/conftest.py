@@ -1,7 +1,22 @@
 import numpy as np
 import pytest
 
-from tests.trainer import tiny
+from tests.trainer import bucket_server, tiny
+from tests.trainer.shared import ENVIRONMENT
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  """A bucket on loopback, for this process and those that it starts."""
+  with (
+    bucket_server.serving(tmp_path_factory.mktemp("server")) as server,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    # Of this process too, and for TensorStore before it is first used.
+    for name, value in server.environment.items():
+      patch.setenv(name, value)
+      patch.setitem(ENVIRONMENT, name, value)
+    yield server
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 from typing import Any
+from unittest import mock
 
 import psutil
 
 from tests.trainer import tiny
+from trainer import command_line
 
 TINY = pathlib.Path(tiny.__file__)
 # Compiled without optimisation: compiling is most of the time of these runs, and nothing in them
@@ -51,6 +53,16 @@ def trainer(workdir, *overrides, config=TINY):
   ]
 
 
+def call(main, program, *arguments):
+  """Return the exit code of a command that takes --config, called as in a process of its own."""
+  argv = [program, *map(str, arguments)]
+  for name in list(command_line.FLAGS):
+    if name.startswith("config."):  # overrides of the last call
+      delattr(command_line.FLAGS, name)
+  with mock.patch.object(sys, "argv", argv):  # where config_flags looks for overrides
+    return main(argv)
+
+
 class Process:
   """A process under way, whose output is followed by a thread.
 
@@ -69,6 +81,15 @@ class Process:
     )
     self.log, self.ended, self._lines = "", False, threading.Condition()
     threading.Thread(target=self._follow, daemon=True).start()
+
+  @property
+  def pid(self) -> int:
+    """Number of the process."""
+    return self._process.pid
+
+  def send(self, number: int) -> None:
+    """Send it a signal."""
+    self._process.send_signal(number)
 
   def _follow(self) -> None:
     for line in self._process.stdout:

@@ -40,23 +40,6 @@ ANY_WRITE = "^(POST|PUT)"
 OF_ARRAYS = "^POST .*(ocdbt|manifest)"  # written by TensorStore
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-  with (
-    bucket_server.serving(tmp_path_factory.mktemp("server")) as server,
-    pytest.MonkeyPatch.context() as patch,
-  ):
-    for (
-      name,
-      value,
-    ) in (
-      server.environment.items()
-    ):  # of this process too, and for TensorStore before it is first used
-      patch.setenv(name, value)
-      patch.setitem(ENVIRONMENT, name, value)
-    yield server
-
-
 @pytest.fixture
 def workdir(server, request):
   server.answer()

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import sys
-from unittest import mock
 
 from absl import logging
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 
 from configs import finetune_resnet50
 from input_pipeline import image
+from tests.trainer.shared import call
 from trainer import config as config_lib
 from trainer import finetune, predict, train
 from trainer.weights import __main__ as weights_command
@@ -86,8 +85,7 @@ def test_from_weights_of_another_tool_to_onnx(tmp_path, capsys, caplog):
   # The same answers from ONNX, for pixels prepared here.
   out = tmp_path / "run.onnx"
   arguments = ["export", workdir, "--format=onnx", f"--out={out}", "--pixels", f"--images={val}"]
-  with mock.patch.object(sys, "argv", ["trainer.weights", *arguments]):
-    assert weights_command.main(sys.argv) == 0
+  assert call(weights_command.main, "trainer.weights", *arguments) == 0
   assert "same top-5 on 12 of 12 images" in capsys.readouterr().out
   session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
   assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == names

@@ -12,6 +12,7 @@ from configs import base, image_sizes
 from input_pipeline import loader, sources
 from tests.trainer import outside, tiny
 from tests.trainer.shared import fingerprints, run, trainer
+from tests.trainer.test_run import StopAt
 from trainer import config as config_lib
 from trainer import program as program_lib
 from trainer import train as train_lib
@@ -132,17 +133,6 @@ def test_batches_have_the_size_of_their_step_and_the_order_of_always(shards):
   data.workers = 2
   for one, other in zip(batches(8, first_step=2, sizes=sizes), grown[2:], strict=True):
     np.testing.assert_array_equal(one["image"], other["image"])
-
-
-class StopAt:
-  """A stop at the n-th time of asking."""
-
-  def __init__(self, n):
-    self.left = n
-
-  def __call__(self):
-    self.left -= 1
-    return self.left <= 0
 
 
 def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, shards, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,22 +11,11 @@ import time
 from etils import epath
 import pytest
 
-from tests.trainer import bucket_server, tiny
+from tests.trainer import tiny
 from tests.trainer.shared import ENVIRONMENT, Process, run, trainer
 from trainer import train as train_lib
 from trainer.errors import DONE, HOST_LOST, WorkdirBusy
 from trainer.workdir import lease, storage
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-  with (
-    bucket_server.serving(tmp_path_factory.mktemp("server")) as server,
-    pytest.MonkeyPatch.context() as patch,
-  ):
-    for name, value in server.environment.items():
-      patch.setenv(name, value)
-    yield server
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -143,9 +133,9 @@ def test_the_same_command_twice(tmp_path):
   first.wait_for("step 2/")
   second = Process(command, env=ENVIRONMENT)
   assert second.finish() == HOST_LOST
-  assert f"{tmp_path} is in use by process {first._process.pid} of " in second.log
+  assert f"{tmp_path} is in use by process {first.pid} of " in second.log
   assert "Traceback" not in second.log
-  first._process.kill()
+  first.send(signal.SIGKILL)
   first.finish()
   # The owner is known to be gone.
   third = Process([*command[:-1], "--config.total_steps=4"], env=ENVIRONMENT)

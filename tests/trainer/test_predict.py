@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -12,7 +11,8 @@ import pytest
 
 from input_pipeline import image
 from tests.trainer import tiny
-from trainer import command_line, predict, weights
+from tests.trainer.shared import call
+from trainer import predict, weights
 from trainer.weights import export, run_folder
 from trainer.weights import net as net_lib
 
@@ -20,12 +20,7 @@ NAMES = ["ant", "bee", "crane", "dhole", "emü", "fox"]
 
 
 def main(*arguments):
-  argv = ["trainer.predict", *map(str, arguments)]
-  for name in list(command_line.FLAGS):
-    if name.startswith("config."):  # overrides of the last call
-      delattr(command_line.FLAGS, name)
-  with mock.patch.object(sys, "argv", argv):  # where config_flags looks for overrides
-    return predict.main(argv)
+  return call(predict.main, "trainer.predict", *arguments)
 
 
 @pytest.fixture(scope="module")

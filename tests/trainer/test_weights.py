@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import sys
-from unittest import mock
 
 import jax
 import ml_dtypes
@@ -14,9 +12,10 @@ import pytest
 
 from configs import base
 from tests.trainer import tiny, torch_files
+from tests.trainer.shared import call
 from tests.trainer.weights_fuzz import Fuzz
-from trainer import command_line, train
 from trainer import config as config_lib
+from trainer import train
 from trainer.errors import FAILED
 from trainer.weights import __main__ as command
 from trainer.weights import export, foreign, read, run_folder, safetensors, torch_file
@@ -30,12 +29,7 @@ NAMES = ["ant", "bee", "crane", "dhole", "emu", "fox"]
 
 def main(*arguments):
   """Return the exit code of a verb, as in a process of its own."""
-  argv = ["trainer.weights", *map(str, arguments)]
-  for name in list(command_line.FLAGS):
-    if name.startswith("config."):  # overrides of the last call
-      delattr(command_line.FLAGS, name)
-  with mock.patch.object(sys, "argv", argv):  # where config_flags looks for overrides
-    return command.main(argv)
+  return call(command.main, "trainer.weights", *arguments)
 
 
 def run(capsys, *arguments):
