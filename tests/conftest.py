@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 
+from absl import logging
 import numpy as np
 import pytest
 import simplejpeg
@@ -29,6 +30,17 @@ def pytest_unconfigure(config):
   del config
   if _cache:
     _cache.cleanup()
+
+
+_VERBOSITY = logging.get_verbosity()
+_LEVEL = logging.get_absl_logger().level  # none of its own
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+  """Each test logs as much as the first one, whatever commands in this process have set."""
+  logging.set_verbosity(_VERBOSITY)
+  logging.get_absl_logger().setLevel(_LEVEL)
 
 
 @pytest.fixture(scope="session")

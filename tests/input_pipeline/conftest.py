@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 
-from absl import logging
 from array_record.python import array_record_module
 import ml_collections
 import numpy as np
@@ -126,14 +125,6 @@ def data_config(path, **fields) -> ml_collections.ConfigDict:
   sizes = {"image_size": 16, "eval_image_size": 16, "eval_resize": 20}
   data.update({"path": str(path), "workers": 0, "threads": 2, **sizes, **fields})
   return data
-
-
-@pytest.fixture(autouse=True)
-def verbosity():
-  """Commands that run in this process set how much is logged."""
-  before = logging.get_verbosity()
-  yield
-  logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

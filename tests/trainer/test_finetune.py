@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-from absl import logging
 import numpy as np
 from PIL import Image
 import pytest
@@ -45,7 +44,6 @@ def small_config():
 def test_from_weights_of_another_tool_to_onnx(tmp_path, capsys, caplog):
   onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
   pytest.importorskip("onnx", reason="needs the extra [export]")
-  logging.set_verbosity(logging.INFO)  # commands of other tests have lowered it
   caplog.set_level("INFO")
   rng = np.random.default_rng(0)
   write_images(tmp_path / "data" / "train", 8, rng)

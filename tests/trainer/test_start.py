@@ -6,7 +6,6 @@ import subprocess
 import sys
 import types
 
-from absl import logging
 import jax
 import numpy as np
 import pytest
@@ -145,7 +144,6 @@ def test_hosts_that_read_other_weights_end_together(config, donor):
 
 
 def test_a_run_begins_with_them_and_a_resume_never_reads_them(config, donor, tmp_path, caplog):
-  logging.set_verbosity(logging.INFO)  # commands of other tests have lowered it
   caplog.set_level("INFO")
   folder, leaves = donor
   config.update(init_from=str(folder / "run"), total_steps=2)
