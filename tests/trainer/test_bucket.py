@@ -17,6 +17,7 @@ import pytest
 
 from tests.trainer import bucket_server, tiny
 from tests.trainer.shared import ENVIRONMENT, fingerprints, run, running, trainer
+from tests.trainer.test_curves import READERS, check, draw, live
 from tests.trainer.test_run import StopAt
 from trainer import program as program_lib
 from trainer import train as train_lib
@@ -315,6 +316,33 @@ def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeyp
   writer.write_scalars(2, {"x": 2.0})
   writer.close()
   assert list(events.read_scalars(str(workdir))["x"][0]) == [1, 2]
+
+
+def test_curves_of_a_run_that_was_killed_twice(workdir, tmp_path):
+  lives = [(0, 110), (100, 120), (50, 150)]
+  for value, life in enumerate(lives):
+    live(workdir, *life, float(value))
+  found = list((workdir / "events").iterdir())
+  assert len(found) == len(lives)
+  for path in found:
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  check(draw(str(workdir / "events"), "report"), lives)
+  for reader in READERS:
+    check(draw(tmp_path, reader), lives)
+
+
+def test_older_curves_that_cannot_be_read_do_not_end_a_run(server, workdir, monkeypatch, caplog):
+  monkeypatch.setattr(events, "_RETRY_SECONDS", 0.0)
+  live(workdir, 0, 60, 0.0)
+  now = time.time
+  monkeypatch.setattr(events.time, "time", lambda: now() + 2)  # no two starts within a second
+  server.refuse("^GET", 403)
+  live(workdir, 50, 70, 1.0)
+  server.answer()
+  assert server.refused() and "could not be listed" in caplog.text
+  assert "step 50 may be drawn twice" in caplog.text
+  steps, values, _ = events.read_scalars(str(workdir / "events"))["train/loss"]
+  assert list(steps) == list(range(1, 71)) and set(values[50:]) == {1.0}
 
 
 IMPATIENT = """

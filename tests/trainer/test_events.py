@@ -71,6 +71,22 @@ def test_async_writer_and_periodic_actions_need_no_tensorflow(tmp_path):
   assert len(list(tmp_path.glob("*tfevents*"))) == 1
 
 
+def test_torch_is_not_imported_and_can_be_later(tmp_path):
+  (tmp_path / "torch.py").write_text("Tensor = int")
+  result = in_fresh_process(
+    """
+      import sys
+      sys.path.insert(0, sys.argv[1])
+      from trainer.reporting import events
+      assert "torch" not in sys.modules
+      import torch
+      assert torch.Tensor is int
+      """,
+    tmp_path,
+  )
+  assert result.returncode == 0, result.stderr
+
+
 # A TensorFlow as far as clu asks for it when it is imported.
 FAKE_TENSORFLOW = {
   "tensorflow/__init__.py": "",
@@ -229,7 +245,7 @@ def test_a_bucket_holds_what_was_flushed(tmp_path, monkeypatch):
     events.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path)))
   )
   writer = events.EventWriter("gs://bucket")
-  assert isinstance(writer._events._py_recordio_writer._writer, events._BucketFile)
+  assert isinstance(writer._records._writer, events._BucketFile)
   assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events._BucketFiles)
   for step in (1, 2):
     writer.write_scalars(step, {"loss": 1.0})

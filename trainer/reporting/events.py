@@ -3,17 +3,22 @@
     from trainer.reporting import events
     from trainer.reporting.clu import metric_writers
 
-    writers = [events.EventWriter(logdir)] if jax.process_index() == 0 else []
+    writers = [events.EventWriter(logdir, first_step)] if jax.process_index() == 0 else []
     writer = metric_writers.AsyncMultiWriter(writers)
     ...
     scalars = events.read_scalars(logdir)
 
 An event file is a sequence of records: length (uint64), its checksum (uint32), an Event protocol
 buffer, its checksum (uint32), all little-endian; checksums are masked CRC-32C (TFRecord).
+
+Each process of a run adds a file. One that is resumed takes steps again that an earlier process had
+written, so its file starts with the mark by which TensorBoard drops these (SessionLog.START).
 """
 
 from collections.abc import Iterator, Mapping
 import os
+import re
+import socket
 import struct
 import time
 from typing import Any
@@ -22,11 +27,9 @@ import uuid
 from absl import logging
 from etils import epath
 import numpy as np
-from tensorboardX import event_file_writer, record_writer
-from tensorboardX import summary as summaries
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from trainer.reporting.clu import metric_writers
+from trainer.reporting.tensorboardx import event_pb2, record_writer, summaries, summary_pb2
 from trainer.workdir import storage
 
 _FLUSH_SECONDS = 30.0  # an event later than this flushes those before it
@@ -41,33 +44,86 @@ class EventWriter(metric_writers.MetricWriter):
   file. Parameter names are those of clu's interface, because AsyncWriter passes them by name.
   """
 
-  def __init__(self, logdir: str):
+  def __init__(self, logdir: str, first_step: int | None = None):
     """Add a file to a folder.
 
     Args:
       logdir: local folder or gs:// path, made if absent.
+      first_step: steps that the run had taken when this process restored it. Points of later steps
+        in older files are void, and scalars written at this step replace those of older files.
+        None: all points of older files stay.
     """
-    # tensorboardX names a file by second and host: a writer opened again within the same second
-    # would empty the file of the one before.
     record_writer.directory_check(logdir)
-    self._events = event_file_writer.EventsWriter(
-      os.path.join(logdir, "events"), filename_suffix=f".{uuid.uuid4().hex[:8]}"
-    )
+    self._logdir, self._first_step = logdir, first_step
+    # Scalars of all files at first_step, once they are needed: {name: (value, wall time)}.
+    self._at_first_step: dict[str, tuple[float, float]] | None = None
+    second = _next_second(logdir)
+    name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+    self._records = record_writer.RecordWriter(os.path.join(logdir, name))
     self._flushed = time.monotonic()
+    # read_scalars sorts files by the time of this event, TensorBoard by name: both are `second`.
+    self._add(event_pb2.Event(wall_time=second, file_version="brain.Event:2"))
+    if first_step is not None:
+      # TensorBoard drops nothing at the first mark of a folder, and files of before have none.
+      self._drop_from(first_step + 1)
+      self._drop_from(first_step + 1)
 
-  def _write(self, step: int, summary: summary_pb2.Summary) -> None:
-    self._events.write_event(
-      event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary)
-    )
+  def _add(self, event: event_pb2.Event) -> None:
+    self._records.write(event.SerializeToString())
+
+  def _drop_from(self, step: int) -> None:
+    """Add the mark at which readers drop what they have of this step and later ones."""
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(event_pb2.Event(step=step, wall_time=time.time(), session_log=start))
+
+  def _write(self, step: int, summary: summary_pb2.Summary, wall_time: float | None = None) -> None:
+    self._add(event_pb2.Event(step=int(step), wall_time=wall_time or time.time(), summary=summary))
     if time.monotonic() - self._flushed > _FLUSH_SECONDS:
       self.flush()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Write numbers or arrays of one element, stored as float32."""
-    summary = summary_pb2.Summary()
-    for name, value in scalars.items():
-      summary.value.add(tag=name, simple_value=np.asarray(value).item())
-    self._write(step, summary)
+    values = {name: np.asarray(value).item() for name, value in scalars.items()}
+    if step == self._first_step:
+      self._replace(step, values)
+    self._write(step, _summary(values))
+
+  def _replace(self, step: int, values: Mapping[str, float]) -> None:
+    """Drop what older files have of these scalars at the first step of this process.
+
+    The evaluation of the step that a run is resumed at is done again. Readers can only drop all
+    scalars of a step, so the others are written again, with their wall times.
+    """
+    if self._at_first_step is None:
+      self._at_first_step = self._read(step)
+    known = self._at_first_step
+    if values.keys() & known.keys():
+      self._drop_from(step)
+      for name, (value, wall_time) in known.items():
+        if name not in values:
+          self._write(step, _summary({name: value}), wall_time)
+    known |= {name: (value, time.time()) for name, value in values.items()}
+
+  def _read(self, step: int) -> dict[str, tuple[float, float]]:
+    """Return {name: (value, wall time)} of the scalars in the folder at a step."""
+    try:
+      scalars = read_scalars(self._logdir)
+    except FileNotFoundError:  # a bucket without a file
+      return {}
+    # As in _BucketFile: no kind of error of a bucket may end the run.
+    except Exception as error:
+      logging.warning(
+        "%s could not be read (%s); step %d may be drawn twice.",
+        self._logdir,
+        storage.first_line(error),
+        step,
+      )
+      return {}
+    return {
+      name: (values[at].item(), wall_times[at].item())
+      for name, (steps, values, wall_times) in scalars.items()
+      for at in np.flatnonzero(steps == step)
+    }
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Write Markdown."""
@@ -110,12 +166,39 @@ class EventWriter(metric_writers.MetricWriter):
 
   def flush(self) -> None:
     """Return once everything written so far is in the file."""
-    self._events.flush()
+    self._records.flush()
     self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Flush and close the file."""
-    self._events.close()
+    self.flush()
+    self._records.close()
+
+
+def _summary(values: Mapping[str, float]) -> summary_pb2.Summary:
+  summary = summary_pb2.Summary()
+  for name, value in values.items():
+    summary.value.add(tag=name, simple_value=value)
+  return summary
+
+
+def _next_second(logdir: str) -> int:
+  """Return the time, in seconds since 1970, for the name of a file that is read after all others.
+
+  TensorBoard reads the files of a folder by name, which starts with a time. Clocks of machines
+  differ, and two processes may start within a second, so it may be later than now.
+  """
+  now = int(time.time())
+  try:
+    names = [path.name for path in epath.Path(logdir).iterdir()]
+  except FileNotFoundError:  # a bucket without a file
+    return now
+  # As in _BucketFile: no kind of error of a bucket may end the run.
+  except Exception as error:
+    logging.warning("%s could not be listed (%s).", logdir, storage.first_line(error))
+    return now
+  found = [re.search(r"tfevents\.(\d+)", name) for name in names]
+  return max([now, *(int(match[1]) + 1 for match in found if match)])
 
 
 class _BucketFile:
@@ -168,7 +251,8 @@ def read_scalars(
   """Read the scalars of all event files of a folder, as one run.
 
   A run that was killed and resumed has several files and repeats the steps since its last
-  checkpoint; for these, the file that was opened last counts.
+  checkpoint. As in TensorBoard, a mark in the later file drops these steps of the earlier ones.
+  Files of before have no marks: where steps are repeated, the file that was opened last counts.
 
   Args:
     logdir: local folder or gs:// path.
@@ -184,11 +268,16 @@ def read_scalars(
   points: dict[str, dict[int, tuple[float, float]]] = {}
   for events in sorted(filter(None, files), key=lambda events: events[0].wall_time):
     for event in events:
+      if event.session_log.status == event_pb2.SessionLog.START:
+        points = {
+          name: {step: point for step, point in by_step.items() if step < event.step}
+          for name, by_step in points.items()
+        }
       for value in event.summary.value:
         if value.WhichOneof("value") == "simple_value":
           points.setdefault(value.tag, {})[event.step] = (value.simple_value, event.wall_time)
   scalars = {}
-  for name, by_step in sorted(points.items()):
+  for name, by_step in sorted((name, by_step) for name, by_step in points.items() if by_step):
     steps = sorted(by_step)
     values, wall_times = zip(*(by_step[step] for step in steps))
     scalars[name] = (np.array(steps, np.int64), np.array(values), np.array(wall_times))

@@ -83,7 +83,7 @@ class Telemetry:
     self._exchange, self._reads = exchange, reads
     directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
-    writers = [events.EventWriter(directory)] if self._chief else []
+    writers = [events.EventWriter(directory, first_step)] if self._chief else []
     self._writer = metric_writers.AsyncMultiWriter(writers)
     self._progress = periodic_actions.ReportProgress(
       num_train_steps=total_steps,
