@@ -1,6 +1,6 @@
 """Optimizers, rates and averages: what is refused, what decays, what a step leaves behind.
 
-Their numbers are compared with other implementations in tests/parity/test_optimizers.py.
+Their numbers are compared with other implementations in tests/parity.
 """
 
 import jax
