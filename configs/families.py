@@ -9,6 +9,7 @@ FAMILIES = {
   "cifar_resnet": "trainer.models.resnet:CifarResNet",
   "cifar_resnet_v2": "trainer.models.resnet:CifarResNetV2",
   "resnet_rs": "trainer.models.resnet:ResNetRS",
+  "vit": "trainer.models.vit:ViT",
 }
 
 

@@ -49,6 +49,41 @@ RESNET_V2: tuple[tuple[str, str], ...] = (
   (r"final_bn", "norm"),
   (r"head", "head.fc"),
 )
+# timm's VisionTransformer, where its modules have other names than ours.
+_VIT_BLOCK = r"block(?P<block>\d+)"
+VIT: tuple[tuple[str, str], ...] = (
+  (r"patch_embed", "patch_embed.proj"),
+  (_VIT_BLOCK + r"/qkv", "blocks.{block}.attn.qkv"),
+  (_VIT_BLOCK + r"/projection", "blocks.{block}.attn.proj"),
+  (_VIT_BLOCK + r"/mlp(?P<layer>\d)", "blocks.{block}.mlp.fc{layer}"),
+  (_VIT_BLOCK + r"/scale(?P<layer>\d)", "blocks.{block}.ls{layer}"),
+  (_VIT_BLOCK + r"/(?P<layer>\w+)", "blocks.{block}.{layer}"),
+  (r"pre_logits", "pre_logits.fc"),
+)
+_VIT_LEAVES = {"class_token": "cls_token", "positions": "pos_embed"}
+
+
+def vit_name(leaf: str, fields: Mapping[str, Any]) -> str:
+  """Return the name of a leaf of a Vision Transformer: block1/qkv/bias, blocks.0.attn.qkv.bias.
+
+  Args:
+    leaf: path in params.
+    fields: of the family.
+  """
+  if leaf in _VIT_LEAVES:
+    return _VIT_LEAVES[leaf]
+  module, _, kind = leaf.rpartition("/")
+  name = module
+  for ours, theirs in VIT:
+    if match := re.fullmatch(ours, module):
+      parts = match.groupdict()
+      if "block" in parts:
+        parts["block"] = int(parts["block"]) - 1
+      name = theirs.format(**parts)
+      break
+  if name == "norm" and fields["pool_first"]:
+    name = "fc_norm"
+  return f"{name}.{_KINDS.get(kind, kind)}"
 
 
 def resnet_name(leaf: str, fields: Mapping[str, Any]) -> str:

@@ -6,14 +6,12 @@ checkpoint fits a run with and without scan.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from trainer.models.blocks import Block
 
 
 def _convolutions(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
@@ -21,12 +19,19 @@ def _convolutions(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> b
 
 
 # What the backward pass finds in memory, beside the input of each block: all | nothing | the
-# outputs of convolutions. See jax.checkpoint.
+# outputs of convolutions | those of products with parameters. See jax.checkpoint.
 REMAT: dict[str, Callable[..., bool] | None] = {
   "none": None,
   "blocks": jax.checkpoint_policies.nothing_saveable,
   "convs": _convolutions,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Block(Protocol):
+  """A block of a net, an nnx.Module: (x, factors of its branches or None for 1) -> y."""
+
+  def __call__(self, x: jax.Array, branch_scale: jax.Array | None = None) -> jax.Array: ...
 
 
 class Paths(NamedTuple):
@@ -35,22 +40,24 @@ class Paths(NamedTuple):
   Attributes:
     key: of this micro-batch.
     rates: share of examples that skip the branch, for every block of the net.
+    shape: of the factors of an example: each is drawn, and 1 stands for all of an axis.
   """
 
   key: jax.Array
   rates: np.ndarray
+  shape: tuple[int, ...] = (1, 1, 1)
 
   def scale(self, number: jax.Array | int, rate: jax.Array, examples: int) -> jax.Array:
-    """Return [examples, 1, 1, 1]: 0 where the branch of a block is skipped, else 1/(1 - rate)."""
+    """Return [examples, *shape]: 0 where a branch of the block is skipped, else 1/(1 - rate)."""
     key = jax.random.fold_in(self.key, number)
-    kept = jax.random.bernoulli(key, 1 - rate, (examples, 1, 1, 1))
+    kept = jax.random.bernoulli(key, 1 - rate, (examples, *self.shape))
     return kept / (1 - rate)
 
 
 def run(
   blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Paths | None, scan: bool, remat: str
 ) -> jax.Array:
-  """Return the output of the last block for x [N, H, W, C].
+  """Return the output of the last block for x [N, ...].
 
   Args:
     blocks: of one stage; all but the first are equal in shape.

@@ -15,6 +15,7 @@ import numpy as np
 from configs.names import natural
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
+from trainer import models
 from trainer.state import Variables
 from trainer.weights import foreign, onnx_graph, read, safetensors
 from trainer.weights import images as image_files
@@ -89,6 +90,10 @@ def export(
     raise WeightsError(f"--out={out} cannot be written: there is no folder {target.parent}.")
   net, leaves, facts = read.read_model(origin, averaged)
   size = size or net.config.data.eval_image_size
+  try:
+    models.check_image(net.config.model, name="--size", size=size, space=1)
+  except ValueError as error:
+    raise WeightsError(str(error)) from error
   views = _views(images, net, size) if images else _noise(size)
   partial = target.with_name(f"{target.name}.partial")
   variables = jax.tree.map(jnp.asarray, net.variables(leaves))

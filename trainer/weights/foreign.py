@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -20,8 +21,9 @@ _PARTS = ("bn", "conv")
 # Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of nets
 # with pre-activation.
 _AS_CONVOLUTIONS = re.compile(r"(?:.*\.se\.fc[12]|head\.fc)\.weight")
-# Spellings of other tools, as regular expressions, and those of torchvision. In order: of the CIFAR
-# nets of akamaster, of Hugging Face's ResNetForImageClassification.
+# Spellings of other tools, as regular expressions, and those of torchvision's ResNet and timm's
+# VisionTransformer. In order: of the CIFAR nets of akamaster, of Hugging Face's
+# ResNetForImageClassification, of torchvision's VisionTransformer.
 _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
   (re.compile(r"linear\.(weight|bias)"), r"fc.\1"),
   (re.compile(r"(layer\d+\.\d+)\.shortcut\.(\d\..*)"), r"\1.downsample.\2"),
@@ -36,6 +38,27 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
     lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{_PARTS[m[4] == 'convolution']}{int(m[3]) + 1}.{m[5]}",
   ),
   (re.compile(r"classifier\.1\.(weight|bias)"), r"fc.\1"),
+  *(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+      (r"class_token", "cls_token"),
+      (r"conv_proj\.(.*)", r"patch_embed.proj.\1"),
+      (r"encoder\.pos_embedding", "pos_embed"),
+      (r"encoder\.ln\.(.*)", r"norm.\1"),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.ln_(.*)", r"blocks.\1.norm\2"),
+      (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(.*)",
+        r"blocks.\1.attn.qkv.\2",
+      ),
+      (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(.*)",
+        r"blocks.\1.attn.proj.\2",
+      ),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.0\.(.*)", r"blocks.\1.mlp.fc1.\2"),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.3\.(.*)", r"blocks.\1.mlp.fc2.\2"),
+      (r"heads\.head\.(.*)", r"head.\1"),
+    )
+  ),
 )
 
 
@@ -71,6 +94,11 @@ def theirs(leaf: str, name: str, array: np.ndarray) -> np.ndarray:
   return array.transpose(_their_axes(leaf, array.ndim)).reshape(
     their_shape(leaf, name, array.shape)
   )
+
+
+def ours(leaf: str, tensor: np.ndarray) -> np.ndarray:
+  """Return a tensor of torch as we keep that leaf; the inverse of `theirs` but for 1x1 kernels."""
+  return tensor.transpose(np.argsort(_their_axes(leaf, tensor.ndim)))
 
 
 def their_shape(leaf: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -225,6 +253,8 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
   Args:
     shapes: of each tensor, in torch's layout, by torchvision's or timm's names.
   """
+  if "patch_embed.proj.weight" in shapes:
+    return _transformer(shapes)
   v2 = _blocks(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)
   blocks = v2 or _blocks(r"layer(\d+)\.(\d+)\.", shapes, first=1)
   head = next((shapes[n] for n in ("fc.weight", "head.fc.weight") if n in shapes), ())
@@ -243,6 +273,29 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
     kind = "bottlenecks" if bottleneck else "basic blocks"
     return Guess(f"a ResNet of {', '.join(map(str, blocks))} {kind}", None, classes)
   return Guess(_variant(known, shapes, inner, bottleneck, start), known, classes)
+
+
+# Width of a token: size in timm's names.
+_TRANSFORMERS = {
+  192: "tiny",
+  384: "small",
+  512: "medium",
+  768: "base",
+  1024: "large",
+  1280: "huge",
+}
+
+
+def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+  """Return what the state dict of a Vision Transformer looks like."""
+  kernel, positions = shapes["patch_embed.proj.weight"], shapes.get("pos_embed", ())
+  classes = shapes.get("head.weight", (None,))[0]
+  if len(kernel) != 4 or kernel[0] not in _TRANSFORMERS:
+    return Guess("a Vision Transformer", None, classes)
+  name = f"vit_{_TRANSFORMERS[kernel[0]]}_patch{kernel[2]}"
+  if len(positions) == 3:
+    name += f"_{math.isqrt(positions[1]) * kernel[2]}"
+  return Guess(name, None, classes)
 
 
 def _variant(

@@ -44,6 +44,17 @@ class Net:
     model = self.config.model
     return models.family_of(model).torch_name(leaf, models.own_fields(model))
 
+  def resized(self, leaf: str, array: np.ndarray) -> np.ndarray | None:
+    """Return a leaf of a model for another image size in the shape that it has in this one.
+
+    None if it has this shape, or cannot be brought to it.
+    """
+    model, shape = self.config.model, self.leaves[leaf].shape
+    if array.shape == shape:
+      return None
+    fields = models.own_fields(model)
+    return models.family_of(model).resize(leaf, array.astype(np.float32), shape, fields)
+
   def variables(self, leaves: Mapping[str, Any]) -> Variables:
     """Return leaves by path as the nested dicts of the model."""
     paths, structure = jax.tree.flatten_with_path(self.shapes)
