@@ -125,7 +125,13 @@ def test_takes_the_weights_of_timm(name, fields, tmp_path):
 
 def test_takes_the_vision_transformers_of_torchvision(tmp_path):
   model = torchvision.models.VisionTransformer(
-    image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=5
+    image_size=32,
+    patch_size=16,
+    num_layers=2,
+    num_heads=2,
+    hidden_dim=32,
+    mlp_dim=64,
+    num_classes=5,
   ).eval()
   with torch.no_grad():
     for parameter in model.parameters():

@@ -5,8 +5,8 @@ import math
 from flax import nnx
 import jax
 import jax.extend
-from jax.sharding import AbstractMesh
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 import numpy as np
 import optax
 import pytest
@@ -64,7 +64,10 @@ def shapes_of(config):
     pytest.param(*({"variant": "B", **DEIT3}, 224, 86_585_320, 0), marks=pytest.mark.slow),
     # Of big_vision's nets, by formula.
     ({"variant": "S", **BIG_VISION}, 224, 22_122_472, 0),
-    pytest.param(*({"variant": "S", **BIG_VISION, "pre_logits": False}, 224, 21_974_632, 0), marks=pytest.mark.slow),
+    pytest.param(
+      *({"variant": "S", **BIG_VISION, "pre_logits": False}, 224, 21_974_632, 0),
+      marks=pytest.mark.slow,
+    ),
     pytest.param(*({"variant": "Ti", **TOKEN}, 224, 5_754_280, 0), marks=pytest.mark.slow),
     pytest.param(*({"variant": "S", **TOKEN}, 224, 22_198_120, 0), marks=pytest.mark.slow),
     pytest.param(*({"variant": "B", **TOKEN}, 224, 87_157_480, 0), marks=pytest.mark.slow),

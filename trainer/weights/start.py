@@ -12,8 +12,8 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.pod.pod import Pod
 from trainer.program import Program
 from trainer.state import TrainState
-from trainer.weights import net as net_lib
 from trainer.weights import foreign, read
+from trainer.weights import net as net_lib
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # names in a line
