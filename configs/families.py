@@ -10,6 +10,9 @@ FAMILIES = {
   "cifar_resnet_v2": "trainer.models.resnet:CifarResNetV2",
   "resnet_rs": "trainer.models.resnet:ResNetRS",
   "vit": "trainer.models.vit:ViT",
+  "efficientnet": "trainer.models.efficientnet:EfficientNet",
+  "nfnet": "trainer.models.nfnet:NFNet",
+  "nf_resnet": "trainer.models.nfnet:NFResNet",
 }
 
 

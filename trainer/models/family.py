@@ -25,12 +25,15 @@ class Family(nnx.Module):
       vectors never decay.
     RESIZES: whether a model takes images of other sizes than that which it was made for, though its
       parameters depend on that one.
+    LINEAR: regular expression of names of `torch_name` that are matrices in a state dict, where
+      other nets have 1x1 convolutions of that name.
   """
 
   FIELDS: ClassVar[Fields] = {}
   TRIAL: ClassVar[Mapping[str, Any]] = {}
   NO_DECAY: ClassVar[tuple[str, ...]] = ()
   RESIZES: ClassVar[bool] = False
+  LINEAR: ClassVar[str] = ""
 
   @classmethod
   def check(cls, fields: Mapping[str, Any]) -> None:

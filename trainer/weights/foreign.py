@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.names import natural
+from trainer.weights import spellings
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # mismatches in a message
@@ -18,9 +19,11 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
 # Counters beside the weights, of batch norm and of averaging.
 _COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
 _PARTS = ("bn", "conv")
-# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of nets
-# with pre-activation.
-_AS_CONVOLUTIONS = re.compile(r"(?:.*\.se\.fc[12]|head\.fc)\.weight")
+# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of
+# ResNets with pre-activation.
+_AS_CONVOLUTIONS = re.compile(
+  r"(?:.*\.se\.(?:fc[12]|conv_reduce|conv_expand)|.*\.attn_last\.fc[12]|head\.fc)\.weight"
+)
 # Spellings of other tools, as regular expressions, and those of torchvision's ResNet and timm's
 # VisionTransformer. In order: of the CIFAR nets of akamaster, of Hugging Face's
 # ResNetForImageClassification, of torchvision's VisionTransformer.
@@ -63,17 +66,21 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
 
 
 def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return the tensors by torchvision's spelling of their names, without counters.
+  """Return the tensors by one spelling of their names, without counters: see Family.torch_name.
 
   Raises:
     WeightsError: half a sentence, if two names become the same.
   """
+  bare = [
+    (_PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name, tensor)
+    for name, tensor in tensors.items()
+  ]
+  bare = [(name, tensor) for name, tensor in bare if not _COUNTERS.fullmatch(name)]
+  inverted = spellings.respell([name for name, _ in bare], "torchvision", "timm")
   result: dict[str, np.ndarray] = {}
-  for name, tensor in tensors.items():
-    plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
-    if _COUNTERS.fullmatch(plain):
-      continue
-    for pattern, replacement in _SPELLINGS:
+  for name, tensor in bare:
+    plain = inverted.get(name, name)
+    for pattern, replacement in () if inverted else _SPELLINGS:
       if match := pattern.fullmatch(plain):
         plain = match.expand(replacement) if isinstance(replacement, str) else replacement(match)
         break
@@ -83,16 +90,17 @@ def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return result
 
 
-def theirs(leaf: str, name: str, array: np.ndarray) -> np.ndarray:
+def theirs(leaf: str, name: str, array: np.ndarray, linear: str = "") -> np.ndarray:
   """Return a leaf as torch keeps it: [out, in, h, w] of convolutions, [out, in] of matrices.
 
   Args:
     leaf: its path.
     name: of the tensor.
     array: in our layout.
+    linear: Family.LINEAR.
   """
   return array.transpose(_their_axes(leaf, array.ndim)).reshape(
-    their_shape(leaf, name, array.shape)
+    their_shape(leaf, name, array.shape, linear)
   )
 
 
@@ -101,10 +109,12 @@ def ours(leaf: str, tensor: np.ndarray) -> np.ndarray:
   return tensor.transpose(np.argsort(_their_axes(leaf, tensor.ndim)))
 
 
-def their_shape(leaf: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def their_shape(leaf: str, name: str, shape: tuple[int, ...], linear: str = "") -> tuple[int, ...]:
   """Return the shape that `theirs` has."""
-  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) is not None
-  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * flat
+  if name.endswith(".gain"):  # of a standardised convolution
+    return (*shape, 1, 1, 1)
+  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) and not re.fullmatch(linear, name)
+  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * bool(flat)
 
 
 def _their_axes(leaf: str, ndim: int) -> tuple[int, ...]:
