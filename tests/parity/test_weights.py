@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from trainer import config as config_lib
-from trainer.weights import export, foreign, read, safetensors, torch_file
+from trainer.weights import export, foreign, read, safetensors, spellings, torch_file
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
 
@@ -90,6 +90,8 @@ def test_library_and_ours_read_each_other():
     *("resnet18", "resnet101", "resnext50_32x4d", "wide_resnet50_2", "resnet50d", "seresnet50"),
     *("seresnext50_32x4d", "resnetrs50", "resnetv2_50", "vit_tiny_patch16_224"),
     *("vit_base_patch32_384", "vit_huge_patch14_224"),
+    *("nf_resnet50", "dm_nfnet_f2"),
+    *("efficientnet_b0", "efficientnet_b2", "efficientnet_b7", "efficientnetv2_m"),
   ],
 )
 def test_guesses_the_nets_of_timm(name):
@@ -147,6 +149,36 @@ def test_takes_the_vision_transformers_of_torchvision(tmp_path):
     theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
   logits = np.asarray(net.logits(net.variables(leaves), images))
   assert np.abs(logits - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+  ("origin", "family", "fields"),
+  [
+    ("timm:efficientnet_b0", "efficientnet", {"padding": "torch", "bn_epsilon": 1e-5}),
+    ("torchvision:efficientnet_b0", "efficientnet", {"padding": "torch", "bn_epsilon": 1e-5}),
+    ("torchvision:efficientnet_v2_s", "efficientnet", {"variant": "v2_s"}),
+    ("timm:nf_resnet26", "nf_resnet", {"depth": 26, "skip_init": False}),
+  ],
+)
+def test_other_families_are_read_and_written(origin, family, fields, tmp_path):
+  library, _, name = origin.partition(":")
+  make = getattr(torchvision.models, name) if library == "torchvision" else timm.create_model
+  model = make(num_classes=5) if library == "torchvision" else make(name, num_classes=5)
+  torch.save(model.state_dict(), tmp_path / "weights.pth")
+  config = base.get_config(family)
+  config.model.update({"num_classes": 5, **fields})
+  net = net_lib.build(config)
+  leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
+  state = model.state_dict()
+  spelt = (
+    spellings.respell(map(net.torch_name, leaves), "timm", library) if library != "timm" else {}
+  )
+  for leaf in leaves:
+    key = net.torch_name(leaf)
+    expected = state[spelt.get(key, key)].numpy()
+    np.testing.assert_array_equal(net.theirs(leaf, leaves[leaf]), expected, strict=True)
+  counters = {key for key in state if key.endswith("num_batches_tracked")}
+  assert len(leaves) == len(state) - len(counters)
 
 
 @pytest.mark.skipif(not IMAGES.is_dir(), reason="the original images are not here")

@@ -265,6 +265,8 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
   """
   if "patch_embed.proj.weight" in shapes:
     return _transformer(shapes)
+  if "conv_stem.weight" in shapes or "stages.0.0.conv1.gain" in shapes:
+    return _guess_other(shapes)
   v2 = _blocks(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)
   blocks = v2 or _blocks(r"layer(\d+)\.(\d+)\.", shapes, first=1)
   head = next((shapes[n] for n in ("fc.weight", "head.fc.weight") if n in shapes), ())
@@ -306,6 +308,42 @@ def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
   if len(positions) == 3:
     name += f"_{math.isqrt(positions[1]) * kernel[2]}"
   return Guess(name, None, classes)
+
+
+# Blocks of the stages and channels of the last convolution of EfficientNets: timm's name.
+_EFFICIENTNETS: Mapping[tuple[tuple[int, ...], int], str] = {
+  ((1, 2, 2, 3, 3, 4, 1), 1280): "efficientnet_b0",
+  ((2, 3, 3, 4, 4, 5, 2), 1280): "efficientnet_b1",
+  ((2, 3, 3, 4, 4, 5, 2), 1408): "efficientnet_b2",
+  ((2, 3, 3, 5, 5, 6, 2), 1536): "efficientnet_b3",
+  ((2, 4, 4, 6, 6, 8, 2), 1792): "efficientnet_b4",
+  ((3, 5, 5, 7, 7, 9, 3), 2048): "efficientnet_b5",
+  ((3, 6, 6, 8, 8, 11, 3), 2304): "efficientnet_b6",
+  ((4, 7, 7, 10, 10, 13, 4), 2560): "efficientnet_b7",
+  ((4, 8, 8, 11, 11, 15, 4), 2816): "efficientnet_b8",
+  ((1, 2, 2, 3, 5, 8), 1280): "efficientnetv2_b0",
+  ((2, 3, 3, 4, 6, 9), 1280): "efficientnetv2_b1",
+  ((2, 3, 3, 4, 6, 10), 1408): "efficientnetv2_b2",
+  ((2, 3, 3, 5, 7, 12), 1536): "efficientnetv2_b3",
+  ((2, 4, 4, 6, 9, 15), 1280): "efficientnetv2_s",
+  ((3, 5, 5, 7, 14, 18, 5), 1280): "efficientnetv2_m",
+  ((4, 7, 7, 10, 19, 25, 7), 1280): "efficientnetv2_l",
+}
+
+
+def _guess_other(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+  """Return what the state dict of an EfficientNet or of a net without normalisation looks like."""
+  head = next((shapes[n] for n in ("classifier.weight", "head.fc.weight") if n in shapes), ())
+  classes = head[0] if head else None
+  if "conv_stem.weight" in shapes:
+    blocks = tuple(_blocks(r"blocks\.(\d+)\.(\d+)\.", shapes, first=0))
+    last = (*shapes.get("conv_head.weight", ()), 0)[0]
+    return Guess(_EFFICIENTNETS.get((blocks, last), "an EfficientNet"), None, classes)
+  blocks = tuple(_blocks(r"stages\.(\d+)\.(\d+)\.", shapes, first=0))
+  if "final_conv.gain" in shapes:
+    return Guess(f"dm_nfnet_f{blocks[0] - 1}" if blocks else "an NFNet", None, classes)
+  depth = _DEPTHS.get((blocks, True))
+  return Guess(f"nf_resnet{depth}" if depth else "an NF-ResNet", depth, classes)
 
 
 def _variant(
