@@ -151,7 +151,7 @@ class ScaledConv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return the convolution of x [N, H, W, inputs], in the model's dtype."""
     y = jax.lax.conv_general_dilated(
-      x,
+      x.astype(self.dtype),  # means of 2x2 pixels are float32
       self.standardised().astype(self.dtype),
       (self.stride, self.stride),
       self.padding,
