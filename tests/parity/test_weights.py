@@ -170,9 +170,7 @@ def test_other_families_are_read_and_written(origin, family, fields, tmp_path):
   net = net_lib.build(config)
   leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
   state = model.state_dict()
-  spelt = (
-    spellings.respell(map(net.torch_name, leaves), "timm", library) if library != "timm" else {}
-  )
+  spelt = spellings.respell(map(net.torch_name, leaves), "timm", library)
   for leaf in leaves:
     key = net.torch_name(leaf)
     expected = state[spelt.get(key, key)].numpy()

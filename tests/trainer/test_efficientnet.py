@@ -9,12 +9,10 @@ import pytest
 
 from configs import base, image_sizes, recipes
 from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
 from tests.trainer.test_variants import Step, config_of
 from trainer import config as config_lib
 from trainer import models, state
-from trainer import train as train_lib
-from trainer.errors import ConfigError, Preempted
+from trainer.errors import ConfigError
 from trainer.models import efficientnet
 from trainer.reporting import flops
 from trainer.weights import export, foreign, read, safetensors, spellings
@@ -238,26 +236,3 @@ def test_groups_that_do_not_divide_the_batch_are_refused():
   config.model.bn_group = "3"
   with pytest.raises(ConfigError, match=r"config\.model\.bn_group is 3, which does not divide"):
     config_lib.check_split(config, num_devices=1)
-
-
-@pytest.mark.parametrize(
-  "family, dtype",
-  [
-    ("efficientnet", "bfloat16"),
-    slow("efficientnet", "float32"),
-    ("nfnet", "bfloat16"),
-    slow("nfnet", "float32"),
-    slow("nf_resnet", "float32"),
-  ],
-)
-def test_stopped_and_resumed_bit_for_bit(tmp_path, family, dtype):
-  config = tiny.get_config(family)
-  config.data.kind, config.total_steps, config.optimizer.ema_decay = "synthetic", 6, 0.9
-  config.model.update({"dtype": dtype, "dropout": 0.2, "drop_path": 0.2})
-  train_lib.train(config, str(tmp_path / "quiet"))
-  asked = iter(range(100))
-  with pytest.raises(Preempted):
-    train_lib.train(config, str(tmp_path / "stopped"), lambda: next(asked) > 2)
-  result = train_lib.train(config, str(tmp_path / "stopped"))
-  assert np.isfinite(result["loss"]) and result["examples"] == 64
-  assert fingerprints(tmp_path / "stopped", 6) == fingerprints(tmp_path / "quiet", 6)

@@ -10,7 +10,12 @@ from trainer.errors import Preempted
 
 # Family: fields that make it draw at random, and use all of its parts. The first family of the
 # project is that of most other tests.
-FAMILIES = {"vit": {"dropout": 0.1, "drop_path": 0.3, "scan": True, "layer_scale": 0.1}}
+FAMILIES = {
+  "vit": {"dropout": 0.1, "drop_path": 0.3, "scan": True, "layer_scale": 0.1},
+  "efficientnet": {"dropout": 0.1, "drop_path": 0.3},
+  "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
+  "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

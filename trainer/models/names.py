@@ -86,6 +86,7 @@ def vit_name(leaf: str, fields: Mapping[str, Any]) -> str:
     name = "fc_norm"
   return f"{name}.{_KINDS.get(kind, kind)}"
 
+
 # timm's EfficientNet; its blocks of each kind name their layers in their own way.
 _EFFICIENTNET = {
   "stem_conv": "conv_stem",

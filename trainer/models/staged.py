@@ -55,7 +55,7 @@ class Staged(Family):
     if not self.drop_path_rates or self.deterministic:
       return None
     rates = np.asarray(self.drop_path_rates, self.head.dtype)
-    return stack.Paths(self.paths(), rates, rescale)
+    return stack.Paths(self.paths(), rates, rescale=rescale)
 
   def _run_stages(self, x: jax.Array, extras: stack.Extras | None) -> dict[str, jax.Array]:
     """Return the output of each stage for the input of the first: "stage1", "stage2", ..."""
