@@ -9,6 +9,10 @@ FAMILIES = {
   "cifar_resnet": "trainer.models.resnet:CifarResNet",
   "cifar_resnet_v2": "trainer.models.resnet:CifarResNetV2",
   "resnet_rs": "trainer.models.resnet:ResNetRS",
+  "vit": "trainer.models.vit:ViT",
+  "efficientnet": "trainer.models.efficientnet:EfficientNet",
+  "nfnet": "trainer.models.nfnet:NFNet",
+  "nf_resnet": "trainer.models.nfnet:NFResNet",
 }
 
 

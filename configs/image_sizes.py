@@ -93,3 +93,13 @@ def ramp(
     if size(epoch) != size(epoch - 1):
       points[epoch] = size(epoch)
   return ", ".join(f"{epoch}:{pixels}" for epoch, pixels in points.items())
+
+
+def equal_stages(sizes: Sequence[int], epochs: float) -> str:
+  """Return a text for `config.data.image_sizes`: all equally long, as in EfficientNetV2.
+
+  Args:
+    sizes: in pixels.
+    epochs: of all of them together.
+  """
+  return ", ".join(f"{i * epochs / len(sizes):g}:{size}" for i, size in enumerate(sizes))

@@ -16,7 +16,7 @@ from trainer import config as config_lib
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = sorted(
   path.relative_to(ROOT)
-  for folder in (".", "configs", "input_pipeline", "launch", "trainer")
+  for folder in (".", "configs", "input_pipeline", "launch", "trainer", "trainer/models")
   for path in (ROOT / folder).glob("README.md")
 )
 SECTIONS = "mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"
@@ -49,7 +49,7 @@ def anchors(text):
 
 
 def test_every_room_has_one():
-  assert len(READMES) == 5
+  assert len(READMES) == 6
 
 
 @each_readme

@@ -156,11 +156,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
     augment.check(config)
     sources.check_kind(config.data.kind)
     image_sizes.parse(config.data.image_sizes)
+    for of, size in _image_sizes(config):
+      models.check_image(config.model, name=f"config.data.{of}", size=size, space=config.mesh.space)
     slices.parse(config.data.train_split, "config.data.train_split")
     slices.several(config.data.eval_split, "config.data.eval_split")
     host_augment.parse(config.data.operations)
   except (ValueError, DataError) as error:
     raise ConfigError(str(error)) from error
+
+
+def _image_sizes(config: ml_collections.ConfigDict) -> list[tuple[str, int]]:
+  """Return (field of config.data, pixels) of all sizes of images."""
+  train = "image_sizes" if config.data.image_sizes else "image_size"
+  sizes = [(train, size) for size in image_sizes.distinct(config.data)]
+  return [*sizes, ("eval_image_size", config.data.eval_image_size)]
 
 
 def _check_evaluation(values: Mapping[str, Any]) -> None:
@@ -240,9 +249,7 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
   data, fsdp, space = mesh_shape(config.mesh, num_devices)
   if config.sharding.params == "fsdp" and fsdp == 1:
     raise ConfigError("config.sharding.params is fsdp, which needs config.mesh.fsdp above 1.")
-  train = "image_sizes" if config.data.image_sizes else "image_size"
-  sizes = [(train, size) for size in image_sizes.distinct(config.data)]
-  for field, size in (*sizes, ("eval_image_size", config.data.eval_image_size)):
+  for field, size in _image_sizes(config):
     if size % space:
       has = "has" if field == "image_sizes" else "is"
       raise ConfigError(

@@ -204,7 +204,8 @@ def build(
   shapes = jax.eval_shape(init)
   finetune.check(config, shapes.params)
   sizes = image_sizes.distinct(config.data)
-  for size in sizes if len(sizes) > 1 else ():
+  resizes = models.family_of(config.model).RESIZES
+  for size in sizes if len(sizes) > 1 and not resizes else ():
     if jax.eval_shape(make_init(config, optimizer, shards, size)[1]) != shapes:
       raise ConfigError(
         f"config.data.image_sizes has {size} and {max(sizes)}, for which the model family "

@@ -1,4 +1,4 @@
-"""Residual nets against torchvision's, timm's and akamaster's, with the same random weights.
+"""Every family against torchvision's, timm's and akamaster's, with the same random weights.
 
 Logits in float32, and one step of SGD in float64: parameters and running statistics.
 """
@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from trainer import models, state
+from trainer.weights import foreign
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 timm = pytest.importorskip("timm", reason="needs the extra parity")
@@ -20,6 +21,12 @@ D = {"stem": "deep", "shortcut": "pool"}
 SE = {"se_ratio": 1 / 16}
 X = {"groups": 32, "base_width": 4}
 V2 = {"preact": True}
+EFFICIENT = {"name": "efficientnet", "bn_momentum": 0.9}
+TORCH = {**EFFICIENT, "padding": "torch", "bn_epsilon": 1e-5}
+NF = {"ws_rule": "add", "ws_epsilon": 1e-5}
+NF_RESNET = {"name": "nf_resnet", "padding": "torch", "gamma_in": "kernel", "shortcut": "pool"}
+NF_RESNET |= {"skip_init": False, **NF}
+NFNET = {"name": "nfnet", "activation": "gelu", **NF}
 NETS = {
   "torchvision:resnet18": {"depth": 18},
   "torchvision:resnet34": {"depth": 34},
@@ -56,6 +63,25 @@ NETS = {
   "akamaster:8": {"name": "cifar_resnet", "depth": 8, "shortcut": "pad", "num_classes": 10},
   "akamaster:20": {"name": "cifar_resnet", "depth": 20, "shortcut": "pad", "num_classes": 10},
   "akamaster:56": {"name": "cifar_resnet", "depth": 56, "shortcut": "pad", "num_classes": 10},
+  "timm:efficientnet_b0": {"variant": "b0", **TORCH},
+  "timm:efficientnet_b4": {"variant": "b4", **TORCH},
+  "timm:tf_efficientnet_b0": {"variant": "b0", **EFFICIENT},
+  "timm:tf_efficientnet_b3": {"variant": "b3", **EFFICIENT},
+  "timm:tf_efficientnet_b7": {"variant": "b7", **EFFICIENT},
+  "timm:tf_efficientnetv2_b0": {"variant": "v2_b0", **EFFICIENT},
+  "timm:tf_efficientnetv2_b2": {"variant": "v2_b2", **EFFICIENT},
+  "timm:tf_efficientnetv2_s": {"variant": "v2_s", **EFFICIENT},
+  "timm:tf_efficientnetv2_m": {"variant": "v2_m", **EFFICIENT},
+  "torchvision:efficientnet_b0": {"variant": "b0", **TORCH},
+  "torchvision:efficientnet_b1": {"variant": "b1", **TORCH},
+  "torchvision:efficientnet_b5": {"variant": "b5", **TORCH, "bn_epsilon": 1e-3},
+  "torchvision:efficientnet_v2_s": {"variant": "v2_s", **TORCH, "bn_epsilon": 1e-3},
+  "torchvision:efficientnet_v2_l": {"variant": "v2_l", **TORCH, "bn_epsilon": 1e-3},
+  "timm:nf_resnet26": {"depth": 26, **NF_RESNET},
+  "timm:nf_resnet50": {"depth": 50, **NF_RESNET},
+  "timm:nf_resnet101": {"depth": 101, **NF_RESNET},
+  "timm:dm_nfnet_f0": {"variant": "f0", **NFNET},
+  "timm:dm_nfnet_f1": {"variant": "f1", **NFNET},
 }
 LOGITS_QUICK = ("torchvision:resnet18", "akamaster:20")
 STEPS_QUICK = ("akamaster:8",)
@@ -70,6 +96,12 @@ STEPS = (
   "timm:resnetrs50",
   "akamaster:8",
   "akamaster:20",
+  "timm:efficientnet_b0",
+  "timm:tf_efficientnet_b0",
+  "timm:tf_efficientnetv2_b0",
+  "timm:nf_resnet26",
+  "timm:nf_resnet50",
+  "timm:dm_nfnet_f0",
 )
 
 
@@ -117,7 +149,7 @@ class CifarNet(torch.nn.Module):
     return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
-def torch_net(name, dtype):
+def torch_net(name, dtype, **options):
   """Returns the torch net with random weights; nothing in it is 0 or 1."""
   library, _, net = name.partition(":")
   torch.manual_seed(0)
@@ -126,25 +158,42 @@ def torch_net(name, dtype):
   elif library == "torchvision":
     model = getattr(torchvision.models, net)(weights=None)
   else:
-    model = timm.create_model(net, pretrained=False)
+    model = timm.create_model(net, pretrained=False, **options)
   with torch.no_grad():
     for module in model.modules():
+      if isinstance(module, torch.nn.LayerNorm):
+        module.weight.uniform_(0.5, 1.5)
+        module.bias.normal_(0, 0.1)
       if isinstance(module, torch.nn.BatchNorm2d):
         module.running_mean.normal_(0, 0.1)
         module.running_var.uniform_(0.5, 1.5)
         module.weight.uniform_(0.5, 1.5)
         module.bias.normal_(0, 0.1)
+    for name, parameter in model.named_parameters():
+      if name.endswith("gain"):
+        parameter.uniform_(0.5, 1.5)
+      if name.endswith("bias") and library == "timm":
+        parameter.normal_(0, 0.1)
   return model.to(dtype)
 
 
 class Pair:
-  """A net of torch and ours, with the same weights."""
+  """A net of torch and ours, with the same weights.
 
-  def __init__(self, name, dtype, **fields):
-    self.theirs = torch_net(name, getattr(torch, dtype))
-    values = NETS[name] | fields
+  Args:
+    net: its name, behind "torchvision:", "timm:" or "akamaster:".
+    dtype: of both.
+    options: of timm's net.
+    size: of the images that both are made for.
+    fields: of ours, beside those in NETS.
+  """
+
+  def __init__(self, net, dtype, options=None, size=224, **fields):
+    self.theirs = torch_net(net, getattr(torch, dtype), **options or {})
+    values = NETS.get(net, {}) | fields
     run = base.get_config(values.get("name", "resnet"))
     run.model.update(values | {"dtype": dtype})
+    run.data.image_size = size
     self.config = run.model
     self.family = models.family_of(run.model)
     self.model, init = state.make_init(run, optax.identity(), 1)
@@ -154,14 +203,14 @@ class Pair:
 
   def of_torch(self, weights):
     """Returns our variables with these weights, and fails if any weight is left over."""
-    left = {name for name in weights if not name.endswith("num_batches_tracked")}
+    weights = foreign.plain_names({name: x.detach().numpy() for name, x in weights.items()})
+    left = set(weights)
 
     def take(path, shape):
       leaf = jax.tree_util.keystr(path, simple=True, separator="/")
       name = self.family.torch_name(leaf, models.own_fields(self.config))
-      name = name.replace("fc.", "linear.") if "linear.weight" in weights else name
       left.remove(name)
-      value = weights[name].detach().numpy()
+      value = weights[name]
       if value.ndim == 4:
         value = value.transpose(2, 3, 1, 0)
       return np.array(value.T if value.ndim == 2 else value).reshape(shape.shape)
@@ -199,10 +248,16 @@ def test_logits(name):
 
 @pytest.mark.parametrize("name", names(STEPS, STEPS_QUICK))
 def test_one_step_of_sgd_in_float64(name):
+  size = 24 if name.startswith("akamaster") else 75
+  compare_a_step(lambda: Pair(name, "float64", bn_unbiased=True), size)
+
+
+def compare_a_step(make, size):
+  """Compares what a step of SGD in float64 makes of the parameters and statistics of a pair."""
   labels, rate = np.array([1, 7]), 0.1
   with jax.enable_x64(True):
-    pair = Pair(name, "float64", bn_unbiased=True)
-    x = images(24 if name.startswith("akamaster") else 75, "float64")
+    pair = make()
+    x = images(size, "float64")
 
     @jax.jit
     def step(variables, x):
@@ -226,7 +281,7 @@ def test_one_step_of_sgd_in_float64(name):
     (statistics, expected.batch_stats, before.batch_stats),
   ):
     distances = jax.tree.map(distance, ours, theirs)
-    assert max(jax.tree.leaves(distances)) < 1e-8
+    assert max(jax.tree.leaves(distances), default=0) < 1e-8
     # The steps themselves, which are smaller than what they change.
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), theirs, old)
-    assert min(jax.tree.leaves(moved)) > 0
+    assert min(jax.tree.leaves(moved), default=1) > 0

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from trainer import config as config_lib
-from trainer.weights import export, foreign, read, safetensors, torch_file
+from trainer.weights import export, foreign, read, safetensors, spellings, torch_file
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
 
@@ -88,7 +88,10 @@ def test_library_and_ours_read_each_other():
   "name",
   [
     *("resnet18", "resnet101", "resnext50_32x4d", "wide_resnet50_2", "resnet50d", "seresnet50"),
-    *("seresnext50_32x4d", "resnetrs50", "resnetv2_50"),
+    *("seresnext50_32x4d", "resnetrs50", "resnetv2_50", "vit_tiny_patch16_224"),
+    *("vit_base_patch32_384", "vit_huge_patch14_224"),
+    *("nf_resnet50", "dm_nfnet_f2"),
+    *("efficientnet_b0", "efficientnet_b2", "efficientnet_b7", "efficientnetv2_m"),
   ],
 )
 def test_guesses_the_nets_of_timm(name):
@@ -104,12 +107,12 @@ def test_guesses_the_nets_of_timm(name):
     ("seresnet18", {"se_ratio": 0.0625}),
     ("resnet18d", {"stem": "deep", "shortcut": "pool"}),
     ("resnetv2_18", {"preact": True}),
+    ("vit_tiny_patch16_224", {"name": "vit", "variant": "Ti", "depth": 0}),
   ],
 )
 def test_takes_the_weights_of_timm(name, fields, tmp_path):
-  config = base.get_config()
-  config.model.depth, config.model.num_classes = 18, 5
-  config.model.update(fields)
+  config = base.get_config(fields.get("name", "resnet"))
+  config.model.update({"num_classes": 5, **({"depth": 18} | fields)})
   model = timm.create_model(name, num_classes=5)
   torch.save(model.state_dict(), tmp_path / "weights.pth")
   net = net_lib.build(config)
@@ -120,6 +123,60 @@ def test_takes_the_weights_of_timm(name, fields, tmp_path):
     np.testing.assert_array_equal(
       foreign.theirs(leaf, key, leaves[leaf]), state[key].numpy(), strict=True
     )
+
+
+def test_takes_the_vision_transformers_of_torchvision(tmp_path):
+  model = torchvision.models.VisionTransformer(
+    image_size=32,
+    patch_size=16,
+    num_layers=2,
+    num_heads=2,
+    hidden_dim=32,
+    mlp_dim=64,
+    num_classes=5,
+  ).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.normal_(0.1, 0.2)
+  torch.save(model.state_dict(), tmp_path / "weights.pth")
+  config = base.get_config("vit")
+  config.model.update({"width": 32, "depth": 2, "heads": 2, "mlp": 64, "num_classes": 5})
+  config.data.image_size = 32
+  net = net_lib.build(config)
+  leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
+  images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+  logits = np.asarray(net.logits(net.variables(leaves), images))
+  assert np.abs(logits - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(
+  ("origin", "family", "fields"),
+  [
+    ("timm:efficientnet_b0", "efficientnet", {"padding": "torch", "bn_epsilon": 1e-5}),
+    ("torchvision:efficientnet_b0", "efficientnet", {"padding": "torch", "bn_epsilon": 1e-5}),
+    ("torchvision:efficientnet_v2_s", "efficientnet", {"variant": "v2_s"}),
+    ("timm:nf_resnet26", "nf_resnet", {"depth": 26, "skip_init": False}),
+  ],
+)
+def test_other_families_are_read_and_written(origin, family, fields, tmp_path):
+  library, _, name = origin.partition(":")
+  make = getattr(torchvision.models, name) if library == "torchvision" else timm.create_model
+  model = make(num_classes=5) if library == "torchvision" else make(name, num_classes=5)
+  torch.save(model.state_dict(), tmp_path / "weights.pth")
+  config = base.get_config(family)
+  config.model.update({"num_classes": 5, **fields})
+  net = net_lib.build(config)
+  leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
+  state = model.state_dict()
+  spelt = spellings.respell(map(net.torch_name, leaves), "timm", library)
+  for leaf in leaves:
+    key = net.torch_name(leaf)
+    expected = state[spelt.get(key, key)].numpy()
+    np.testing.assert_array_equal(net.theirs(leaf, leaves[leaf]), expected, strict=True)
+  counters = {key for key in state if key.endswith("num_batches_tracked")}
+  assert len(leaves) == len(state) - len(counters)
 
 
 @pytest.mark.skipif(not IMAGES.is_dir(), reason="the original images are not here")

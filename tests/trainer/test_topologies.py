@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from tests.trainer import tiny
+from tests.trainer.test_families import FAMILIES
 
 FSDP = ("mesh.fsdp=2", "sharding.params=fsdp")
 SPACE = ("mesh.space=2",)
 UPDATE = ("sharding.opt_state=data",)
 
 
-def trace(folder, shards, hosts, devices, overrides, dtype, steps):
+def trace(folder, shards, hosts, devices, overrides, dtype, steps, family):
   """Returns the rows of every step, over all hosts, and the losses."""
   command = [
     sys.executable,
@@ -33,7 +34,7 @@ def trace(folder, shards, hosts, devices, overrides, dtype, steps):
     "-m",
     "tests.trainer.traced",
     folder,
-    f"--config={tiny.__file__}",
+    f"--config={tiny.__file__}:{family}",
     f"--workdir={folder}/run",
     f"--config.data.path={shards}",
     f"--config.model.dtype={dtype}",
@@ -61,10 +62,13 @@ def trace(folder, shards, hosts, devices, overrides, dtype, steps):
   return rows, json.loads((folder / "losses.json").read_text())
 
 
-def check(tmp_path, shards, modes, dtype, steps, rtol, compared):
+def check(tmp_path, shards, modes, dtype, steps, rtol, compared, family="cifar_resnet", **fields):
+  own = tuple(f"model.{name}={value}" for name, value in fields.items())
   reference = None
   for number, (hosts, devices, overrides) in enumerate(modes):
-    rows, losses = trace(tmp_path / str(number), shards, hosts, devices, overrides, dtype, steps)
+    rows, losses = trace(
+      tmp_path / str(number), shards, hosts, devices, overrides + own, dtype, steps, family
+    )
     assert len(rows) == len(losses) == steps and len(rows[0]) == 16
     if reference is None:
       reference = rows, losses
@@ -84,6 +88,12 @@ def test_hosts_and_layouts_do_not_change_a_run(tmp_path, shards):
   check(
     tmp_path, shards, [(1, 4, ()), (4, 1, UPDATE), (2, 2, FSDP + SPACE)], "float64", 20, 1e-12, 20
   )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hosts_and_layouts_do_not_change_a_run_of_a_family(family, tmp_path, shards):
+  modes = [(1, 4, ()), (2, 2, FSDP + SPACE)]
+  check(tmp_path, shards, modes, "float64", 20, 1e-9, 20, family, **FAMILIES[family])
 
 
 LAYOUTS = [

@@ -149,9 +149,9 @@ FIELDS = {
 class Step:
   """A gradient and the new statistics of a small net in float64, with all that is random."""
 
-  def __init__(self, **fields):
-    config = base.get_config("cifar_resnet")
-    config.model.update(FIELDS | fields)
+  def __init__(self, name="cifar_resnet", **fields):
+    config = base.get_config(name)
+    config.model.update((FIELDS if name == "cifar_resnet" else {}) | fields)
     config.data.image_size = 8
     create = lambda: models.create(  # noqa: E731
       config.model, image_size=8, rngs=nnx.Rngs(0, params=0)
@@ -163,6 +163,19 @@ class Step:
       self.lines = len(lowered.as_text().splitlines())
       results = lowered.compile()(self.variables, x, jax.random.key(5))
     self.loss, self.grads, self.statistics = jax.device_get(results)
+
+  def check_equals(self, other):
+    """Fails unless another one has the same numbers."""
+    # The same leaves, by name and shape: a checkpoint of one is a checkpoint of the other.
+    same_shapes = jax.tree.map(lambda a, b: a.shape == b.shape, self.variables, other.variables)
+    assert all(jax.tree.leaves(same_shapes))
+    assert self.loss == pytest.approx(other.loss, rel=1e-13)
+    for mine, expected in ((self.grads, other.grads), (self.statistics, other.statistics)):
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max()),
+        mine,
+        expected,
+      )
 
   def gradient(self, variables, x, key):
     def loss(params):
@@ -181,19 +194,7 @@ def unrolled():
 @pytest.mark.parametrize("scan, remat", [(True, "none"), (True, "convs"), (False, "blocks")])
 def test_scan_and_remat_change_no_number(unrolled, scan, remat):
   other = Step(scan=scan, remat=remat)
-  # The same leaves, by name and shape: a checkpoint of one is a checkpoint of the other.
-  same_shapes = jax.tree.map(lambda a, b: a.shape == b.shape, other.variables, unrolled.variables)
-  assert all(jax.tree.leaves(same_shapes))
-  assert other.loss == pytest.approx(unrolled.loss, rel=1e-13)
-  for mine, expected in (
-    (other.grads, unrolled.grads),
-    (other.statistics, unrolled.statistics),
-  ):
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max()),
-      mine,
-      expected,
-    )
+  other.check_equals(unrolled)
   if scan:
     assert other.lines < unrolled.lines
 

@@ -44,6 +44,17 @@ def check(model_config: ml_collections.ConfigDict) -> None:
   family.check(values)
 
 
+def check_image(
+  model_config: ml_collections.ConfigDict, *, name: str, size: int, space: int
+) -> None:
+  """Check that such a model can take images of a size; see Family.check_image.
+
+  Raises:
+    ValueError: one sentence that begins with the name.
+  """
+  family_of(model_config).check_image(own_fields(model_config), name=name, size=size, space=space)
+
+
 def create(
   model_config: ml_collections.ConfigDict, *, image_size: int, rngs: nnx.Rngs, shards: int = 1
 ) -> Family:

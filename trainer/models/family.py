@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 
 from flax import nnx
 import jax
+import numpy as np
 
 from configs.fields import Fields
 
@@ -22,11 +23,17 @@ class Family(nnx.Module):
     TRIAL: values of FIELDS that make the smallest net of all its parts, for --trial.
     NO_DECAY: regular expressions of matrices without weight decay, searched for in their path;
       vectors never decay.
+    RESIZES: whether a model takes images of other sizes than that which it was made for, though its
+      parameters depend on that one.
+    LINEAR: regular expression of names of `torch_name` that are matrices in a state dict, where
+      other nets have 1x1 convolutions of that name.
   """
 
   FIELDS: ClassVar[Fields] = {}
   TRIAL: ClassVar[Mapping[str, Any]] = {}
   NO_DECAY: ClassVar[tuple[str, ...]] = ()
+  RESIZES: ClassVar[bool] = False
+  LINEAR: ClassVar[str] = ""
 
   @classmethod
   def check(cls, fields: Mapping[str, Any]) -> None:
@@ -37,6 +44,20 @@ class Family(nnx.Module):
 
     Raises:
       ValueError: one sentence that names the fields as in "config.model.depth".
+    """
+
+  @classmethod
+  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
+    """Refuse a height and width of images that the model cannot take.
+
+    Args:
+      fields: values of FIELDS.
+      name: of the field that has it, as in "config.data.image_size".
+      size: in pixels.
+      space: parts that the height is split in over devices; they divide it.
+
+    Raises:
+      ValueError: one sentence that begins with the name.
     """
 
   @classmethod
@@ -88,6 +109,21 @@ class Family(nnx.Module):
     """
     del fields
     return leaf.replace("/", ".")
+
+  @classmethod
+  def resize(
+    cls, leaf: str, array: np.ndarray, shape: tuple[int, ...], fields: Mapping[str, Any]
+  ) -> np.ndarray | None:
+    """Return a leaf of a model for another image size as this model has it; None if it has no such.
+
+    Args:
+      leaf: path in params or batch_stats.
+      array: its values there, in our layout.
+      shape: that it has here.
+      fields: values of FIELDS.
+    """
+    del leaf, array, shape, fields
+    return None
 
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:

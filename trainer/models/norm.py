@@ -95,6 +95,32 @@ class BatchNorm(nnx.Module):
     return ((x - mean) * factor + self.bias.get_value()).astype(self.dtype).reshape(shape)
 
 
+def check_groups(group: str, *, examples: int, shards: int) -> None:
+  """Refuse BN groups that do not lie evenly on the batch and on the devices.
+
+  Args:
+    group: `config.model.bn_group`.
+    examples: of a micro-batch, over all devices.
+    shards: parts that they are split in over devices.
+
+  Raises:
+    ValueError: one sentence that names the field.
+  """
+  if not group.isdigit():
+    return
+  if examples % int(group):
+    raise ValueError(
+      f"config.model.bn_group is {group}, which does not divide the {examples} examples of a "
+      "micro-batch (config.global_batch_size over config.accumulation_steps)."
+    )
+  groups = examples // int(group)
+  if max(groups, shards) % min(groups, shards):
+    raise ValueError(
+      f"config.model.bn_group is {group}, which makes {groups} groups that do not lie evenly on "
+      f"the {shards} parts that the batch is split in over config.mesh.data and config.mesh.fsdp."
+    )
+
+
 def use_batch(model: nnx.Module) -> None:
   """Make every batch norm of a model in evaluation mode use, and store, the moments of its batch.
 

@@ -16,13 +16,10 @@ from typing import Any, ClassVar, Self
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from configs.fields import Check, Field, Fields
-from trainer.models import names, stack
+from trainer.models import names, norm, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.family import Family
 from trainer.models.layers import Layers, max_pool
 from trainer.models.resnet_fields import COMMON, depth_of, fields_of
 
@@ -47,11 +44,10 @@ RS_STAGES = {
 }
 
 
-class _Trunk(Family):
+class _Trunk(staged.Staged):
   """Stem, stages of residual blocks, global average pool and linear head.
 
-  Every stage but the first halves height and width. Block b of stage s is the attribute
-  `stage{s}_block{b}`, both counted from 1.
+  Every stage but the first halves height and width.
 
   Attributes:
     TITLE: name of the family, before the depth.
@@ -110,20 +106,7 @@ class _Trunk(Family):
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
     """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
-    if not fields["bn_group"].isdigit():
-      return
-    group = int(fields["bn_group"])
-    if examples % group:
-      raise ValueError(
-        f"config.model.bn_group is {group}, which does not divide the {examples} examples of a "
-        "micro-batch (config.global_batch_size over config.accumulation_steps)."
-      )
-    groups = examples // group
-    if max(groups, shards) % min(groups, shards):
-      raise ValueError(
-        f"config.model.bn_group is {group}, which makes {groups} groups that do not lie evenly on "
-        f"the {shards} parts that the batch is split in over config.mesh.data and config.mesh.fsdp."
-      )
+    norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
 
   @classmethod
   def build(
@@ -170,12 +153,8 @@ class _Trunk(Family):
     channels = [scaled(base, fields["width"]) for base in self.CHANNELS]
     self.dtype = layers.dtype
     self.activation = layers.activation
-    self.preact, self.scan, self.remat = layers.preact, fields["scan"], fields["remat"]
-    self.numbers = tuple(numbers)
+    self.preact = layers.preact
     self._build_stem(channels[0], fields, layers)
-    self.blocks = tuple(
-      f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
-    )
     inputs = channels[0]
     for s, (number, outputs) in enumerate(zip(numbers, channels, strict=True), 1):
       for b in range(1, number + 1):
@@ -193,14 +172,7 @@ class _Trunk(Family):
       kernel_init=nnx.initializers.normal(0.01),
       bias_init=nnx.initializers.constant(fields["head_bias_init"]),
     )
-    self.drop_path_rates = _drop_path_rates(fields, numbers)
-    # Streams exist only where they are drawn from; they are seeded anew in each step.
-    if self.drop_path_rates:
-      self.paths = layers.rngs.drop_path.fork()
-      self.deterministic = False  # the name that nnx.Module.train() and eval() look for
-    self.drops = fields["dropout"] > 0
-    if self.drops:
-      self.dropout = nnx.Dropout(fields["dropout"], rngs=layers.rngs)
+    self._keep(fields, numbers, _drop_path_rates(fields, numbers), layers.rngs)
 
   def features(self, x: jax.Array) -> dict[str, jax.Array]:
     """Return the outputs of the stem and of each stage: "stem", "stage1", "stage2", ...
@@ -214,17 +186,7 @@ class _Trunk(Family):
       Feature maps [N, h, w, C] in the model's dtype.
     """
     x = self._stem(x.astype(self.dtype))
-    outputs = {"stem": x}
-    paths = None
-    if self.drop_path_rates and not self.deterministic:
-      paths = stack.Paths(self.paths(), np.asarray(self.drop_path_rates, self.head.dtype))
-    first = 0
-    for s, number in enumerate(self.numbers, 1):
-      blocks = [getattr(self, name) for name in self.blocks[first : first + number]]
-      x = stack.run(blocks, x, first=first, paths=paths, scan=self.scan, remat=self.remat)
-      outputs[f"stage{s}"] = x
-      first += number
-    return outputs
+    return {"stem": x} | self._run_stages(x, self._draw_paths())
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return float32 logits [N, num_classes].
@@ -235,21 +197,17 @@ class _Trunk(Family):
     x = self.features(x)[f"stage{len(self.numbers)}"]
     if self.preact:
       x = self.activation(self.final_bn(x))
-    x = jnp.mean(x, axis=(1, 2), dtype=self.head.dtype)
-    return self.head(self.dropout(x) if self.drops else x)
+    return self._classify(x)
 
 
 def _drop_path_rates(fields: Mapping[str, Any], numbers: Sequence[int]) -> tuple[float, ...]:
   """Return the share of examples that skip the branch of each block; () if none ever does."""
-  rate = fields["drop_path"]
-  if not rate:
-    return ()
-  if fields["drop_path_by"] == "stage":
-    stages = len(numbers)
-    return tuple(
-      rate * (s + 1) / (stages + 1) for s, number in enumerate(numbers, 1) for _ in range(number)
-    )
-  return tuple(rate * i / (sum(numbers) - 1) for i in range(sum(numbers)))
+  rate, stages = fields["drop_path"], len(numbers)
+  if not rate or fields["drop_path_by"] == "block":
+    return staged.rates_by_block(rate, sum(numbers), last=True)
+  return tuple(
+    rate * (s + 1) / (stages + 1) for s, number in enumerate(numbers, 1) for _ in range(number)
+  )
 
 
 class ResNet(_Trunk):

@@ -7,7 +7,6 @@ from typing import Any
 
 from configs.fields import ASK, POSITIVE, SHARE, YES, Check, Field, Fields, at_least, one_of
 from trainer.models.layers import ACTIVATIONS
-from trainer.models.stack import REMAT
 
 COMMON: Fields = {
   "width": Field(1.0, "Multiplies the channels of the stem and of every stage.", "", POSITIVE),
@@ -109,7 +108,7 @@ COMMON: Fields = {
     "none",
     "What training computes anew in the backward pass, to save memory: none | convs, all but "
     "convolutions | blocks, all but the inputs of blocks.",
-    check=one_of(*REMAT),
+    check=one_of("none", "blocks", "convs"),
     resume=YES,
   ),
 }

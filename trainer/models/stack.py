@@ -6,14 +6,12 @@ checkpoint fits a run with and without scan.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from trainer.models.blocks import Block
 
 
 def _convolutions(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> bool:
@@ -21,12 +19,36 @@ def _convolutions(primitive: jax.extend.core.Primitive, *_: Any, **__: Any) -> b
 
 
 # What the backward pass finds in memory, beside the input of each block: all | nothing | the
-# outputs of convolutions. See jax.checkpoint.
+# outputs of convolutions | those of products with parameters. See jax.checkpoint.
 REMAT: dict[str, Callable[..., bool] | None] = {
   "none": None,
   "blocks": jax.checkpoint_policies.nothing_saveable,
   "convs": _convolutions,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Block(Protocol):
+  """A block of a net, an nnx.Module: (x, what Extras has for it, or None) -> y."""
+
+  def __call__(self, x: jax.Array, extra: Any = None, /) -> jax.Array: ...
+
+
+class Extras(Protocol):
+  """What each block gets beside its input; Paths is one.
+
+  Attributes:
+    rates: numbers for every block of the net, [blocks, ...].
+  """
+
+  @property
+  def rates(self) -> np.ndarray:
+    """See the class."""
+    ...
+
+  def scale(self, number: jax.Array | int, rate: jax.Array, examples: int, /) -> Any:
+    """Return the second argument of a block, by its number in the net and its row of `rates`."""
+    ...
 
 
 class Paths(NamedTuple):
@@ -35,28 +57,32 @@ class Paths(NamedTuple):
   Attributes:
     key: of this micro-batch.
     rates: share of examples that skip the branch, for every block of the net.
+    shape: of the factors of an example: each is drawn, and 1 stands for all of an axis.
+    rescale: whether kept branches grow by 1/(1 - rate), so that the mean stays.
   """
 
   key: jax.Array
   rates: np.ndarray
+  shape: tuple[int, ...] = (1, 1, 1)
+  rescale: bool = True
 
   def scale(self, number: jax.Array | int, rate: jax.Array, examples: int) -> jax.Array:
-    """Return [examples, 1, 1, 1]: 0 where the branch of a block is skipped, else 1/(1 - rate)."""
+    """Return [examples, *shape]: 0 where a branch of the block is skipped, else 1/(1 - rate)."""
     key = jax.random.fold_in(self.key, number)
-    kept = jax.random.bernoulli(key, 1 - rate, (examples, 1, 1, 1))
-    return kept / (1 - rate)
+    kept = jax.random.bernoulli(key, 1 - rate, (examples, *self.shape))
+    return kept / (1 - rate if self.rescale else 1)
 
 
 def run(
-  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Paths | None, scan: bool, remat: str
+  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Extras | None, scan: bool, remat: str
 ) -> jax.Array:
-  """Return the output of the last block for x [N, H, W, C].
+  """Return the output of the last block for x [N, ...].
 
   Args:
     blocks: of one stage; all but the first are equal in shape.
     x: input of the first.
     first: its number in the net, from 0.
-    paths: None where no branch is skipped.
+    paths: None where blocks get nothing but their input.
     scan: whether the equal blocks are one block in a loop, traced and compiled once. What is left
       for each block is to stack its leaves, and what the optimizer does.
     remat: a key of REMAT.
@@ -76,7 +102,7 @@ def run(
 
 
 def _scan(
-  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Paths | None, remat: str
+  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Extras | None, remat: str
 ) -> jax.Array:
   """Return the output of equal blocks, run in a loop."""
   graphdefs, states = zip(*map(_split, blocks), strict=True)
@@ -107,10 +133,10 @@ def _split(block: Block) -> tuple[nnx.GraphDef[Block], Any]:
 
 def _pure(
   graphdef: nnx.GraphDef[Block],
-) -> Callable[[Any, jax.Array, jax.Array | None], tuple[jax.Array, Any]]:
-  """Return a block as a function of its arrays: (arrays, x, scale) -> (y, new statistics)."""
+) -> Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]:
+  """Return a block as a function of its arrays: (arrays, x, extra) -> (y, new statistics)."""
 
-  def apply(state: Any, x: jax.Array, scale: jax.Array | None) -> tuple[jax.Array, Any]:
+  def apply(state: Any, x: jax.Array, scale: Any) -> tuple[jax.Array, Any]:
     block = nnx.merge(graphdef, state, copy=True)
     y = block(x, scale)
     return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))

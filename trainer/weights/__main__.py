@@ -81,7 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     "--format",
     required=True,
     choices=("safetensors", "onnx", "stablehlo"),
-    help="safetensors in torchvision's names; ONNX; StableHLO for jax.export.deserialize",
+    help="safetensors in timm's names; ONNX; StableHLO for jax.export.deserialize",
+  )
+  verb.add_argument(
+    "--names",
+    default="timm",
+    choices=("timm", "torchvision"),
+    help="of tensors in safetensors; they differ for EfficientNet",
   )
   verb.add_argument("--out", required=True, metavar="F", help="file to write")
   verb.add_argument(
@@ -138,6 +144,7 @@ def _export(options: argparse.Namespace) -> int:
     pixels=options.pixels,
     size=options.size,
     images=options.images,
+    names=options.names,
   )
   size = pathlib.Path(options.out).stat().st_size / 2**20
   print(f"{options.out}: {size:,.1f} MiB; read back, {agreement}")

@@ -15,10 +15,11 @@ import numpy as np
 from configs.names import natural
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
+from trainer import models
 from trainer.state import Variables
-from trainer.weights import foreign, onnx_graph, read, safetensors
 from trainer.weights import images as image_files
 from trainer.weights import net as net_lib
+from trainer.weights import onnx_graph, read, safetensors, spellings
 from trainer.weights.about import About
 from trainer.weights.errors import WeightsError
 
@@ -63,6 +64,7 @@ def export(
   pixels: bool = False,
   size: int = 0,
   images: str = "",
+  names: str = "timm",
 ) -> Agreement:
   """Write the weights of a run in a format, and compare what is read back with the model itself.
 
@@ -75,6 +77,7 @@ def export(
       it takes normalised ones, ONNX [N, 3, H, W] and StableHLO [N, H, W, 3].
     size: height and width of images in pixels; 0 for that of the evaluation.
     images: folder of images to compare on; "" for noise.
+    names: torchvision, for its names of the tensors of safetensors where timm's differ.
 
   Raises:
     WeightsError: one sentence, if something is missing, or the logits differ.
@@ -89,13 +92,17 @@ def export(
     raise WeightsError(f"--out={out} cannot be written: there is no folder {target.parent}.")
   net, leaves, facts = read.read_model(origin, averaged)
   size = size or net.config.data.eval_image_size
+  try:
+    models.check_image(net.config.model, name="--size", size=size, space=1)
+  except ValueError as error:
+    raise WeightsError(str(error)) from error
   views = _views(images, net, size) if images else _noise(size)
   partial = target.with_name(f"{target.name}.partial")
   variables = jax.tree.map(jnp.asarray, net.variables(leaves))
   try:
     try:
       if kind == "safetensors":
-        predict = _safetensors(net, leaves, facts, partial)
+        predict = _safetensors(net, leaves, facts, partial, names)
       elif kind == "onnx":
         predict = _onnx(net, variables, facts, partial, size, pixels)
       else:
@@ -118,15 +125,17 @@ def export(
 
 
 def _safetensors(
-  net: net_lib.Net, leaves: net_lib.Leaves, facts: About, path: pathlib.Path
+  net: net_lib.Net, leaves: net_lib.Leaves, facts: About, path: pathlib.Path, names: str
 ) -> Predict:
   tensors: dict[str, np.ndarray] = {}
   for leaf in sorted(leaves, key=natural):
     name = net.torch_name(leaf)
-    tensors[name] = np.ascontiguousarray(foreign.theirs(leaf, name, np.asarray(leaves[leaf])))
+    tensors[name] = np.ascontiguousarray(net.theirs(leaf, np.asarray(leaves[leaf])))
     if name.endswith("running_var"):  # torch's batch norm counts its batches
       counter = f"{name.removesuffix('running_var')}num_batches_tracked"
       tensors[counter] = np.array(facts.step or 0, np.int64)
+  if names == "torchvision":
+    tensors = _respelt(net, tensors)
   words = facts.words() | {read.DIGEST: read.digest(tensors)}
   with open(path, "wb") as file:
     for part in safetensors.encode(tensors, words):
@@ -136,6 +145,17 @@ def _safetensors(
   if unlike:
     raise WeightsError(f"{path} was not kept: read back, {unlike[0]} has other values.")
   return _own(net, jax.tree.map(jnp.asarray, net.variables(again)))
+
+
+def _respelt(net: net_lib.Net, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return tensors by torchvision's names."""
+  new = spellings.respell(tensors, "timm", "torchvision")
+  if not new:
+    raise WeightsError(
+      f"--names=torchvision is of EfficientNet, and this is {net.describe()}: leave it out. "
+      "torchvision's names of residual nets are those of timm."
+    )
+  return {new[name]: tensor for name, tensor in tensors.items()}
 
 
 def _onnx(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.names import natural
+from trainer.weights import spellings
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # mismatches in a message
@@ -17,11 +19,14 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
 # Counters beside the weights, of batch norm and of averaging.
 _COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
 _PARTS = ("bn", "conv")
-# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of nets
-# with pre-activation.
-_AS_CONVOLUTIONS = re.compile(r"(?:.*\.se\.fc[12]|head\.fc)\.weight")
-# Spellings of other tools, as regular expressions, and those of torchvision. In order: of the CIFAR
-# nets of akamaster, of Hugging Face's ResNetForImageClassification.
+# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of
+# ResNets with pre-activation.
+_AS_CONVOLUTIONS = re.compile(
+  r"(?:.*\.se\.(?:fc[12]|conv_reduce|conv_expand)|.*\.attn_last\.fc[12]|head\.fc)\.weight"
+)
+# Spellings of other tools, as regular expressions, and those of torchvision's ResNet and timm's
+# VisionTransformer. In order: of the CIFAR nets of akamaster, of Hugging Face's
+# ResNetForImageClassification, of torchvision's VisionTransformer.
 _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
   (re.compile(r"linear\.(weight|bias)"), r"fc.\1"),
   (re.compile(r"(layer\d+\.\d+)\.shortcut\.(\d\..*)"), r"\1.downsample.\2"),
@@ -36,21 +41,46 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
     lambda m: f"layer{int(m[1]) + 1}.{m[2]}.{_PARTS[m[4] == 'convolution']}{int(m[3]) + 1}.{m[5]}",
   ),
   (re.compile(r"classifier\.1\.(weight|bias)"), r"fc.\1"),
+  *(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+      (r"class_token", "cls_token"),
+      (r"conv_proj\.(.*)", r"patch_embed.proj.\1"),
+      (r"encoder\.pos_embedding", "pos_embed"),
+      (r"encoder\.ln\.(.*)", r"norm.\1"),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.ln_(.*)", r"blocks.\1.norm\2"),
+      (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(.*)",
+        r"blocks.\1.attn.qkv.\2",
+      ),
+      (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(.*)",
+        r"blocks.\1.attn.proj.\2",
+      ),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.0\.(.*)", r"blocks.\1.mlp.fc1.\2"),
+      (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.3\.(.*)", r"blocks.\1.mlp.fc2.\2"),
+      (r"heads\.head\.(.*)", r"head.\1"),
+    )
+  ),
 )
 
 
 def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return the tensors by torchvision's spelling of their names, without counters.
+  """Return the tensors by one spelling of their names, without counters: see Family.torch_name.
 
   Raises:
     WeightsError: half a sentence, if two names become the same.
   """
+  bare = [
+    (_PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name, tensor)
+    for name, tensor in tensors.items()
+  ]
+  bare = [(name, tensor) for name, tensor in bare if not _COUNTERS.fullmatch(name)]
+  inverted = spellings.respell([name for name, _ in bare], "torchvision", "timm")
   result: dict[str, np.ndarray] = {}
-  for name, tensor in tensors.items():
-    plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
-    if _COUNTERS.fullmatch(plain):
-      continue
-    for pattern, replacement in _SPELLINGS:
+  for name, tensor in bare:
+    plain = inverted.get(name, name)
+    for pattern, replacement in () if inverted else _SPELLINGS:
       if match := pattern.fullmatch(plain):
         plain = match.expand(replacement) if isinstance(replacement, str) else replacement(match)
         break
@@ -60,23 +90,31 @@ def plain_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return result
 
 
-def theirs(leaf: str, name: str, array: np.ndarray) -> np.ndarray:
+def theirs(leaf: str, name: str, array: np.ndarray, linear: str = "") -> np.ndarray:
   """Return a leaf as torch keeps it: [out, in, h, w] of convolutions, [out, in] of matrices.
 
   Args:
     leaf: its path.
     name: of the tensor.
     array: in our layout.
+    linear: Family.LINEAR.
   """
   return array.transpose(_their_axes(leaf, array.ndim)).reshape(
-    their_shape(leaf, name, array.shape)
+    their_shape(leaf, name, array.shape, linear)
   )
 
 
-def their_shape(leaf: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def ours(leaf: str, tensor: np.ndarray) -> np.ndarray:
+  """Return a tensor of torch as we keep that leaf; the inverse of `theirs` but for 1x1 kernels."""
+  return tensor.transpose(np.argsort(_their_axes(leaf, tensor.ndim)))
+
+
+def their_shape(leaf: str, name: str, shape: tuple[int, ...], linear: str = "") -> tuple[int, ...]:
   """Return the shape that `theirs` has."""
-  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) is not None
-  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * flat
+  if name.endswith(".gain"):  # of a standardised convolution
+    return (*shape, 1, 1, 1)
+  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) and not re.fullmatch(linear, name)
+  return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * bool(flat)
 
 
 def _their_axes(leaf: str, ndim: int) -> tuple[int, ...]:
@@ -225,6 +263,10 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
   Args:
     shapes: of each tensor, in torch's layout, by torchvision's or timm's names.
   """
+  if "patch_embed.proj.weight" in shapes:
+    return _transformer(shapes)
+  if "conv_stem.weight" in shapes or "stages.0.0.conv1.gain" in shapes:
+    return _guess_other(shapes)
   v2 = _blocks(r"stages\.(\d+)\.blocks\.(\d+)\.", shapes, first=0)
   blocks = v2 or _blocks(r"layer(\d+)\.(\d+)\.", shapes, first=1)
   head = next((shapes[n] for n in ("fc.weight", "head.fc.weight") if n in shapes), ())
@@ -243,6 +285,65 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
     kind = "bottlenecks" if bottleneck else "basic blocks"
     return Guess(f"a ResNet of {', '.join(map(str, blocks))} {kind}", None, classes)
   return Guess(_variant(known, shapes, inner, bottleneck, start), known, classes)
+
+
+# Width of a token: size in timm's names.
+_TRANSFORMERS = {
+  192: "tiny",
+  384: "small",
+  512: "medium",
+  768: "base",
+  1024: "large",
+  1280: "huge",
+}
+
+
+def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+  """Return what the state dict of a Vision Transformer looks like."""
+  kernel, positions = shapes["patch_embed.proj.weight"], shapes.get("pos_embed", ())
+  classes = shapes.get("head.weight", (None,))[0]
+  if len(kernel) != 4 or kernel[0] not in _TRANSFORMERS:
+    return Guess("a Vision Transformer", None, classes)
+  name = f"vit_{_TRANSFORMERS[kernel[0]]}_patch{kernel[2]}"
+  if len(positions) == 3:
+    name += f"_{math.isqrt(positions[1]) * kernel[2]}"
+  return Guess(name, None, classes)
+
+
+# Blocks of the stages and channels of the last convolution of EfficientNets: timm's name.
+_EFFICIENTNETS: Mapping[tuple[tuple[int, ...], int], str] = {
+  ((1, 2, 2, 3, 3, 4, 1), 1280): "efficientnet_b0",
+  ((2, 3, 3, 4, 4, 5, 2), 1280): "efficientnet_b1",
+  ((2, 3, 3, 4, 4, 5, 2), 1408): "efficientnet_b2",
+  ((2, 3, 3, 5, 5, 6, 2), 1536): "efficientnet_b3",
+  ((2, 4, 4, 6, 6, 8, 2), 1792): "efficientnet_b4",
+  ((3, 5, 5, 7, 7, 9, 3), 2048): "efficientnet_b5",
+  ((3, 6, 6, 8, 8, 11, 3), 2304): "efficientnet_b6",
+  ((4, 7, 7, 10, 10, 13, 4), 2560): "efficientnet_b7",
+  ((4, 8, 8, 11, 11, 15, 4), 2816): "efficientnet_b8",
+  ((1, 2, 2, 3, 5, 8), 1280): "efficientnetv2_b0",
+  ((2, 3, 3, 4, 6, 9), 1280): "efficientnetv2_b1",
+  ((2, 3, 3, 4, 6, 10), 1408): "efficientnetv2_b2",
+  ((2, 3, 3, 5, 7, 12), 1536): "efficientnetv2_b3",
+  ((2, 4, 4, 6, 9, 15), 1280): "efficientnetv2_s",
+  ((3, 5, 5, 7, 14, 18, 5), 1280): "efficientnetv2_m",
+  ((4, 7, 7, 10, 19, 25, 7), 1280): "efficientnetv2_l",
+}
+
+
+def _guess_other(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+  """Return what the state dict of an EfficientNet or of a net without normalisation looks like."""
+  head = next((shapes[n] for n in ("classifier.weight", "head.fc.weight") if n in shapes), ())
+  classes = head[0] if head else None
+  if "conv_stem.weight" in shapes:
+    blocks = tuple(_blocks(r"blocks\.(\d+)\.(\d+)\.", shapes, first=0))
+    last = (*shapes.get("conv_head.weight", ()), 0)[0]
+    return Guess(_EFFICIENTNETS.get((blocks, last), "an EfficientNet"), None, classes)
+  blocks = tuple(_blocks(r"stages\.(\d+)\.(\d+)\.", shapes, first=0))
+  if "final_conv.gain" in shapes:
+    return Guess(f"dm_nfnet_f{blocks[0] - 1}" if blocks else "an NFNet", None, classes)
+  depth = _DEPTHS.get((blocks, True))
+  return Guess(f"nf_resnet{depth}" if depth else "an NF-ResNet", depth, classes)
 
 
 def _variant(

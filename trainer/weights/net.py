@@ -15,6 +15,7 @@ from trainer import models
 from trainer.augment import normalize
 from trainer.errors import ConfigError
 from trainer.state import Model, Variables, path_name, split
+from trainer.weights import foreign
 
 # Arrays, or their shapes, by path: "stage1_block1/conv1/kernel".
 Leaves = dict[str, Any]
@@ -43,6 +44,22 @@ class Net:
     """Return the name of a leaf in a state dict."""
     model = self.config.model
     return models.family_of(model).torch_name(leaf, models.own_fields(model))
+
+  def resized(self, leaf: str, array: np.ndarray) -> np.ndarray | None:
+    """Return a leaf of a model for another image size in the shape that it has in this one.
+
+    None if it has this shape, or cannot be brought to it.
+    """
+    model, shape = self.config.model, self.leaves[leaf].shape
+    if array.shape == shape:
+      return None
+    fields = models.own_fields(model)
+    return models.family_of(model).resize(leaf, array.astype(np.float32), shape, fields)
+
+  def theirs(self, leaf: str, array: np.ndarray) -> np.ndarray:
+    """Return a leaf in the shape and layout that it has in a state dict."""
+    linear = models.family_of(self.config.model).LINEAR
+    return foreign.theirs(leaf, self.torch_name(leaf), array, linear)
 
   def variables(self, leaves: Mapping[str, Any]) -> Variables:
     """Return leaves by path as the nested dicts of the model."""

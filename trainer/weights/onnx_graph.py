@@ -60,7 +60,7 @@ _REDUCTIONS: Mapping[str, str] = {
   "reduce_min": "ReduceMin",
   "reduce_sum": "ReduceSum",
 }
-_PASSED_ON = ("copy", "copy_p", "reduce_precision", "optimization_barrier")
+_PASSED_ON = ("copy", "copy_p", "reduce_precision", "optimization_barrier", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,8 +71,7 @@ def load(origin: str, averaged: bool = True) -> Loaded:
       raise WeightsError(str(error).replace("--workdir ", "")) from error
     if run_folder.is_one(path):
       net, leaves, facts = run_folder.read(origin, averaged)
-      names = {leaf: net.torch_name(leaf) for leaf in leaves}
-      tensors = {name: foreign.theirs(leaf, name, leaves[leaf]) for leaf, name in names.items()}
+      tensors = {net.torch_name(leaf): net.theirs(leaf, leaves[leaf]) for leaf in leaves}
       return Loaded(origin, "a workdir", tensors, facts)
     data = _read_file(path, origin)
   try:

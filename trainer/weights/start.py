@@ -12,8 +12,8 @@ from trainer.errors import ConfigError, TrainerError
 from trainer.pod.pod import Pod
 from trainer.program import Program
 from trainer.state import TrainState
+from trainer.weights import foreign, read
 from trainer.weights import net as net_lib
-from trainer.weights import read
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # names in a line
@@ -26,6 +26,7 @@ class Start:
   Attributes:
     weights: where they are from, in words.
     leaves: arrays by path, in the shapes and dtypes of the model.
+    resized: paths of those among them that are fitted to another image size.
     anew: paths of all other leaves, which are drawn as without these weights.
     left_over: tensors of the file that are not used.
     classes: names of the classes that the weights were trained on, if they are known.
@@ -34,15 +35,17 @@ class Start:
 
   weights: str
   leaves: net_lib.Leaves
+  resized: Sequence[str]
   anew: Sequence[str]
   left_over: Sequence[str]
   classes: tuple[str, ...]
   head: bool
 
   def __str__(self) -> str:
+    resized = f"; {_list(self.resized, 'resized')}" if self.resized else ""
     return (
-      f"{self.weights}: {_list(list(self.leaves), 'loaded')}; {_list(self.anew, 'made anew')}; "
-      f"{_list(self.left_over, 'left over')}"
+      f"{self.weights}: {_list(list(self.leaves), 'loaded')}{resized}; "
+      f"{_list(self.anew, 'made anew')}; {_list(self.left_over, 'left over')}"
     )
 
 
@@ -81,6 +84,7 @@ def _read(program: Program) -> Start:
   names = {leaf: net.torch_name(leaf) for leaf in net.leaves}
   excluded = _excluded(config.init_exclude, [*net.leaves, *loaded.tensors])
   anew = excluded.intersection(net.leaves)
+  loaded, resized = _resize(loaded, net, [leaf for leaf in net.leaves if leaf not in anew])
   found = read.fit(loaded, net, {n: leaf for n, leaf in net.leaves.items() if n not in anew})
   head = _head(config, net)
   if head.intersection(found.misfits) or head <= found.missing.keys():
@@ -106,11 +110,27 @@ def _read(program: Program) -> Start:
   return Start(
     weights=words,
     leaves=found.found,
+    resized=resized,
     anew=sorted(anew, key=natural),
     left_over=sorted(loaded.tensors.keys() - used, key=natural),
     classes=about.classes,
     head=not head & anew,
   )
+
+
+def _resize(
+  loaded: read.Loaded, net: net_lib.Net, leaves: Sequence[str]
+) -> tuple[read.Loaded, list[str]]:
+  """Return weights that are fitted to the image size of a model, and the leaves that had to be."""
+  tensors, resized = dict(loaded.tensors), []
+  for leaf in leaves:
+    name = net.torch_name(leaf)
+    if name in tensors:
+      array = net.resized(leaf, foreign.ours(leaf, tensors[name]))
+      if array is not None:
+        tensors[name] = foreign.theirs(leaf, name, array)
+        resized.append(leaf)
+  return dataclasses.replace(loaded, tensors=tensors), resized
 
 
 def _excluded(pattern: str, names: Sequence[str]) -> set[str]:

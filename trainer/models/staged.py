@@ -1,0 +1,84 @@
+"""Nets of stages of blocks: how they run them, with stochastic depth and dropout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.models import stack
+from trainer.models.family import Family
+
+
+class Staged(Family):
+  """A net whose blocks are attributes `stage{s}_block{b}`, both counted from 1.
+
+  Attributes:
+    head: linear, in the dtype of the parameters.
+  """
+
+  head: nnx.Linear
+
+  def _keep(
+    self,
+    fields: Mapping[str, Any],
+    numbers: Sequence[int],
+    rates: Sequence[float],
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Keep how the blocks are run.
+
+    Args:
+      fields: of the family: scan, remat and dropout.
+      numbers: blocks of each stage.
+      rates: share of examples that skip the branch of each block in training; () for none.
+      rngs: streams of dropout and of stochastic depth.
+    """
+    self.numbers = tuple(numbers)
+    self.blocks = tuple(
+      f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
+    )
+    self.scan, self.remat = fields["scan"], fields["remat"]
+    self.drop_path_rates = tuple(rates)
+    # Streams exist only where they are drawn from; they are seeded anew in each step.
+    if self.drop_path_rates:
+      self.paths = rngs.drop_path.fork()
+      self.deterministic = False  # the name that nnx.Module.train() and eval() look for
+    self.drops = fields["dropout"] > 0
+    if self.drops:
+      self.dropout = nnx.Dropout(fields["dropout"], rngs=rngs)
+
+  def _draw_paths(self, rescale: bool = True) -> stack.Paths | None:
+    """Return what is drawn for this micro-batch; None where no branch is skipped."""
+    if not self.drop_path_rates or self.deterministic:
+      return None
+    rates = np.asarray(self.drop_path_rates, self.head.dtype)
+    return stack.Paths(self.paths(), rates, rescale=rescale)
+
+  def _run_stages(self, x: jax.Array, extras: stack.Extras | None) -> dict[str, jax.Array]:
+    """Return the output of each stage for the input of the first: "stage1", "stage2", ..."""
+    outputs, first = {}, 0
+    for s, number in enumerate(self.numbers, 1):
+      blocks = [getattr(self, name) for name in self.blocks[first : first + number]]
+      x = stack.run(blocks, x, first=first, paths=extras, scan=self.scan, remat=self.remat)
+      outputs[f"stage{s}"] = x
+      first += number
+    return outputs
+
+  def _classify(self, x: jax.Array) -> jax.Array:
+    """Return the logits of feature maps: of their mean, with dropout."""
+    x = jnp.mean(x, axis=(1, 2), dtype=self.head.dtype)
+    return self.head(self.dropout(x) if self.drops else x)
+
+
+def rates_by_block(rate: float, blocks: int, last: bool) -> tuple[float, ...]:
+  """Return rates of stochastic depth that grow with the number of the block; () if all are 0.
+
+  Args:
+    rate: of the last block, or of the one that would follow it.
+    blocks: of the net.
+    last: whether the last block has it: rate * i/(N - 1); else rate * i/N.
+  """
+  return tuple(rate * i / (blocks - last) for i in range(blocks)) if rate else ()
