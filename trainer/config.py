@@ -402,4 +402,17 @@ def check_same_run(
     if not never:
       advice += f"; to make another run of it from here on: --config.resume.allow={','.join(asked)}"
     raise ConfigError(f"{workdir} holds checkpoints of another config ({listed}); {advice}.")
+  largest = [_largest_image(config) for config in (known, values)]
+  if largest[0] != largest[1] and not models.same_leaves(config.model, *largest):
+    raise ConfigError(
+      f"{workdir} holds checkpoints of images of {largest[0]} px; for {largest[1]} px the family "
+      f"{config.model.name} has leaves of other shapes: begin another run, with "
+      f"config.init_from={workdir}."
+    )
   return {name: pair for name, pair in changes.items() if rules[name] != YES}
+
+
+def _largest_image(values: Mapping[str, Any]) -> int:
+  """Return the largest size of training images of a flat config."""
+  points = image_sizes.parse(values["data.image_sizes"])
+  return max([size for _, size in points] or [values["data.image_size"]])

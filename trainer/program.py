@@ -206,7 +206,7 @@ def build(
   sizes = image_sizes.distinct(config.data)
   resizes = models.family_of(config.model).RESIZES
   for size in sizes if len(sizes) > 1 and not resizes else ():
-    if jax.eval_shape(make_init(config, optimizer, shards, size)[1]) != shapes:
+    if not models.same_leaves(config.model, size, max(sizes)):
       raise ConfigError(
         f"config.data.image_sizes has {size} and {max(sizes)}, for which the model family "
         f"{config.model.name} has parameters of other shapes; give one config.data.image_size."

@@ -294,6 +294,20 @@ def test_a_run_may_change_its_image_size():
     assert jax.eval_shape(lambda v, x: model.merge(v, None)(x), variables, images).shape == (2, 6)
 
 
+def test_a_resume_cannot_give_positions_another_size():
+  """Not even where the size may change: the checkpoint would not fit, and seem damaged."""
+  saved = config_lib.flatten(tiny_vit())
+  config = tiny_vit()
+  config.data.image_sizes, config.resume.allow = "0:16, 1:24", "data"
+  with pytest.raises(ConfigError, match=r"16 px; for 24 px .*config\.init_from=runs/a"):
+    config_lib.check_same_run(saved, config, "runs/a")
+  config.data.image_sizes = "0:8, 1:16"
+  assert config_lib.check_same_run(saved, config, "runs/a").keys() == {"data.image_sizes"}
+  fixed = {"model.positions": "sincos2d"}
+  config.update_from_flattened_dict({"data.image_sizes": "0:24", **fixed})
+  assert config_lib.check_same_run(saved | fixed, config, "runs/a")
+
+
 def test_description():
   assert vit.ViT.describe(vit_fields()) == "ViT-B/8, depth 3, heads 2, mlp 32, width 16"
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax import nnx
+import jax
 import ml_collections
 
 from configs import families
@@ -80,3 +81,20 @@ def create(
     shards=shards,
     rngs=rngs,
   )
+
+
+def same_leaves(model_config: ml_collections.ConfigDict, *image_sizes: int) -> bool:
+  """Whether such a model has the same variables, in the same shapes, for all sizes of images.
+
+  Nothing is computed.
+  """
+
+  def leaves(image_size: int) -> Any:
+    def variables() -> Any:
+      model = create(model_config, image_size=image_size, rngs=nnx.Rngs(jax.random.key(0)))
+      return nnx.to_pure_dict(nnx.state(model))
+
+    return jax.eval_shape(variables)
+
+  first, *others = map(leaves, image_sizes)
+  return all(other == first for other in others)
