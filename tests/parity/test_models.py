@@ -191,6 +191,7 @@ class Pair:
   def __init__(self, net, dtype, options=None, size=224, **fields):
     self.theirs = torch_net(net, getattr(torch, dtype), **options or {})
     values = NETS.get(net, {}) | fields
+    self.adapt(self.theirs, values)
     run = base.get_config(values.get("name", "resnet"))
     run.model.update(values | {"dtype": dtype})
     run.data.image_size = size
@@ -200,6 +201,9 @@ class Pair:
     shapes = jax.eval_shape(init)
     self.shapes = state.Variables(shapes.params, shapes.batch_stats, shapes.others)
     self.variables = self.of_torch(self.theirs.state_dict())
+
+  def adapt(self, theirs, fields):
+    """Changes the torch net before its weights are read; of other families."""
 
   def of_torch(self, weights):
     """Returns our variables with these weights, and fails if any weight is left over."""

@@ -89,7 +89,7 @@ def test_library_and_ours_read_each_other():
   [
     *("resnet18", "resnet101", "resnext50_32x4d", "wide_resnet50_2", "resnet50d", "seresnet50"),
     *("seresnext50_32x4d", "resnetrs50", "resnetv2_50", "vit_tiny_patch16_224"),
-    *("vit_base_patch32_384", "vit_huge_patch14_224"),
+    *("vit_base_patch32_384", "vit_large_patch16_384"),
     *("nf_resnet50", "dm_nfnet_f2"),
     *("efficientnet_b0", "efficientnet_b2", "efficientnet_b7", "efficientnetv2_m"),
   ],
