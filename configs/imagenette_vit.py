@@ -1,8 +1,12 @@
-"""A small Vision Transformer from scratch on 10 classes of ImageNet: minutes on two CPU cores.
+"""A small Vision Transformer from scratch on 10 classes of ImageNet, of a size for two CPU cores.
 
     python -m input_pipeline.prepare --tar imagenette.tar --out data/imagenette
     python -m trainer --config=configs/imagenette_vit.py --workdir=runs/imagenette-vit \\
         --config.data.path=data/imagenette
+
+690,730 parameters; a step of 64 images took about 0.75 s of CPU of an AMD EPYC under other load, by
+which the whole run is half an hour of CPU, or 15 to 20 minutes on two free cores: an estimate. Its
+top-1 has neither been measured by this project nor published.
 """
 
 import ml_collections

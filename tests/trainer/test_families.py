@@ -18,8 +18,17 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+_QUICK = ("vit bfloat16", "efficientnet float32")
+
+
+@pytest.mark.parametrize(
+  ("family", "dtype"),
+  [
+    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _QUICK else pytest.mark.slow)
+    for family in FAMILIES
+    for dtype in ("float32", "bfloat16")
+  ],
+)
 def test_stopped_anywhere_the_result_is_bitwise_the_same(family, dtype, tmp_path):
   config = tiny.get_config(family)
   config.model.update(FAMILIES[family] | {"dtype": dtype})

@@ -59,7 +59,7 @@ def shapes_of(config):
     pytest.param(*({"variant": "B"}, 384, 86_859_496, 0), marks=pytest.mark.slow),
     pytest.param(*({"variant": "L"}, 224, 304_326_632, 61.6), marks=pytest.mark.slow),
     pytest.param(*({"variant": "H", "patch": 14}, 224, 632_045_800, 167.3), marks=pytest.mark.slow),
-    ({"variant": "S", **DEIT3}, 224, 22_059_496, 0),
+    pytest.param(*({"variant": "S", **DEIT3}, 224, 22_059_496, 0), marks=pytest.mark.slow),
     pytest.param(*({"variant": "M", **DEIT3}, 224, 38_849_512, 0), marks=pytest.mark.slow),
     pytest.param(*({"variant": "B", **DEIT3}, 224, 86_585_320, 0), marks=pytest.mark.slow),
     # Of big_vision's nets, by formula.
@@ -349,7 +349,7 @@ def test_weights_of_another_net_are_refused(donor):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize("size", [pytest.param(16, marks=pytest.mark.slow), 24])
 def test_graphs_for_other_tools(kind, size, donor, tmp_path):
   for needed in export._NEEDED[kind]:
     pytest.importorskip(needed, reason=f"{needed} comes with [export]")
