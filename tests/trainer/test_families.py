@@ -16,9 +16,14 @@ FAMILIES = {
   "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
   "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
 }
+QUICK = ("vit", "efficientnet")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def families(quick=QUICK):
+  return [f if f in quick else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", families())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stopped_anywhere_the_result_is_bitwise_the_same(family, dtype, tmp_path):
   config = tiny.get_config(family)
