@@ -16,11 +16,11 @@ FAMILIES = {
   "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
   "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
 }
-QUICK = ("vit", "efficientnet")
+QUICK = ("vit",)
 
 
-def families(quick=QUICK):
-  return [f if f in quick else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+def families():
+  return [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
 @pytest.mark.parametrize("family", families())
