@@ -16,15 +16,20 @@ FAMILIES = {
   "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
   "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
 }
+QUICK = ("vit",)
 
 
-_QUICK = ("vit bfloat16", "efficientnet float32")
+def families():
+  return [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+_QUICK_RUNS = ("vit bfloat16", "efficientnet float32")
 
 
 @pytest.mark.parametrize(
   ("family", "dtype"),
   [
-    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _QUICK else pytest.mark.slow)
+    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _QUICK_RUNS else pytest.mark.slow)
     for family in FAMILIES
     for dtype in ("float32", "bfloat16")
   ],

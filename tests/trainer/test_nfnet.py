@@ -37,15 +37,16 @@ def test_sizes_and_costs_are_as_published(variant, parameters, size, giga_multip
 
 
 @pytest.mark.parametrize(
-  "fields, parameters",
+  "fields, parameters, size, giga_multiply_adds",
   [
-    ({"depth": 50, "skip_init": False}, 25_557_032),  # as a ResNet-50: gains and biases for norms
-    ({"depth": 50}, 25_557_032 + 16),
-    slow({"depth": 101, "skip_init": False}, 44_549_160),
+    # As a ResNet-50, with gains and biases for norms.
+    ({"depth": 50, "shortcut": "pool", "skip_init": False}, 25_557_032, 224, 4.089),
+    slow({"depth": 50}, 25_557_032 + 16, 0, 0),
+    slow({"depth": 101, "skip_init": False}, 44_549_160, 0, 0),
   ],
 )
-def test_sizes_of_residual_nets(fields, parameters):
-  check_size_and_cost("nf_resnet", fields, parameters, 0, 0)
+def test_sizes_of_residual_nets(fields, parameters, size, giga_multiply_adds):
+  check_size_and_cost("nf_resnet", fields, parameters, size, giga_multiply_adds)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.trainer import tiny
-from tests.trainer.test_families import FAMILIES
+from tests.trainer.test_families import FAMILIES, families
 
 FSDP = ("mesh.fsdp=2", "sharding.params=fsdp")
 SPACE = ("mesh.space=2",)
@@ -90,9 +90,7 @@ def test_hosts_and_layouts_do_not_change_a_run(tmp_path, shards):
   )
 
 
-@pytest.mark.parametrize(
-  "family", [f if f == "vit" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", families())
 def test_hosts_and_layouts_do_not_change_a_run_of_a_family(family, tmp_path, shards):
   modes = [(1, 4, ()), (2, 2, FSDP + SPACE)]
   check(tmp_path, shards, modes, "float64", 20, 1e-9, 20, family, **FAMILIES[family])

@@ -162,13 +162,7 @@ class ScaledConv(nnx.Module):
 
 
 class _Layers(Layers):
-  """What the layers of one net have in common.
-
-  Args:
-    fields: of the family.
-    dtype: of activations.
-    rngs: with the stream `params`.
-  """
+  """What the layers of one net have in common, by the fields of its family."""
 
   def __init__(self, fields: Mapping[str, Any], dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
     super().__init__(dtype, False, rngs)
@@ -193,8 +187,7 @@ class Shape(NamedTuple):
     stride: of the first 3x3 convolution, and of the shortcut.
     groups: of the 3x3 convolutions.
     second: whether there are two of them.
-    pools: whether a shortcut with stride is a mean of 2x2 pixels and a 1x1 convolution, or a 1x1
-      convolution with stride.
+    pools: whether a shortcut with stride has a mean of 2x2 pixels for its stride.
   """
 
   inputs: int
