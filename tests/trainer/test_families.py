@@ -23,13 +23,13 @@ def families():
   return [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
-_QUICK_RUNS = ("vit bfloat16", "efficientnet float32")
+_SAMPLE = ("vit bfloat16", "efficientnet float32")
 
 
 @pytest.mark.parametrize(
   ("family", "dtype"),
   [
-    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _QUICK_RUNS else pytest.mark.slow)
+    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _SAMPLE else pytest.mark.slow)
     for family in FAMILIES
     for dtype in ("float32", "bfloat16")
   ],
