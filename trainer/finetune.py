@@ -15,10 +15,12 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
 from trainer.errors import ConfigError
+from trainer.models import packing
 from trainer.models.norm import BatchNorm
 from trainer.state import Params, Tree, path_name
 
@@ -58,7 +60,8 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
   Raises:
     ConfigError: one sentence that names the field.
   """
-  names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  names = [name for path in paths for name in packing.names(path)]
   fields = config.optimizer
   wanted = [("freeze", fields.freeze)] if fields.freeze else []
   wanted += [("lr_scales", pattern) for pattern, _ in parse_scales(fields.lr_scales)]
@@ -68,28 +71,24 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
         f"config.optimizer.{field} has {pattern!r}, which is in the path of no parameter; they are "
         f"{', '.join(names[:_SHOWN])}, ..."
       )
-  if fields.freeze and len(frozen(fields.freeze, params)) == len(names):
+  if fields.freeze and all(re.search(fields.freeze, name) for name in names):
     raise ConfigError(
       f"config.optimizer.freeze is {fields.freeze!r}, which matches every parameter; nothing would "
       "be trained."
     )
-  if fields.freeze and config.model.get("scan"):
-    _check_scan(fields.freeze, names)
+  for field in ("freeze", "no_decay", "no_agc"):
+    if fields[field]:
+      _check_packed(field, fields[field], paths)
 
 
-def _check_scan(pattern: str, names: Sequence[str]) -> None:
-  """Refuse to freeze some of the blocks that are one block in a loop."""
-  kept: dict[str, dict[str, set[str]]] = {}
-  for name in names:
-    match = re.match(r"(stage\d+)_block(\d+)/(.*)", name)
-    if match and match[2] != "1":  # the first block is never part of the loop
-      own = kept.setdefault(match[1], {}).setdefault(match[2], set())
-      own |= {match[3]} if re.search(pattern, name) else set()
-  for stage, blocks in kept.items():
-    if any(own != next(iter(blocks.values())) for own in blocks.values()):
+def _check_packed(field: str, pattern: str, paths: Sequence[str]) -> None:
+  """Refuse a pattern that takes some of the blocks that are one block in a loop."""
+  for path in paths:
+    if len({bool(re.search(pattern, name)) for name in packing.names(path)}) > 1:
+      stage = path.partition("block")[0].rstrip("_") or "the net"
       raise ConfigError(
-        f"config.optimizer.freeze is {pattern!r}, which does not take the blocks of {stage} alike; "
-        "config.model.scan runs them as one: freeze all of them, or set it to False."
+        f"config.optimizer.{field} is {pattern!r}, which does not take the blocks of {stage} "
+        "alike; config.model.scan runs them as one: name all of them, or set it to False."
       )
 
 
@@ -114,15 +113,21 @@ def wrap(
 def _scaled(
   rule: optax.GradientTransformation, scales: Sequence[tuple[str, float]]
 ) -> optax.GradientTransformation:
-  def scale(name: str, update: jax.Array) -> jax.Array:
-    factor = next((factor for pattern, factor in scales if re.search(pattern, name)), 1.0)
-    return update if factor == 1.0 else update * factor
+  def factor(name: str) -> float:
+    return next((factor for pattern, factor in scales if re.search(pattern, name)), 1.0)
+
+  def scale(path: tuple[object, ...], update: jax.Array) -> jax.Array:
+    first, *others = map(factor, packing.names(path_name(path)))
+    if any(other != first for other in others):
+      blocks = jnp.array([first, *others], update.dtype)
+      return update * blocks.reshape(-1, *[1] * (update.ndim - 1))
+    return update if first == 1.0 else update * first
 
   def update(
     updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.OptState]:
     updates, state = rule.update(updates, state, params)
-    return _map(updates, scale), state
+    return jax.tree.map_with_path(scale, updates), state
 
   return optax.GradientTransformation(rule.init, update)
 
@@ -150,5 +155,7 @@ def freeze_norms(pattern: str, model: nnx.Module) -> None:
 
 
 def _map(tree: Tree, function: Any) -> Tree:
-  """Map function(name, leaf) over a tree of parameters."""
-  return jax.tree.map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
+  """Map function(name, leaf) over a tree of parameters; stacked blocks go by the first one's."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: function(packing.names(path_name(path))[0], leaf), tree
+  )

@@ -20,6 +20,7 @@ import numpy as np
 
 from trainer import config as config_lib
 from trainer.errors import ConfigError
+from trainer.models import packing
 from trainer.state import Tree, path_name
 
 BATCH_AXES = ("data", "fsdp")
@@ -109,7 +110,7 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Tree) 
   of the batch divide, so that parameter and update are cut alike; the last dimension lies along
   the 128 lanes of a TPU, which a thin shard would leave empty. A leaf without such a dimension
   stays replicated, and so do vectors: they are small, and a BN scale in shards would put a
-  collective between two layers.
+  collective between two layers. A stacked leaf is cut as those of its blocks are.
 
   Args:
     config: config of the run.
@@ -123,8 +124,9 @@ def state_shardings(config: ml_collections.ConfigDict, mesh: Mesh, state: Tree) 
     name = path_name(path)
     axes = next(axes for start, axes in rules if re.match(start, name))
     parts = math.prod(mesh.shape[axis] for axis in axes)
-    fit = [dimension for dimension, size in enumerate(leaf.shape) if size % parts == 0]
-    if parts == 1 or leaf.ndim < 2 or not fit:
+    first = int(packing.is_packed(name))
+    fit = [d for d in range(first, leaf.ndim) if leaf.shape[d] % parts == 0]
+    if parts == 1 or leaf.ndim - first < 2 or not fit:
       return replicated(mesh)
     dimension = min(fit, key=lambda dimension: leaf.shape[dimension] % batch_shards(mesh) != 0)
     return NamedSharding(mesh, P(*[None] * dimension, axes))

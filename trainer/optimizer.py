@@ -17,6 +17,7 @@ import optax
 
 from configs import base, names
 from trainer import finetune, schedules
+from trainer.models import packing
 from trainer.state import Params, Tree, path_name
 
 # Returns a tree of booleans for the parameters; None stands for True everywhere.
@@ -72,7 +73,7 @@ def lamb(
       b1=fields.b1, b2=fields.b2, eps=fields.lamb_eps, mu_dtype=_mu_dtype(fields)
     ),
     optax.add_decayed_weights(fields.weight_decay, mask=mask),
-    _masked(optax.scale_by_trust_ratio(), mask),
+    _masked(_by_leaf(optax.scale_by_trust_ratio()), mask),
     optax.scale_by_learning_rate(schedule),
   )
 
@@ -87,7 +88,7 @@ def lars(
   the rate changes.
   """
   return optax.chain(
-    _masked(scale_by_lars(fields.weight_decay, fields.eta), mask),
+    _masked(_by_leaf(scale_by_lars(fields.weight_decay, fields.eta)), mask),
     optax.scale_by_learning_rate(schedule),
     optax.trace(fields.momentum),
   )
@@ -166,7 +167,8 @@ def decay_mask(no_decay: Sequence[str], vectors: bool = False) -> Callable[[Para
   """
 
   def decays(path: tuple[object, ...], leaf: jax.Array) -> bool:
-    return (vectors or leaf.ndim >= 2) and not _matches(path, no_decay)
+    ndim = leaf.ndim - packing.is_packed(path_name(path))
+    return (vectors or ndim >= 2) and not _matches(path, no_decay)
 
   return lambda params: jax.tree.map_with_path(decays, params)
 
@@ -224,7 +226,7 @@ def adaptive_clip(factor: float, without: str) -> optax.GradientTransformation:
     factor: largest norm of a gradient over that of its weights.
     without: regular expression of parameters that are left alone; "" for none.
   """
-  clip = optax.adaptive_grad_clip(factor)
+  clip = _by_leaf(optax.adaptive_grad_clip(factor))
   if not without:
     return clip
 
@@ -284,8 +286,25 @@ def _masked(rule: optax.GradientTransformation, mask: Mask) -> optax.GradientTra
   return optax.masked(rule, mask) if mask else rule
 
 
+def _by_leaf(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Return a rule without state that takes each leaf by itself, for stacked blocks as well."""
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    def one(path: tuple[object, ...], g: jax.Array, w: jax.Array) -> jax.Array:
+      apply = lambda g, w: rule.update(g, state, w)[0]  # noqa: E731
+      return (jax.vmap(apply) if packing.is_packed(path_name(path)) else apply)(g, w)
+
+    return jax.tree.map_with_path(one, updates, params), state
+
+  return optax.GradientTransformation(rule.init, update)
+
+
 def _matches(path: tuple[object, ...], patterns: Sequence[str]) -> bool:
-  return any(re.search(pattern, path_name(path)) for pattern in patterns)
+  """Whether a pattern is in the path; finetune.check sees to it that stacked blocks are alike."""
+  name = packing.names(path_name(path))[0]
+  return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _mu_dtype(fields: ml_collections.ConfigDict) -> jnp.dtype | None:

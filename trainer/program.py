@@ -34,6 +34,7 @@ from trainer import (
   step as step_lib,
 )
 from trainer.errors import ConfigError
+from trainer.models import packing
 from trainer.state import Model, TrainState, make_init
 
 Mode = Literal["train", "eval", "statistics"]
@@ -84,6 +85,21 @@ class Program:
   def init_state(self) -> TrainState:
     """Return the state of step 0, made in place on all devices."""
     return jax.jit(self.init, out_shardings=self.state_shardings())()
+
+  def to_checkpoint(self, state: TrainState) -> TrainState:
+    """Return the state with each block by itself, as a checkpoint has it."""
+    return packing.unpack(state, packing.take) if self.model.packed else state
+
+  def from_checkpoint(self, state: TrainState) -> TrainState:
+    """Return the state in the form that the steps have; the inverse of `to_checkpoint`."""
+    if not self.model.packed:
+      return state
+    return jax.jit(packing.pack, out_shardings=self.state_shardings())(state)
+
+  @property
+  def abstract_checkpoint(self) -> TrainState:
+    """Shapes, dtypes and shardings of what `to_checkpoint` returns."""
+    return self.to_checkpoint(self.abstract_state)
 
   def sizes(self, mode: Mode) -> dict[str, int]:
     """Return the image size and the batch size for a mode; in training the largest image size."""

@@ -106,10 +106,11 @@ class Run:
 
   def restore(self) -> None:
     """Take up the newest checkpoint of the workdir, if there is one."""
-    restored = self.checkpointer.restore_newest(self.program.abstract_state)
+    restored = self.checkpointer.restore_newest(self.program.abstract_checkpoint)
     if restored is None:
       return
-    self.restored, (self.state, meta) = True, restored
+    self.restored, (state, meta) = True, restored
+    self.state = self.program.from_checkpoint(state)
     self.step, self.best, self.positions = meta["step"], meta["best"], meta.get("positions")
     self.clock.restore(meta["wall_seconds"], meta.get("starts"))
     self.history = meta.get("history", [])

@@ -13,6 +13,7 @@ import optax
 
 from configs import image_sizes
 from trainer import models
+from trainer.models import packing
 
 # A pytree of arrays, or of their shapes; its exact structure is the business of who made it.
 Tree = Any
@@ -38,6 +39,9 @@ class Variables(NamedTuple):
 @struct.dataclass
 class TrainState:
   """Everything that a step reads and writes. Nothing random is in it: see `step_key`.
+
+  While a net with `config.model.scan` trains, equal blocks are stacked leaves: see
+  trainer/models/packing.py. A checkpoint has each block by itself.
 
   Attributes:
     step: int32 scalar, steps taken.
@@ -73,16 +77,21 @@ class Model:
     graphdef: of nnx.split(model, nnx.Param, nnx.BatchStat, nnx.RngState, ...).
     random: shapes of its random streams.
     streams: their names.
+    packed: whether its variables are those of trainer/models/packing.py.
   """
 
   graphdef: nnx.GraphDef[Any]
   random: Tree
   streams: tuple[str, ...]
+  packed: bool = False
 
   def merge(self, variables: Variables, key: jax.Array | None) -> nnx.Module:
     """Return the model with these arrays: in training mode with a key, else in evaluation mode."""
     streams = jax.tree.map(_placeholder, self.random)
     params, batch_stats, others = variables
+    if self.packed:
+      params = packing.unpack_params(params)
+      batch_stats, others = packing.unpack(batch_stats), packing.unpack(others)
     model = nnx.merge(self.graphdef, params, batch_stats, streams, others, copy=True)
     if key is None:
       model.eval()
@@ -93,6 +102,11 @@ class Model:
       }
       nnx.reseed(model, policy="match_shape", **keys)
     return model
+
+  def variables(self, model: nnx.Module) -> Variables:
+    """Return the arrays of what `merge` returned, say after a step has updated its statistics."""
+    variables = variables_of(model)
+    return packing.pack(variables) if self.packed else variables
 
 
 def split(model: nnx.Module) -> tuple[Model, Variables]:
@@ -112,7 +126,7 @@ def _is_variable(x: object) -> bool:
 
 
 def variables_of(model: nnx.Module) -> Variables:
-  """Return the arrays of a model, for example after a training step has updated its statistics."""
+  """Return the arrays of a model as it is."""
   return split(model)[1]
 
 
@@ -156,7 +170,7 @@ def make_init(
     return models.create(config.model, image_size=size, rngs=rngs, shards=shards)
 
   def init() -> TrainState:
-    params, batch_stats, others = variables_of(create())
+    params, batch_stats, others = model.variables(create())
     ema = {"params": params, "batch_stats": batch_stats} if config.optimizer.ema_decay else None
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, batch_stats, others, optimizer.init(params), ema)
@@ -164,7 +178,8 @@ def make_init(
   # A graph definition holds no arrays, so one traced without memory serves every later merge.
   traced: list[Model] = []
   jax.eval_shape(lambda: traced.append(split(create())[0]))
-  return traced[0], init
+  model = dataclasses.replace(traced[0], packed=bool(config.model.get("scan", False)))
+  return model, init
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,6 @@ from trainer.state import (
   Tree,
   Variables,
   step_key,
-  variables_of,
 )
 
 # Arrays by name: image uint8 [N, S, S, 3], label int32 [N] and, in evaluation, mask bool [N].
@@ -105,7 +104,7 @@ def make_train_step(
     targets = optax.smooth_labels(targets, config.label_smoothing)
     loss = loss_of_examples(logits, targets).mean()
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
-    return loss, (top1, variables_of(net)._replace(params={}))
+    return loss, (top1, model.variables(net)._replace(params={}))
 
   def gradients(
     params: Params, statistics: Variables, batch: Batch, step: jax.Array, shards: Tree
@@ -138,7 +137,7 @@ def make_train_step(
     # micro-batch, being linear.
     start = (
       jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
-      jax.tree.map(lambda x, new: jnp.broadcast_to(x, new.shape), statistics, shapes[1]),
+      jax.tree.map(norm.for_groups, statistics, shapes[1]),
     )
     numbers = jnp.arange(accumulation_steps)
     (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
@@ -251,7 +250,7 @@ def make_statistics_step(
     norm.use_batch(net)
     net(augment.normalize(batch["image"], config.data, dtype))
     batch_stats, count = so_far
-    new = variables_of(net).batch_stats
+    new = model.variables(net).batch_stats
     return norm.merge_moments(batch_stats, new, count), count + 1
 
   return statistics_step

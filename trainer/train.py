@@ -214,7 +214,7 @@ def _loop(run: Run) -> Result:
     if evaluated or run.checkpointer.due(run.step) or run.requests.agreed == SAVE:
       run.flush()
       with run.clock("checkpoint"):
-        run.checkpointer.save(run.step, run.state, run.meta())
+        run.checkpointer.save(run.step, run.program.to_checkpoint(run.state), run.meta())
       run.requests.forget(SAVE)
     stopping = run.requests.agreed == STOP
     if evaluated and not stopping:
@@ -222,7 +222,7 @@ def _loop(run: Run) -> Result:
   run.flush()
   run.clock.switch("other")
   with run.clock("checkpoint"):
-    run.checkpointer.save_and_wait(run.step, run.state, run.meta())
+    run.checkpointer.save_and_wait(run.step, run.program.to_checkpoint(run.state), run.meta())
   if run.result is None:
     raise Preempted(
       f"Stopped and saved at step {run.step} of {run.lengths.last}; the same command resumes "

@@ -83,6 +83,12 @@ NETS = {
   "timm:dm_nfnet_f0": {"variant": "f0", **NFNET},
   "timm:dm_nfnet_f1": {"variant": "f1", **NFNET},
 }
+# Squeeze-and-excitation behind random weights amplifies rounding with depth: torch's own logits of
+# seresnet152 in float32 are 0.65 of their size away from those in float64, of seresnet101 0.05.
+IN_FLOAT64 = (
+  *("timm:seresnet101", "timm:seresnet152"),
+  *("timm:resnetrs101", "timm:resnetrs152", "timm:resnetrs200"),
+)
 LOGITS_QUICK = ("torchvision:resnet18", "akamaster:20")
 STEPS_QUICK = ("akamaster:8",)
 STEPS = (
@@ -242,12 +248,14 @@ def distance(ours, theirs):
 
 @pytest.mark.parametrize("name", names(NETS, LOGITS_QUICK))
 def test_logits(name):
-  pair = Pair(name, "float32")
-  x = images(32 if name.startswith("akamaster") else 75, "float32")
-  forward = jax.jit(lambda variables, x: pair.model.merge(variables, None)(x))
-  with torch.no_grad():
-    expected = pair.theirs.eval()(to_torch(x)).numpy()
-  assert distance(forward(pair.variables, x), expected) < 1e-4
+  dtype = "float64" if name in IN_FLOAT64 else "float32"
+  with jax.enable_x64(dtype == "float64"):
+    pair = Pair(name, dtype)
+    x = images(32 if name.startswith("akamaster") else 75, dtype)
+    forward = jax.jit(lambda variables, x: pair.model.merge(variables, None)(x))
+    with torch.no_grad():
+      expected = pair.theirs.eval()(to_torch(x)).numpy()
+    assert distance(forward(pair.variables, x), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", names(STEPS, STEPS_QUICK))

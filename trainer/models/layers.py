@@ -5,8 +5,9 @@ Convolutions and the max-pool pad symmetrically, as torchvision does, not "SAME"
 """
 
 from collections.abc import Callable
+import copy
 import functools
-from typing import Any
+from typing import Any, Self
 
 from flax import nnx
 import jax
@@ -79,6 +80,12 @@ class Layers:
     self.se_ratio = se_ratio
     self.blur = blur
     self.norm_options = norm_options
+
+  def drawn_from(self, rngs: nnx.Rngs) -> Self:
+    """Return a maker of the same layers that draws from another stream."""
+    other = copy.copy(self)
+    other.rngs = rngs
+    return other
 
   def conv(
     self,

@@ -172,15 +172,25 @@ def average_groups(batch_stats: Any, like: Any) -> Any:
   Nothing in a step waits for it, and layers are joined, so that it costs a step one all-reduce.
 
   Args:
-    batch_stats: tree of arrays after a step, [groups, C] where a BatchNorm has several groups.
+    batch_stats: tree of arrays after a step, [groups, C] where a BatchNorm has several groups, or
+      [blocks, groups, C] of stacked blocks.
     like: the same tree before the step, without groups.
   """
   leaves, structure = jax.tree.flatten(batch_stats)
   grouped = [i for i, old in enumerate(jax.tree.leaves(like)) if leaves[i].ndim > old.ndim]
   if not grouped:
     return batch_stats
-  ends = np.cumsum([leaves[i].shape[-1] for i in grouped])
-  joined = jnp.mean(jnp.concatenate([leaves[i] for i in grouped], axis=1), axis=0)
-  for i, mean in zip(grouped, jnp.split(joined, ends[:-1]), strict=True):
-    leaves[i] = mean
+  shapes = [leaves[i].shape[:-2] + leaves[i].shape[-1:] for i in grouped]
+  flat = [jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1) for x in map(leaves.__getitem__, grouped)]
+  ends = np.cumsum([x.shape[-1] for x in flat])
+  joined = jnp.mean(jnp.concatenate(flat, axis=1), axis=0)
+  for i, shape, mean in zip(grouped, shapes, jnp.split(joined, ends[:-1]), strict=True):
+    leaves[i] = mean.reshape(shape)
   return jax.tree.unflatten(structure, leaves)
+
+
+def for_groups(average: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+  """Return a running average [..., C] as [..., groups, C] if `like` has groups."""
+  if len(like.shape) > average.ndim:
+    average = average[..., None, :]
+  return jnp.broadcast_to(average, like.shape)

@@ -21,6 +21,7 @@ from configs.fields import Check, Field, Fields
 from trainer.models import names, norm, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
 from trainer.models.layers import Layers, max_pool
+from trainer.models.repeat import repeat
 from trainer.models.resnet_fields import COMMON, depth_of, fields_of
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -157,10 +158,15 @@ class _Trunk(staged.Staged):
     self._build_stem(channels[0], fields, layers)
     inputs = channels[0]
     for s, (number, outputs) in enumerate(zip(numbers, channels, strict=True), 1):
-      for b in range(1, number + 1):
-        stride = 2 if s > 1 and b == 1 else 1
-        setattr(self, f"stage{s}_block{b}", block(inputs, outputs, stride, layers))
-        inputs = outputs * block.expansion
+      first = block(inputs, outputs, 2 if s > 1 else 1, layers)
+      inputs = outputs * block.expansion
+
+      def another(rngs: nnx.Rngs, inputs: int = inputs, outputs: int = outputs) -> Block:
+        return block(inputs, outputs, 1, layers.drawn_from(rngs))
+
+      others = repeat(another, number - 1, layers.rngs, loop=self.scan)
+      for b, made in enumerate([first, *others], 1):
+        setattr(self, f"stage{s}_block{b}", made)
     if self.preact:
       self.final_bn = layers.norm(inputs)
     # float32 under bfloat16 too: it costs nothing here, and the loss wants logits that are not

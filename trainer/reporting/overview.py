@@ -59,12 +59,12 @@ def count_params(program: Program) -> int:
 
 
 def _frozen(program: Program) -> str:
-  frozen = finetune.frozen(program.config.optimizer.freeze, program.abstract_state.params)
+  frozen = finetune.frozen(program.config.optimizer.freeze, program.abstract_checkpoint.params)
   return f"{sum(x.size for x in frozen.values()):,} parameters in {len(frozen)} leaves"
 
 
 def _decay(program: Program) -> str:
-  fields, params = program.config.optimizer, program.abstract_state.params
+  fields, params = program.config.optimizer, program.abstract_checkpoint.params
   mask = program.mask(params) if program.mask else jax.tree.map(lambda _: True, params)
   sizes = [x.size for x in jax.tree.leaves(params)]
   decayed = [size for size, decays in zip(sizes, jax.tree.leaves(mask)) if decays]

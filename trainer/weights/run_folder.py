@@ -189,6 +189,8 @@ def _program(config: ml_collections.ConfigDict) -> program_lib.Program:
   short = ml_collections.ConfigDict(config.to_dict())
   short.mesh.data = short.mesh.fsdp = short.mesh.space = 1
   short.sharding.params = short.sharding.opt_state = "replicated"
+  if "scan" in short.model:
+    short.model.scan = False  # each leaf by itself, as in a checkpoint
   short.optimizer.warmup_epochs, short.optimizer.warmup_steps = 0.0, 0
   short.total_epochs, short.total_steps = 0.0, 1_000_000
   config_lib.validate(short)

@@ -9,6 +9,7 @@ import ml_collections
 
 from configs.names import natural
 from trainer.errors import ConfigError, TrainerError
+from trainer.models import packing
 from trainer.pod.pod import Pod
 from trainer.program import Program
 from trainer.state import TrainState
@@ -80,7 +81,7 @@ def read_start(program: Program, pod: Pod) -> Start:
 def _read(program: Program) -> Start:
   config = program.config
   loaded = read.load(config.init_from)
-  net = net_lib.Net(config, program.model, program.abstract_state.raw())
+  net = net_lib.Net(config, program.model, program.abstract_checkpoint.raw())
   names = {leaf: net.torch_name(leaf) for leaf in net.leaves}
   excluded = _excluded(config.init_exclude, [*net.leaves, *loaded.tensors])
   anew = excluded.intersection(net.leaves)
@@ -164,8 +165,8 @@ def make_state(program: Program, start: Start) -> TrainState:
   What is made anew has the values that it has without them; averages are copies, the optimizer is
   new.
   """
-  shapes = net_lib.flatten(program.abstract_state.raw())
-  net = net_lib.Net(program.config, program.model, program.abstract_state.raw())
+  like = program.abstract_checkpoint.raw()
+  net, shapes = net_lib.Net(program.config, program.model, like), net_lib.flatten(like)
   given = {
     name: jax.make_array_from_callback(leaf.shape, shapes[name].sharding, leaf.__getitem__)
     for name, leaf in start.leaves.items()
@@ -173,7 +174,10 @@ def make_state(program: Program, start: Start) -> TrainState:
 
   def begin(given: net_lib.Leaves) -> TrainState:
     drawn = program.init()
-    variables = net.variables(net_lib.flatten(drawn.raw()) | given)
+    leaves = net_lib.flatten(packing.unpack(drawn.raw()) if program.model.packed else drawn.raw())
+    variables = net.variables(leaves | given)
+    if program.model.packed:
+      variables = packing.pack(variables)
     averages = {"params": variables.params, "batch_stats": variables.batch_stats}
     return dataclasses.replace(
       drawn,
