@@ -1,18 +1,25 @@
-"""What a host may ask for at any step: that the run saves, or saves and stops.
+"""What a host may ask for at any step: that the run saves, saves and stops, or that it has failed.
 
 Hosts agree in the step itself: each passes its request to the devices with the batch, and the step
 returns the highest one. Two steps later all hosts read the same number, without another message.
+
+A host whose input has failed has no batch for the step that the others are about to take. It takes
+part with an empty one and FAIL, with which a step leaves the state as it is. So nobody waits for
+it, and two steps later all hosts have the state before it, which they save.
 """
 
 import collections
 from collections.abc import Callable
+import math
 
+from absl import logging
 import jax
 from jax.sharding import Mesh
 
+from input_pipeline.errors import DataError
 from trainer import mesh as mesh_lib
 
-NOTHING, SAVE, STOP = range(3)
+NOTHING, SAVE, STOP, FAIL = range(4)
 
 # Results of a step are read when this many later steps are queued behind it, so that the devices
 # never wait for the host.
@@ -25,6 +32,8 @@ class Requests:
   Attributes:
     agreed: the highest request of any host at the steps read so far, unless forgotten since; the
       same on all hosts.
+    failed_step: the first step with FAIL of any host, among those read; None if there is none.
+    failure: what has failed on this host: (step or None, error).
   """
 
   def __init__(
@@ -41,12 +50,41 @@ class Requests:
       wanted: whether this host asks for a save.
     """
     self._stop, self._wanted = stop, wanted
-    self._flags = {request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP)}
+    self._flags = {
+      request: mesh_lib.flags(mesh, request) for request in (NOTHING, SAVE, STOP, FAIL)
+    }
     self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
     self.agreed = NOTHING
+    self.failed_step: int | None = None
+    self.failure: tuple[int | None, Exception] | None = None
 
-  def flags(self) -> jax.Array:
-    """Return what this host asks for now, int32 [devices]; the argument of the next step."""
+  def fail(self, step: int | None, error: Exception) -> None:
+    """Note that this host cannot take a step, or finish an evaluation (None); the first counts.
+
+    Args:
+      step: the step that it cannot take; earlier ones are not affected.
+      error: why.
+    """
+    if self.failure is None:
+      self.failure = step, error
+      logging.error(
+        "This host has failed at %s.",
+        "the evaluation" if step is None else f"step {step}",
+        exc_info=None if isinstance(error, DataError) else error,
+      )
+
+  def fails(self, step: float = math.inf) -> bool:
+    """Whether this host cannot take a step; by default one that is none of training."""
+    return self.failure is not None and step >= (self.failure[0] or 0)
+
+  def flags(self, step: float = math.inf) -> jax.Array:
+    """Return what this host asks for now, int32 [devices]; the argument of a step.
+
+    Args:
+      step: its number; by default it is none of training.
+    """
+    if self.fails(step):
+      return self._flags[FAIL]
     return self._flags[STOP if self._stop() else SAVE if self._wanted() else NOTHING]
 
   def note(self, step: int, request: jax.Array) -> None:
@@ -66,5 +104,11 @@ class Requests:
       self.agreed = NOTHING
 
   def _read(self) -> None:
-    _, request = self._pending.popleft()
-    self.agreed = max(self.agreed, int(jax.device_get(request)))
+    step, request = self._pending.popleft()
+    self.agree(step, int(jax.device_get(request)))
+
+  def agree(self, step: int, request: int) -> None:
+    """Take the highest request of all hosts at a step."""
+    self.agreed = max(self.agreed, request)
+    if self.agreed == FAIL and self.failed_step is None:
+      self.failed_step = step
