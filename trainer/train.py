@@ -181,7 +181,8 @@ def _note_start(run: Run, changes: config_lib.Changes) -> None:
   folder = run.workdir
   write_json(folder.config, run.config.to_dict())
   names = run.train_source.class_names
-  if names and not folder.classes.exists():  # imported weights may have brought theirs
+  # Imported weights may have brought theirs.
+  if names and read_json(folder.classes, {"classes": list}, set_aside=True) is None:
     write_json(folder.classes, {"classes": list(names)})
   write_json(folder.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)})
   earlier = read_json(folder.starts, WallClock.STARTS, set_aside=True)

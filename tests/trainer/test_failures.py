@@ -110,6 +110,12 @@ def test_an_evaluation_that_fails(tmp_path, config, fail_at):
   assert train_lib.train(config, str(tmp_path))["examples"] == 64
 
 
+def test_a_batch_that_no_step_needs_may_fail(tmp_path, config, fail_at):
+  fail_at(6, OSError())
+  config.eval.every_steps = 5
+  assert train_lib.train(config, str(tmp_path))["step"] == 6
+
+
 def test_an_error_out_of_the_loop_saves_what_is_whole(tmp_path, config, monkeypatch):
   def broken(self, step, metrics):
     if step == 3:

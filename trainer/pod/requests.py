@@ -10,13 +10,10 @@ it, and two steps later all hosts have the state before it, which they save.
 
 import collections
 from collections.abc import Callable
-import math
 
-from absl import logging
 import jax
 from jax.sharding import Mesh
 
-from input_pipeline.errors import DataError
 from trainer import mesh as mesh_lib
 
 NOTHING, SAVE, STOP, FAIL = range(4)
@@ -59,29 +56,28 @@ class Requests:
     self.failure: tuple[int | None, Exception] | None = None
 
   def fail(self, step: int | None, error: Exception) -> None:
-    """Note that this host cannot take a step, or finish an evaluation (None); the first counts.
+    """Note that this host cannot take a step, or finish an evaluation.
 
     Args:
-      step: the step that it cannot take; earlier ones are not affected.
+      step: the step that it cannot take; earlier ones are not affected. None for an evaluation,
+        which counts more, as it comes before a step that is only known to fail.
       error: why.
     """
-    if self.failure is None:
+    if self.failure is None or (step is None and self.failure[0] is not None):
       self.failure = step, error
-      logging.error(
-        "This host has failed at %s.",
-        "the evaluation" if step is None else f"step {step}",
-        exc_info=None if isinstance(error, DataError) else error,
-      )
 
-  def fails(self, step: float = math.inf) -> bool:
-    """Whether this host cannot take a step; by default one that is none of training."""
-    return self.failure is not None and step >= (self.failure[0] or 0)
+  def fails(self, step: int | None) -> bool:
+    """Whether this host cannot take a step, or with None finish an evaluation."""
+    if self.failure is None:
+      return False
+    first = self.failure[0]
+    return first is None or (step is not None and step >= first)
 
-  def flags(self, step: float = math.inf) -> jax.Array:
+  def flags(self, step: int | None = None) -> jax.Array:
     """Return what this host asks for now, int32 [devices]; the argument of a step.
 
     Args:
-      step: its number; by default it is none of training.
+      step: its number; None if it is one of an evaluation.
     """
     if self.fails(step):
       return self._flags[FAIL]
