@@ -16,8 +16,8 @@ def check_tests(readme: str, heading: str, column: int, least: int) -> None:
     least: rows that the table has at least.
   """
   text = (ROOT / readme).read_text()
-  level = heading.partition(" ")[0]
-  table = text.split(f"{heading}\n")[1].split(f"\n{level} ")[0]
+  level = len(heading.partition(" ")[0])
+  table = re.split(rf"\n#{{1,{level}}} ", text.split(f"{heading}\n")[1])[0]
   rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
   assert len(rows) >= least
   for row in rows:
