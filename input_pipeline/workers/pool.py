@@ -15,7 +15,7 @@ import pickle
 import signal
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging
 import cloudpickle
@@ -24,11 +24,13 @@ import grain
 from input_pipeline.errors import InputLost
 from input_pipeline.workers import processes, slots
 
+if TYPE_CHECKING:
+  from input_pipeline.rows import Made, Rows
+
 _HOUR = 3600.0
 _AHEAD = 1  # results of a process that wait to be fetched, beside the one that it is making
 _END_SECONDS = 5.0  # how long to wait for a process that was killed
 _FETCHED = b"1"  # sent to a process for each of its results
-_TASK = Any  # what `rows` returns for the number of a task
 
 
 class Replacements:
@@ -60,7 +62,7 @@ class Replacements:
 class _Worker:
   """A process, the parent's end of its pipe, and the first task that was not taken from it."""
 
-  process: Any
+  process: multiprocessing.process.BaseProcess
   pipe: connection.Connection
   due: int
 
@@ -69,33 +71,34 @@ class Pool:
   """The results of `rows` for a range of tasks in their order, made by processes."""
 
   def __init__(
-    self, rows: Any, tasks: range, ahead: int, timeout: float, replacements: Replacements
+    self, rows: "Rows", tasks: range, ahead: int, timeout: float, replacements: Replacements
   ):
     """Start the processes.
 
     Args:
-      rows: a picklable function of the number of a task, with the attributes workers, threads and
-        slots; see input_pipeline.rows.
+      rows: makes a task of its number; pickled to the processes.
       tasks: their numbers, one after the other.
       ahead: tasks that the threads of a process make ahead.
       timeout: seconds for which a result is waited for until its process counts as hung.
       replacements: how many processes may be replaced.
     """
     self._pickled, self._ahead = cloudpickle.dumps(rows), ahead
-    self._slots: slots.Slots | None = rows.slots
+    self._slots = rows.slots
     self._threads = rows.threads
     self._tasks, self._timeout, self._replacements = tasks, timeout, replacements
     self._next = tasks.start
     self._context = multiprocessing.get_context("spawn")
     self._count = rows.workers
-    self._workers = [self._start(index, tasks.start + index) for index in range(self._count)]
+    self._workers: list[_Worker] = []
     # Before multiprocessing ends its daemons at exit by a signal that ours ignore.
     self._end = util.Finalize(self, _end, args=(self._workers,), exitpriority=1)
+    for index in range(self._count):
+      self._workers.append(self._start(index, tasks.start + index))
 
-  def __iter__(self) -> Iterator[_TASK]:
+  def __iter__(self) -> "Iterator[Made]":
     return self
 
-  def __next__(self) -> _TASK:
+  def __next__(self) -> "Made":
     """Return the next result.
 
     Raises:
@@ -114,6 +117,7 @@ class Pool:
       self._replace(index, trouble)
     if isinstance(result, Exception):
       raise result
+    assert result is not None  # as there is no trouble
     worker.due += self._count
     self._next += 1
     return result
@@ -156,7 +160,7 @@ class Pool:
     self._workers[index] = self._start(index, worker.due)
 
 
-def _receive(worker: _Worker, timeout: float) -> tuple[str, _TASK]:
+def _receive(worker: _Worker, timeout: float) -> "tuple[str, Made | Exception | None]":
   """Return what is wrong with a process, "" if nothing is, and its next result."""
   ready = connection.wait([worker.pipe, worker.process.sentinel], timeout)
   if not ready:
@@ -216,7 +220,7 @@ def _work(
     pass
 
 
-def _make(pickled: bytes, tasks: range, threads: int, ahead: int) -> Iterator[_TASK]:
+def _make(pickled: bytes, tasks: range, threads: int, ahead: int) -> "Iterator[Made | Exception]":
   """Yield the results of tasks; an exception is the last."""
   try:
     rows = cloudpickle.loads(pickled)
