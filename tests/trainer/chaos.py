@@ -118,20 +118,24 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
 
 
 def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
-  """Damage a checkpoint in one of the ways that disks and killed processes do."""
+  """Damage a checkpoint in one of the ways that disks and killed processes do.
+
+  All over its largest file, of which a good part may be of no use to a restore.
+  """
   folder = workdir / "checkpoints" / str(step)
   data = max(
     (path for path in (folder / "params").rglob("*") if path.is_file()),
     key=lambda path: path.stat().st_size,
   )
-  kind = rng.choice(["lost item", "cut file", "wrong byte"])
+  kind = rng.choice(["lost item", "cut file", "wrong bytes"])
   if kind == "lost item":
     shutil.rmtree(folder / "opt_state")
   elif kind == "cut file":
-    os.truncate(data, data.stat().st_size // 2)
+    os.truncate(data, data.stat().st_size // 16)
   else:
     content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    for place in range(0, len(content), 128):
+      content[place] ^= 0x10
     data.write_bytes(content)
   return kind
 
