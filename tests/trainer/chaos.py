@@ -118,24 +118,20 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
 
 
 def damage(workdir: pathlib.Path, step: int, rng: random.Random) -> str:
-  """Damage a checkpoint in one of the ways that disks and killed processes do.
-
-  All over its largest file, of which a good part may be of no use to a restore.
-  """
+  """Damage a checkpoint in one of the ways that disks and killed processes do."""
   folder = workdir / "checkpoints" / str(step)
   data = max(
-    (path for path in (folder / "params").rglob("*") if path.is_file()),
+    (folder / "params").rglob("d/*"),  # values; a restore does without some of the other files
     key=lambda path: path.stat().st_size,
   )
-  kind = rng.choice(["lost item", "cut file", "wrong bytes"])
+  kind = rng.choice(["lost item", "cut file", "wrong byte"])
   if kind == "lost item":
     shutil.rmtree(folder / "opt_state")
   elif kind == "cut file":
-    os.truncate(data, data.stat().st_size // 16)
+    os.truncate(data, data.stat().st_size // 2)
   else:
     content = bytearray(data.read_bytes())
-    for place in range(0, len(content), 128):
-      content[place] ^= 0x10
+    content[len(content) // 2] ^= 0x10
     data.write_bytes(content)
   return kind
 
