@@ -158,6 +158,22 @@ DATA: Fields = {
     COUNT_OR_AUTO,
     YES,
   ),
+  "data.worker_restarts": Field(
+    8,
+    "Decoding processes that a host may replace, because they were killed, hung or ran out of "
+    "memory; with one more the run saves and exits with 76.",
+    "processes an hour",
+    at_least(0),
+    YES,
+  ),
+  "data.worker_timeout_seconds": Field(
+    300.0,
+    "A decoding process for whose batch the trainer waits longer, beyond "
+    "data.stream_give_up_seconds, hangs: it is killed and replaced.",
+    "seconds",
+    POSITIVE,
+    YES,
+  ),
   "data.threads": Field(
     -1,
     "Decoding threads of each process; 0 decodes when a batch is asked for. -1: 0 in processes, up "

@@ -1,19 +1,19 @@
-"""Three ways to make the batches of a reader ahead of time: as tasks of Grain, in order, once."""
+"""Three ways to make the batches of a reader ahead of time: as tasks, in order, once."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import functools
 import sys
 import time
 from typing import Protocol
 
-from absl import flags
 import grain
+import ml_collections
 import numpy as np
 
-from input_pipeline.rows import Made, Rows
-from input_pipeline.workers import processes, slots
+from input_pipeline.rows import Batch, Made, Rows
+from input_pipeline.workers.pool import Pool, Replacements
 from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
 _SLOTS_IN_FLIGHT = 6  # tasks of a process being written, waiting to be fetched, and in use
@@ -29,18 +29,19 @@ class Batches(Protocol):
     """Stop threads and processes; may be called twice."""
 
 
-def start(rows: Rows, prefetch_batches: int) -> Batches:
-  """Return the batches of `rows.reader`, which begin to be made when the first is asked for.
+def start(rows: Rows, data: ml_collections.ConfigDict, replacements: Replacements) -> Batches:
+  """Return the batches of `rows.reader`, which threads begin to make when the first is asked for.
 
   Args:
     rows: makes them.
-    prefetch_batches: batches that threads decode ahead, in each process.
+    data: `config.data`.
+    replacements: of decoding processes.
   """
   if rows.reader.distinct:
     return _Repeated(rows, rows.reader.distinct)
   if rows.reader.in_order:
-    return _InOrder(rows, prefetch_batches)
-  return _in_tasks(rows, prefetch_batches)
+    return _InOrder(rows, data.prefetch_batches)
+  return _Joined(_tasks(rows, data, replacements), rows)
 
 
 class _Joined:
@@ -51,44 +52,37 @@ class _Joined:
     self._rows = rows
 
   def __next__(self) -> Made:
-    batch, notes = next(self._tasks)
+    batch, notes = self._rows.open(next(self._tasks))
     if self._rows.reader.parts == 1:
       return batch, notes
     parts = [batch]
     for _ in range(self._rows.reader.parts - 1):
-      part, its_notes = next(self._tasks)
+      part, its_notes = self._rows.open(next(self._tasks))
       parts.append(part)
       notes.add(its_notes)
     return {key: np.concatenate([part[key] for part in parts]) for key in batch}, notes
 
   def close(self) -> None:
     self._rows.reader.close()
-    self._tasks.close()  # type: ignore[attr-defined]  # Grain's iterators have it
+    self._tasks.close()  # type: ignore[attr-defined]  # Grain's iterators have it, and Pool
 
 
-def _in_tasks(rows: Rows, prefetch_batches: int) -> _Joined:
-  """Make batches as tasks of Grain, in any order, in threads or in processes."""
+def _tasks(
+  rows: Rows, data: ml_collections.ConfigDict, replacements: Replacements
+) -> Iterator[Made]:
+  """Make the tasks of batches in processes, or in threads by Grain."""
   steps, parts = rows.reader.steps, rows.reader.parts
   # A whole batch is a task, or a part of one for each process: no rows are copied together.
-  tasks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(rows)
-  ahead = max(prefetch_batches, rows.threads) if rows.threads else 0
-  batches = tasks.to_iter_dataset(grain.ReadOptions(rows.threads, ahead))
-  if rows.workers:
-    if sys.platform == "linux":  # elsewhere Grain hands batches over by its own, slower way
-      rows.make_slots(ahead + _SLOTS_IN_FLIGHT)
-    # Grain reads absl flags of its own when it starts processes, and fails outside of absl.app.run.
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=rows.workers, per_worker_buffer_size=1)
-    batches = batches.mp_prefetch(options, worker_init_fn=_start_worker).map(rows.open)
-  return _Joined(iter(batches), rows)
-
-
-def _start_worker(index: int, count: int) -> None:
-  """Set up a new decoding process, number `index` of `count`."""
-  del count
-  slots.set_worker(index)
-  processes.follow_parent()
+  numbers = range(steps.start * parts, steps.stop * parts)
+  ahead = max(data.prefetch_batches, rows.threads) if rows.threads else 0
+  if not rows.workers:
+    tasks = grain.MapDataset.range(numbers.start, numbers.stop).map(rows)
+    return iter(tasks.to_iter_dataset(grain.ReadOptions(rows.threads, ahead)))
+  if sys.platform == "linux":  # elsewhere arrays are sent by value, which is slower
+    rows.make_slots(ahead + _SLOTS_IN_FLIGHT)
+  # A read may take all of its own time before it is an error, which is not to be cut short.
+  timeout = data.worker_timeout_seconds + data.stream_give_up_seconds
+  return Pool(rows, numbers, ahead, timeout, replacements)
 
 
 class _InOrder:
@@ -141,3 +135,30 @@ class _Repeated:
 
   def close(self) -> None:
     self._rows.reader.close()
+
+
+def substituted(
+  batches: Iterable[Batch],
+  count: float,
+  empty: Callable[[int], Batch],
+  fail: Callable[[int, Exception], None],
+) -> Iterator[Batch]:
+  """Yield batches; from one that fails on empty ones, so that this host can take part in steps.
+
+  Args:
+    batches: of this host.
+    count: how many batches all hosts have.
+    empty: returns an empty batch in place of one of this number.
+    fail: called with the number of the batch that failed, and with the error.
+  """
+  number = 0
+  try:
+    for batch in batches:
+      yield batch
+      number += 1
+    return
+  except Exception as error:  # of the input, of memory, of a library
+    fail(number, error)
+  while number < count:
+    yield empty(number)
+    number += 1

@@ -1,4 +1,4 @@
-"""The two kinds of failure of data: one ends a run, the other costs one record."""
+"""The kinds of failure of data: some end a run, one costs a record."""
 
 
 class DataError(Exception):
@@ -7,6 +7,14 @@ class DataError(Exception):
   def __str__(self) -> str:
     """Return the text in one line, whatever characters the names in it have."""
     return _printable(super().__str__())
+
+
+class InputLost(DataError):
+  """The data, or the processes that decode them, are not there now; a rerun may find them."""
+
+
+class UnusableData(DataError):
+  """The data as they are cannot be used; a rerun meets the same."""
 
 
 class BadRecordError(Exception):

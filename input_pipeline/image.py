@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 import simplejpeg
 
-from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.errors import BadRecordError, UnusableData
 
 # Images are decoded in parallel already; threads of OpenCV would only compete for the same cores.
 cv2.setNumThreads(0)
@@ -208,7 +208,7 @@ def train_view(
 
   Raises:
     BadRecordError: as `decode`.
-    DataError: the image and its margin are smaller than the crop.
+    UnusableData: the image and its margin are smaller than the crop.
   """
   height, width, rgb = _measure(data)
   if crop == "padded":
@@ -241,7 +241,7 @@ def _padded(
   height, width = rgb.shape[:2]
   free = (height + 2 * padding - size, width + 2 * padding - size)
   if min(free) < 0:
-    raise DataError(
+    raise UnusableData(
       f"an image of {width}x{height} pixels with config.data.crop_padding={padding} is smaller "
       f"than the crop of config.data.image_size={size}; prepare larger images, or use "
       "config.data.crop=random_resized."
@@ -287,12 +287,12 @@ def eval_view(data: bytes, resize: int, size: int, interpolation: str = "bilinea
 
   Raises:
     BadRecordError: as `decode`.
-    DataError: the image is smaller than `size`, and not resized.
+    UnusableData: the image is smaller than `size`, and not resized.
   """
   height, width, rgb = _measure(data)
   if not resize:
     if min(height, width) < size:
-      raise DataError(
+      raise UnusableData(
         f"an image of {width}x{height} pixels is smaller than config.data.eval_image_size={size}; "
         "set config.data.eval_resize to resize it."
       )

@@ -16,10 +16,11 @@ import ml_collections
 from configs import base, fields, image_sizes
 from input_pipeline import batches as batches_lib
 from input_pipeline.batches import Batches
-from input_pipeline.errors import DataError
-from input_pipeline.rows import Batch, EvalRows, Sizes, TrainRows
+from input_pipeline.errors import DataError, UnusableData
+from input_pipeline.rows import Batch, EvalRows, Rows, Sizes, TrainRows
 from input_pipeline.sources.base import Plan, Position, Reader, Source
 from input_pipeline.workers import processes
+from input_pipeline.workers.pool import Replacements
 
 # The orders that data.repeats applies to; a parquet stream has each example once.
 _REPEATED = ("shuffle", "lanes")
@@ -29,6 +30,7 @@ class BatchIterator:
   """Iterates over batches, counts records that cannot be decoded, and fails at too many of them.
 
   Attributes:
+    count: number of batches; without end in training.
     bad_records: how many rows of the batches so far could not be decoded.
     reads: requests, bytes, retries and hedges of the reads from a bucket so far.
   """
@@ -43,6 +45,7 @@ class BatchIterator:
       max_bad_fraction: bad rows tolerated, as a share of `examples` or, if that is more, of the
         rows so far.
     """
+    self.count = len(reader.steps)
     self.bad_records = 0
     self.reads: collections.Counter[str] = collections.Counter()
     self._batches = batches
@@ -61,17 +64,9 @@ class BatchIterator:
 
     Raises:
       StopIteration: the evaluation is over.
-      DataError: too many records are bad, a shard is wrong, or a decoding process died.
+      DataError: too many records are bad, a shard is wrong, or too many decoding processes died.
     """
-    try:
-      batch, notes = next(self._batches)
-    except RuntimeError as e:
-      if "terminated unexpectedly" not in str(e):
-        raise
-      raise DataError(
-        f"a decoding process failed ({e}), probably for lack of memory or of /dev/shm; "
-        "lower config.data.workers or config.data.prefetch_batches."
-      ) from e
+    batch, notes = next(self._batches)
     for reason in notes.reasons:
       if reason not in self._logged:
         self._logged.add(reason)
@@ -79,12 +74,12 @@ class BatchIterator:
         logging.warning("Bad record: %s", reason)
     self.reads += notes.reads
     if notes.fatal:
-      raise DataError(notes.fatal)
+      raise notes.fatal
     self._seen += len(batch["bad"])
     self.bad_records += int(batch["bad"].sum())
     share_of = max(self._seen, self._examples)
     if self.bad_records > self._max_bad_fraction * share_of:
-      raise DataError(
+      raise UnusableData(
         f"{self.bad_records} records cannot be decoded, {self.bad_records / share_of:.3%} of "
         f"{share_of}, more than config.data.max_bad_fraction={self._max_bad_fraction}; the last "
         f"were {'; '.join(self._last)}."
@@ -114,6 +109,7 @@ def train_batches(
   hosts: int = 1,
   positions: Sequence[Position] | None = None,
   sizes: Sizes = (),
+  replacements: Replacements | None = None,
 ) -> BatchIterator:
   """Iterate over this host's rows of the batches first_step, first_step + 1, ... without end.
 
@@ -136,6 +132,7 @@ def train_batches(
       BatchIterator.position.
     sizes: (step, size S of the images from it on), rising from step 0; by default the first size
       that `data` has, throughout. Neither the order nor the boxes of crops depend on it.
+    replacements: of decoding processes, where several loaders share a limit.
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b], "bad": bool [b]}, to be closed.
@@ -157,8 +154,7 @@ def train_batches(
     if rows.workers
     else f"{rows.threads} threads",
   )
-  batches = batches_lib.start(rows, data.prefetch_batches)
-  return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
+  return _iterator(rows, data, len(source), replacements)
 
 
 def check_train(
@@ -192,6 +188,7 @@ def eval_batches(
   host: int = 0,
   hosts: int = 1,
   numbers: bool = False,
+  replacements: Replacements | None = None,
 ) -> BatchIterator:
   """Iterate over all examples, each exactly once over all hosts.
 
@@ -207,6 +204,7 @@ def eval_batches(
     hosts: number of hosts.
     numbers: whether batches have "number", int32 [b]: that of a validation image of ILSVRC2012 by
       the name of its file, and 0 for all others.
+    replacements: of decoding processes, where several loaders share a limit.
 
   Returns:
     An iterator of {"image": uint8 [b, S, S, 3], "label": int32 [b], "bad": bool [b],
@@ -219,8 +217,15 @@ def eval_batches(
   workers, _ = processes.choose(data.workers, data.threads)
   reader = source.eval_reader(Plan(data, batch_size, host, hosts, workers))
   rows = EvalRows(reader, data, *_decoders(reader, data), numbers)
-  batches = batches_lib.start(rows, data.prefetch_batches)
-  return BatchIterator(batches, reader, len(source), data.max_bad_fraction)
+  return _iterator(rows, data, len(source), replacements)
+
+
+def _iterator(
+  rows: Rows, data: ml_collections.ConfigDict, examples: int, replacements: Replacements | None
+) -> BatchIterator:
+  replacements = replacements or Replacements(data.worker_restarts)
+  batches = batches_lib.start(rows, data, replacements)
+  return BatchIterator(batches, rows.reader, examples, data.max_bad_fraction)
 
 
 def check_eval(data: ml_collections.ConfigDict, batch_size: int, hosts: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from configs import image_sizes
 from input_pipeline import augment, image
-from input_pipeline.errors import BadRecordError, DataError, one_line
+from input_pipeline.errors import BadRecordError, DataError, UnusableData, one_line
 from input_pipeline.order import seeds
 from input_pipeline.records import Record
 from input_pipeline.sources.base import Get, Reader
@@ -32,12 +32,18 @@ _NEIGHBOURS = 16  # tried in place of a record that cannot be decoded
 _GREY = 128  # of an evaluated image that cannot be decoded
 
 
+def validation_number(name: str) -> int:
+  """Return the number of a validation image of ILSVRC2012 by its name; 0 for all others."""
+  match = _VALIDATION.search(name)
+  return int(match[1]) if match else 0
+
+
 class Notes:
   """What happened while a batch was made; sent from a decoding process along with the arrays."""
 
   def __init__(self) -> None:
     self.reasons: list[str] = []  # of records that are bad
-    self.fatal: str | None = None
+    self.fatal: DataError | None = None
     self.reads: collections.Counter[str] = collections.Counter()  # see Bucket.counters
 
   def add(self, other: "Notes") -> None:
@@ -91,7 +97,7 @@ class Rows(abc.ABC):
       self._fill(batch, first, examples, notes)
     except DataError as e:
       # Carried, not raised, so that it arrives the same from a thread and from a process.
-      notes.fatal = str(e)
+      notes.fatal = e
     notes.reads = self.reader.drain_counters()
     if claim:
       batch["image"] = claim.slot  # type: ignore[assignment]  # until `open`
@@ -205,7 +211,7 @@ class TrainRows(Rows):
           batch["label"][row] = record.label
           break
       else:
-        raise DataError(
+        raise UnusableData(
           f"{_NEIGHBOURS + 1} neighbouring records cannot be decoded, the last is "
           f"{notes.reasons[-1]}; check the data."
         )
@@ -249,8 +255,8 @@ class EvalRows(Rows):
         batch["image"][row] = _GREY
       if record is not None:
         batch["label"][row] = record.label
-        if self._numbers and (match := _VALIDATION.search(record.name)):
-          batch["number"][row] = int(match[1])
+        if self._numbers:
+          batch["number"][row] = validation_number(record.name)
       count += 1
     batch["image"][count:] = 0
 

@@ -11,13 +11,16 @@ import jax
 import pytest
 
 from configs import base, page
+from tests.readme_tables import check_tests
 from trainer import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = (
+  *(".", "configs", "input_pipeline", "launch"),
+  *("trainer", "trainer/models", "trainer/pod", "trainer/workdir"),
+)
 READMES = sorted(
-  path.relative_to(ROOT)
-  for folder in (".", "configs", "input_pipeline", "launch", "trainer", "trainer/models")
-  for path in (ROOT / folder).glob("*.md")
+  path.relative_to(ROOT) for folder in ROOMS for path in (ROOT / folder).glob("*.md")
 )
 SECTIONS = "mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"
 each_readme = pytest.mark.parametrize("readme", READMES, ids=str)
@@ -49,7 +52,11 @@ def anchors(text):
 
 
 def test_every_room_has_one():
-  assert sum(path.name == "README.md" for path in READMES) == 6
+  assert sum(path.name == "README.md" for path in READMES) == len(ROOMS)
+
+
+def test_each_row_of_the_exit_codes_names_its_test():
+  check_tests("trainer/README.md", "### Which failure gives which code", column=4, least=20)
 
 
 @each_readme

@@ -34,7 +34,7 @@ from absl import flags, logging
 
 from input_pipeline.errors import DataError
 from trainer import command_line
-from trainer.errors import DONE, FAILED, Preempted, TrainerError
+from trainer.errors import DONE, Preempted, TrainerError, exit_code
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     return error.exit_code
   except DataError as error:
     logging.error("%s", error)
-    return FAILED
+    return exit_code(error)
   return DONE
 
 

@@ -1,17 +1,24 @@
 """Errors that end a run, and the exit codes that a launcher reads."""
 
+from input_pipeline.errors import DataError, InputLost
+
 DONE = 0
 FAILED = 2  # the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command resumes the run
-# Another host, or the storage, is missing or silent, or the workdir is in use; the same command on
-# all hosts resumes the run.
+# Another host, the storage or the input is missing or silent, the workdir is in use, or something
+# failed for the first time; the same command on all hosts resumes the run.
 HOST_LOST = 76
 
 
 class TrainerError(Exception):
-  """Ends the run with one sentence for the user and `exit_code`."""
+  """Ends the run with one sentence for the user and `exit_code`.
+
+  Attributes:
+    agreed: whether all hosts raise it together, so that none is to be notified.
+  """
 
   exit_code = FAILED
+  agreed = False
 
 
 class ConfigError(TrainerError):
@@ -48,3 +55,21 @@ class Preempted(TrainerError):
   """Stopped by SIGTERM or Ctrl-C; everything worth keeping is saved."""
 
   exit_code = PREEMPTED
+  agreed = True
+
+
+class RunFailed(TrainerError):
+  """The input, a host's memory or a library failed; the last good state is saved where possible."""
+
+  def __init__(self, sentence: str, exit_code: int, agreed: bool = True):
+    super().__init__(sentence)
+    self.exit_code, self.agreed = exit_code, agreed
+
+
+def exit_code(error: BaseException) -> int:
+  """Return the exit code of the process that an error ends."""
+  if isinstance(error, TrainerError):
+    return error.exit_code
+  if isinstance(error, DataError):
+    return HOST_LOST if isinstance(error, InputLost) else FAILED
+  return 1  # as Python does

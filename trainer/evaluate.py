@@ -19,7 +19,7 @@ import numpy as np
 
 from trainer import mesh as mesh_lib
 from trainer.errors import NonFiniteError
-from trainer.pod.requests import STOP
+from trainer.pod.requests import FAIL, STOP
 from trainer.state import Variables
 from trainer.step import EvalStep, StatisticsStep, Totals
 
@@ -153,8 +153,8 @@ def evaluate(
     mesh: the mesh of the run.
     weights: what to evaluate and, if there is a second, what gives the `raw_` means.
     host_batches: this host's rows of each padded batch of the split.
-    requests: returns what this host asks for, before each batch; a STOP of any host ends the
-      evaluation on all.
+    requests: returns what this host asks for, before each batch; a STOP or FAIL of any host
+      ends the evaluation on all.
     totals: what the step counts, see `abstract_totals`; None for what there is always. With
       `confusion` the result has that of the first weights; with `real_top1` batches must have
       `accepted`, see trainer/real_labels.py.
@@ -181,9 +181,11 @@ def evaluate(
       in_flight.append(counted[-1]["request"])
       # Two batches late, one of two weights: that bounds those in flight, and the memory that they
       # hold.
-      if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) == STOP:
+      if len(in_flight) * len(weights) > 2 and jax.device_get(in_flight.popleft()) >= STOP:
         return None
   sums = jax.device_get(counted)
+  if sums[-1]["request"] == FAIL:  # of the last batches
+    return None
   result, *raw = map(_means, sums)
   if "confusion" in shapes:
     result["confusion"] = sums[0]["confusion"]

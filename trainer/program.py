@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from configs import image_sizes
+from input_pipeline.errors import first_line
 from trainer import (
   config as config_lib,
 )
@@ -158,17 +159,45 @@ class Program:
       self.mesh,
       ema_start=self.lengths.ema_start - self.lengths.offset,
       augment_until=self.lengths.augment_until,
+      guarded=len({device.process_index for device in self.mesh.devices.flat}) > 1,
     )
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
       self.abstract_state, batch, requests
     )
 
+  def check_eval_size(self) -> None:
+    """Trace the model at the size of the evaluation, where training has another; nothing compiles.
+
+    Raises:
+      ConfigError: the model cannot take images of that size.
+    """
+    sizes = self.sizes("eval")
+    if sizes["image_size"] in image_sizes.distinct(self.config.data):
+      return
+    try:
+      self.lower("eval", **sizes)
+    except (TypeError, ValueError) as error:
+      raise ConfigError(
+        f"config.data.eval_image_size is {sizes['image_size']}, which the model family "
+        f"{self.config.model.name} cannot take with the parameters of "
+        f"{self.sizes('train')['image_size']} px: {first_line(error)}."
+      ) from error
+
   def compile(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Compiled:
     """Compile what `lower` returns, for the devices of the mesh."""
     on_tpu = self.mesh.devices.flat[0].platform == "tpu"
     options = _TPU_OPTIONS if on_tpu and mode == "train" else None
     return self.lower(mode, image_size=image_size, batch_size=batch_size).compile(options)
+
+  def empty_batch(
+    self, mode: Mode, hosts: int, *, image_size: int, batch_size: int
+  ) -> dict[str, np.ndarray]:
+    """Return the rows of one of so many hosts, all zero; as padding, in an evaluation."""
+    batch = self._abstract_batch(mode, image_size, batch_size)
+    return {
+      name: np.zeros((x.shape[0] // hosts, *x.shape[1:]), x.dtype) for name, x in batch.items()
+    }
 
   def _abstract_batch(
     self, mode: Mode, image_size: int, batch_size: int

@@ -1,6 +1,6 @@
 """A run in one process: what it was opened with, and what changes from step to step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +14,10 @@ import ml_collections
 import numpy as np
 
 from input_pipeline import loader, sources
+from input_pipeline.batches import substituted
+from input_pipeline.errors import BadRecordError, one_line
+from input_pipeline.rows import Batch, validation_number
+from input_pipeline.workers.pool import Replacements
 from trainer import config as config_lib
 from trainer import data as data_lib
 from trainer import evaluate as evaluate_lib
@@ -22,7 +26,7 @@ from trainer import program as program_lib
 from trainer import real_labels
 from trainer.errors import ConfigError, Preempted
 from trainer.pod.pod import Pod
-from trainer.pod.requests import Requests
+from trainer.pod.requests import FAIL, Requests
 from trainer.program import Program, Steps
 from trainer.reporting import classes as class_tables
 from trainer.reporting import flops
@@ -34,6 +38,8 @@ from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.files import read_json, write_json
 from trainer.workdir.paths import Workdir
+
+_NAMES = 16  # images of a split whose names are compared with those that ReaL labels are for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Run:
     restored: whether a checkpoint was found.
     state: after that step; of a new run from `compile` on.
     best: {'step', 'top1'} of the best evaluation so far, or None.
+    replacements: of decoding processes of this host.
     history: by which resumes the config was changed: [{'step', 'changes'}, ...].
     result: of the evaluation of this step, or None if it was not evaluated or was cut short.
   """
@@ -92,6 +99,7 @@ class Run:
     self.lease: lease.Lease | None = None
     self.step, self.restored = 0, False
     self.start: start_lib.Start | None = None
+    self.replacements = Replacements(config.data.worker_restarts)
     self._real: np.ndarray | None = None
     self.best: dict[str, Any] | None = None
     self.history: list[dict[str, Any]] = []
@@ -185,6 +193,7 @@ class Run:
         f"config.eval.real_labels={path} is for classes in the order of their WordNet ids; those "
         "of this run are in another."
       )
+    self._check_names(path, len(self._real))
     digest = hashlib.sha256(self._real.tobytes()).hexdigest()
     host = self.pod.odd_one("config.eval.real_labels", digest)
     if host is not None:
@@ -192,6 +201,20 @@ class Run:
         f"Host {host} reads another file at config.eval.real_labels={path} than host 0; give all "
         "hosts the same."
       )
+
+  def _check_names(self, path: str, count: int) -> None:
+    """Refuse ReaL labels for images of other names, by the first of each split."""
+    for split, source in self.eval_sources.items():
+      # Of others the names are known when they are read.
+      for index in range(min(_NAMES, len(source)) if source.indexed else 0):
+        with contextlib.suppress(BadRecordError):
+          name = source[index].name
+          if not 1 <= validation_number(name) <= count:
+            raise ConfigError(
+              f"config.eval.real_labels={path} is for the images ILSVRC2012_val_00000001.JPEG to "
+              f"{count:08d}; one of config.data.eval_split={split} is called {one_line(name)}. "
+              "Give the data under their own names, or no ReaL labels."
+            )
 
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
@@ -207,6 +230,7 @@ class Run:
         self.steps.prepare("statistics", **self.program.sizes("statistics"))
       for sizes in later:
         self.steps.prepare("train", **sizes)
+      self.program.check_eval_size()  # while the training step compiles
       if self.start:
         self.state, self.start = start_lib.make_state(self.program, self.start), None
       elif not self.restored:
@@ -229,6 +253,7 @@ class Run:
       global_batch_size=config.global_batch_size,
       positions=self.positions,
       sizes=self.lengths.sizes,
+      replacements=self.replacements,
     )
     exits.callback(self.host_batches.close)
     peak = flops.peak(self.mesh.devices.flatten().tolist())
@@ -244,26 +269,52 @@ class Run:
       image_size=self.lengths.image_size if config.data.image_sizes else None,
       exchange=self.pod.exchange,
       reads=lambda: self.host_batches.reads,
+      replaced=lambda: self.replacements.count,
     )
     exits.callback(self.telemetry.close)
-    self.batches = mesh_lib.prefetch(self.mesh, self.host_batches, program_lib.BATCHES["train"])
+    first = self.step
+    batches = substituted(
+      self.host_batches,
+      self.host_batches.count,
+      lambda n: self.program.empty_batch(
+        "train", self.pod.hosts, **self.program.sizes_at(first + n)
+      ),
+      lambda n, error: self.requests.fail(first + n + 1, error),
+    )
+    self.batches = mesh_lib.prefetch(self.mesh, batches, program_lib.BATCHES["train"])
     exits.callback(self.batches.close)
 
   def take_step(self) -> None:
-    """Take a training step; returns when it is dispatched."""
-    self.pod.at(f"step {self.step + 1}")
+    """Take a training step; returns when it is dispatched.
+
+    If a host has failed, the steps from there on are undone instead.
+    """
+    step = self.step + 1
+    self.pod.at(f"step {step}")
     with self.clock("input_wait"):
       batch = next(self.batches)
+    if self.pod.hosts == 1 and self.requests.fails(step):  # nobody waits for this host
+      self.requests.agree(step, FAIL)
+      return
     if self.lengths.image_size(self.step) != self._sizes["image_size"]:
       self._change_size()
-    flags = self.requests.flags()
+    flags = self.requests.flags(step)
     with jax.transfer_guard("disallow"):
       self.state, output = self.train_step(self.state, batch, flags)
-    self.step += 1
+    self.step = step
     self.result = None
-    self.telemetry.step(self.step, output.metrics)
-    self.requests.note(self.step, output.request)
+    self.requests.note(step, output.request)
+    if not self._step_back():
+      self.telemetry.step(step, output.metrics)
     self.checkpointer.poll()
+
+  def _step_back(self) -> bool:
+    """Undo the count of steps that have changed nothing because a host had failed."""
+    failed = self.requests.failed_step
+    if failed is not None:
+      self.step = failed - 1
+      self.telemetry.forget(failed)
+    return failed is not None
 
   def _change_size(self) -> None:
     """Take up the program of the next step, which was asked for at the start."""
@@ -289,8 +340,9 @@ class Run:
 
     So only good states are saved, and only by the owner of the workdir.
     """
-    self.telemetry.flush()
     self.requests.flush()
+    self._step_back()
+    self.telemetry.flush()
     if self.lease:
       self.lease.check()
 
@@ -322,7 +374,7 @@ class Run:
           eval_step,
           self.mesh,
           weights,
-          batches,
+          self._with_substitutes("eval", batches, host_batches.count),
           self.requests.flags,
           self.program.abstract_totals(),
           self._allowed(name) if self.config.eval.classes == "data" else None,
@@ -371,8 +423,20 @@ class Run:
     for variables in weights:
       host_batches = self._one_pass(self.statistics_source)
       with self.clock("eval"), contextlib.closing(host_batches):
-        precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
+        batches = self._with_substitutes("statistics", host_batches, host_batches.count)
+        precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, batches))
     return precise
+
+  def _with_substitutes(
+    self, mode: program_lib.Mode, batches: Iterable[Batch], count: int
+  ) -> Iterator[Batch]:
+    sizes = self.program.sizes(mode)
+    return substituted(
+      batches,
+      count,
+      lambda n: self.program.empty_batch(mode, self.pod.hosts, **sizes),
+      lambda n, error: self.requests.fail(None, error),
+    )
 
   def _one_pass(self, source: sources.Source, numbers: bool = False) -> loader.BatchIterator:
     return loader.eval_batches(
@@ -382,6 +446,7 @@ class Run:
       host=self.pod.host,
       hosts=self.pod.hosts,
       numbers=numbers,
+      replacements=self.replacements,
     )
 
   def meta(self) -> dict[str, Any]:

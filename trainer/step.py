@@ -1,6 +1,7 @@
 """The two functions that run on the devices: pure, to be jitted over the mesh."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from trainer import augment, averages, finetune, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
+from trainer.pod.requests import FAIL
 from trainer.state import (
   BatchStats,
   Model,
@@ -66,6 +68,7 @@ def make_train_step(
   mesh: Mesh,
   ema_start: int = 0,
   augment_until: int | None = None,
+  guarded: bool = False,
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
@@ -81,7 +84,8 @@ def make_train_step(
   mixed into them: with mixing it is far below that of evaluation.
 
   With `augment_until` images are augmented while fewer steps than that were taken. Averaged weights
-  are copies until `ema_start` steps are taken.
+  are copies until `ema_start` steps are taken. With `guarded` a step with FAIL of any host returns
+  the state as it was given.
 
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
@@ -154,9 +158,9 @@ def make_train_step(
     statistics = Variables({}, state.batch_stats, state.others)
     (loss, top1, grads), statistics = gradients(whole, statistics, batch, state.step, shards)
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
-    params = jax.lax.with_sharding_constraint(state.params, shards)
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
+    old_params = jax.lax.with_sharding_constraint(state.params, shards)
+    updates, opt_state = optimizer.update(grads, state.opt_state, old_params)
+    params = optax.apply_updates(old_params, updates)
     ema = state.ema
     if ema is not None:
       ema = average(ema, params, batch_stats, state.step)
@@ -164,7 +168,12 @@ def make_train_step(
       [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
     )
     new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema)
-    return new, StepOutput(metrics.astype(loss.dtype), jnp.max(requests))
+    request = jnp.max(requests)
+    if guarded:
+      # In the shards of the update, so that the compiler joins it with that.
+      old = dataclasses.replace(state, params=old_params)
+      new = jax.tree.map(lambda x, y: jnp.where(request >= FAIL, x, y), old, new)
+    return new, StepOutput(metrics.astype(loss.dtype), request)
 
   return train_step
 

@@ -14,12 +14,13 @@ from input_pipeline.errors import DataError
 from input_pipeline.sources import layout, slices
 from trainer import config as config_lib
 from trainer import data as data_lib
+from trainer import failures
 from trainer import program as program_lib
-from trainer.errors import CheckpointError, ConfigError, Preempted
+from trainer.errors import CheckpointError, ConfigError, Preempted, TrainerError
 from trainer.evaluate import Result, in_words
 from trainer.pod.join import join_pod
 from trainer.pod.pod import Pod
-from trainer.pod.requests import SAVE, STOP
+from trainer.pod.requests import FAIL, SAVE, STOP
 from trainer.reporting import overview, report
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
@@ -93,6 +94,8 @@ def evaluate_only(
     exits.callback(run.steps.close)
     result = run.evaluate()
     if result is None:
+      if failed := failures.evaluation_failed(run):
+        raise failed
       raise Preempted("Stopped during the evaluation; the same command starts it again.")
     found = {"step": run.step, **result}
     write_json(run.workdir.evaluation, found)
@@ -178,7 +181,8 @@ def _note_start(run: Run, changes: config_lib.Changes) -> None:
   folder = run.workdir
   write_json(folder.config, run.config.to_dict())
   names = run.train_source.class_names
-  if names and not folder.classes.exists():  # imported weights may have brought theirs
+  # Imported weights may have brought theirs.
+  if names and read_json(folder.classes, {"classes": list}, set_aside=True) is None:
     write_json(folder.classes, {"classes": list(names)})
   write_json(folder.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)})
   earlier = read_json(folder.starts, WallClock.STARTS, set_aside=True)
@@ -194,13 +198,31 @@ def _left_out(run: Run) -> dict[str, list[str]]:
 
 
 def _loop(run: Run) -> Result:
-  """Take steps to the end of the run; evaluate and save where that is due.
+  """Take steps to the end of the run, and save what is good if anything fails.
 
   Returns:
     The evaluation of the last step.
 
   Raises:
     Preempted: after a stop; everything there is to keep is saved.
+    RunFailed: after a failure of the input, of memory or of a library.
+  """
+  try:
+    return _steps(run)
+  except TrainerError:
+    raise
+  except Exception as error:
+    raise failures.end_at_once(run, error) from error
+
+
+def _steps(run: Run) -> Result:
+  """Take steps to the end of the run; evaluate and save where that is due.
+
+  Returns:
+    The evaluation of the last step.
+
+  Raises:
+    TrainerError: as `_loop` does.
   """
   # A checkpoint is taken before the evaluation of its step, so one that was cut short, or is lost
   # with its process, is done again here.
@@ -213,14 +235,17 @@ def _loop(run: Run) -> Result:
     evaluated = run.lengths.is_evaluated(run.step)
     if evaluated or run.checkpointer.due(run.step) or run.requests.agreed == SAVE:
       run.flush()
-      with run.clock("checkpoint"):
-        run.checkpointer.save(run.step, run.program.to_checkpoint(run.state), run.meta())
+      if run.requests.agreed != FAIL:
+        with run.clock("checkpoint"):
+          run.checkpointer.save(run.step, run.program.to_checkpoint(run.state), run.meta())
       run.requests.forget(SAVE)
-    stopping = run.requests.agreed == STOP
+    stopping = run.requests.agreed >= STOP
     if evaluated and not stopping:
       stopping = not run.evaluate_now()
   run.flush()
   run.clock.switch("other")
+  if run.result is None:
+    failures.end(run)
   with run.clock("checkpoint"):
     run.checkpointer.save_and_wait(run.step, run.program.to_checkpoint(run.state), run.meta())
   if run.result is None:
@@ -244,6 +269,7 @@ def _finish(run: Run, result: Result) -> dict[str, Any]:
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "images_per_second": examples / (seconds["step"] + seconds["input_wait"]),
     "bad_records": run.host_batches.bad_records,
+    "workers_replaced": run.replacements.count,
     "reads": dict(run.host_batches.reads),
     "wall_seconds": seconds | {"total": sum(seconds.values())},
     "goodput": {"share": run.clock.goodput(), "starts": run.clock.starts},

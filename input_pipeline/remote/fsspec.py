@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from input_pipeline.errors import DataError, first_line
+from input_pipeline.errors import DataError, InputLost, first_line
 from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
     stop: ends the pauses.
 
   Raises:
-    DataError: it failed for a lasting reason, or too often.
+    DataError: it failed for a lasting reason; InputLost, too often.
     Stopped: `stop` is set.
   """
   tries = _TRIES.get(what.split("://")[0], 2) if has_scheme(what) else 1
@@ -81,7 +81,8 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
       if not is_failure(e):
         raise
       if not _may_pass(e) or attempt == tries - 1:
-        raise DataError(f"{what} cannot be used: {said(e)}.") from e
+        kind = InputLost if _may_pass(e) else DataError
+        raise kind(f"{what} cannot be used: {said(e)}.") from e
       (stop or threading.Event()).wait(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))
   raise AssertionError
 

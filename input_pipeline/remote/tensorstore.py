@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 import tensorstore as ts
 
-from input_pipeline.errors import DataError, first_line
+from input_pipeline.errors import DataError, InputLost, first_line
 from input_pipeline.remote import has_scheme
 
 SCHEMES = ("gs", "s3", "http", "https", "file")
@@ -161,7 +161,7 @@ class Bucket:
             raise Changed(f"{self.path_of(what)} is shorter than it was; check the data.") from e
           raise DataError(f"{self.path_of(what)} cannot be read ({_explained(reason)}).") from e
         if time.monotonic() + pause > give_up or interrupts != self._interrupts:
-          raise DataError(
+          raise InputLost(
             f"{self.path_of(what)} could not be read within "
             f"config.data.stream_give_up_seconds={self._patience.give_up_seconds:g}; the last "
             f"reason was: {reason}."

@@ -27,6 +27,7 @@ _OTHER_IMAGES = (
 )
 _LAYOUT = "{train,val}/CLASS/IMAGE or CLASS/IMAGE"
 _ENDINGS = "|".join(IMAGE_SUFFIXES)
+_ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: image, class and box, a line each
 
 # Of folders that systems and tools leave behind; names that begin with a dot are left out as well.
 _SYSTEM = {
@@ -183,8 +184,9 @@ def number(
     theirs = contents.splits[other].keys()
     if unknown := sorted(theirs - known):
       raise DataError(
-        f"{where}: {other} has the class {unknown[0]}, which {first} lacks; the images of {other} "
-        "must lie in folders of the same classes."
+        f"{where}: {other} has the class {unknown[0]}, which {first} lacks"
+        f"{_in_a_file(contents, other)}; the images of {other} must lie in folders of the same "
+        "classes."
       )
     if EMPTY_CLASS not in allow and (missing := sorted(known - theirs)):
       raise DataError(
@@ -200,6 +202,18 @@ def number(
           f"folder, or {_how_to_allow(EMPTY_CLASS)}."
         )
   return in_order(known, by_text)
+
+
+def _in_a_file(contents: Contents, split: str) -> str:
+  """Return how to make class folders where a file has the classes, as in Tiny ImageNet; or ""."""
+  path = f"{contents.folders[split]}{_ANNOTATIONS}"
+  if path not in contents.left_out.get("no_image", ()):
+    return ""
+  return (
+    f", because {path} has its classes, as in Tiny ImageNet; in the folder of that file this makes "
+    'folders of them: while read -r image class box; do mkdir -p "$class" && mv "images/$image" '
+    f'"$class/"; done < {_ANNOTATIONS} && rmdir images'
+  )
 
 
 def in_order(names: Iterable[str], by_text: bool = False) -> list[str]:

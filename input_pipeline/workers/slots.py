@@ -87,10 +87,11 @@ class Slots:
     with open(self._path, "rb+") as f:
       self._memory = mmap.mmap(f.fileno(), 0)
     self._lock = threading.Lock()
+    self._opened: set[int] = set()  # slots whose arrays are in use in this process
 
   def __getstate__(self) -> dict[str, Any]:
     state = self.__dict__.copy()
-    del state["_memory"], state["_lock"]
+    del state["_memory"], state["_lock"], state["_opened"]
     return state
 
   def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,8 +118,19 @@ class Slots:
   def open(self, slot: Slot) -> np.ndarray:
     """Return the array of a slot, which becomes free when the array and all its views are gone."""
     array = self._array(slot)
-    weakref.finalize(array.base, self._memory.__setitem__, slot.number, 0).atexit = False
+    self._opened.add(slot.number)
+    weakref.finalize(array.base, self._release, slot.number).atexit = False
     return array
+
+  def _release(self, number: int) -> None:
+    self._opened.discard(number)
+    self._memory[number] = 0
+
+  def free(self, worker: int) -> None:
+    """Free the slots of a decoding process that has ended, but for arrays in use in this one."""
+    first = worker * self._slots_per_worker
+    for number in set(range(first, first + self._slots_per_worker)) - self._opened:
+      self._memory[number] = 0
 
   def _array(self, slot: Slot) -> np.ndarray:
     first = self._first + slot.number * self._stride

@@ -5,7 +5,9 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import tarfile
 import threading
 
@@ -149,6 +151,24 @@ def test_a_folder(case, tmp_path):
     wanted = {"train": BOTH["train"]}
   path = tree(tmp_path / "data", found)
   all_ways(tmp_path / "out", path, ("--folder", path), wanted)
+
+
+def test_tiny_imagenet_is_refused_with_the_command_that_mends_it(tmp_path, capsys):
+  marks = "".join(f"val_{i}.JPEG\t{PETS[i % 2]}\t0\t0\t9\t9\n" for i in range(4))
+  found = {
+    **files(("train",), deeper="images/", ending="JPEG"),
+    **{f"val/images/val_{i}.JPEG": picture(PETS[i % 2]) for i in range(4)},
+    "val/val_annotations.txt": marks.encode(),
+    "test/images/test_0.JPEG": picture("cat"),
+  }
+  path = tree(tmp_path / "data", found)
+  all_ways(tmp_path / "out", path, ("--folder", path), "as in Tiny ImageNet")
+  said = failure(capsys, "--out", tmp_path / "no", "--folder", path)
+  command = re.search(r"makes folders of them: (while .* rmdir images);", said)[1]
+  subprocess.run(["bash", "-ec", command], cwd=path / "val", check=True)
+  shutil.rmtree(path / "test")
+  wanted = {"train": BOTH["train"], "val": {"cat": 2, "dog": 2}}
+  all_ways(tmp_path / "mended", path, ("--folder", path), wanted)
 
 
 def test_one_name_in_two_unicode_forms(tmp_path):

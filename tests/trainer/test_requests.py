@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from trainer import mesh as mesh_lib
-from trainer.pod.requests import NOTHING, SAVE, STOP, Requests
+from trainer.pod.requests import FAIL, NOTHING, SAVE, STOP, Requests
 
 
 @pytest.fixture
@@ -32,6 +32,24 @@ def test_a_request_is_read_two_steps_later(mesh):
     agreed[step] = requests.agreed
     requests.forget(SAVE)
   assert agreed == {step: {8: SAVE}.get(step, STOP if step >= 11 else NOTHING) for step in agreed}
+
+
+def test_a_failure_counts_from_its_step_on_and_the_first_one_stays(mesh):
+  requests = Requests(mesh, lambda: True)
+  assert not requests.fails(7)
+  requests.fail(7, MemoryError())
+  requests.fail(6, OSError())
+  assert requests.failure[0] == 7 and isinstance(requests.failure[1], MemoryError)
+  flags = {step: int(requests.flags(step)[0]) for step in (6, 7, 8)}
+  assert flags == {6: STOP, 7: FAIL, 8: FAIL}
+  assert int(requests.flags()[0]) == STOP  # an evaluation does not need that batch
+  for step in (6, 7, 8, 9):
+    requests.note(step, jax.numpy.int32(flags.get(step, FAIL)))
+  assert requests.agreed == FAIL and requests.failed_step == 7
+  requests.flush()
+  assert requests.failed_step == 7
+  requests.fail(None, OSError())  # of an evaluation before
+  assert int(requests.flags()[0]) == int(requests.flags(1)[0]) == FAIL
 
 
 def test_a_flush_reads_every_step(mesh):

@@ -24,8 +24,16 @@ import jax
 from jax._src import clusters
 import ml_collections
 
-from input_pipeline.errors import DataError
-from trainer.errors import FAILED, HOST_LOST, ConfigError, HostLost, Preempted, TrainerError
+from input_pipeline.errors import DataError, first_line
+from trainer.errors import (
+  FAILED,
+  HOST_LOST,
+  ConfigError,
+  HostLost,
+  Preempted,
+  TrainerError,
+  exit_code,
+)
 from trainer.pod.lifeline import Lifeline, Line, expand
 
 _TICKS = 10  # reports to host 0 within a timeout
@@ -279,24 +287,30 @@ class Pod:
   ) -> None:
     if self.hosts == 1:
       return
-    if kind is None or kind is Preempted:
+    if error is None or getattr(error, "agreed", False):
       self.leave()
       return
-    if not issubclass(kind, (TrainerError, DataError)):
-      # Most often an error of gloo because another host has ended.
-      logging.error(
-        "Host %d at '%s': %s. Checking whether another host is lost ...",
-        self.host,
-        self._point,
-        str(error).splitlines()[0][:200] if str(error) else kind.__name__,
-      )
-      self._await_verdict()
-    sentence = str(error).splitlines()[0] if str(error) else kind.__name__
-    code = FAILED if issubclass(kind, DataError) else getattr(error, "exit_code", 1)
-    self._line_failed(f"host {self.host} failed at '{self._point}': {sentence}", code, self._line)
+    if not isinstance(error, (TrainerError, DataError)):
+      self.rule_out_lost(error)
+    sentence = first_line(error) or type(error).__name__
+    self._line_failed(
+      f"host {self.host} failed at '{self._point}': {sentence}", exit_code(error), self._line
+    )
     self._left.set()
     if self.host == 0:
       self._lifeline.wait_for_others()
+
+  def rule_out_lost(self, error: BaseException) -> None:
+    """Return if an error is this host's own: most often it is gloo's, as another host has ended."""
+    if self.hosts == 1:
+      return
+    logging.error(
+      "Host %d at '%s': %s. Checking whether another host is lost ...",
+      self.host,
+      self._point,
+      first_line(error)[:200] or type(error).__name__,
+    )
+    self._await_verdict()
 
   def leave(self) -> None:
     """Leave together with the others."""

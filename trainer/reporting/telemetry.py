@@ -60,6 +60,7 @@ class Telemetry:
     image_size: Callable[[int], int] | None = None,
     exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
     reads: Callable[[], Mapping[str, int]] = dict,
+    replaced: Callable[[], int] = int,
   ):
     """Open the event files on process 0; the other processes write nothing.
 
@@ -76,11 +77,12 @@ class Telemetry:
       image_size: returns the size of the images of the step after so many, where that changes.
       exchange: exchanges dispatch times; called on every host at the end of each window.
       reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
+      replaced: returns how many decoding processes this host has replaced so far.
     """
     self._config, self._clock = config, clock
     self._total_steps, self._epoch = total_steps, epoch
     self._work, self._peak, self._image_size = work, peak, image_size
-    self._exchange, self._reads = exchange, reads
+    self._exchange, self._reads, self._replaced = exchange, reads, replaced
     directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
     writers = [events.EventWriter(directory, first_step)] if self._chief else []
@@ -132,6 +134,10 @@ class Telemetry:
     self._pending.append((step, metrics, time.time()))
     if len(self._pending) > LAG:
       self._absorb()
+
+  def forget(self, step: int) -> None:
+    """Drop what is not read yet of this step and of later ones, which changed nothing."""
+    self._pending = collections.deque(one for one in self._pending if one[0] < step)
 
   def flush(self) -> None:
     """Wait for every dispatched step, and read its metrics.
@@ -196,6 +202,8 @@ class Telemetry:
       median = scalars.get("step_seconds_median", training / steps)
       late = scalars["straggler_seconds"] >= max(_CLOCK_SECONDS, _LATE * median)
     scalars |= {f"read_{name}": count for name, count in self._reads().items()}
+    if replaced := self._replaced():
+      scalars["workers_replaced"] = replaced
     self._open_window()
     self.write(step, "train", scalars | _memory())
     epoch, waiting = self._epoch(step), 100 * scalars["input_wait"]

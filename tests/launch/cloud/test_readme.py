@@ -11,6 +11,7 @@ import subprocess
 import pytest
 
 from launch.cloud import cli
+from tests.readme_tables import check_tests
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -62,12 +63,4 @@ def test_lines_of_gcloud(tmp_path):
 
 
 def test_each_row_of_who_protects_names_its_test():
-  text = (ROOT / "launch" / "README.md").read_text()
-  table = text.split("### Who protects what is paid for")[1].split("\n### ")[0]
-  rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-  assert len(rows) >= 15
-  for row in rows:
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+)(?:\[\w+\])?)?`", row.split("|")[4])
-    assert named, row
-    for path, name in named:
-      assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+  check_tests("launch/README.md", "### Who protects what is paid for", column=4, least=15)
