@@ -21,6 +21,7 @@ from input_pipeline.errors import DataError
 from input_pipeline.tools import contact_sheet
 from trainer import augment, command_line
 from trainer import config as config_lib
+from trainer import data as data_lib
 from trainer.errors import TrainerError
 from trainer.state import step_key
 
@@ -31,11 +32,10 @@ flags.DEFINE_integer("images", 32, "Images to show.", lower_bound=1)
 
 def main(argv: list[str]) -> int:
   """Run the command; return its exit code."""
-  if command_line.help_wanted(argv) is not None:
-    print(__doc__)
-    return 0
   logging.set_verbosity(logging.WARNING)
   try:
+    if command_line.answered(argv, __doc__):
+      return 0
     command_line.parse(argv, "--config=configs/X.py")
     section = draw_section(FLAGS.config, FLAGS.images)
   except (TrainerError, DataError) as error:
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
 def draw_section(config: ml_collections.ConfigDict, count: int) -> contact_sheet.Section:
   """Return the first `count` images of the first micro-batch, with their targets in words."""
   config_lib.validate(config)
+  config = data_lib.with_classes(config)
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   with contextlib.closing(
     loader.train_batches(
