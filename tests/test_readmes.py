@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 READMES = sorted(
   path.relative_to(ROOT)
   for folder in (".", "configs", "input_pipeline", "launch", "trainer", "trainer/models")
-  for path in (ROOT / folder).glob("README.md")
+  for path in (ROOT / folder).glob("*.md")
 )
 SECTIONS = "mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"
 each_readme = pytest.mark.parametrize("readme", READMES, ids=str)
@@ -49,7 +49,7 @@ def anchors(text):
 
 
 def test_every_room_has_one():
-  assert len(READMES) == 6
+  assert sum(path.name == "README.md" for path in READMES) == 6
 
 
 @each_readme
