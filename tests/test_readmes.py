@@ -10,7 +10,7 @@ import re
 import jax
 import pytest
 
-from configs import base, page
+from configs import base, families, page
 from tests.readme_tables import check_tests
 from trainer import config as config_lib
 
@@ -107,7 +107,7 @@ def test_modules_exist(readme):
 @each_readme
 def test_fields_exist(readme):
   text = text_of(readme)
-  fields = config_lib.flatten(base.get_config())
+  fields = {name for family in families.FAMILIES for name in base.all_fields(family)}
   named = re.findall(r"(?:--config\.)([a-z][\w.]*)", text)
   named += re.findall(rf"`((?:{SECTIONS})\.(?!py\b)\w+)", text)
   missing = {name for name in named if name not in fields and name != "field"}
