@@ -395,7 +395,7 @@ def all_fields(family: str) -> dict[str, Field]:
   Raises:
     ValueError: if there is no such family.
   """
-  own = families.find(family).FIELDS
+  own = families.fields(family)
   merged: dict[str, Field] = {}
   for name, field in RUN.items():
     merged[name] = field

@@ -3,6 +3,7 @@
 from typing import Any
 
 from configs import names
+from configs.fields import Fields
 
 FAMILIES = {
   "resnet": "trainer.models.resnet:ResNet",
@@ -13,6 +14,13 @@ FAMILIES = {
   "efficientnet": "trainer.models.efficientnet:EfficientNet",
   "nfnet": "trainer.models.nfnet:NFNet",
   "nf_resnet": "trainer.models.nfnet:NFResNet",
+}
+# Their fields, where a module without JAX has them: a help or a refusal then comes in a moment.
+FIELDS = {
+  "resnet": "trainer.models.resnet_fields:RESNET",
+  "cifar_resnet": "trainer.models.resnet_fields:CIFAR_RESNET",
+  "cifar_resnet_v2": "trainer.models.resnet_fields:CIFAR_RESNET_V2",
+  "resnet_rs": "trainer.models.resnet_fields:RESNET_RS",
 }
 
 
@@ -25,3 +33,16 @@ def find(name: str) -> Any:
     ValueError: one sentence that names the field and what there is.
   """
   return names.find(FAMILIES, name, "config.model.name")
+
+
+def fields(name: str) -> Fields:
+  """Return the fields of a family, by their names without "model.".
+
+  Raises:
+    ValueError: as `find`.
+  """
+  if name in FIELDS:
+    table: Fields = names.find(FIELDS, name, "config.model.name")
+    return table
+  own: Fields = find(name).FIELDS
+  return own

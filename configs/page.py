@@ -16,15 +16,20 @@ def text(
 ) -> str:
   """Return two lines or more for each field: value, unit, range, resume; then its words.
 
+  Each section has a headline.
+
   Args:
     fields: by name, as in "model.depth".
     values: of a config; where one differs from its default, both are shown.
     search: only fields with this in their name or words.
   """
-  lines = []
+  lines: list[str] = []
+  section = None
   for name, field in fields.items():
     if search.lower() not in f"{name} {field.words}".lower():
       continue
+    if section != (section := _section(name)):
+      lines += ["", f"config.{section}" if section else "config"]
     value = field.default if values is None else values.get(name, field.default)
     if isinstance(value, list):
       value = tuple(value)
@@ -38,7 +43,7 @@ def text(
       facts.append(f"a resume may change it: {field.resume}")
     lines.append(f"--config.{name} = {'; '.join(facts)}")
     lines += textwrap.wrap(field.words, _WIDTH - 4, initial_indent="    ", subsequent_indent="    ")
-  return "\n".join(lines)
+  return "\n".join(lines[1:])
 
 
 def markdown() -> str:
@@ -47,7 +52,7 @@ def markdown() -> str:
   for section, entries in itertools.groupby(base.RUN.items(), lambda item: _section(item[0])):
     parts.append(_table(f"config.{section}" if section else "config", dict(entries)))
   for name in families.FAMILIES:
-    own = {f"model.{key}": field for key, field in families.find(name).FIELDS.items()}
+    own = {f"model.{key}": field for key, field in families.fields(name).items()}
     parts.append(_table(f"config.model of the family {name}", own))
   return "\n\n".join(parts)
 

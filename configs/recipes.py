@@ -6,8 +6,11 @@ percent, one or by variant.
 """
 
 from collections.abc import Iterator
+import difflib
 import importlib
+import os
 import pathlib
+import textwrap
 import types
 from typing import Any
 
@@ -15,6 +18,7 @@ import ml_collections
 
 _IMAGENET = 1_281_167  # training examples of ILSVRC2012
 _FOLDER = pathlib.Path(__file__).parent
+_WIDTH = 100
 
 
 def names() -> list[str]:
@@ -48,17 +52,62 @@ def top1(name: str) -> str:
   return found if isinstance(found, str) else found[name.partition(":")[2]]
 
 
+def listing() -> str:
+  """Return a line for each run file: its name, the first line of its docstring, its variants."""
+  lines = []
+  for module in _run_files():
+    name = module.__name__.rpartition(".")[2]
+    text = str(module.__doc__).splitlines()[0]
+    variants = getattr(module, "VARIANTS", ())
+    others = f" (:{variants[0]} and {len(variants) - 1} more)" if variants else ""
+    shown = textwrap.shorten(text, _WIDTH - 25 - len(others), placeholder=" ...")
+    lines.append(f"{name:24} {shown}{others}")
+  return "\n".join(lines)
+
+
+def path_of(word: str) -> str:
+  """Return the file that --config names: a path, or the name of a run file of this folder.
+
+  A file of the current folder comes before one of this folder.
+
+  Args:
+    word: as in "my_run.py", "smoke", "configs/smoke.py" or "imagenet_mlperf:8192".
+
+  Raises:
+    ValueError: there is none; one sentence with the nearest names.
+  """
+  file, colon, variant = word.partition(":")
+  if os.path.isfile(file):
+    return word
+  names = [path.stem for path in sorted(_FOLDER.glob("*.py")) if _is_run_file(path)]
+  name = os.path.basename(file).removesuffix(".py")
+  if name in names and file.removesuffix(".py") in (name, os.path.join(_FOLDER.name, name)):
+    return f"{_FOLDER / name}.py{colon}{variant}"
+  near = difflib.get_close_matches(name, names, n=3) or [n for n in names if name and name in n]
+  meant = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
+  what = "is a folder" if os.path.isdir(file) else "does not exist"
+  raise ValueError(f"The run file {file or 'of --config'} {what}; {meant}")
+
+
+def variants_of(path: str) -> tuple[str, ...]:
+  """Return the variants of a run file of this folder, by its path; of another file none."""
+  file = pathlib.Path(path)
+  known = file.parent == _FOLDER and file.exists() and _is_run_file(file)
+  return tuple(getattr(_module(file.stem), "VARIANTS", ())) if known else ()
+
+
+def _is_run_file(path: pathlib.Path) -> bool:
+  return "\ndef get_config(" in path.read_text() and path.stem != "base"
+
+
 def _module(name: str) -> Any:
   return importlib.import_module(f"configs.{name.partition(':')[0]}")
 
 
 def _run_files() -> Iterator[types.ModuleType]:
   for path in sorted(_FOLDER.glob("*.py")):
-    if path.stem in ("__init__", "__main__", "base"):
-      continue
-    module = importlib.import_module(f"configs.{path.stem}")
-    if hasattr(module, "get_config"):
-      yield module
+    if _is_run_file(path):
+      yield importlib.import_module(f"configs.{path.stem}")
 
 
 def _variants(module: types.ModuleType) -> list[str]:

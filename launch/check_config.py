@@ -9,7 +9,6 @@ import sys
 from absl import flags
 
 from trainer import command_line
-from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, TrainerError
 
 FLAGS = flags.FLAGS
@@ -18,7 +17,11 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> int:
   """Returns the exit code of trainer.errors."""
   try:
+    if command_line.answered(argv, __doc__):
+      return DONE
     command_line.parse(argv, "--config=configs/X.py")
+    from trainer import config as config_lib  # imports JAX
+
     config_lib.validate(FLAGS.config)
   except TrainerError as error:
     print(error, file=sys.stderr)

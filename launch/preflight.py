@@ -135,6 +135,8 @@ def _first_line(error: Exception) -> str:
 def main(argv: list[str]) -> int:
   """Returns the exit code of trainer.errors."""
   try:
+    if command_line.answered(argv, __doc__):
+      return DONE
     command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
     preflight(FLAGS.config, FLAGS.topology, FLAGS.slices)
   except TrainerError as error:

@@ -16,7 +16,10 @@ from trainer import config as config_lib
 ROOT = pathlib.Path(__file__).parents[1]
 READMES = sorted(
   path.relative_to(ROOT)
-  for folder in (".", "configs", "input_pipeline", "launch", "trainer", "trainer/models")
+  for folder in (
+    *(".", "configs", "input_pipeline", "launch", "trainer", "trainer/models"),
+    "trainer/reporting",
+  )
   for path in (ROOT / folder).glob("README.md")
 )
 SECTIONS = "mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"

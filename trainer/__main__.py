@@ -1,10 +1,17 @@
-"""python -m trainer --config=configs/X.py --workdir=DIR [--config.FIELD=VALUE ...] [--mode=eval]
+"""Train a model, or evaluate one.
 
---config   run file; configs/README.md lists them
---workdir  folder of everything the run writes, local or gs://; a run resumes from what is there
---mode     train (default), or eval: evaluate the newest checkpoint of the workdir
---trial    the run file made so small that a CPU runs all of it in a minute
---help     this text and every field of the config; --help=WORD only those about a word
+    python -m trainer --config=imagenet_resnet50 --workdir=runs/r50 --config.data.path=data/imagenet
+    python -m trainer --mode=eval --workdir=runs/r50
+
+The first trains, or resumes what the workdir holds; the second evaluates it.
+
+--config=X           run file: a path, or the name of one that comes with the program
+--config.FIELD=VALUE sets a field, as in --config.model.depth=18
+--workdir=DIR        folder of everything the run writes, local or gs://
+--mode=train|eval    train (default), or evaluate a checkpoint of the workdir
+--checkpoint=C       which one: newest (default), best, or a step
+--verbose            print every parameter and how it is split over the devices
+--trial              the run file made so small that a CPU runs all of it in a minute
 """
 
 # ruff: noqa: E402 (a signal that comes during the slow imports must count too)
@@ -26,7 +33,6 @@ if __name__ == "__main__":
   # Writes where every thread is, also when all of them wait in C++.
   faulthandler.register(signal.SIGUSR1)
 
-import logging as python_logging
 import os
 from typing import Any
 
@@ -35,32 +41,17 @@ from absl import flags, logging
 from input_pipeline.errors import DataError
 from trainer import command_line
 from trainer.errors import DONE, FAILED, Preempted, TrainerError
+from trainer.reporting import screen
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
   "workdir", None, "Folder of everything that the run writes; a run resumes from what it finds."
 )
 flags.DEFINE_enum(
-  "mode", "train", ["train", "eval"], "train, or evaluate the newest checkpoint of the workdir."
+  "mode", "train", ["train", "eval"], "train, or evaluate a checkpoint of the workdir."
 )
-
-
-class _OnlyOurs(python_logging.Filter):
-  """Keeps the log to what a user can act on.
-
-  Orbax and Grain log every save and read at INFO; of a failed save Orbax and gcsfs print the trace,
-  and asyncio the tasks left behind, beside the trainer's own sentence; clu's work unit repeats the
-  progress line.
-  """
-
-  def filter(self, record: python_logging.LogRecord) -> bool:
-    libraries = ("orbax", "grain", "clu", "jax", "gcsfs", "fsspec")
-    library = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in libraries)
-    if library:
-      record.exc_info = None
-    if library:
-      return record.levelno >= python_logging.WARNING
-    return "exception was never retrieved" not in record.getMessage()
+flags.DEFINE_string("checkpoint", "newest", "What --mode=eval evaluates: newest, best, or a step.")
+flags.DEFINE_bool("verbose", False, "Print every parameter and how it is split over the devices.")
 
 
 def _only_ours(unraisable: Any) -> None:
@@ -72,25 +63,20 @@ def _only_ours(unraisable: Any) -> None:
 def main(argv: list[str]) -> int:
   """Run one mode; return the exit code of trainer.errors."""
   sys.unraisablehook = _only_ours
-  logging.use_absl_handler()
-  handler = logging.get_absl_handler()
-  handler.addFilter(_OnlyOurs())
-  handler.setFormatter(
-    python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-  )
-  logging.set_verbosity(logging.INFO)
-  logging.set_stderrthreshold("info")
+  screen.log_to_screen()
+  stop.waits_for = lambda: screen.SCREEN.waits_for
   try:
-    word = command_line.help_wanted(argv)
-    if word is not None:
-      print(command_line.help_text(argv, str(__doc__).strip(), word))
+    if command_line.answered(argv, __doc__):
       return DONE
-    command_line.parse(argv, "--config=configs/X.py --workdir=DIR")
+    evaluation = any(a.lstrip("-") == "mode=eval" for a in argv[1:])
+    command_line.parse(argv, "--config=configs/X.py --workdir=DIR", by_workdir=evaluation)
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
 
-    run = {"train": train.train, "eval": train.evaluate_only}[FLAGS.mode]
-    run(FLAGS.config, FLAGS.workdir, stop)
+    if FLAGS.mode == "eval":
+      train.evaluate_only(FLAGS.config, FLAGS.workdir, stop, FLAGS.checkpoint)
+    else:
+      train.train(FLAGS.config, FLAGS.workdir, stop, FLAGS.verbose)
   except Preempted as error:
     logging.info("%s", error)
     return error.exit_code

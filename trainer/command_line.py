@@ -1,50 +1,144 @@
-"""--config and its overrides, read the same way by every command that takes a run file."""
+"""--config and its overrides, --help, --list: the same for every command with a run file."""
 
-from collections.abc import Iterator
+import ast
+from collections.abc import Iterator, Mapping
+import importlib.util
 import os
+import pathlib
+import re
+import textwrap
 import traceback
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from configs import trial
+from configs import base, checks, page, recipes, trial
+from configs.fields import Field
 from trainer.errors import TrainerError
+from trainer.workdir import saved
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
   "config", None, "Run file; single fields are set by --config.field=value."
 )
-
-
 flags.DEFINE_bool("trial", False, "Shrink the run file to a minute on a CPU; see configs/trial.py.")
 
+# Pairs of which a config sets at most one: a flag that sets one takes the other back.
+_EITHER = (
+  *((f"{name}_epochs", f"{name}_steps") for name in base.DURATIONS),
+  ("optimizer.lr_per_256", "optimizer.lr"),
+)
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple"}
+_MORE = """\
+--help --config=X    every field of that config with its value, range and words
+--help=WORD          only the fields about a word, as --help=optimizer or --help=crop
+--helpfull           this text and every field
+--list               the configs that there are"""
 
-def parse(argv: list[str], needed: str) -> None:
+
+def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   """Parse the flags that are defined so far and load the config file.
 
   Args:
     argv: the command line, with the name of the program first.
     needed: flags that must be given, as in "--config=configs/X.py --workdir=DIR".
+    by_workdir: whether the config is that of --workdir where --config is not given.
 
   Raises:
     TrainerError: with one sentence where a flag, the file or a field is wrong.
   """
+  FLAGS.mark_as_parsed()  # otherwise absl warns of every line that is logged before
+  try:
+    argv = _with_paths(argv)
+    if by_workdir and not any(_name(a) == "config" for a in argv[1:] if a.startswith("-")):
+      argv = _with_saved(argv)
+  except ValueError as error:
+    raise TrainerError(str(error)) from error
   try:
     _, *rest = FLAGS(argv)
     if rest:
       raise flags.Error(f"{rest[0]!r} is no flag; did you mean --{rest[0].lstrip('-')}?")
-    if not all(FLAGS[flag.split("=")[0].lstrip("-")].value for flag in needed.split()):
-      raise flags.Error(f"{' and '.join(needed.split())} are needed")
+    missing = [flag for flag in needed.split() if not FLAGS[_name(flag)].value]
+    if missing:
+      are = "are" if len(missing) > 1 else "is"
+      raise flags.Error(f"{' and '.join(missing)} {are} needed; --help shows a typical line.")
+    if FLAGS.config is None:
+      return
     FLAGS.config.to_dict()  # config_flags reports a file that cannot be loaded at its first use
+    flag: Any = FLAGS["config"]
     if FLAGS.trial:
       trial.shrink(FLAGS.config)
-      flag: Any = FLAGS["config"]
       for name, value in flag.override_values.items():
         FLAGS.config.update_from_flattened_dict({name: value})
   except Exception as error:  # a run file is Python, and may raise anything
     raise TrainerError(_in_words(error, argv)) from error
+  for line in give_way(FLAGS.config, flag.override_values):
+    logging.info("%s", line)
+  try:
+    checks.check(FLAGS.config)
+  except (AttributeError, ValueError) as error:
+    raise TrainerError(str(error)) from error
+
+
+def give_way(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> list[str]:
+  """Take back what the run file sets where the command line sets the same in another unit.
+
+  Args:
+    config: with the fields of the command line; changed in place.
+    given: fields of the command line by name.
+
+  Returns:
+    What was taken back, a line each.
+  """
+  lines = []
+  for pair in _EITHER:
+    for ours, other in (pair, pair[::-1]):
+      if given.get(ours) and other not in given and (value := _get(config, other)):
+        config.update_from_flattened_dict({other: type(value)(0)})
+        lines.append(f"config.{other}={value:g} gives way to config.{ours}={given[ours]:g}.")
+  return lines
+
+
+def _get(config: ml_collections.ConfigDict, name: str) -> Any:
+  section, _, leaf = name.rpartition(".")
+  return (config[section] if section else config)[leaf]
+
+
+def _name(flag: str) -> str:
+  return flag.split("=")[0].lstrip("-")
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+  """Return a command line with the path of the run file in place of its name.
+
+  Raises:
+    ValueError: there is no such file; one sentence.
+  """
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    name, equals, word = argument.partition("=")
+    if name not in ("--config", "-config"):
+      continue
+    if equals:
+      found[i] = f"{name}={recipes.path_of(word)}"
+    elif i + 1 < len(argv):
+      found[i + 1] = recipes.path_of(argv[i + 1])
+  return found
+
+
+def _with_saved(argv: list[str]) -> list[str]:
+  """Return a command line with the config of its --workdir, if it has one.
+
+  Raises:
+    ValueError: the folder holds none; one sentence.
+  """
+  words = [a.partition("=")[2] for a in argv[1:] if a.startswith("-") and _name(a) == "workdir"]
+  if not words or not words[-1]:
+    return argv
+  saved.get_config(words[-1])  # its own sentence, not that of a run file that fails
+  return [argv[0], f"--config={saved.__file__}:{words[-1]}", *argv[1:]]
 
 
 def _in_words(error: Exception, argv: list[str]) -> str:
@@ -52,15 +146,57 @@ def _in_words(error: Exception, argv: list[str]) -> str:
   words = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
   file = words[-1].split(":")[0] if words else ""
   if file and (where := _line_of(file, error)):
+    variant, known = words[-1].partition(":")[2], recipes.variants_of(os.path.realpath(file))
+    if variant and known and variant not in known:
+      return f"{file} has no variant {variant!r}; there is {', '.join(known)}."
     return where
   config = FLAGS["config"].value
   if config is not None and not isinstance(config, ml_collections.ConfigDict):
     return f"{file}: get_config() returned {type(config).__name__} instead of a ConfigDict."
   if "get_config" in str(error):
     return f"{file} defines no function get_config."
+  if words and (trouble := _wrong_field(argv, words[-1])):
+    return trouble
   # The last line says what is wrong; config_flags puts a whole trace in front of it.
   lines = [line for line in str(error).splitlines() if line.strip()]
   return f"Command line: {lines[-1].strip() if lines else repr(error)}"
+
+
+def _wrong_field(argv: list[str], word: str) -> str:
+  """Return what is wrong with a --config.FIELD=VALUE of a command line, "" if nothing is.
+
+  Args:
+    argv: the command line.
+    word: the run file in it.
+  """
+  flag: Any = FLAGS["config"]
+  config = flag.parser.parse(word)
+  values, family = checks.flatten(config), config.model.name
+  fields = base.all_fields(family)
+  for argument in argv[1:]:
+    if not (match := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)):
+      continue
+    name, text = match[1], match[2]
+    if name not in values:
+      inside = [field for field in values if field.startswith(f"{name}.")]
+      if inside:
+        return f"config.{name} is a section; set a field of it, as --config.{inside[0]}=VALUE."
+      return f"config.{name} {checks.not_a_field(name, fields, family)}"
+    if text is not None and name in fields and not _reads(text, fields[name]):
+      kind = _KINDS.get(type(fields[name].default), "")
+      return f"config.{name} must be {kind}; it is {text!r}."
+  return ""
+
+
+def _reads(text: str, field: Field) -> bool:
+  """Whether the text of a flag is of the type of a field; those of tuples are left to absl."""
+  kind = type(field.default)
+  if kind is bool:
+    return text.lower() in ("true", "t", "1", "false", "f", "0")
+  try:
+    return kind not in (int, float) or kind(text) is not None
+  except ValueError:
+    return False
 
 
 def _line_of(file: str, error: BaseException) -> str:
@@ -93,33 +229,56 @@ def name_of(argv: list[str]) -> str:
   return f"{name}:{variant}" if variant else name
 
 
-def help_wanted(argv: list[str]) -> str | None:
-  """Return the word behind --help=, "" for a plain --help or -h, and None without any of them."""
-  for argument in argv[1:]:
-    name, _, word = argument.partition("=")
-    if name in ("-h", "--help", "-help"):
-      return word
-  return None
-
-
-def help_text(argv: list[str], usage: str, word: str) -> str:
-  """Return the usage, and every field of the given config with its value, range and words.
+def answered(argv: list[str], usage: str | None) -> bool:
+  """Answer --help, -h, --helpfull, --help=WORD and --list; return whether one of them was given.
 
   Args:
-    argv: the command line; without --config the fields are those of `configs/base.py`.
+    argv: the command line.
     usage: of the program.
-    word: only fields with this in their name or words.
 
   Raises:
-    TrainerError: as `parse`.
+    TrainerError: as `parse`, or if no field is about the word.
   """
-  from configs import base, page
-  from trainer import config as config_lib  # imports JAX
+  given = [argument.partition("=") for argument in argv[1:]]
+  names = {name.lstrip("-") for name, _, _ in given if name.startswith("-")}
+  if "list" in names:
+    print(recipes.listing())
+    return True
+  if not names & {"h", "help", "helpfull"}:
+    return False
+  word = next((word for name, _, word in given if name in ("-h", "--help", "-help")), "")
+  rest = [a for a in argv if a.partition("=")[0].lstrip("-") not in ("h", "help", "helpfull")]
+  with_config = "config" in names
+  text = textwrap.dedent(usage or "").strip()
+  print(f"{text}\n\n{_MORE}" if not word else "", end="")
+  if word or with_config or "helpfull" in names:
+    print(f"\n\n{_fields(rest if with_config else None, word)}".lstrip("\n" if word else ""))
+  else:
+    print()
+  return True
 
-  rest = [argument for argument in argv if help_wanted(["", argument]) is None]
+
+def _fields(argv: list[str] | None, word: str) -> str:
+  """Return the fields of the config of a command line, or of configs/base.py, about a word."""
   config = base.get_config()
-  if any(argument.split("=")[0] == "--config" for argument in rest):
-    parse(rest, "--config=configs/X.py")
+  if argv is not None:
+    parse(argv, "--config=configs/X.py")
     config = FLAGS.config
-  fields = config_lib.fields_of(config)
-  return f"{usage}\n\n{page.text(fields, config_lib.flatten(config), word)}"
+  text = page.text(base.all_fields(config.model.name), checks.flatten(config), word)
+  if not text:
+    raise TrainerError(f"No field of the config has {word!r} in its name or words.")
+  return text
+
+
+def print_help_of(module: str, argv: list[str]) -> bool:
+  """Print the docstring of a module, without importing it, if --help is all that was asked.
+
+  Returns:
+    Whether it was.
+  """
+  if argv[1:] not in (["-h"], ["--help"], ["--helpfull"]):
+    return False
+  spec = importlib.util.find_spec(module)
+  assert spec and spec.origin
+  print(ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())))
+  return True

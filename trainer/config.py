@@ -1,16 +1,14 @@
 """Checks a config once at start, and turns durations into steps in one place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
-import difflib
-import json
 from typing import Any
 
 import jax
 import ml_collections
 
-from configs import base, image_sizes
-from configs.fields import ASK, NO, YES, Field, problem
+from configs import base, checks, image_sizes
+from configs.fields import ASK, NO, YES, Field
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
 from input_pipeline.errors import DataError
@@ -21,6 +19,8 @@ from trainer.state import Tree
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
 Changes = dict[str, list[Any]]
+flatten = checks.flatten
+_TRIAL_WARMUP = 10  # of a run that is shorter than its warm-up, the part that warms up
 _MOST_CLASSES = 4096  # whose pairs are counted: 64 MiB on each device
 
 
@@ -35,6 +35,7 @@ class Durations:
     checkpoint_every: steps between periodic checkpoints; 0 is none by steps.
     per_epoch: steps of an epoch, a fraction where the batch does not divide the examples.
     ema_start: steps before which averaged weights are copies.
+    uncut_warmup: what the config asks for, where that is longer than the run; else 0.
     augment: steps until images are augmented on the devices; 0 is the whole run.
     offset: added to the steps taken, gives the steps that all of the above count: where a resume
       has changed the batch size, earlier steps were of another size.
@@ -50,6 +51,7 @@ class Durations:
   offset: int = 0
   sizes: tuple[tuple[int, int], ...] = ()
   ema_start: int = 0
+  uncut_warmup: int = 0
 
   @property
   def last(self) -> int:
@@ -74,18 +76,12 @@ class Durations:
     periodic = self.eval_every and (step + self.offset) % self.eval_every == 0
     return bool(periodic) or step >= self.last
 
-
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Return {"model.depth": 50, ...} with tuples as lists, as JSON gives them back."""
-
-  def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-      if isinstance(value, dict):
-        yield from walk(value, f"{prefix}{key}.")
-      else:
-        yield prefix + key, value
-
-  return dict(walk(json.loads(json.dumps(config.to_dict())), ""))
+  def evaluations_after(self, step: int) -> int:
+    """Return how many evaluations are due after more than `step` steps taken."""
+    if step >= self.last:
+      return 0
+    every = self.eval_every or self.total
+    return (self.total - 1) // every - (step + self.offset) // every + 1
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
@@ -124,22 +120,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
       or out of its range, or the fields that do not fit together.
   """
   fields, values = fields_of(config), flatten(config)
-  for name in sorted(values.keys() - fields.keys()):
-    raise ConfigError(f"config.{name} {_not_a_field(name, fields, config.model.name)}")
-  for name, field in fields.items():
-    if name not in values:
-      raise ConfigError(f"config.{name} is missing; build the config on configs.base.get_config().")
-    if trouble := problem(name, field, values[name]):
-      raise ConfigError(trouble)
-  for name in base.DURATIONS:
-    epochs, steps = values[f"{name}_epochs"], values[f"{name}_steps"]
-    if epochs and steps:
-      raise ConfigError(
-        f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; "
-        "set one of them to 0."
-      )
-  if not values["total_epochs"] and not values["total_steps"]:
-    raise ConfigError("config.total_epochs and config.total_steps are both 0; set one of them.")
+  try:
+    checks.check(config)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
   if values["model.dtype"] == "float64" and not jax.config.read("jax_enable_x64"):
     raise ConfigError(
       "config.model.dtype is float64, for which JAX must be started with JAX_ENABLE_X64=1."
@@ -197,12 +181,6 @@ def _check_evaluation(values: Mapping[str, Any]) -> None:
     )
 
 
-def _not_a_field(name: str, fields: Mapping[str, Field], family: str) -> str:
-  close = difflib.get_close_matches(name, fields, n=1)
-  of = f"the model family {family}" if name.startswith("model.") else "configs/base.py"
-  return f"is not a field of {of}" + (f"; did you mean config.{close[0]}?" if close else ".")
-
-
 def allowed_names(allow: str) -> list[str]:
   """Return the fields and sections that `config.resume.allow` names."""
   return [name.strip().removeprefix("config.") for name in allow.split(",") if name.strip()]
@@ -212,7 +190,7 @@ def _check_allowed(name: str, fields: Mapping[str, Field], family: str) -> None:
   section = [field for key, field in fields.items() if key.startswith(f"{name}.")]
   if not section and name not in fields:
     raise ConfigError(
-      f"config.resume.allow names {name}, which {_not_a_field(name, fields, family)}"
+      f"config.resume.allow names {name}, which {checks.not_a_field(name, fields, family)}"
     )
   if not section and fields[name].resume == NO:
     raise ConfigError(
@@ -318,6 +296,9 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     num_examples: examples of the training split.
     offset: see Durations.
 
+  A run whose length is in steps may be shorter than a warm-up in epochs, as a trial of a few steps
+  is: its warm-up is then a tenth of it.
+
   Raises:
     ConfigError: if the run would have no step, or a warm-up longer than itself.
   """
@@ -348,6 +329,10 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     raise ConfigError(
       f"config.log.profile_step is {first} and config.log.profile_steps {count}, which ends at "
       f"step {first + count - 1}; the run has only {result.total} steps."
+    )
+  if result.warmup >= result.total and config.total_steps and config.optimizer.warmup_epochs:
+    return dataclasses.replace(
+      result, warmup=result.total // _TRIAL_WARMUP, uncut_warmup=result.warmup
     )
   if result.warmup >= result.total:
     raise ConfigError(

@@ -145,6 +145,7 @@ def evaluate(
   requests: Callable[[], jax.Array],
   totals: Mapping[str, jax.ShapeDtypeStruct] | None = None,
   allowed: np.ndarray | None = None,
+  count: Callable[[int], None] = lambda done: None,
 ) -> Result | None:
   """Run the model over a whole split.
 
@@ -159,6 +160,7 @@ def evaluate(
       `confusion` the result has that of the first weights; with `real_top1` batches must have
       `accepted`, see trainer/real_labels.py.
     allowed: bool [classes], which classes count; None for a step that counts all of them.
+    count: called with the number of batches so far.
 
   Returns:
     The result, or None if it was stopped.
@@ -172,7 +174,8 @@ def evaluate(
   only = () if allowed is None else (jax.device_put(allowed, mesh_lib.replicated(mesh)),)
   in_flight: collections.deque[jax.Array] = collections.deque()
   with contextlib.closing(mesh_lib.prefetch(mesh, host_batches, names)) as batches:
-    for batch in batches:
+    for done, batch in enumerate(batches):
+      count(done)
       flags = requests()
       counted = [
         eval_step(variables, so_far, batch, flags, *only)

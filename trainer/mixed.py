@@ -2,7 +2,9 @@
 
 import sys
 
-from trainer.tools.mixed import main
+from trainer import command_line
 
-if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+if __name__ == "__main__" and not command_line.print_help_of("trainer.tools.mixed", sys.argv):
+  from trainer.tools import mixed  # imports JAX
+
+  sys.exit(mixed.main(sys.argv))

@@ -2,7 +2,9 @@
 
 import sys
 
-from trainer.tools.plan import main
+from trainer import command_line
 
-if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+if __name__ == "__main__" and not command_line.print_help_of("trainer.tools.plan", sys.argv):
+  from trainer.tools import plan  # imports JAX
+
+  sys.exit(plan.main(sys.argv))

@@ -2,7 +2,9 @@
 
 import sys
 
-from trainer.reporting.report import main
+from trainer import command_line
 
-if __name__ == "__main__":
-  sys.exit(main())
+if __name__ == "__main__" and not command_line.print_help_of("trainer.reporting.report", sys.argv):
+  from trainer.reporting import report  # imports JAX
+
+  sys.exit(report.main())

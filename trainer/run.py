@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+import time
 from typing import Any
 
 from absl import logging
@@ -27,6 +28,7 @@ from trainer.program import Program, Steps
 from trainer.reporting import classes as class_tables
 from trainer.reporting import flops
 from trainer.reporting.clock import WallClock
+from trainer.reporting.screen import SCREEN
 from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState, Variables
 from trainer.weights import start as start_lib
@@ -104,9 +106,10 @@ class Run:
       path, seconds = self.workdir.owner, self.config.pod.lease_seconds
       self.lease = exits.enter_context(lease.hold(path, self.workdir.path, seconds))
 
-  def restore(self) -> None:
-    """Take up the newest checkpoint of the workdir, if there is one."""
-    restored = self.checkpointer.restore_newest(self.program.abstract_state)
+  def restore(self, checkpoint: str = "newest") -> None:
+    """Take up a checkpoint of the workdir: the newest, if there is one; or best, or a step."""
+    with SCREEN.doing(f"restoring checkpoint {checkpoint}") as doing:
+      restored = self.checkpointer.restore(self.program.abstract_state, checkpoint)
     if restored is None:
       return
     self.restored, (self.state, meta) = True, restored
@@ -126,7 +129,12 @@ class Run:
     if offset != self.lengths.offset:
       self.program = program_lib.build(self.config, len(self.train_source), offset=offset)
       self.lengths, self.steps = self.program.lengths, Steps(self.program)
-    logging.info("Resuming from checkpoint %d of %d.", self.step, self.lengths.last)
+    logging.info(
+      "Resuming from checkpoint %d of %d, restored in %.1f s.",
+      self.step,
+      self.lengths.last,
+      doing.seconds,
+    )
 
   def check_data(self) -> None:
     """Refuse to resume on other data, and evaluated splits with classes that training lacks."""
@@ -198,7 +206,9 @@ class Run:
       raise Preempted("Stopped before the first step of this process; nothing is lost.")
     before = self.clock.read()["compile"]
     exits.callback(self.steps.close)
-    with self.clock("compile"):
+    with self.clock("compile"), SCREEN.doing("compiling the training step"):
+      if not SCREEN.on:
+        logging.info("Compiling the training step.")
       first, *later = self.program.all_sizes("train", self.step)
       self.steps.prepare("train", **first)
       self.steps.prepare("eval", **self.program.sizes("eval"))
@@ -243,7 +253,10 @@ class Run:
       image_size=self.lengths.image_size if config.data.image_sizes else None,
       exchange=self.pod.exchange,
       reads=lambda: self.host_batches.reads,
+      evaluations=self.lengths.evaluations_after,
+      evaluated_examples=sum(map(len, self.eval_sources.values())),
     )
+    SCREEN.waits_for = "this step"
     exits.callback(self.telemetry.close)
     self.batches = mesh_lib.prefetch(self.mesh, self.host_batches, program_lib.BATCHES["train"])
     exits.callback(self.batches.close)
@@ -295,10 +308,11 @@ class Run:
 
   def evaluate_now(self) -> bool:
     """Evaluate this step and note its result; False if a host asks for a stop meanwhile."""
+    start = time.monotonic()
     self.result = self.evaluate()
     if self.result is None:
       return False
-    self.telemetry.evaluated(self.step, self.result)
+    self.telemetry.evaluated(self.step, self.result, time.monotonic() - start)
     if self.best is None or self.result["top1"] > self.best["top1"]:
       self.best = {"step": self.step, "top1": self.result["top1"]}
       self.checkpointer.set_best(self.step)
@@ -307,7 +321,7 @@ class Run:
   def evaluate(self) -> evaluate_lib.Result | None:
     """Evaluate the state on all splits; None if a host asks for a stop meanwhile."""
     self.pod.at(f"evaluation of step {self.step}")
-    with self.clock("compile"):
+    with self.clock("compile"), SCREEN.doing("compiling the evaluation"):
       eval_step = self.steps.get("eval", **self.program.sizes("eval"))
     weights, results, tables = self._weights(), {}, {}
     for name, source in self.eval_sources.items():
@@ -316,7 +330,12 @@ class Run:
       batches = data_lib.relabelled(host_batches, self._labels.get(name))
       if self._real is not None:
         batches = real_labels.accepted(batches, self._real)
-      with self.clock("eval"), contextlib.closing(host_batches):
+      with (
+        self.clock("eval"),
+        contextlib.closing(host_batches),
+        SCREEN.doing(f"evaluating {name}", "batches") as doing,
+      ):
+        count = functools.partial(doing.count, total=-(-len(source) // self.config.eval.batch_size))
         result = evaluate_lib.evaluate(
           eval_step,
           self.mesh,
@@ -325,6 +344,7 @@ class Run:
           self.requests.flags,
           self.program.abstract_totals(),
           self._allowed(name) if self.config.eval.classes == "data" else None,
+          count,
         )
       if result is None:
         return None
@@ -364,12 +384,13 @@ class Run:
       weights.append(jax.device_put(self.state.raw(), shardings))
     if not self.statistics_source:
       return weights
-    with self.clock("compile"):
+    with self.clock("compile"), SCREEN.doing("compiling the statistics of batch norm"):
       step = self.steps.get("statistics", **self.program.sizes("statistics"))
     precise = []
     for variables in weights:
       host_batches = self._one_pass(self.statistics_source)
-      with self.clock("eval"), contextlib.closing(host_batches):
+      doing = SCREEN.doing("computing the statistics of batch norm")
+      with self.clock("eval"), contextlib.closing(host_batches), doing:
         precise.append(evaluate_lib.precise_bn(step, self.mesh, variables, host_batches))
     return precise
 

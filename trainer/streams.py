@@ -34,7 +34,8 @@ def protect() -> None:
   """Make all three standard streams of this process harmless; before anything else opens a file.
 
   A closed one would lend its number to the next file that is opened, which libraries would then
-  print into.
+  print into. What they print to standard output by themselves, as Gloo does for every pair of
+  hosts, goes nowhere: only what Python prints is of this program.
   """
   for descriptor in range(3):
     try:
@@ -45,6 +46,11 @@ def protect() -> None:
     stream = getattr(sys, name)
     if stream is None:  # it was closed when Python started
       stream = os.fdopen(descriptor, "w", encoding="utf-8", closefd=False)
+    if descriptor == 1:
+      encoding, buffered = stream.encoding, not stream.line_buffering
+      stream.flush()
+      stream = os.fdopen(os.dup(1), "w", encoding=encoding, buffering=-1 if buffered else 1)
+      _point_nowhere(1)
     setattr(
       sys,
       name,

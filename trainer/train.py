@@ -1,6 +1,6 @@
 """A run from start to end: data, program, newest checkpoint, compilation, steps, result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 from typing import Any
@@ -17,10 +17,11 @@ from trainer import data as data_lib
 from trainer import program as program_lib
 from trainer.errors import CheckpointError, ConfigError, Preempted
 from trainer.evaluate import Result, in_words
+from trainer.pod import preemption
 from trainer.pod.join import join_pod
 from trainer.pod.pod import Pod
 from trainer.pod.requests import SAVE, STOP
-from trainer.reporting import overview, report
+from trainer.reporting import overview, report, screen
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
 from trainer.workdir import storage
@@ -32,7 +33,10 @@ FINAL = {"step": int, "top1": float, "loss": float, "examples": int, "wall_secon
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  stop: Callable[[], bool] = lambda: False,
+  verbose: bool = False,
 ) -> dict[str, Any]:
   """Train to the end of the run, from wherever its workdir is.
 
@@ -40,7 +44,10 @@ def train(
     config: the run; see `configs/base.py`.
     workdir: folder of everything the run writes; a workdir with checkpoints resumes from the newest
       valid one.
-    stop: asked at every step; True saves and ends the process, and those of all other hosts.
+    stop: asked at every step; True saves and ends the process, and those of all other hosts. So
+      does Ctrl-C, where the program has no handler of its own.
+    verbose: whether every parameter and how it is split over the devices is logged, and not only
+      written to `overview.txt`.
 
   Returns:
     What `final.json` holds: step, epochs, top1, top5, loss, examples, best, wall_seconds by cause,
@@ -51,9 +58,10 @@ def train(
     input_pipeline.errors.DataError: if the data are missing, inconsistent or broken.
   """
   clock = WallClock()
-  with join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
+  with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
     opened = _open(config, workdir, pod)
-    logging.info("%s", overview.describe(opened.program, opened.train_source, opened.eval_sources))
+    if pod.host == 0:
+      _show(opened, verbose)
     run = Run(config, opened, pod, clock, stop)
     run.own_workdir(exits)
     run.restore()
@@ -68,10 +76,42 @@ def train(
     return _finish(run, _loop(run))
 
 
+@contextlib.contextmanager
+def _in_sight(stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+  """Show the run, and take Ctrl-C as a request to stop, unless the program does so itself."""
+  with screen.shown(), preemption.interrupts(lambda: screen.SCREEN.waits_for) as interrupted:
+    yield lambda: stop() or interrupted()
+
+
+def _show(opened: Opened, verbose: bool) -> None:
+  """Log what is about to run; write the parameters and their shardings to a file."""
+  folder = opened.workdir
+  before = read_json(folder.config)
+  logging.info("%s", overview.first_screen(opened, before))
+  details = overview.details(opened)
+  if verbose:
+    logging.info("%s", details)
+  try:
+    folder.overview.write_text(f"{overview.first_screen(opened, before)}\n{details}\n")
+  except Exception as error:
+    if not storage.is_failure(error):
+      raise
+    logging.warning("%s could not be written (%s).", folder.overview, storage.first_line(error))
+
+
 def evaluate_only(
-  config: ml_collections.ConfigDict, workdir: str, stop: Callable[[], bool] = lambda: False
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  stop: Callable[[], bool] = lambda: False,
+  checkpoint: str = "newest",
 ) -> dict[str, Any]:
-  """Evaluate the newest checkpoint of a workdir on `config.data.eval_split`, and write `eval.json`.
+  """Evaluate a checkpoint of a workdir on `config.data.eval_split`, and write `eval.json`.
+
+  Args:
+    config: the run; only what may differ in a resume may differ from the run of the checkpoint.
+    workdir: its folder.
+    stop: as in `train`.
+    checkpoint: newest, best, or a step.
 
   Returns:
     {'step', 'top1', 'top5', 'loss', 'examples'}, and what else `evaluate.Result` has.
@@ -79,10 +119,10 @@ def evaluate_only(
   Raises:
     TrainerError: as `train` does, and if there is no checkpoint.
   """
-  with join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
+  with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
     opened = _open(config, workdir, pod, evaluation=True)
     run = Run(config, opened, pod, WallClock(), stop)
-    run.restore()
+    run.restore(checkpoint)
     run.checkpointer.close()
     if not run.restored:
       raise CheckpointError(
@@ -98,6 +138,7 @@ def evaluate_only(
     write_json(run.workdir.evaluation, found)
     for line in in_words(result):
       logging.info("Checkpoint %d: %s.", run.step, line)
+    logging.info("Result: %s", run.workdir.evaluation)
     return found
 
 
@@ -132,6 +173,15 @@ def _open(
   loader.check_eval(config.data, config.eval.batch_size, pod.hosts)
   if not evaluation:
     loader.check_train(train_source, config.data, config.global_batch_size, pod.hosts)
+    if (batch := config.global_batch_size) > len(train_source):
+      logging.warning(
+        "config.global_batch_size is %d, more than the %d examples of %s: a step has some of them "
+        "more than once; --config.global_batch_size=%d has each once.",
+        batch,
+        len(train_source),
+        config.data.train_split,
+        max(1, len(train_source)),
+      )
   program = program_lib.build(config, len(train_source))
   config_lib.check_precise_bn(config, train_source, program.abstract_state.for_eval().batch_stats)
   count, total = config.eval.precise_bn_examples, len(train_source)

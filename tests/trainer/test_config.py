@@ -131,6 +131,14 @@ def test_durations_in_steps():
   )
 
 
+def test_evaluations_to_come():
+  for every, offset in ((0, 0), (3, 0), (5, 2), (20, 0), (30, 1)):
+    lengths = config_lib.Durations(20, 0, every, 0, 1.0, offset=offset)
+    for step in range(lengths.last + 1):
+      due = [s for s in range(step + 1, lengths.last + 1) if lengths.is_evaluated(s)]
+      assert lengths.evaluations_after(step) == len(due), (every, offset, step)
+
+
 def test_warmup_longer_than_the_run_is_refused():
   config = base.get_config()
   config.total_epochs = 4.0

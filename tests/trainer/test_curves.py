@@ -1,5 +1,6 @@
 """Curves of runs that were stopped and resumed, as TensorBoard and the report read them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -88,6 +89,20 @@ def draw(folder, reader):
   return {name: tuple(map(list, zip(*pairs))) for name, pairs in points.items() if pairs}
 
 
+def lines(workdir):
+  """Return the same of `metrics.jsonl`, in the order of its lines."""
+  found = {}
+  for text in (workdir / "metrics.jsonl").read_text().splitlines():
+    line = json.loads(text)
+    assert line.pop("time") > 1e9
+    step = line.pop("step")
+    for name, value in line.items():
+      xs, ys = found.setdefault(name, ([], []))
+      xs.append(step)
+      ys.append(value)
+  return found
+
+
 def counting(lives):
   """Return {step: value} of the training steps and of the evaluations that count."""
   steps, evaluations = {}, {}
@@ -140,6 +155,41 @@ def workdirs(tmp_path_factory):
 @pytest.mark.parametrize("history", HISTORIES)
 def test_every_step_is_drawn_once_and_in_order(workdirs, history, reader):
   check(draw(workdirs[history] / "events", reader), HISTORIES[history])
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_lines_of_json_have_every_step_once_and_in_order(workdirs, history):
+  found = lines(workdirs[history])
+  assert "steps_per_sec" not in found  # clu's own, of no group
+  check(found | {"steps_per_sec": ([], [])}, HISTORIES[history])
+
+
+def test_a_torn_line_and_other_intervals_after_a_resume(tmp_path):
+  workdir = epath.Path(tmp_path)
+  live(workdir, 0, 110, 0.0, every=2, evaluated=(50, 100, 105), name="before")
+  file = tmp_path / "metrics.jsonl"
+  file.write_bytes(file.read_bytes()[:-30])
+  live(workdir, 100, 120, 1.0, every=5, evaluated=(100, 120), name="after")
+  found = lines(tmp_path)
+  assert found["train/loss"][0] == [*range(2, 101, 2), 105, 110, 115, 120]
+  assert found["eval/top1"] == ([50, 100, 120], [0.0, 1.0, 1.0])
+  assert found["eval/before/top1"] == ([50, 100], [0.0, 0.0])
+  assert found["eval/after/top1"] == ([100, 120], [1.0, 1.0])
+  (config,) = [
+    value.tensor.string_val[0].decode()
+    for path in (tmp_path / "events").iterdir()
+    for event in events._events(path)
+    for value in event.summary.value
+    if value.tag.startswith("config") and event.step == 100
+  ]
+  assert '    "seed": 0,' in config
+
+
+def test_lines_that_cannot_be_written_end_no_run(tmp_path, caplog):
+  (tmp_path / "metrics.jsonl").mkdir()
+  live(epath.Path(tmp_path), 0, 5, 0.0)
+  assert caplog.text.count("metrics.jsonl could not be written") == 1
+  assert events.read_scalars(tmp_path / "events")["train/loss"][0].tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -305,6 +305,18 @@ def test_every_field_has_words_and_its_default_is_allowed():
     assert field.words.endswith(".") and field.resume in (NO, ASK, YES), name
 
 
+def test_fields_that_are_read_without_jax_are_those_of_the_models():
+  from configs import families
+  from trainer.models import layers, resnet, resnet_fields
+
+  for name in families.FIELDS:
+    assert families.fields(name) is families.find(name).FIELDS
+  assert tuple(layers.ACTIVATIONS) == resnet_fields.ACTIVATIONS
+  assert tuple(stack.REMAT) == resnet_fields.REMAT
+  assert tuple(resnet.STAGES) == resnet_fields.DEPTHS
+  assert tuple(resnet.RS_STAGES) == resnet_fields.RS_DEPTHS
+
+
 def test_help_shows_the_fields_of_the_config():
   def run(*flags):
     command = [sys.executable, "-m", "trainer", *flags]
@@ -312,5 +324,5 @@ def test_help_shows_the_fields_of_the_config():
 
   text = run(f"--config={outside.__file__}", "--config.model.patch=8", "--help=patch")
   assert "--config.model.patch = 8 pixels (default 4); 1 or more" in text and "depth" not in text
-  assert "--config.model.depth = 50 layers" in run("--help")
+  assert "--config.model.depth = 50 layers" in run("--helpfull")
   assert page.markdown().count("### config") == len(page.markdown().split("\n### "))

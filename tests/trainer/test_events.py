@@ -245,8 +245,8 @@ def test_a_bucket_holds_what_was_flushed(tmp_path, monkeypatch):
     events.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path)))
   )
   writer = events.EventWriter("gs://bucket")
-  assert isinstance(writer._records._writer, events._BucketFile)
-  assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events._BucketFiles)
+  assert isinstance(writer._records._writer, events.BucketFile)
+  assert isinstance(record_writer.REGISTERED_FACTORIES["gs"], events.BucketFiles)
   for step in (1, 2):
     writer.write_scalars(step, {"loss": 1.0})
     writer.flush()

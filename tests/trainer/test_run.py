@@ -300,7 +300,7 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
 
 def test_importing_everything_imports_neither_tensorflow_nor_torch():
   code = (
-    "import sys, trainer.train, trainer.__main__, trainer.report, trainer.bench\n"
+    "import sys, trainer.train, trainer.__main__, trainer.reporting.report, trainer.tools.bench\n"
     "import input_pipeline.prepare.__main__, input_pipeline.loader, input_pipeline.inspect\n"
     "sys.exit(', '.join({'tensorflow', 'torch'} & sys.modules.keys()) or 0)"
   )

@@ -66,7 +66,7 @@ def run(tmp_path, config, monkeypatch, caplog):
         for name, (steps, values, _) in events.read_scalars(tmp_path / "events").items()
       }
 
-    return types.SimpleNamespace(take=take, stand_still=stand_still, read=read)
+    return types.SimpleNamespace(take=take, stand_still=stand_still, read=read, telemetry=telemetry)
 
   return open_telemetry
 
@@ -202,3 +202,17 @@ def test_the_time_left_is_that_of_the_sizes_to_come(run, caplog):
   # After step 8 of 100: 42 steps of 0.1 s and 50 of 0.4 s.
   assert "ETA 24.2 s" in caplog.text and "16 px" in caplog.text
   assert scalars["image_size"] == {4: 16, 8: 16}
+
+
+def test_the_time_left_has_the_evaluations_to_come(run, caplog):
+  run = run(evaluations=lambda step: 2, evaluated_examples=24)
+  for step in range(1, 11):
+    run.take(step)
+  # Two of 24 images each, every one a third of one in a step of 8 that takes 0.1 s.
+  assert "step 8/100" in caplog.text and "ETA 9.4 s" in caplog.text
+  result = {"top1": 0.5, "top5": 1.0, "loss": 1.0, "examples": 24}
+  run.telemetry.evaluated(10, result, 5.0)
+  assert "on 24 examples, in 5.0 s" in caplog.text
+  for step in range(11, 15):
+    run.take(step)
+  assert "ETA 18.8 s" in caplog.text

@@ -1,24 +1,28 @@
 """Models by name: `create` builds that of `config.model`; `configs.families` lists them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax import nnx
-import jax
 import ml_collections
 
 from configs import families
 from configs.fields import problem
-from trainer.models.family import Family
+
+if TYPE_CHECKING:  # the tables of fields in this package are read without JAX
+  from flax import nnx
+
+  from trainer.models.family import Family
 
 _COMMON = ("name", "num_classes", "dtype")  # fields of every family
 
 
-def family_of(model_config: ml_collections.ConfigDict) -> type[Family]:
+def family_of(model_config: ml_collections.ConfigDict) -> "type[Family]":
   """Return the family of `config.model`.
 
   Raises:
     ValueError: one sentence, if there is none of that name, or it is no family.
   """
+  from trainer.models.family import Family
+
   family = families.find(model_config.name)
   if not (isinstance(family, type) and issubclass(family, Family)):
     raise ValueError(
@@ -57,8 +61,8 @@ def check_image(
 
 
 def create(
-  model_config: ml_collections.ConfigDict, *, image_size: int, rngs: nnx.Rngs, shards: int = 1
-) -> Family:
+  model_config: ml_collections.ConfigDict, *, image_size: int, rngs: "nnx.Rngs", shards: int = 1
+) -> "Family":
   """Return a new model: float [N, H, W, 3] -> float32 logits [N, num_classes].
 
   With the dtype float64 logits and state are float64.
@@ -88,6 +92,8 @@ def same_leaves(model_config: ml_collections.ConfigDict, *image_sizes: int) -> b
 
   Nothing is computed.
   """
+  from flax import nnx
+  import jax
 
   def leaves(image_size: int) -> Any:
     def variables() -> Any:

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Self
 from flax import nnx
 import jax
 
-from configs.fields import Check, Field, Fields
-from trainer.models import names, norm, staged
+from configs.fields import Fields
+from trainer.models import names, norm, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
 from trainer.models.layers import Layers, max_pool
-from trainer.models.resnet_fields import COMMON, depth_of, fields_of
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
 STAGES = {
@@ -91,7 +90,7 @@ class _Trunk(staged.Staged):
     net = f"{cls.TITLE}-{fields['depth']}"
     if block is not Bottleneck:
       for name in ("stride_at", "groups", "base_width"):
-        if fields[name] != COMMON[name].default:
+        if fields[name] != resnet_fields.COMMON[name].default:
           raise ValueError(
             f"config.model.{name} is {fields[name]!r}, which needs bottlenecks; {net} has basic "
             "blocks."
@@ -216,7 +215,7 @@ class ResNet(_Trunk):
   A stage has 64, 128, 256 or 512 channels, and its bottlenecks return four times as many.
   """
 
-  FIELDS: ClassVar[Fields] = fields_of(depth_of("resnet", 50, STAGES))
+  FIELDS: ClassVar[Fields] = resnet_fields.RESNET
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 18, "width": 0.125}
   TITLE = "ResNet"
   CHANNELS = (64, 128, 256, 512)
@@ -274,14 +273,7 @@ class ResNet(_Trunk):
 class ResNetRS(ResNet):
   """ResNet-RS (arXiv:2103.07579): deep stem, convolutions for pools, squeeze-and-excitation."""
 
-  FIELDS: ClassVar[Fields] = fields_of(
-    depth_of("resnet_rs", 50, RS_STAGES),
-    stem="deep",
-    stem_pool="conv",
-    shortcut="pool",
-    se_ratio=0.25,
-    drop_path_by="stage",
-  )
+  FIELDS: ClassVar[Fields] = resnet_fields.RESNET_RS
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 50, "width": 0.0625}
   TITLE = "ResNet-RS"
 
@@ -297,14 +289,7 @@ class CifarResNet(_Trunk):
   shortcut "pad" (option A).
   """
 
-  FIELDS: ClassVar[Fields] = fields_of(
-    Field(
-      20,
-      "Layers with weights; n blocks in each stage.",
-      "layers",
-      Check("6n+2 (cifar_resnet: 8, 14, 20, 26, ...)", lambda v: v >= 8 and v % 6 == 2),
-    )
-  )
+  FIELDS: ClassVar[Fields] = resnet_fields.CIFAR_RESNET
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 8, "width": 0.25}
   TITLE = "CIFAR ResNet"
   CHANNELS = (16, 32, 64)
@@ -319,10 +304,10 @@ class CifarResNet(_Trunk):
     """Refuse another stem than the one there is; see Family."""
     super().check(fields)
     for name in ("stem", "stem_pool"):
-      if fields[name] != COMMON[name].default:
+      if fields[name] != resnet_fields.COMMON[name].default:
         raise ValueError(
           f"config.model.{name} is {fields[name]!r}; the stem of a {cls.TITLE} is one 3x3 "
-          f"convolution: leave it at {COMMON[name].default!r}."
+          f"convolution: leave it at {resnet_fields.COMMON[name].default!r}."
         )
     if fields["blurpool"] == "all":
       raise ValueError(
@@ -347,17 +332,7 @@ class CifarResNetV2(CifarResNet):
   arXiv:1603.05027, which strides in the first 1x1 convolution, and starts no branch at zero.
   """
 
-  FIELDS: ClassVar[Fields] = fields_of(
-    Field(
-      164,
-      "Layers with weights; n bottlenecks in each stage.",
-      "layers",
-      Check("9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)", lambda v: v >= 11 and v % 9 == 2),
-    ),
-    preact=True,
-    stride_at="1x1",
-    zero_init_residual=False,
-  )
+  FIELDS: ClassVar[Fields] = resnet_fields.CIFAR_RESNET_V2
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 11, "width": 0.25}
   TITLE = "CIFAR ResNet v2"
 

@@ -1,4 +1,7 @@
-"""The fields of all residual nets: what a config may set of them, beside the depth."""
+"""The fields of all residual nets: what a config may set of them.
+
+Nothing here imports JAX, so that help and refusals need not wait for it.
+"""
 
 from collections.abc import Iterable
 import dataclasses
@@ -6,7 +9,12 @@ import re
 from typing import Any
 
 from configs.fields import ASK, POSITIVE, SHARE, YES, Check, Field, Fields, at_least, one_of
-from trainer.models.layers import ACTIVATIONS
+
+# The keys of STAGES and RS_STAGES in resnet.py.
+DEPTHS = (18, 34, 50, 101, 152, 200)
+RS_DEPTHS = (50, 101, 152, 200, 270, 350, 420)
+# The keys of the table in layers.py.
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "hard_swish")
 
 COMMON: Fields = {
   "width": Field(1.0, "Multiplies the channels of the stem and of every stage.", "", POSITIVE),
@@ -133,3 +141,33 @@ def fields_of(depth: Field, **defaults: Any) -> Fields:
     name: dataclasses.replace(field, default=defaults.get(name, field.default))
     for name, field in COMMON.items()
   }
+
+
+RESNET = fields_of(depth_of("resnet", 50, DEPTHS))
+RESNET_RS = fields_of(
+  depth_of("resnet_rs", 50, RS_DEPTHS),
+  stem="deep",
+  stem_pool="conv",
+  shortcut="pool",
+  se_ratio=0.25,
+  drop_path_by="stage",
+)
+CIFAR_RESNET = fields_of(
+  Field(
+    20,
+    "Layers with weights; n blocks in each stage.",
+    "layers",
+    Check("6n+2 (cifar_resnet: 8, 14, 20, 26, ...)", lambda v: v >= 8 and v % 6 == 2),
+  )
+)
+CIFAR_RESNET_V2 = fields_of(
+  Field(
+    164,
+    "Layers with weights; n bottlenecks in each stage.",
+    "layers",
+    Check("9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)", lambda v: v >= 11 and v % 9 == 2),
+  ),
+  preact=True,
+  stride_at="1x1",
+  zero_init_residual=False,
+)

@@ -1,7 +1,10 @@
 """Requests to stop from outside: SIGTERM of a preempted machine, Ctrl-C, or a closed terminal."""
 
+from collections.abc import Callable, Iterator
+import contextlib
 import signal
 import sys
+import threading
 
 
 class StopRequest:
@@ -11,10 +14,14 @@ class StopRequest:
 
   Attributes:
     reason: name of the signal that came first, or None.
+    waits_for: returns what is under way, in words, which a stop waits for.
   """
 
   def __init__(self) -> None:
     self.reason: str | None = None
+    self.waits_for: Callable[[], str] = lambda: "this step"
+    self._second: signal.Handlers | Callable[..., object] = signal.SIG_DFL
+    self._answer = "ends at once"
 
   def __call__(self) -> bool:
     return self.reason is not None
@@ -35,8 +42,45 @@ class StopRequest:
       self.reason = signal.Signals(number).name
       # A second Ctrl-C is a person who will not wait. A second SIGTERM is not: a machine that is
       # taken away, its guard and a launcher may each send one.
-      signal.signal(signal.SIGINT, signal.SIG_DFL)
-      # Not by logging: this handler may interrupt the logger while it holds its lock.
+      signal.signal(signal.SIGINT, self._second)
+      # Not by logging: this handler may interrupt the logger while it holds its lock. On a terminal
+      # it takes the place of the row that shows the progress.
       sys.stderr.write(
-        f"\n{self.reason}: stopping after this step and saving; Ctrl-C now ends at once.\n"
+        ("\r\x1b[K" if sys.stderr.isatty() else "\n")
+        + f"{self.reason}: stopping after {self.waits_for()} and saving; "
+        f"Ctrl-C now {self._answer}.\n"
       )
+
+
+class _Interrupt(StopRequest):
+  """Ctrl-C alone; the second raises KeyboardInterrupt."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self._second, self._answer = signal.default_int_handler, "raises KeyboardInterrupt"
+
+  def install(self) -> None:
+    signal.signal(signal.SIGINT, self._on_signal)
+
+
+@contextlib.contextmanager
+def interrupts(waits_for: Callable[[], str]) -> Iterator[StopRequest]:
+  """Take Ctrl-C as a request to stop in the body, where the program has no handler of its own.
+
+  A KeyboardInterrupt in the middle of the compiler or of a save would leave threads behind that
+  bring the process down.
+
+  Args:
+    waits_for: returns what is under way, in words.
+  """
+  request = _Interrupt()
+  request.waits_for = waits_for
+  main = threading.current_thread() is threading.main_thread()
+  if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    yield request
+    return
+  request.install()
+  try:
+    yield request
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

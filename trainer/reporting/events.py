@@ -110,7 +110,7 @@ class EventWriter(metric_writers.MetricWriter):
       scalars = read_scalars(self._logdir)
     except FileNotFoundError:  # a bucket without a file
       return {}
-    # As in _BucketFile: no kind of error of a bucket may end the run.
+    # As in BucketFile: no kind of error of a bucket may end the run.
     except Exception as error:
       logging.warning(
         "%s could not be read (%s); step %d may be drawn twice.",
@@ -193,7 +193,7 @@ def _next_second(logdir: str) -> int:
     names = [path.name for path in epath.Path(logdir).iterdir()]
   except FileNotFoundError:  # a bucket without a file
     return now
-  # As in _BucketFile: no kind of error of a bucket may end the run.
+  # As in BucketFile: no kind of error of a bucket may end the run.
   except Exception as error:
     logging.warning("%s could not be listed (%s).", logdir, storage.first_line(error))
     return now
@@ -201,7 +201,7 @@ def _next_second(logdir: str) -> int:
   return max([now, *(int(match[1]) + 1 for match in found if match)])
 
 
-class _BucketFile:
+class BucketFile:
   """A file in a bucket for tensorboardX: objects cannot grow, so each flush uploads it anew.
 
   An upload that fails does not end the run: it is logged, and a later flush tries again.
@@ -238,8 +238,8 @@ class _BucketFile:
 class _BucketFiles:
   """tensorboardX's factory of files in a bucket, through etils like all other files in buckets."""
 
-  def open(self, path: str) -> _BucketFile:
-    return _BucketFile(path)
+  def open(self, path: str) -> BucketFile:
+    return BucketFile(path)
 
   def directory_check(self, path: str) -> None:
     """Do nothing: a bucket has no folders."""

@@ -14,6 +14,7 @@ import html
 import io
 import itertools
 import json
+import logging
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 Scalars = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 # Legend, colour, steps and values.
 Curve = tuple[str, str, np.ndarray, np.ndarray]
+
+# It warns that it builds a cache of fonts, of which nobody needs to know.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 # They differ in lightness too, for readers who cannot tell them apart by hue.
 _TRAIN, _EVAL, _EVAL_2 = "#2563c9", "#e8833a", "#0b6b50"

@@ -2,10 +2,10 @@
 
 import collections
 from collections.abc import Callable, Mapping
+import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 
 from absl import logging
@@ -13,14 +13,14 @@ from etils import epath
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Result, in_words
 from trainer.pod.requests import LAG
-from trainer.reporting import events
+from trainer.reporting import events, json_lines
 from trainer.reporting.clock import WallClock, format_seconds
 from trainer.reporting.clu import metric_writers, periodic_actions
+from trainer.reporting.screen import SCREEN
 from trainer.step import METRICS
 from trainer.workdir.paths import Workdir
 
@@ -30,6 +30,7 @@ Exchange = Callable[[int, float], dict[int, float]]
 
 # A host is logged as late from this share of a step on, and from what cannot be an error of clocks.
 _LATE, _CLOCK_SECONDS = 0.05, 0.01
+_STEP_PASSES = 3  # a step computes as much as so many forward passes
 
 
 def straggler(means: dict[int, float]) -> tuple[int, float]:
@@ -60,6 +61,8 @@ class Telemetry:
     image_size: Callable[[int], int] | None = None,
     exchange: Exchange = lambda step, mean: {jax.process_index(): mean},
     reads: Callable[[], Mapping[str, int]] = dict,
+    evaluations: Callable[[int], int] = lambda step: 0,
+    evaluated_examples: int = 0,
   ):
     """Open the event files on process 0; the other processes write nothing.
 
@@ -76,15 +79,28 @@ class Telemetry:
       image_size: returns the size of the images of the step after so many, where that changes.
       exchange: exchanges dispatch times; called on every host at the end of each window.
       reads: returns what this host has read from a bucket so far: requests, bytes, retries, hedges.
+      evaluations: returns how many are to come after a step, for the ETA.
+      evaluated_examples: of each of them.
     """
     self._config, self._clock = config, clock
     self._total_steps, self._epoch = total_steps, epoch
     self._work, self._peak, self._image_size = work, peak, image_size
     self._exchange, self._reads = exchange, reads
+    self._evaluations, self._evaluated_examples = evaluations, evaluated_examples
+    self._eval_seconds: float | None = None  # of the last evaluation of this process
+    self._facts: list[str] = []  # for the row of a terminal
     directory = str(Workdir(workdir).events)
     self._chief = jax.process_index() == 0
-    writers = [events.EventWriter(directory, first_step)] if self._chief else []
+    writers: list[metric_writers.MetricWriter] = []
+    if self._chief:
+      writers = [
+        events.EventWriter(directory, first_step),
+        json_lines.JsonWriter(Workdir(workdir).metrics, first_step),
+      ]
     self._writer = metric_writers.AsyncMultiWriter(writers)
+    # As Markdown, in which an indented block stays as it is.
+    fields = json.dumps(config.to_dict(), indent=2).splitlines()
+    self._writer.write_texts(first_step, {"config": "\n".join(f"    {f}" for f in fields)})
     self._progress = periodic_actions.ReportProgress(
       num_train_steps=total_steps,
       every_steps=config.log.every_steps,
@@ -105,13 +121,8 @@ class Telemetry:
     self._pending: collections.deque[tuple[int, jax.Array, float]] = collections.deque()
     self._last_ready: float | None = None
     self._open_window()
-    self._bar = tqdm.tqdm(
-      total=total_steps,
-      initial=first_step,
-      unit="step",
-      dynamic_ncols=True,
-      disable=not (self._chief and sys.stderr.isatty()),
-    )
+    if self._chief:
+      SCREEN.steps(first_step, total_steps, self._facts, last=True)
 
   def _open_window(self) -> None:
     self._window: list[np.ndarray] = []  # metrics of each step
@@ -128,7 +139,8 @@ class Telemetry:
     self._progress(step)
     if self._profile:
       self._profile(step)
-    self._bar.update()
+    if self._chief:
+      SCREEN.steps(step, self._total_steps, self._facts)
     self._pending.append((step, metrics, time.time()))
     if len(self._pending) > LAG:
       self._absorb()
@@ -199,42 +211,61 @@ class Telemetry:
     self._open_window()
     self.write(step, "train", scalars | _memory())
     epoch, waiting = self._epoch(step), 100 * scalars["input_wait"]
-    if self._bar.disable:
+    eta = self._work(step, self._total_steps) * training / work
+    eta += self._evaluations(step) * self._one_evaluation(training / steps)
+    logging.info(
+      "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  "
+      "input wait %.1f%%  ETA %s",
+      step,
+      self._total_steps,
+      epoch,
+      scalars["loss"],
+      100 * scalars["top1"],
+      scalars["learning_rate"],
+      scalars["grad_norm"],
+      speed,
+      waiting,
+      format_seconds(eta),
+    )
+    if late and self._chief:
       logging.info(
-        "step %d/%d  epoch %.2f  loss %.4f  top1 %.1f%%  lr %.4g  grad %.3g  %s  "
-        "input wait %.1f%%  ETA %s",
-        step,
-        self._total_steps,
-        epoch,
-        scalars["loss"],
-        100 * scalars["top1"],
-        scalars["learning_rate"],
-        scalars["grad_norm"],
-        speed,
-        waiting,
-        format_seconds(self._work(step, self._total_steps) * training / work),
+        "last host: %d, %.0f ms behind the median over the last %d steps",
+        scalars["straggler_host"],
+        1000 * scalars["straggler_seconds"],
+        steps,
       )
-      if late and self._chief:
-        logging.info(
-          "last host: %d, %.0f ms behind the median over the last %d steps",
-          scalars["straggler_host"],
-          1000 * scalars["straggler_seconds"],
-          steps,
-        )
-    else:
-      self._bar.set_postfix_str(
-        f"epoch {epoch:.2f}, loss {scalars['loss']:.4f}, {speed}, input wait {waiting:.1f}%"
-      )
+    if self._chief:
+      self._facts = [
+        f"ETA {format_seconds(eta)}",
+        f"loss {scalars['loss']:.4f}",
+        f"{scalars['images_per_second']:.0f} img/s",
+        f"epoch {epoch:.2f}",
+        f"input wait {waiting:.1f}%",
+      ]
+      SCREEN.steps(step, self._total_steps, self._facts, last=True)
+
+  def _one_evaluation(self, step_seconds: float) -> float:
+    """Return the seconds of an evaluation; before the first, those of as many forward passes."""
+    if self._eval_seconds is not None:
+      return self._eval_seconds
+    steps = self._evaluated_examples / self._config.global_batch_size
+    return steps * step_seconds / _STEP_PASSES
 
   def write(self, step: int, group: str, scalars: Mapping[str, object]) -> None:
     """Write scalars named GROUP/NAME at a step to the event files, in the background."""
     self._writer.write_scalars(step, {f"{group}/{name}": value for name, value in scalars.items()})
 
-  def evaluated(self, step: int, result: Result) -> None:
+  def evaluated(self, step: int, result: Result, seconds: float | None = None) -> None:
     """Write and log the result of an evaluation: top1, top5, loss, examples.
 
     Those of the first split are eval/top1 and so on, those of another eval/SPLIT/top1.
+
+    Args:
+      step: which was evaluated.
+      result: of all splits.
+      seconds: that it has taken; None if that is not known.
     """
+    self._eval_seconds = seconds
     scalars: dict[str, object] = dict(result)
     scalars.pop("splits", None)
     self.write(step, "eval", scalars)
@@ -242,13 +273,15 @@ class Telemetry:
       self.write(step, f"eval/{name}", dict(other))
     self._writer.flush()
     first, *rest = in_words(result)
-    logging.info("step %d  epoch %.2f  eval: %s", step, self._epoch(step), first)
+    took = f", in {format_seconds(seconds)}" if seconds is not None else ""
+    logging.info("step %d  epoch %.2f  eval: %s%s", step, self._epoch(step), first, took)
     for line in rest:
       logging.info("step %d  epoch %.2f  eval of %s", step, self._epoch(step), line)
 
   def close(self) -> None:
     """Write what is left."""
-    self._bar.close()
+    if self._chief:
+      SCREEN.close()
     self._writer.flush()
     self._writer.close()
 

@@ -31,11 +31,10 @@ flags.DEFINE_integer("images", 32, "Images to show.", lower_bound=1)
 
 def main(argv: list[str]) -> int:
   """Run the command; return its exit code."""
-  if command_line.help_wanted(argv) is not None:
-    print(__doc__)
-    return 0
   logging.set_verbosity(logging.WARNING)
   try:
+    if command_line.answered(argv, __doc__):
+      return 0
     command_line.parse(argv, "--config=configs/X.py")
     section = draw_section(FLAGS.config, FLAGS.images)
   except (TrainerError, DataError) as error:

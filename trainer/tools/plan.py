@@ -118,7 +118,7 @@ def _examples(config: ml_collections.ConfigDict, name: str) -> int:
   data = config.data
   if data.path or data.kind == "synthetic":
     try:
-      return len(sources.open_source(data, data.train_split, config.model.num_classes))
+      return len(sources.open_source(data, data.train_split, config.model.num_classes or None))
     except DataError as error:
       raise ConfigError(f"{error} Or give --examples.") from error
   if name in recipes.names():
@@ -237,8 +237,7 @@ def _curve(values: np.ndarray) -> str:
 def main(argv: list[str]) -> int:
   """Print the plan; return an exit code of trainer.errors."""
   try:
-    if command_line.help_wanted(argv) is not None:
-      print(str(__doc__).strip())
+    if command_line.answered(argv, __doc__):
       return DONE
     if "--table" in argv:
       print(table())

@@ -8,6 +8,7 @@ does not notice a flipped bit, so the hashes are computed on the devices before 
 after each restore.
 """
 
+from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -30,8 +31,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 from trainer import config as config_lib
 from trainer.errors import CheckpointError, ConfigError, StorageError
 from trainer.pod.pod import Pod
+from trainer.reporting.screen import SCREEN
 from trainer.state import TrainState, Tree, fingerprints
 from trainer.workdir import storage
+from trainer.workdir.files import read_json
 from trainer.workdir.paths import Workdir
 
 FORMAT = 1
@@ -89,7 +92,7 @@ class Checkpointer:
       ) from error
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
-    self._in_flight: tuple[int, futures.Future[None]] | None = None
+    self._in_flight: tuple[int, futures.Future[float]] | None = None
     self._broken = False  # whether the manager has failed, and with it the last save
     self._failed = False  # whether any save has failed
     self._last_time = time.monotonic()
@@ -152,7 +155,9 @@ class Checkpointer:
     meta["digest"] = _digest(meta)
     self._in_flight = step, self._thread.submit(self._write, step, meta, _copy(items))
 
-  def _write(self, step: int, meta: dict[str, Any], items: dict[str, Tree]) -> None:
+  def _write(self, step: int, meta: dict[str, Any], items: dict[str, Tree]) -> float:
+    """Write a checkpoint; return the seconds that it has taken."""
+    start = time.monotonic()
     self._manager.save(
       step,
       force=True,
@@ -165,6 +170,7 @@ class Checkpointer:
     self._manager.wait_until_finished()
     if self._failed and storage.in_bucket(self._directory):
       self._clear_late_objects()
+    return time.monotonic() - start
 
   def _ready(self, step: int, items: dict[str, Tree]) -> bool:
     """Whether to save: the step is not saved already, and every host can write.
@@ -210,8 +216,9 @@ class Checkpointer:
       return
     (step, written), self._in_flight = self._in_flight, None
     try:
-      written.result()
+      seconds = written.result()
       self._newest = step
+      logging.info("Checkpoint %d is saved, in %.1f s beside the steps.", step, seconds)
     except Exception as error:  # errors of buckets are of many kinds
       self._broken = self._failed = True
       self._save_failed(step, storage.first_line(error))
@@ -257,9 +264,10 @@ class Checkpointer:
     Raises:
       CheckpointError: if it could not be written.
     """
-    for _ in range(2):  # a save that has just failed is worth another try: no later one will come
-      self.save(step, state, meta)
-      self.poll(wait=True)
+    with SCREEN.doing(f"saving checkpoint {step}"):
+      for _ in range(2):  # a save that has just failed is worth another try: none will come later
+        self.save(step, state, meta)
+        self.poll(wait=True)
     if self._newest != step:
       raise CheckpointError(
         f"The checkpoint of step {step} could not be written to {self._directory}; the newest "
@@ -308,6 +316,43 @@ class Checkpointer:
         self.set_best(meta["best"]["step"])
       return state, meta
     return None
+
+  def restore(
+    self, abstract_state: TrainState, which: str
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restore the newest checkpoint, as `restore_newest` does, or the best, or that of a step.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint, or it is damaged.
+    """
+    if which == "newest":
+      return self.restore_newest(abstract_state)
+    steps = sorted(self._manager.all_steps())
+    best = self._best(steps)
+    step = best if which == "best" else int(which) if which.isdecimal() else None
+    if step is None or step not in steps:
+      there = f"it holds {', '.join(map(str, steps))}" if steps else "it holds none"
+      there += f", of which {best} is the best" if best in steps else ""
+      raise CheckpointError(
+        f"--checkpoint={which}: {self._workdir.path} holds no such checkpoint; {there}."
+      )
+    try:
+      return self._restore(step, abstract_state)
+    except _DAMAGE as error:
+      raise CheckpointError(
+        f"Checkpoint {self._directory / str(step)} is damaged: {storage.first_line(error)}; choose "
+        "another by --checkpoint=STEP."
+      ) from error
+
+  def _best(self, steps: Sequence[int]) -> int | None:
+    """Return the step of the best evaluation that the newest checkpoint has in its meta."""
+    if not steps:
+      return None
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    best = self._manager.restore(steps[-1], args=args)["meta"].get("best")
+    # The evaluation of the newest step comes after its checkpoint.
+    best = (read_json(self._workdir.final) or {}).get("best") or best
+    return best["step"] if best else None
 
   def _restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

@@ -21,6 +21,16 @@ class Workdir:
     return self.path / "config.json"
 
   @property
+  def overview(self) -> epath.Path:
+    """What the newest start is, with every parameter and its sharding, as text."""
+    return self.path / "overview.txt"
+
+  @property
+  def metrics(self) -> epath.Path:
+    """The curves as lines of JSON; see trainer.reporting.json_lines."""
+    return self.path / "metrics.jsonl"
+
+  @property
   def owner(self) -> epath.Path:
     """Who writes to this folder now; see trainer.workdir.lease."""
     return self.path / "owner.json"

@@ -1,0 +1,115 @@
+"""`metrics.jsonl`: the curves of a run as lines of JSON, beside its TensorBoard files.
+
+Each line is one window of training or one evaluation, {"step": 400, "time": 1764163200.5,
+"train/loss": 2.31, ...}, with the names that the event files have. After any number of stops each
+step is there once and steps rise, so the file can be read as it is:
+
+    pandas.read_json("WORKDIR/metrics.jsonl", lines=True)
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import json
+import math
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+import numpy as np
+
+from trainer.reporting.clu import metric_writers
+from trainer.reporting.events import BucketFile
+from trainer.workdir import storage
+
+
+class JsonWriter(metric_writers.MetricWriter):
+  """Adds a line for each group of scalars in the thread of the caller; clu queues, see EventWriter.
+
+  A file that cannot be written ends no run: it is logged, and nothing more is added.
+  """
+
+  def __init__(self, path: epath.Path, first_step: int = 0):
+    """Open a file, without the lines of steps that are taken again.
+
+    Args:
+      path: local or gs://.
+      first_step: steps that the run had taken when this process restored it.
+    """
+    self._path, self._first_step = path, first_step
+    self._object: BucketFile | None = None  # in a bucket; they cannot grow
+    self._ended = False
+    self._keep(lambda line: line["step"] <= first_step)
+
+  def _keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only some of the lines in the file."""
+
+    def rewrite() -> None:
+      content = "".join(f"{json.dumps(line)}\n" for line in read(self._path) if stays(line))
+      if storage.in_bucket(self._path):
+        self._object = BucketFile(str(self._path))
+        self._object.write(content.encode())
+      else:
+        storage.write_whole(self._path, content)
+
+    self._try(rewrite)
+
+  def _try(self, write: Callable[[], None]) -> None:
+    try:
+      if not self._ended:
+        write()
+    # As in BucketFile: no kind of error of a bucket or a disk may end the run.
+    except Exception as error:
+      reason = storage.first_line(error)
+      logging.warning("%s could not be written (%s); it ends here.", self._path, reason)
+      self._ended = True
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Add a line; scalars of no group, as clu's own, are left out."""
+    values = {name: np.asarray(v).item() for name, v in scalars.items() if "/" in name}
+    if not values:
+      return
+    if step == self._first_step:  # its evaluation is done again
+      self.flush()
+      self._keep(lambda line: line["step"] < step or not line.keys() & values.keys())
+    values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    line = json.dumps({"step": int(step), "time": time.time(), **values}) + "\n"
+
+    def add() -> None:
+      if self._object:
+        self._object.write(line.encode())
+      else:
+        with self._path.open("a") as file:
+          file.write(line)
+
+    self._try(add)
+
+  def flush(self) -> None:
+    """Return once everything written so far is in the file."""
+    if self._object:
+      self._object.flush()
+
+  def close(self) -> None:
+    """The same, also if a bucket has been silent."""
+    if self._object:
+      self._object.close()
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Write nothing: these are for TensorBoard."""
+
+  write_images = write_audios = write_videos = write_histograms = write_summaries = write_texts
+  write_hparams = write_pointcloud = write_texts
+
+
+def read(path: epath.Path) -> Iterator[dict[str, Any]]:
+  """Yield the lines of a file, without those that a killed run left torn; none if it is absent."""
+  try:
+    content = path.read_bytes()
+  except FileNotFoundError:
+    return
+  for line in content.splitlines():
+    try:
+      found = json.loads(line)
+    except ValueError:
+      continue
+    if isinstance(found, dict) and isinstance(found.get("step"), int):
+      yield found
