@@ -114,7 +114,12 @@ RUN: Fields = {
     resume=YES,
   ),
   "model.name": Field("resnet", "Model family, of configs/families.py or package.module:Class."),
-  "model.num_classes": Field(1000, "Classes of the head.", "classes", at_least(2)),
+  "model.num_classes": Field(
+    1000,
+    "Classes of the head; 0 takes the number that the data have.",
+    "classes",
+    Check("2 or more, or 0 for as many as the data have", lambda v: v == 0 or v >= 2),
+  ),
   "model.dtype": Field(
     "bfloat16",
     "Of activations; parameters and statistics are float32 or wider.",

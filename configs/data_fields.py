@@ -47,6 +47,16 @@ DATA: Fields = {
     "is the best.",
     resume=YES,
   ),
+  "data.val_fraction": Field(
+    0.0,
+    "Of kind folder, where there is no split val: share of the images of each class that are held "
+    "out of train as val.",
+    "",
+    SHARE,
+  ),
+  "data.val_seed": Field(
+    0, "Of data.val_fraction: chooses which; an image stays where it is if others are added."
+  ),
   "data.image_column": Field(
     "",
     "Column of the images in parquet, or feature of TFDS; '' takes the only one, or `image`.",

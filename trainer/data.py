@@ -10,9 +10,12 @@ from typing import Any
 import unicodedata
 
 from absl import logging
+import ml_collections
 import numpy as np
 
-from input_pipeline.sources import Source
+from input_pipeline import sources
+from input_pipeline.errors import DataError
+from input_pipeline.sources import Source, slices
 from trainer.errors import ConfigError
 
 # {"classes": names by label, "train": facts of a split, "eval": {split: facts}}, as JSON gives it
@@ -29,6 +32,26 @@ def describe(train: Source, evaluated: Mapping[str, Source]) -> Facts:
     "train": _facts(train),
     "eval": {name: _facts(source) for name, source in evaluated.items()},
   }
+
+
+def with_classes(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Return the config with the number of classes of the data, where it leaves that to them.
+
+  Raises:
+    DataError: the data cannot be opened.
+  """
+  if config.model.num_classes:
+    return config
+  data = config.data
+  try:
+    source = sources.open_source(data, data.train_split, None)
+  except DataError:  # an evaluation needs no training images
+    source = sources.open_source(
+      data, slices.several(data.eval_split, "config.data.eval_split")[0], None
+    )
+  found = config.copy_and_resolve_references()
+  found.model.num_classes = source.num_classes
+  return found
 
 
 def _facts(source: Source) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def train(
   """
   clock = WallClock()
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
+    config = data_lib.with_classes(config)
     opened = _open(config, workdir, pod)
     if pod.host == 0:
       _show(opened, verbose)
@@ -120,6 +121,7 @@ def evaluate_only(
     TrainerError: as `train` does, and if there is no checkpoint.
   """
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
+    config = data_lib.with_classes(config)
     opened = _open(config, workdir, pod, evaluation=True)
     run = Run(config, opened, pod, WallClock(), stop)
     run.restore(checkpoint)

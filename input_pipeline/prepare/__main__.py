@@ -120,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   what_is.add_argument("--val-split", default="", metavar="NAME", help="same as --split val=NAME")
   what_is.add_argument(
+    "--val-fraction",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="of --folder and --tar without a split val: share of the images of each class, as 0.1, "
+    "that are held out of train as val, chosen by --seed",
+  )
+  what_is.add_argument(
     "--image-column", default="", metavar="NAME", help="column of the images of --from"
   )
   what_is.add_argument(
@@ -251,6 +259,10 @@ def _check(args: argparse.Namespace) -> None:
     raise DataError(
       "--image-column, --label-column and --classes describe --from, which is not given."
     )
+  if not 0 <= args.val_fraction < 1:
+    raise DataError(f"--val-fraction is {args.val_fraction:g}; it must be in [0, 1).")
+  if args.val_fraction and not (args.folder or args.tar):
+    raise DataError("--val-fraction is of --folder or --tar, none of which is given.")
   if args.split and not (args.hf or args.folder or args.tar):
     raise DataError("--split names splits of --folder, --tar or --from, none of which is given.")
   for word in layout.words(args.allow):
@@ -268,15 +280,16 @@ def _check(args: argparse.Namespace) -> None:
 def _find(args: argparse.Namespace, run: imagenet.Map) -> inputs.Inputs | hf_inputs.HfInputs:
   allow = layout.words(args.allow)
   asked = _asked_splits(args)
+  held_out = inputs.HeldOut(args.val_fraction, args.seed)
   if args.hf:
     columns = (args.image_column, args.label_column)
     return hf_inputs.from_hf(args.hf, asked, columns, args.classes or None, allow)
   if args.digits:
     return inputs.from_digits(args.seed)
   if args.folder:
-    return inputs.from_folder(args.folder, asked, allow)
+    return inputs.from_folder(args.folder, asked, allow, held_out)
   if args.tar:
-    return inputs.from_tar(args.tar, asked, allow)
+    return inputs.from_tar(args.tar, asked, allow, held_out)
   return imagenet.from_imagenet(
     args.imagenet_train, args.imagenet_val, args.devkit, args.val_labels, run, allow
   )

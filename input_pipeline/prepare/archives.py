@@ -113,13 +113,29 @@ class Inputs(NamedTuple):
     return digest.hexdigest()
 
 
-def from_folder(folder: str, asked: Mapping[str, str], allow: Sequence[str] = ()) -> Inputs:
+class HeldOut(NamedTuple):
+  """What is held out of train as val, where there is none; see `layout.hold_out`."""
+
+  fraction: float = 0.0
+  seed: int = 0
+
+
+_NOTHING = HeldOut()
+
+
+def from_folder(
+  folder: str,
+  asked: Mapping[str, str],
+  allow: Sequence[str] = (),
+  held_out: HeldOut = _NOTHING,
+) -> Inputs:
   """List the images of a folder; `sources/layout.py` decides what is a split and a class.
 
   Args:
     folder: local.
     asked: see `splits.choose`.
     allow: faults that are allowed.
+    held_out: what is held out as val.
 
   Raises:
     DataError: it is no folder, or what belongs where in it is not clear.
@@ -136,18 +152,25 @@ def from_folder(folder: str, asked: Mapping[str, str], allow: Sequence[str] = ()
       raise DataError(f"{path} cannot be read: {e.strerror}.") from e
 
   contents = layout.arrange(local.walk(folder), folder, allow)
+  contents = layout.hold_out(contents, *held_out)
   chosen, left = splits.choose(list(contents.splits), asked, folder)
   origin = {"kind": "folder", "name": os.path.basename(os.path.abspath(folder))}
   return inputs_of(contents, chosen, left, member, origin, allow)
 
 
-def from_tar(path: str, asked: Mapping[str, str], allow: Sequence[str] = ()) -> Inputs:
+def from_tar(
+  path: str,
+  asked: Mapping[str, str],
+  allow: Sequence[str] = (),
+  held_out: HeldOut = _NOTHING,
+) -> Inputs:
   """List the images of an uncompressed tar, which is laid out like a folder.
 
   Args:
     path: local.
     asked: see `splits.choose`.
     allow: faults that are allowed.
+    held_out: what is held out as val.
 
   Raises:
     DataError: it is compressed, damaged, or what belongs where in it is not clear.
@@ -158,6 +181,7 @@ def from_tar(path: str, asked: Mapping[str, str], allow: Sequence[str] = ()) -> 
     return Member(path, image.entry.offset, image.entry.size, label, image.name)
 
   contents = layout.arrange(tars.list_tar(path, allow=allow), path, allow)
+  contents = layout.hold_out(contents, *held_out)
   chosen, left = splits.choose(list(contents.splits), asked, path)
   origin = {"kind": "tar", "name": os.path.basename(path)}
   return inputs_of(contents, chosen, left, member, origin, allow)

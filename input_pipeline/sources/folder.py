@@ -42,6 +42,7 @@ class FolderSource(Source):
     path = local.checked_folder(data.path)
     allow, by_text = layout.words(data.allow), data.class_order == layout.TEXT
     contents = layout.arrange(local.walk(path), path, allow)
+    contents = layout.hold_out(contents, data.val_fraction, data.val_seed)
     split = splits.find(split, list(contents.splits), path)
     # One numbering for the splits of a run: that of train, whichever is opened.
     others = [n for n in contents.splits if splits.canonical(n) in ("train", "val") and n != split]

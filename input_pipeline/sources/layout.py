@@ -8,6 +8,7 @@ agree. Every entry ends as an image of a class, or in `left_out` under a reason.
 
 import collections
 from collections.abc import Collection, Iterable, Mapping, Sequence
+import hashlib
 import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -200,6 +201,51 @@ def number(
           f"folder, or {_how_to_allow(EMPTY_CLASS)}."
         )
   return in_order(known, by_text)
+
+
+def hold_out(contents: Contents, fraction: float, seed: int) -> Contents:
+  """Move a share of the images of each class from train to val, where there is no val.
+
+  Which ones is a function of the seed and of the names of class and image alone, so an image stays
+  where it is when others are added, but for those next to the limit.
+
+  Args:
+    contents: of a folder or tar.
+    fraction: of each class, rounded, but at least one image of it and not all; 0 moves nothing.
+    seed: of the choice.
+
+  Raises:
+    DataError: a class has one image.
+  """
+  by_meaning = {splits.canonical(name): name for name in contents.splits}
+  if not fraction or "val" in by_meaning or "train" not in by_meaning:
+    return contents
+  name = by_meaning["train"]
+  train: Classes = {}
+  val: Classes = {}
+  for each, images in contents.splits[name].items():
+    if len(images) == 1:
+      raise DataError(
+        f"{contents.where}: the class {each} has one image, of which none can be held out for val; "
+        "add some, or remove the folder."
+      )
+    order = sorted(images, key=lambda image: _draw(seed, each, image.name))
+    count = min(max(1, round(fraction * len(images))), len(images) - 1) if images else 0
+    held = {image.entry for image in order[:count]}
+    val[each] = [image for image in images if image.entry in held]
+    train[each] = [image for image in images if image.entry not in held]
+  counts = [sum(map(len, classes.values())) for classes in (train, val)]
+  note = f"{counts[1]:,} of {sum(counts):,} images are held out of {name} as val"
+  return contents._replace(
+    splits={**contents.splits, name: train, "val": val},
+    folders={**contents.folders, "val": contents.folders[name]},
+    notes=[*contents.notes, note],
+  )
+
+
+def _draw(seed: int, each: str, image: str) -> bytes:
+  text = f"{seed}/{each}/{_nfc(image)}".encode("utf-8", "surrogateescape")
+  return hashlib.sha256(text).digest()
 
 
 def in_order(names: Iterable[str], by_text: bool = False) -> list[str]:

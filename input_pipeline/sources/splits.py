@@ -36,9 +36,15 @@ def find(wanted: str, available: Sequence[str], path: str) -> str:
     raise DataError(f"{path} has the splits {' and '.join(alike)} for {wanted!r}; name one.")
   if alike:
     return alike[0]
+  advice = "set config.data.train_split and config.data.eval_split"
+  if canonical(wanted) == "val":
+    advice += (
+      ", or hold a share of the images out of class folders: --config.data.val_fraction=0.1, "
+      "--val-fraction=0.1 of prepare"
+    )
   raise DataError(
     f"{path} has no split {wanted!r}, only {', '.join(sorted(available)) or 'none at all'}; "
-    "set config.data.train_split and config.data.eval_split."
+    f"{advice}."
   )
 
 

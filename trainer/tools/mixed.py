@@ -21,6 +21,7 @@ from input_pipeline.errors import DataError
 from input_pipeline.tools import contact_sheet
 from trainer import augment, command_line
 from trainer import config as config_lib
+from trainer import data as data_lib
 from trainer.errors import TrainerError
 from trainer.state import step_key
 
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
 def draw_section(config: ml_collections.ConfigDict, count: int) -> contact_sheet.Section:
   """Return the first `count` images of the first micro-batch, with their targets in words."""
   config_lib.validate(config)
+  config = data_lib.with_classes(config)
   source = sources.open_source(config.data, config.data.train_split, config.model.num_classes)
   with contextlib.closing(
     loader.train_batches(
