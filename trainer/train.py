@@ -61,8 +61,7 @@ def train(
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
     config = data_lib.with_classes(config)
     opened = _open(config, workdir, pod)
-    if pod.host == 0:
-      _show(opened, verbose)
+    shown = _show(opened, verbose) if pod.host == 0 else ""
     run = Run(config, opened, pod, clock, stop)
     run.own_workdir(exits)
     run.restore()
@@ -72,6 +71,7 @@ def train(
     run.read_real_labels()
     if final := _already_finished(run):
       return final
+    _keep(opened, shown)
     run.compile(exits)
     run.start_input(exits)
     return _finish(run, _loop(run))
@@ -84,20 +84,25 @@ def _in_sight(stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     yield lambda: stop() or interrupted()
 
 
-def _show(opened: Opened, verbose: bool) -> None:
-  """Log what is about to run; write the parameters and their shardings to a file."""
-  folder = opened.workdir
-  before = read_json(folder.config)
-  logging.info("%s", overview.first_screen(opened, before))
-  details = overview.details(opened)
+def _show(opened: Opened, verbose: bool) -> str:
+  """Log what is about to run; return it with the parameters and their shardings."""
+  first, details = overview.first_screen(opened), overview.details(opened)
+  logging.info("%s", first)
   if verbose:
     logging.info("%s", details)
+  return f"{first}\n{details}\n"
+
+
+def _keep(opened: Opened, shown: str) -> None:
+  """Write what was shown to the workdir of a run that has been accepted."""
+  path = opened.workdir.overview
   try:
-    folder.overview.write_text(f"{overview.first_screen(opened, before)}\n{details}\n")
+    if shown:
+      path.write_text(shown)
   except Exception as error:
     if not storage.is_failure(error):
       raise
-    logging.warning("%s could not be written (%s).", folder.overview, storage.first_line(error))
+    logging.warning("%s could not be written (%s).", path, storage.first_line(error))
 
 
 def evaluate_only(

@@ -312,7 +312,6 @@ def test_fields_that_are_read_without_jax_are_those_of_the_models():
   for name in families.FIELDS:
     assert families.fields(name) is families.find(name).FIELDS
   assert tuple(layers.ACTIVATIONS) == resnet_fields.ACTIVATIONS
-  assert tuple(stack.REMAT) == resnet_fields.REMAT
   assert tuple(resnet.STAGES) == resnet_fields.DEPTHS
   assert tuple(resnet.RS_STAGES) == resnet_fields.RS_DEPTHS
 

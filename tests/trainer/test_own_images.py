@@ -160,9 +160,10 @@ def test_the_first_screen_is_ten_lines_and_the_rest_a_file(images, finished, cap
   assert "54 to train, 18 to evaluate" in screen and f"{tmp_path / 'run'}" in lines[-1]
   assert "since the last start log.every_steps: 1 -> 3" in screen
   assert "global_batch_size=8" in lines[7] and re.search(r"and \d+ more", lines[7])
-  file = (tmp_path / "run" / "overview.txt").read_text()
-  assert screen in file and details in file
   assert "config.log.every_steps=3 (default 100)" in details and "stem_conv/kernel" in details
+  file = (finished[0] / "overview.txt").read_text()
+  assert file.splitlines()[0] == "This run:" and details.splitlines()[-3] in file
+  assert "config.log.every_steps=1 (default 100)" in file and "the first start" in file
 
 
 def test_a_batch_that_is_larger_than_the_data_gets_a_word(images, tmp_path, caplog):

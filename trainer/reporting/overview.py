@@ -13,17 +13,13 @@ from trainer import finetune, models
 from trainer import mesh as mesh_lib
 from trainer.program import Program
 from trainer.run import Opened
+from trainer.workdir.files import read_json
 
 _SHOWN = 100  # letters of a list in a line
 
 
-def first_screen(opened: Opened, before: Mapping[str, Any] | None) -> str:
-  """Return what is about to run, in ten lines.
-
-  Args:
-    opened: the run.
-    before: `config.json` of the start before this one in the same workdir, if there was one.
-  """
+def first_screen(opened: Opened) -> str:
+  """Return what is about to run, in ten lines; with what has changed since the start before."""
   program, train_source = opened.program, opened.train_source
   config, lengths, devices = program.config, program.lengths, jax.devices()
   data = config.data
@@ -56,7 +52,7 @@ def first_screen(opened: Opened, before: Mapping[str, Any] | None) -> str:
     "decay": _decay(program) + (f"; frozen: {_frozen(program)}" * bool(config.optimizer.freeze)),
     "devices": f"{len(devices)} x {devices[0].device_kind}, {mesh}",
     "config": f"differs from configs/base.py in {_some(fields)}",
-    "changed": _since(before, config),
+    "changed": _since(read_json(opened.workdir.config), config),
     "writes to": f"{opened.workdir.path}, with all parameters and fields in overview.txt",
   }
   return "\n".join(["This run:", *[f"  {name:9} {line}" for name, line in lines.items()]])
