@@ -5,7 +5,7 @@ of training examples that it is written for, if not ImageNet's; and has TOP1, th
 percent, one or by variant.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import difflib
 import importlib
 import os
@@ -87,6 +87,24 @@ def path_of(word: str) -> str:
   meant = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(names)}."
   what = "is a folder" if os.path.isdir(file) else "does not exist"
   raise ValueError(f"The run file {file or 'of --config'} {what}; {meant}")
+
+
+def with_paths(argv: Sequence[str]) -> list[str]:
+  """Return a command line with the path of the run file in place of its name.
+
+  Raises:
+    ValueError: there is no such file; one sentence.
+  """
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    name, equals, word = argument.partition("=")
+    if name not in ("--config", "-config"):
+      continue
+    if equals:
+      found[i] = f"{name}={path_of(word)}"
+    elif i + 1 < len(argv):
+      found[i + 1] = path_of(argv[i + 1])
+  return found
 
 
 def variants_of(path: str) -> tuple[str, ...]:

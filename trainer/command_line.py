@@ -51,7 +51,7 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   """
   FLAGS.mark_as_parsed()  # otherwise absl warns of every line that is logged before
   try:
-    argv = _with_paths(argv)
+    argv = recipes.with_paths(argv)
     if by_workdir and not any(_name(a) == "config" for a in argv[1:] if a.startswith("-")):
       argv = _with_saved(argv)
   except ValueError as error:
@@ -108,24 +108,6 @@ def _get(config: ml_collections.ConfigDict, name: str) -> Any:
 
 def _name(flag: str) -> str:
   return flag.split("=")[0].lstrip("-")
-
-
-def _with_paths(argv: list[str]) -> list[str]:
-  """Return a command line with the path of the run file in place of its name.
-
-  Raises:
-    ValueError: there is no such file; one sentence.
-  """
-  found = list(argv)
-  for i, argument in enumerate(argv):
-    name, equals, word = argument.partition("=")
-    if name not in ("--config", "-config"):
-      continue
-    if equals:
-      found[i] = f"{name}={recipes.path_of(word)}"
-    elif i + 1 < len(argv):
-      found[i + 1] = recipes.path_of(argv[i + 1])
-  return found
 
 
 def _with_saved(argv: list[str]) -> list[str]:

@@ -12,7 +12,43 @@ The exit code is 0; 3 if images were skipped, each with the reason; 2 with the r
 sentence if nothing could be done.
 """
 
+# ruff: noqa: E402 (help comes before the slow imports)
+
 import argparse
+import sys
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m trainer.predict",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("weights", metavar="WORKDIR|FILE", help="workdir, or file of weights")
+  parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, folders of them")
+  parser.add_argument(
+    "--config",
+    metavar="X.py",
+    help="run file of foreign weights; single fields by --config.FIELD=VALUE",
+  )
+  parser.add_argument("--classes", metavar="F", help="class names, one a line or as JSON")
+  parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of an image (5)")
+  parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+  parser.add_argument("--csv", metavar="F", help="write a row for each image, instead of a table")
+  parser.add_argument("--sheet", metavar="F.png", help="draw the images with their best class")
+  parser.add_argument(
+    "--averages",
+    choices=("ema", "raw"),
+    default="ema",
+    help="where there are both: averages over steps, as evaluation uses them (default), or raw",
+  )
+  return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+  _parser().parse_args()  # ends here
+
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 import csv
@@ -20,7 +56,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 # Predictions must not take an accelerator from a run.
@@ -183,34 +218,6 @@ def _draw(path: str, views: Sequence[np.ndarray], captions: Sequence[str], count
   plain = [caption.encode("ascii", "replace").decode() for caption in captions]
   section = contact_sheet.Section(title, np.stack(views), plain, np.zeros(len(views), bool))
   contact_sheet.draw([section])[0].save(path)
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m trainer.predict",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  parser.add_argument("weights", metavar="WORKDIR|FILE", help="workdir, or file of weights")
-  parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, folders of them")
-  parser.add_argument(
-    "--config",
-    metavar="X.py",
-    help="run file of foreign weights; single fields by --config.FIELD=VALUE",
-  )
-  parser.add_argument("--classes", metavar="F", help="class names, one a line or as JSON")
-  parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of an image (5)")
-  parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-  parser.add_argument("--csv", metavar="F", help="write a row for each image, instead of a table")
-  parser.add_argument("--sheet", metavar="F.png", help="draw the images with their best class")
-  parser.add_argument(
-    "--averages",
-    choices=("ema", "raw"),
-    default="ema",
-    help="where there are both: averages over steps, as evaluation uses them (default), or raw",
-  )
-  return parser
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 import numpy as np
 
-from configs import base
+from configs import base, recipes
 from input_pipeline import records, sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.prepare import shards as shards_lib
@@ -84,7 +84,10 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   whole("images", 32, "Images of each split in the picture.")
   text("list", "", "File for the list of all files that are left out, as JSON.")
   switch("help", False, "Show this text.")
-  argv = list(argv)
+  try:
+    argv = recipes.with_paths(["--help" if a in ("-h", "--helpfull") else a for a in argv])
+  except ValueError as e:
+    raise UsageError(str(e)) from e
   help_text = "Run file (default configs/base.py); --config.field=value sets a single field."
   config_flags.DEFINE_config_file("config", None, help_text, flag_values=options, sys_argv=argv)
   if not any(argument.split("=")[0] == "--config" for argument in argv):
@@ -132,7 +135,7 @@ def inspect(options: flags.FlagValues) -> list[str]:
       "`python -m input_pipeline.prepare --from` and inspect those."
     )
   # Without a run file the base config is used for the loader only, not for its model.
-  num_classes = options.config.model.num_classes
+  num_classes = options.config.model.num_classes or None
   if _run_file(options) == base.__file__ and data.kind != "synthetic":
     num_classes = None
   splits = [options.split] if options.split else [data.train_split]

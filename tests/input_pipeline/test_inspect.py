@@ -335,7 +335,7 @@ def test_a_value_that_the_loader_refuses_is_named(look, shards):
     ("x", ["--nonsense"], "Unknown command line flag 'nonsense'"),
     ("x", ["--config.data.nonsense=1"], "the config has no field nonsense"),
     ("x", ["--config.data.image_size=big"], "config.data.image_size=big"),
-    ("x", ["--config=no_such.py"], "No such file or directory: 'no_such.py'"),
+    ("x", ["--config=no_such.py"], "The run file no_such.py does not exist"),
     ("x", ["--sheet=picture.gif"], "--sheet=picture.gif must end in .png"),
     ("x", ["--sheet=/no/such/sheet.png"], "in a folder that does not exist"),
   ],

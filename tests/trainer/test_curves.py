@@ -15,7 +15,7 @@ import pytest
 from tests.trainer import tiny
 from tests.trainer.shared import ENVIRONMENT
 from trainer import train as train_lib
-from trainer.reporting import events
+from trainer.reporting import events, json_lines
 from trainer.reporting.telemetry import Telemetry
 from trainer.step import METRICS
 
@@ -185,6 +185,13 @@ def test_a_torn_line_and_other_intervals_after_a_resume(tmp_path):
   assert '    "seed": 0,' in config
 
 
+def test_lines_in_a_bucket_are_the_same(tmp_path, monkeypatch):
+  monkeypatch.setattr(json_lines.storage, "in_bucket", lambda path: True)
+  for value, (first, last) in enumerate([(0, 60), (50, 120)]):
+    live(epath.Path(tmp_path), first, last, float(value))
+  check(lines(tmp_path) | {"steps_per_sec": ([], [])}, [(0, 60), (50, 120)])
+
+
 def test_lines_that_cannot_be_written_end_no_run(tmp_path, caplog):
   (tmp_path / "metrics.jsonl").mkdir()
   live(epath.Path(tmp_path), 0, 5, 0.0)
@@ -236,7 +243,7 @@ from trainer import train
 from trainer.reporting import events
 
 workdir, calls = epath.Path(sys.argv[1]), 0
-events._FLUSH_SECONDS = 0.0
+events.FLUSH_SECONDS = 0.0
 
 def stop():
   global calls

@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from tests.trainer import terminal
+from tests.trainer.shared import ENVIRONMENT, trainer
 from trainer.pod import preemption
 from trainer.reporting import screen as screen_lib
 
@@ -118,6 +120,32 @@ def test_the_row_leaves_out_what_does_not_fit():
   assert screen_lib.progress(450, 1000, FACTS, 79, "ascii").count("#") > 4
   assert "100%" in screen_lib.progress(7, 7, [], 20, "utf-8")
   assert len(screen_lib.progress(10**9, 10**9, FACTS, 20, "utf-8")) <= 20
+
+
+TRAINER = """
+import runpy, sys
+sys.argv = ["trainer", *{flags!r}]
+runpy.run_module("trainer", run_name="__main__")
+"""
+
+
+def test_a_run_from_its_first_screen_to_its_end(tmp_path):
+  flags = trainer(tmp_path / "run", "total_steps=12", "eval.every_steps=4", "log.every_steps=2")[3:]
+  written = terminal.run(
+    TRAINER.format(flags=flags), 80, {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"], "NO_COLOR": "1"}
+  )
+  shown = terminal.rows(written, 80)
+  text = "\n".join(shown)
+  starts = [row[9:] for row in shown if re.match(r"\d\d:\d\d:\d\d [IWE] ", row)]
+  words = ["I This run:", "I Compiled in ", "I Decoding in "]
+  words += [f"I step {step}/12 " for step in range(2, 13, 2)]
+  words += [f"I step {step}  epoch " for step in (4, 8, 12)] + ["I Done: ", "I Curves: "]
+  for word in words:
+    assert sum(start.startswith(word) for start in starts) == 1, f"{word} in\n{text}"
+  assert not any("█" in row for row in shown), text  # the row has gone
+  for done in ("compiling the training step, ", "restoring checkpoint newest, ", " 4/12  ETA "):
+    assert done in written
+  assert "evaluating val" in written and "saving checkpoint 12, " in written
 
 
 LIBRARY = """

@@ -32,7 +32,7 @@ from trainer.reporting.clu import metric_writers
 from trainer.reporting.tensorboardx import event_pb2, record_writer, summaries, summary_pb2
 from trainer.workdir import storage
 
-_FLUSH_SECONDS = 30.0  # an event later than this flushes those before it
+FLUSH_SECONDS = 30.0  # an event later than this flushes those before it
 _RETRY_SECONDS = 60.0  # no uploads to a bucket for so long after one has failed
 _BUCKETS = 30  # of a histogram, as TensorFlow's
 
@@ -78,7 +78,7 @@ class EventWriter(metric_writers.MetricWriter):
 
   def _write(self, step: int, summary: summary_pb2.Summary, wall_time: float | None = None) -> None:
     self._add(event_pb2.Event(step=int(step), wall_time=wall_time or time.time(), summary=summary))
-    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+    if time.monotonic() - self._flushed > FLUSH_SECONDS:
       self.flush()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

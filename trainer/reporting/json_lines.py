@@ -18,7 +18,7 @@ from etils import epath
 import numpy as np
 
 from trainer.reporting.clu import metric_writers
-from trainer.reporting.events import BucketFile
+from trainer.reporting.events import FLUSH_SECONDS, BucketFile
 from trainer.workdir import storage
 
 
@@ -38,6 +38,7 @@ class JsonWriter(metric_writers.MetricWriter):
     self._path, self._first_step = path, first_step
     self._object: BucketFile | None = None  # in a bucket; they cannot grow
     self._ended = False
+    self._flushed = time.monotonic()
     self._keep(lambda line: line["step"] <= first_step)
 
   def _keep(self, stays: Callable[[dict[str, Any]], bool]) -> None:
@@ -77,6 +78,8 @@ class JsonWriter(metric_writers.MetricWriter):
     def add() -> None:
       if self._object:
         self._object.write(line.encode())
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+          self.flush()
       else:
         with self._path.open("a") as file:
           file.write(line)
@@ -87,6 +90,7 @@ class JsonWriter(metric_writers.MetricWriter):
     """Return once everything written so far is in the file."""
     if self._object:
       self._object.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
     """The same, also if a bucket has been silent."""
