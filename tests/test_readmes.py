@@ -52,7 +52,7 @@ def anchors(text):
 
 
 def test_every_room_has_one():
-  assert len(READMES) == 6
+  assert len(READMES) == 7
 
 
 @each_readme

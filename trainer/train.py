@@ -80,6 +80,7 @@ def train(
 @contextlib.contextmanager
 def _in_sight(stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
   """Show the run, and take Ctrl-C as a request to stop, unless the program does so itself."""
+  screen.SCREEN.waits_for = "the start"
   with screen.shown(), preemption.interrupts(lambda: screen.SCREEN.waits_for) as interrupted:
     yield lambda: stop() or interrupted()
 
@@ -317,7 +318,9 @@ def _finish(run: Run, result: Result) -> dict[str, Any]:
   )
   if run.pod.host == 0:
     try:
-      logging.info("Curves: %s", report.write_report(str(run.workdir.path)))
+      with screen.SCREEN.doing("writing the report"):
+        path = report.write_report(str(run.workdir.path))
+      logging.info("Curves: %s", path)
     except Exception as error:  # whatever it is, the run is complete
       logging.warning(
         "No report was written (%s); try: python -m trainer.report %s",

@@ -120,14 +120,14 @@ def test_wrong_input_is_answered_in_one_sentence(typed, flags, words):
   assert not glob.glob("run/checkpoints/[0-9]*")
 
 
-WITHOUT_JAX = f"""
+WITHOUT_JAX = """
 import sys
 from launch import preflight
 from trainer import __main__ as command
 codes = []
 for flags in (
   ["--help"], ["-h"], ["--helpfull"], ["--list"], ["--config=smoke", "--help=lr"],
-  ["--config={tiny.__file__}", "--help"], ["--config=smok", "--workdir=x"],
+  ["--config=imagenet_resnet50", "--help"], ["--config=smok", "--workdir=x"],
   ["--config=smoke", "--workdir=x", "--config.optimizer.rl=1"],
   ["--config=smoke", "--workdir=x", "--config.model.depth=9"],
 ):

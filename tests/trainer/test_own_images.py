@@ -159,7 +159,7 @@ def test_the_first_screen_is_ten_lines_and_the_rest_a_file(images, finished, cap
     assert line.split("  ")[1].strip().startswith(word)
   assert "54 to train, 18 to evaluate" in screen and f"{tmp_path / 'run'}" in lines[-1]
   assert "since the last start log.every_steps: 1 -> 3" in screen
-  assert "global_batch_size=8" in lines[7] and re.search(r"and \d+ more", lines[7])
+  assert "data.eval_image_size=16" in lines[7] and re.search(r"and \d+ more", lines[7])
   assert "config.log.every_steps=3 (default 100)" in details and "stem_conv/kernel" in details
   file = (finished[0] / "overview.txt").read_text()
   assert file.splitlines()[0] == "This run:" and details.splitlines()[-3] in file
