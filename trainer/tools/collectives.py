@@ -5,12 +5,12 @@ import itertools
 import math
 import re
 
-_KINDS = (
+KINDS = (
   "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|"
   "collective-broadcast|recv"
 )
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.* -> .* \{$")
-_COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({_KINDS})(-start)?\(')
+_COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({KINDS})(-start)?\(')
 _BETWEEN_SLICES = re.compile(
   r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"'
 )
