@@ -194,6 +194,7 @@ def test_collectives():
   ]
   assert line.cycles == pytest.approx(1000 + 536 + 1536 + 768 + 4096 + 819.2)
   assert line.without_collectives == pytest.approx(1000 + 819.2)
+  assert [each.group for each in line.transfers] == [(0, 1, 2, 3)] * 3 + [()]
   assert [round(each.position, 3) for each in line.transfers] == [
     0,
     round(1536 / line.cycles, 3),

@@ -16,7 +16,8 @@ class Chip:
     link_bandwidth: bytes/s that it sends to its neighbours over all its links, one way.
     network_bandwidth: bytes/s between slices, its share of the host's; None if not published.
     topologies: names of slices of it that the compiler accepts, as examples.
-    chips_per_host: of a slice of several hosts.
+    host_cores: virtual CPUs of a host with four chips, of docs.cloud.google.com/tpu/docs; two
+      share a core.
   """
 
   name: str
@@ -27,7 +28,7 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float | None
   topologies: tuple[str, ...]
-  chips_per_host: int = 4
+  host_cores: int
 
 
 def _units(number: int, size: int) -> int:
@@ -43,11 +44,11 @@ _GB, _GIB = 1e9, 2.0**30
 CHIPS = {
   # doi:10.1145/3360307: 4 links of 496 Gbit/s
   "TPU v2": Chip(
-    "v2", 46e12, 16 * _GIB, 700 * _GB, 46e12 / _units(2, 128), 248 * _GB, None, ("2x2", "4x4")
+    "v2", 46e12, 16 * _GIB, 700 * _GB, 46e12 / _units(2, 128), 248 * _GB, None, ("2x2", "4x4"), 96
   ),
   # docs.cloud.google.com/tpu/docs/v3; links: doi:10.1145/3360307, 4 of 656 Gbit/s
   "TPU v3": Chip(
-    "v3", 123e12, 32 * _GIB, 900 * _GB, 123e12 / _units(4, 128), 328 * _GB, None, ("2x2", "4x4")
+    "v3", 123e12, 32 * _GIB, 900 * _GB, 123e12 / _units(4, 128), 328 * _GB, None, ("2x2", "4x4"), 96
   ),
   # docs.cloud.google.com/tpu/docs/v4; links: arXiv:2304.01433, 6 of 50 GB/s
   "TPU v4": Chip(
@@ -59,6 +60,7 @@ CHIPS = {
     300 * _GB,
     None,
     ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    240,
   ),
   # docs.cloud.google.com/tpu/docs/v5e: 6.4 Tbit/s for the 256 chips of a pod
   "TPU v5 lite": Chip(
@@ -70,6 +72,7 @@ CHIPS = {
     200 * _GB,
     3.125 * _GB,
     ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    112,
   ),
   # docs.cloud.google.com/tpu/docs/v5p and tpu7x
   "TPU v5": Chip(
@@ -81,6 +84,7 @@ CHIPS = {
     600 * _GB,
     6.25 * _GB,
     ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    208,
   ),
   # docs.cloud.google.com/tpu/docs/v6e and tpu7x
   "TPU v6 lite": Chip(
@@ -92,6 +96,7 @@ CHIPS = {
     400 * _GB,
     12.5 * _GB,
     ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    180,
   ),
   # docs.cloud.google.com/tpu/docs/tpu7x; units as in two of v6e, which is not published
   "TPU7x": Chip(
@@ -103,5 +108,6 @@ CHIPS = {
     600 * _GB,
     12.5 * _GB,
     ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    224,
   ),
 }

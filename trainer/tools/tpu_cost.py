@@ -40,6 +40,8 @@ _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|\w*
 _CALLS = ("while", "conditional", "call")
 _WITH_COLLECTIVES = ("fusion", "async-start")
 HBM = 0
+# A collective, and devices that share it.
+Found = tuple[collectives.Collective, tuple[int, ...]]
 
 
 class Rates(NamedTuple):
@@ -97,6 +99,7 @@ class Transfer:
 
   Attributes:
     collective: what is sent.
+    group: positions in the mesh of devices that share it, one group of several; () for all.
     layer: that it is of; "" for none.
     cycles: of a round, over the links.
     rounds: how often it runs in a step.
@@ -105,6 +108,7 @@ class Transfer:
   """
 
   collective: collectives.Collective
+  group: tuple[int, ...]
   layer: str
   cycles: float
   rounds: float
@@ -230,7 +234,7 @@ class _Walk:
   def _send(
     self,
     instruction: hlo.Instruction,
-    found: list[collectives.Collective],
+    found: list[Found],
     work: kinds.Work,
     line: "_Line",
   ) -> None:
@@ -253,15 +257,21 @@ class _Walk:
   def _returns_early(instruction: hlo.Instruction) -> bool:
     return instruction.opcode.endswith("-start") or instruction.opcode == "recv"
 
-  def _collectives(self, instruction: hlo.Instruction) -> list[collectives.Collective]:
+  def _collectives(self, instruction: hlo.Instruction) -> list[Found]:
     """Return what an instruction sends, or starts to send."""
-    lines = [] if not kinds.sends(instruction) else [instruction.line]
+    lines = [("", instruction.line)] if kinds.sends(instruction) else []
     if instruction.opcode in _WITH_COLLECTIVES:
-      for name in instruction.called:
-        sending = [each.line for each in self._module.computations[name] if kinds.sends(each)]
-        if sending:
-          lines += [f"%{name} () -> () {{", *sending]
-    return collectives.read("\n".join([self._header, *lines])) if lines else []
+      lines += [
+        (f"%{name} () -> () {{", each.line)
+        for name in instruction.called
+        for each in self._module.computations[name]
+        if kinds.sends(each)
+      ]
+    return [
+      (found, collectives.group(line))
+      for computation, line in lines
+      for found in collectives.read(f"{self._header}\n{computation}\n{line}")
+    ]
 
   def _called(self, instruction: hlo.Instruction) -> tuple[TimeLine, float]:
     """Return the time line of a loop's round, or of what is called, and how often it runs."""
@@ -328,14 +338,14 @@ class _Line:
     self._copies[name] = size
     self._items.append(Item(name, work._replace(kind=kinds.COPIES), 0.0, False, size))
 
-  def send(self, name: str, work: kinds.Work, found: Sequence[collectives.Collective]) -> None:
+  def send(self, name: str, work: kinds.Work, found: Sequence[Found]) -> None:
     """Start collectives, behind those that are on their way, unless they were started before."""
     if name in self._sent:
       return
-    for each in found:
+    for each, group in found:
       cycles = _sending(each, self._device)
       self._links_free = max(self._links_free, self._now) + cycles
-      self._transfers.append((name, Transfer(each, work.layer, cycles, 1, self._now, 0.0)))
+      self._transfers.append((name, Transfer(each, group, work.layer, cycles, 1, self._now, 0.0)))
     self._sent[name] = self._links_free
 
   def wait(self, name: str, work: kinds.Work) -> None:
