@@ -46,6 +46,9 @@ flags.DEFINE_bool(
 flags.DEFINE_float(
   "dollars_per_chip_hour", None, "Price, for the cost of the run.", lower_bound=0.0
 )
+flags.DEFINE_integer(
+  "train_examples", 0, "Training examples, if not those of the recipe.", lower_bound=0
+)
 flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
 DOES_NOT_FIT = 3  # exit code
@@ -126,7 +129,8 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
 
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
-  examples = recipes.examples(name) if (name := _name()) in recipes.names() else 1_281_167
+  name = command_line.name_of(sys.argv)
+  examples = FLAGS.train_examples or _examples(name)
   program = program_lib.build(config, examples, devices)
   where = estimate.pod(devices)
   report: dict[str, Any] = {
@@ -304,8 +308,10 @@ def _without_chatter() -> Iterator[TextIO]:
       os.dup2(kept, 2)
 
 
-def _name() -> str:
-  return command_line.name_of(sys.argv)
+def _examples(name: str) -> int:
+  """Returns the training examples that a run file is written for; ImageNet's if it is no recipe."""
+  files = {recipe.partition(":")[0] for recipe in recipes.names()}
+  return recipes.examples(name) if name.partition(":")[0] in files else 1_281_167
 
 
 def _first_line(error: Exception) -> str:
