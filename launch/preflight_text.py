@@ -75,7 +75,7 @@ def _table(title: str, values: dict[str, float], show: Any) -> list[str]:
   return [
     f"{title}:",
     *(
-      f"  {name or 'none':20} {show(value):>10} {100 * value / whole:5.1f} % "
+      f"  {name or 'none':30} {show(value):>11} {100 * value / whole:5.1f} % "
       f"{'#' * round(_WIDTH * value / most)}".rstrip()
       for name, value in values.items()
     ),

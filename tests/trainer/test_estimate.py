@@ -124,6 +124,16 @@ def test_what_is_in_memory_at_the_worst_moment():
   assert live.largest(text) == {"two": 4096 + 2048, "one": 4096}
 
 
+def test_memory_of_a_copy_is_of_the_layer_that_wrote_it():
+  text = program(
+    fusion("a", "x", layout=ON, cycles=1, op_name="jit(train_step)/jvp(one)/mul"),
+    f"  %copy-start.1 = ({ARRAY}, {ON}, u32[]{{:S(2)}}) copy-start(%a)",
+    f"  %copy-done.1 = {ARRAY} copy-done(%copy-start.1)",
+    f"  ROOT %z = {ON} fusion(%copy-done.1), kind=kLoop, calls=%nothing",
+  )
+  assert live.largest(text) == {"one": 4096}
+
+
 def test_memory_of_a_loop():
   text = program(
     fusion("a", "x", layout=ARRAY, cycles=1, op_name="jit(train_step)/jvp(one)/mul"),

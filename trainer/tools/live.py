@@ -43,7 +43,8 @@ def _peak(
   values: dict[str, set[_Value]] = {}  # what each name stands for
   sizes: dict[_Value, float] = {}
   last: dict[_Value, int] = {}
-  makers: dict[_Value, hlo.Instruction] = {}
+  makers: dict[_Value, str] = {}  # instructions
+  layers: dict[_Value, str] = {}
   results: set[_Value] = set()
   for number, line in enumerate(lines):
     read = set().union(*(values.get(operand, set()) for operand in line.operands))
@@ -65,7 +66,10 @@ def _peak(
           if index != (0 if line.opcode == "copy-start" else 1):
             sizes[line.name, index] = 0.0
       values[line.name] = made
-      makers |= dict.fromkeys(made, line)
+      makers |= dict.fromkeys(made, line.name)
+      # A copy is of the layer whose array it is.
+      copied = [layers[value] for value in read if value in layers and not line.op_name]
+      layers |= dict.fromkeys(made, layer(line) or next(iter(sorted(copied)), ""))
     if line.is_root:
       results = values.get(line.name, set())
   ends: dict[int, list[_Value]] = {}
@@ -75,13 +79,13 @@ def _peak(
   best: dict[str, float] = {}
   for number, line in enumerate(lines):
     for value in values.get(line.name, set()):
-      if makers.get(value) is line and value in last and value not in results:
-        name = layer(line)
+      if makers.get(value) == line.name and value in last and value not in results:
+        name = layers[value]
         now[name] = now.get(name, 0.0) + sizes[value]
     inside = peak(line.attribute("body") or "") if line.opcode == "while" else {}
     if sum(now.values()) + sum(inside.values()) > sum(best.values()):
       best = {name: now.get(name, 0.0) + inside.get(name, 0.0) for name in {*now, *inside}}
     for value in ends.get(number, ()):
       if value not in results and value in sizes:
-        now[layer(makers[value])] -= sizes[value]
+        now[layers[value]] -= sizes[value]
   return {name: size for name, size in best.items() if size}

@@ -156,8 +156,12 @@ class TimeLine:
     return {kind: totals[kind] for kind in kinds.KINDS if kind in totals}
 
   def by_layer(self) -> dict[str, float]:
-    """Return cycles by layer, in the order of the schedule; "" is what has none."""
-    return _total((item.work.layer, item.cycles) for item in self.items)
+    """Return cycles by layer, "" for what has none, in the order of their forward pass."""
+    # What is no convolution may be scheduled early, or late.
+    forward = [item for item in self.items if item.work.kind == kinds.FORWARD]
+    order = dict.fromkeys(item.work.layer for item in [*forward, *self.items])
+    totals = _total((item.work.layer, item.cycles) for item in self.items)
+    return {layer: totals[layer] for layer in order}
 
 
 def _total(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
