@@ -1,5 +1,6 @@
 """The report of launch.preflight, for a person."""
 
+from collections.abc import Callable
 from typing import Any
 
 _WIDTH = 24  # of a bar
@@ -50,7 +51,12 @@ def _step(step: dict[str, Any], report: dict[str, Any]) -> list[str]:
   if step["unknown_loops"]:
     lines.append(f"counted once, for want of their rounds: {', '.join(step['unknown_loops'])}")
   lines += [fit, f"memory: {', '.join(parts)}"]
-  lines += _table("largest temporaries, by the layer that wrote them", step["temporaries"], _mib)
+  lines += _table(
+    "largest temporaries, by the layer that wrote them",
+    step["temporaries"],
+    _mib,
+    step["memory"]["temporary"],
+  )
   lines += _table("cycles by kind", step["cycles_by_kind"], _cycles)
   lines += _table("cycles by layer", _outer(step["cycles_by_layer"]), _cycles)
   lines += ["collectives:" + " none" * (not step["collectives"])]
@@ -68,10 +74,13 @@ def _outer(by_layer: dict[str, float]) -> dict[str, float]:
   return totals
 
 
-def _table(title: str, values: dict[str, float], show: Any) -> list[str]:
+def _table(
+  title: str, values: dict[str, float], show: Callable[[float], str], whole: float = 0.0
+) -> list[str]:
+  """Return a line for each value, with its share of the whole: by default of their sum."""
   if not values:
     return []
-  whole, most = sum(values.values()), max(values.values())
+  whole, most = whole or sum(values.values()), max(values.values())
   return [
     f"{title}:",
     *(

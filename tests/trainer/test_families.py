@@ -29,7 +29,9 @@ _QUICK_RUNS = ("vit bfloat16", "efficientnet float32")
 @pytest.mark.parametrize(
   ("family", "dtype"),
   [
-    pytest.param(family, dtype, marks=[] if f"{family} {dtype}" in _QUICK_RUNS else pytest.mark.slow)
+    pytest.param(
+      family, dtype, marks=[] if f"{family} {dtype}" in _QUICK_RUNS else pytest.mark.slow
+    )
     for family in FAMILIES
     for dtype in ("float32", "bfloat16")
   ],
