@@ -1,22 +1,34 @@
-"""Compiles the train step of a run for a TPU topology, on a machine without a TPU.
+"""What a run would be on TPU slices, estimated on a machine without one: does it fit, time, money.
 
     python -m launch.preflight --topology=v5e:4x4 --config=configs/X.py [--config.field=value ...]
 
-Prints mesh, shardings, collectives and memory. It needs libtpu (pip install -e '.[tpu]') and no
-data, and takes minutes. The step is not run: memory is the compiler's estimate. This is the only
-command of launch/ that imports JAX.
+Compiles the training step, for every image size of the run, and the evaluation step, and prints
+mesh, shardings, memory, the estimated time of a step, collectives, what hosts must deliver, and
+hours. It needs libtpu (pip install -e '.[tpu]') and no data, and takes minutes. Nothing is run: all
+figures are estimates from the compiler's schedule. This is the only command of launch/ that imports
+JAX.
+
+Exit codes: 0 it fits; 3 it does not fit the memory; 2 the command, the config or the mesh is wrong.
 """
 
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
+import tempfile
+import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags
 import ml_collections
 
+from configs import recipes
+from launch import preflight_text
 from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
@@ -27,9 +39,26 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
   "slices", 1, "Number of such slices, joined by the data centre's network.", lower_bound=1
 )
+flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
+flags.DEFINE_bool(
+  "find_batch", False, "Find the largest batch per chip that fits, by bisection: several compiles."
+)
+flags.DEFINE_float(
+  "dollars_per_chip_hour", None, "Price, for the cost of the run.", lower_bound=0.0
+)
+flags.DEFINE_integer(
+  "train_examples", 0, "Training examples, if not those of the recipe.", lower_bound=0
+)
+flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
-# Only constants of the schedule depend on the number of examples, so ImageNet's fits any data.
-EXAMPLES = 1_281_167
+DOES_NOT_FIT = 3  # exit code
+_PROGRESS_SECONDS = 10.0
+
+
+class DoesNotFitError(TrainerError):
+  """A step needs more memory than a chip has."""
+
+  exit_code = DOES_NOT_FIT
 
 
 def topology_devices(topology: str, slices: int) -> list:
@@ -57,73 +86,232 @@ def topology_devices(topology: str, slices: int) -> list:
   }
   from jax.experimental import topologies
 
+  one_chip = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
   try:
     return topologies.get_topology_desc(
-      platform="tpu", topology_name=topology, num_slices=slices
+      platform="tpu", topology_name=topology, num_slices=slices, **one_chip
     ).devices
   except Exception as error:
-    raise ConfigError(f"--topology={topology}: {_first_line(error)}") from error
+    raise ConfigError(
+      f"--topology={topology}: {_first_line(error)} {_topologies(topology)}"
+    ) from error
 
 
-def preflight(config: ml_collections.ConfigDict, topology: str, slices: int) -> None:
-  """Compile the train step of a config for a topology and print what is known about it.
+def _topologies(topology: str) -> str:
+  """Returns what a wrong topology might have been."""
+  from trainer.reporting.chips import CHIPS
+
+  by_name = {chip.name: chip for chip in CHIPS.values()}
+  name = topology.partition(":")[0]
+  if name in by_name:
+    shapes = [f"{name}:{shape}" for shape in by_name[name].topologies]
+    return f"Of {name} there are {', '.join(shapes)} and larger."
+  examples = [f"{chip.name}:{chip.topologies[1]}" for chip in by_name.values()]
+  return f"There are, for example, {', '.join(examples)}."
+
+
+def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, Any]:
+  """Compile the steps of a config for --topology, and return what is known about them.
+
+  Args:
+    config: of the run.
+    screen: gets lines of progress.
 
   Raises:
     TrainerError: with one sentence if config and topology do not fit, or the memory is too small.
   """
-  devices = topology_devices(topology, slices)
-  import jax  # after the environment is set
-
+  devices = topology_devices(FLAGS.topology, FLAGS.slices)
   from trainer import config as config_lib
   from trainer import mesh as mesh_lib
   from trainer import program as program_lib
-  from trainer.tools import collectives
+  from trainer.reporting import flops
+  from trainer.tools import estimate
 
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
-  program = program_lib.build(config, EXAMPLES, devices)
-  hosts = len({device.process_index for device in devices})
-  _section(
-    "Mesh",
-    [
-      (
-        f"{dict(program.mesh.shape)}: {len(devices)} x {devices[0].device_kind}, {hosts} host(s), "
-        f"{slices} slice(s)"
-      )
-    ],
+  name = command_line.name_of(sys.argv)
+  examples = FLAGS.train_examples or _examples(name)
+  program = program_lib.build(config, examples, devices)
+  where = estimate.pod(devices)
+  report: dict[str, Any] = {
+    "config": name,
+    "topology": FLAGS.topology,
+    "slices": where.slices,
+    "libtpu": importlib.metadata.version("libtpu"),
+    "chip": devices[0].device_kind,
+    "chips": where.chips,
+    "devices": len(devices),
+    "hosts": where.hosts,
+    "mesh": dict(program.mesh.shape),
+    "shardings": mesh_lib.describe_shardings(program.abstract_state),
+    "hbm_bytes": round(where.chip.hbm_bytes / where.devices_per_chip),
+    "leaves_out": estimate.LEAVES_OUT,
+    "steps": [],
+  }
+  forward: dict[int, int] = {}
+  compiling = 0.0
+  for mode, sizes in [
+    *(("train", sizes) for sizes in program.all_sizes("train")),
+    ("eval", program.sizes("eval")),
+  ]:
+    size, batch = sizes["image_size"], sizes["batch_size"]
+    if size not in forward:
+      forward[size] = flops.forward_flops(program.model, program.abstract_state.raw(), size)
+    passes = flops.FORWARD_PASSES if mode == "train" else 1
+    step, seconds = _compile(program, mode, sizes, screen)
+    compiling += seconds
+    figures = estimate.step(
+      step,
+      program.mesh,
+      batch_size=batch,
+      flops=passes * batch * forward[size],
+      training=mode == "train",
+    )
+    report["steps"].append(
+      {"mode": mode, **sizes, "per_chip": batch / where.chips, "compile_seconds": seconds} | figures
+    )
+  trained = [each for each in report["steps"] if each["mode"] == "train"]
+  evaluated = report["steps"][-1]
+  fastest = max(each["images_per_second"] for each in trained)
+  report["host"] = estimate.host_side(where, fastest)
+  total, every = program.lengths.total, program.lengths.eval_every
+  report["run"] = {"train_steps": total} | estimate.run(
+    {each["image_size"]: each["ms"] / 1e3 for each in trained},
+    program.lengths.sizes,
+    total=total,
+    evaluations=-(-total // every) if every else 1,
+    eval_steps=-(-FLAGS.eval_examples // evaluated["batch_size"]),
+    eval_seconds=evaluated["ms"] / 1e3,
+    start_seconds=compiling,
+    chips=where.chips,
+    dollars_per_chip_hour=FLAGS.dollars_per_chip_hour,
   )
-  _section("State", mesh_lib.describe_shardings(program.abstract_state))
+  if FLAGS.find_batch:
+    report["largest_batch_per_chip"] = _find_batch(config, examples, devices, where.chips, screen)
+  return report
+
+
+def _compile(program: Any, mode: Any, sizes: dict[str, int], screen: TextIO) -> tuple[Any, float]:
+  """Returns a compiled step and the seconds that it took.
+
+  Raises:
+    DoesNotFitError: by how much, and what to change.
+    ConfigError: if the compiler refuses it for another reason.
+  """
+  import jax
+
+  from trainer.tools import layers
+
+  what = f"{mode} step, {sizes['batch_size']} images of {sizes['image_size']} px"
+  model = program.model.merge(program.abstract_state.raw(), None)
+  with _progress(f"{what}: tracing", screen), layers.named(model):
+    lowered = program.lower(mode, **sizes)
   start = time.perf_counter()
   try:
-    step = program.compile("train", **program.sizes("train"))
+    with _progress(f"{what}: compiling", screen):
+      return program.finish(lowered, mode), time.perf_counter() - start
   except jax.errors.JaxRuntimeError as error:
-    raise ConfigError(f"The compiler refuses this step: {_first_line(error)}") from error
-  seconds = time.perf_counter() - start
-  found = collectives.describe(collectives.read(step.as_text() or ""))
-  _section("Collectives of a step", found or ["none"])
-  _section(
-    "Memory of each device, as the compiler estimates it", _describe_memory(step.memory_analysis())
+    if over := _too_large(str(error)):
+      raise DoesNotFitError(f"The {what} do not fit: {over}. {_ADVICE}") from error
+    raise ConfigError(f"The compiler refuses the {what}: {_first_line(error)}") from error
+
+
+_ADVICE = (
+  "Use more chips, halve config.global_batch_size, double config.accumulation_steps or set "
+  "config.model.remat where the model has it; --find_batch finds the largest batch that fits."
+)
+
+
+def _too_large(message: str) -> str:
+  """Returns by how much a program exceeds the memory; "" if a message is of something else."""
+  size = r"\(?([\d.]+)([KMGT])\)?"
+  found = re.search(rf"HLO temporaries {size} exceeds available HBM {size}", message) or re.search(
+    rf"Used {size} of {size} hbm", message
   )
-  print(f"Compiled in {seconds:.0f} s.")
+  if not found:
+    return "the chip's memory is too small" if "RESOURCE_EXHAUSTED" in message else ""
+  needed, there = (float(found[i]) * 2.0 ** (10 * "_KMGT".index(found[i + 1]) - 30) for i in (1, 3))
+  return (
+    f"they need {needed:.2f} GiB of the {there:.2f} of a chip's memory, "
+    f"{needed - there:.2f} too much"
+  )
 
 
-def _describe_memory(memory: Any) -> list[str]:
-  """Returns the lines of a compiled step's `memory_analysis()`."""
-  new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  parts = {
-    "arguments": (memory.argument_size_in_bytes, "the state and a batch"),
-    "outputs": (new, "metrics; the new state takes the place of the old"),
-    "temporary": (memory.temp_size_in_bytes, "activations, gradients"),
-    "program": (memory.generated_code_size_in_bytes, ""),
-  }
-  parts["in all"] = sum(size for size, _ in parts.values()), ""
-  return [
-    f"{name:9} {size / 2**20:9.1f} MiB  {what}".rstrip() for name, (size, what) in parts.items()
-  ]
+def _find_batch(
+  config: ml_collections.ConfigDict, examples: int, devices: list, chips: int, screen: TextIO
+) -> int:
+  """Returns the most images per chip of a training step that fit."""
+  from trainer import program as program_lib
+
+  unit = max(1, config.global_batch_size // chips // 8)
+
+  def fits(units: int) -> bool:
+    tried = ml_collections.ConfigDict(config)
+    tried.global_batch_size = units * unit * chips
+    program = program_lib.build(tried, examples, devices)
+    try:
+      _compile(program, "train", program.sizes("train"), screen)
+    except DoesNotFitError:
+      return False
+    return True
+
+  return unit * largest(fits, config.global_batch_size // chips // unit)
 
 
-def _section(title: str, lines: list[str]) -> None:
-  print("\n".join([f"{title}:", *[f"  {line}" for line in lines]]), flush=True)
+def largest(fits: Callable[[int], bool], start: int) -> int:
+  """Returns the largest n for which `fits`, which holds up to some number; 0 if not even for 1.
+
+  Args:
+    fits: takes long, so that it is asked seldom.
+    start: the first guess.
+  """
+  low, high = 0, start
+  while fits(high):
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if fits(middle) else (low, middle)
+  return low
+
+
+@contextlib.contextmanager
+def _progress(what: str, screen: TextIO) -> Iterator[None]:
+  """Write a line now and then while the body runs."""
+  start, done = time.perf_counter(), threading.Event()
+
+  def watch() -> None:
+    while not done.wait(_PROGRESS_SECONDS):
+      print(f"{what} for {time.perf_counter() - start:.0f} s", file=screen, flush=True)
+
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+  print(f"{what}: {time.perf_counter() - start:.0f} s", file=screen, flush=True)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[TextIO]:
+  """Yield the standard error of this process; what libtpu writes there by itself is dropped."""
+  sys.stderr.flush()
+  kept = os.dup(2)
+  with tempfile.TemporaryFile() as chatter, os.fdopen(kept, "w") as screen:
+    os.dup2(chatter.fileno(), 2)
+    before, sys.stderr = sys.stderr, screen
+    try:
+      yield screen
+    finally:
+      sys.stderr = before
+      os.dup2(kept, 2)
+
+
+def _examples(name: str) -> int:
+  """Returns the training examples that a run file is written for; ImageNet's if it is no recipe."""
+  files = {recipe.partition(":")[0] for recipe in recipes.names()}
+  return recipes.examples(name) if name.partition(":")[0] in files else 1_281_167
 
 
 def _first_line(error: Exception) -> str:
@@ -133,15 +321,17 @@ def _first_line(error: Exception) -> str:
 
 
 def main(argv: list[str]) -> int:
-  """Returns the exit code of trainer.errors."""
+  """Returns the exit code: those of trainer.errors, or DOES_NOT_FIT."""
   try:
     if command_line.answered(argv, __doc__):
       return DONE
     command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
-    preflight(FLAGS.config, FLAGS.topology, FLAGS.slices)
+    with _without_chatter() as screen:
+      report = preflight(FLAGS.config, screen)
+    print(json.dumps(report, indent=2) if FLAGS.json else preflight_text.text(report), flush=True)
   except TrainerError as error:
     print(f"preflight: {error}", file=sys.stderr)
-    return FAILED
+    return error.exit_code if isinstance(error, DoesNotFitError) else FAILED
   return DONE
 
 

@@ -186,9 +186,12 @@ class Program:
 
   def compile(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Compiled:
     """Compile what `lower` returns, for the devices of the mesh."""
+    return self.finish(self.lower(mode, image_size=image_size, batch_size=batch_size), mode)
+
+  def finish(self, lowered: jax.stages.Lowered, mode: Mode) -> jax.stages.Compiled:
+    """Compile what was traced before."""
     on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-    options = _TPU_OPTIONS if on_tpu and mode == "train" else None
-    return self.lower(mode, image_size=image_size, batch_size=batch_size).compile(options)
+    return lowered.compile(_TPU_OPTIONS if on_tpu and mode == "train" else None)
 
   def empty_batch(
     self, mode: Mode, hosts: int, *, image_size: int, batch_size: int

@@ -1,11 +1,15 @@
 """What a run would be on a TPU is said without one; what cannot be is said in one sentence."""
 
 import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from launch import preflight as preflight_lib
+from launch import preflight_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=tests/trainer/tiny.py"
@@ -31,8 +35,8 @@ def preflight(*args, without=()):
   )
 
 
-def assert_refused(result, *words):
-  assert result.returncode == 2
+def assert_refused(result, *words, code=2):
+  assert result.returncode == code
   assert "Traceback" not in result.stderr
   sentence = result.stderr.splitlines()[-1]
   for word in ("preflight: ", *words):
@@ -63,22 +67,19 @@ def test_without_libtpu():
 @pytest.mark.parametrize(
   "args, words",
   [
-    (["--topology=v5e:3x3", TINY], ["--topology=v5e:3x3", "not divisible"]),
-    (["--topology=v9:2x2", TINY], ["--topology=v9:2x2", "Invalid"]),
+    (
+      ["--topology=v5e:3x3", TINY],
+      ["--topology=v5e:3x3", "not divisible", "Of v5e there are v5e:1x1, v5e:2x2, v5e:2x4"],
+    ),
+    (
+      ["--topology=v9:2x2", TINY],
+      ["--topology=v9:2x2", "Invalid", "for example, v2:4x4", "v5e:2x2", "tpu7x:2x2x2"],
+    ),
     (
       ["--topology=v5e:2x2", TINY, "--config.global_batch_size=6"],
       ["config.global_batch_size is 6", "4 devices"],
     ),
     (["--topology=v5e:2x2", TINY, "--config.mesh.fsdp=3"], ["config.mesh.fsdp", "4 devices"]),
-    (
-      [
-        "--topology=v5e:2x2",
-        TINY,
-        "--config.data.image_size=1024",
-        "--config.global_batch_size=4096",
-      ],
-      ["refuses this step", "memory"],
-    ),
   ],
 )
 def test_what_does_not_fit(args, words):
@@ -86,19 +87,69 @@ def test_what_does_not_fit(args, words):
 
 
 @needs_libtpu
+def test_memory_that_does_not_suffice():
+  result = preflight(
+    "--topology=v5e:2x2", TINY, "--config.data.image_size=1024", "--config.global_batch_size=4096"
+  )
+  assert_refused(
+    result,
+    "train step, 4096 images of 1024 px",
+    "memory",
+    "too much",
+    "config.accumulation_steps",
+    "--find_batch",
+    code=preflight_lib.DOES_NOT_FIT,
+  )
+
+
+@needs_libtpu
 def test_step_of_a_small_net():
-  result = preflight("--topology=v5e:2x2", TINY, "--config.model.bn_group=device")
+  result = preflight(
+    "--topology=v5e:2x2",
+    TINY,
+    "--config.model.bn_group=device",
+    "--config.data.image_sizes=0:16, 0.00003:24",
+    "--dollars_per_chip_hour=1.2",
+    "--json",
+  )
   assert result.returncode == 0, result.stderr
+  report = json.loads(result.stdout)
+  assert (report["chips"], report["hosts"], report["slices"]) == (4, 1, 1)
+  assert report["mesh"] == {"data": 4, "fsdp": 1, "space": 1}
+  steps = report["steps"]
+  assert [(step["mode"], step["image_size"]) for step in steps] == [
+    ("train", 16),
+    ("train", 24),
+    ("eval", 16),
+  ]
+  for step in steps:
+    assert step["memory"]["total"] == sum(
+      size for part, size in step["memory"].items() if part != "total"
+    )
+    assert sum(step["cycles_by_kind"].values()) == pytest.approx(step["cycles"], rel=1e-3)
+    assert sum(step["cycles_by_layer"].values()) == pytest.approx(step["cycles"], rel=1e-2)
+    assert "stage3_block1/conv2" in step["cycles_by_layer"]
+    assert not step["unknown_loops"]
+    # The gradients, or counts: no statistics of batch norm cross devices.
+    assert {each["kind"] for each in step["collectives"]} == {"all-reduce"}
+    assert all(each["axes"] == ["data"] for each in step["collectives"])
+    assert not any(each["crosses_slices"] for each in step["collectives"])
+    assert step["ms"] > step["floors_ms"]["arithmetic"] > 0
+  assert "weight gradient" in steps[0]["cycles_by_kind"]
+  assert "weight gradient" not in steps[2]["cycles_by_kind"]
+  assert steps[1]["cycles"] > steps[0]["cycles"]
+  assert report["run"]["train_steps"] == 10
+  assert report["run"]["dollars"] == pytest.approx(1.2 * report["run"]["chip_hours"])
+  # Progress, and nothing that libtpu writes by itself.
+  assert all(" step, 8 images of " in line for line in result.stderr.splitlines())
+  text = preflight_text.text(report | {"largest_batch_per_chip": 24})
   for words in (
-    "{'data': 4, 'fsdp': 1, 'space': 1}: 4 x TPU v5 lite, 1 host(s), 1 slice(s)",
-    "params      P(): ",
-    "all-reduce                over 4 devices: ",
-    "arguments",
-    "MiB",
-    "Compiled in",
+    "v5e:2x2: 4 chips",
+    "all-reduce over data (4 devices)",
+    "24 images a chip",
+    "dollars",
   ):
-    assert words in result.stdout
-  assert "all-gather" not in result.stdout and "collective-permute" not in result.stdout
+    assert words in text
 
 
 @needs_libtpu
@@ -115,6 +166,41 @@ def test_update_in_shards_is_scattered_in_two_steps():
   )
   assert result.returncode == 0, result.stderr
   # One step over all 16 chips would be an all-reduce.
-  assert "reduce-scatter            over 4 devices" in result.stdout
-  assert "all-gather                over 16 devices" in result.stdout
-  assert "in loops" not in result.stdout
+  assert "reduce-scatter over fsdp (4 devices)" in result.stdout
+  assert "all-gather over data and fsdp (16 devices)" in result.stdout
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 8, 9, 23, 100])
+def test_largest_that_fits(most):
+  asked = []
+
+  def fits(n):
+    asked.append(n)
+    return n <= most
+
+  assert preflight_lib.largest(fits, 8) == most
+  assert len(asked) == len(set(asked)) <= 11
+
+
+OVER = "Ran out of memory on HBM, the total memory required for HLO temporaries"
+
+
+@pytest.mark.parametrize(
+  "message, words",
+  [
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. ...",
+      "need 20.50 GiB of the 15.75 of a chip's memory, 4.75 too much",
+    ),
+    (
+      f"RESOURCE_EXHAUSTED: {OVER} (113.01G) exceeds available HBM (512.0M).",
+      "need 113.01 GiB of the 0.50 of a chip's memory, 112.51 too much",
+    ),
+    ("RESOURCE_EXHAUSTED: something else", "too small"),
+    ("INTERNAL: no such instruction", ""),
+  ],
+)
+def test_words_of_the_compiler_about_memory(message, words):
+  found = preflight_lib._too_large(message)
+  assert words in found
+  assert bool(words) == bool(found)

@@ -126,6 +126,26 @@ def test_every_way_to_write_groups(axes, devices):
   assert collectives.read(line) == [Collective("all-reduce", devices, 4, False)]
 
 
+@pytest.mark.parametrize(
+  "groups, devices",
+  [
+    ("replica_groups=mesh['a'=4,'b'=8] {'b'}", range(8)),
+    ("replica_groups=mesh['a'=4,'b'=8] {'a'}", range(0, 32, 8)),
+    # Of the 8 along b, the first axis of 2 and the second of 4 in it.
+    ("replica_groups=mesh['a'=4,'b'=8] {'b':(2)4}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=4,'b'=8] {'b':(1)2}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+    ("replica_groups=[4,2]<=[8]", (0, 1)),
+    ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+    ("replica_groups={{1,5},{2,6}}", (1, 5)),
+    ("replica_groups={}", ()),
+    ("source_target_pairs={{3,0},{0,3},{1,2}}", (0, 3)),
+  ],
+)
+def test_devices_of_a_group(groups, devices):
+  assert collectives.group(f"  %sum = f32[] all-reduce(%x), {groups}, to_apply=%add") == (*devices,)
+
+
 def test_description_adds_up_by_kind_and_devices():
   mebibyte = 2**20
   assert collectives.describe(

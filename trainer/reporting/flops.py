@@ -16,21 +16,10 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
+from trainer.reporting.chips import CHIPS
 from trainer.state import Model, Variables
 
 FORWARD_PASSES = 3  # that a training step counts as
-
-# Dense bfloat16 FLOP/s of a chip by jax.Device.device_kind; kinds as in
-# jax/_src/pallas/mosaic/tpu_info.py.
-_PEAK = {
-  "TPU v2": 46e12,  # doi:10.1145/3360307
-  "TPU v3": 123e12,  # docs.cloud.google.com/tpu/docs/v3
-  "TPU v4": 275e12,  # docs.cloud.google.com/tpu/docs/v4
-  "TPU v5 lite": 197e12,  # v5e; docs.cloud.google.com/tpu/docs/v5e
-  "TPU v5": 459e12,  # v5p; docs.cloud.google.com/tpu/docs/v5p
-  "TPU v6 lite": 918e12,  # v6e; docs.cloud.google.com/tpu/docs/v6e
-  "TPU7x": 2307e12,  # docs.cloud.google.com/tpu/docs/tpu7x
-}
 
 
 def peak(devices: Sequence[jax.Device]) -> float | None:
@@ -39,13 +28,13 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
   A device is a core on v2, v3 and TPU7x, where a chip has two; a core or a whole chip on v4 and
   v5p, depending on their setup; else a chip. Cores of one chip have the same coordinates.
   """
-  if any(device.device_kind not in _PEAK for device in devices):
+  if any(device.device_kind not in CHIPS for device in devices):
     return None
   chips = {
     (getattr(device, "slice_index", 0), tuple(device.coords)): device.device_kind
     for device in devices
   }
-  return sum(_PEAK[kind] for kind in chips.values())
+  return sum(CHIPS[kind].peak for kind in chips.values())
 
 
 def forward_flops(model: Model, variables: Variables, image_size: int) -> int:

@@ -5,12 +5,14 @@ import itertools
 import math
 import re
 
-_KINDS = (
+import numpy as np
+
+KINDS = (
   "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|"
   "collective-broadcast|recv"
 )
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.* -> .* \{$")
-_COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({_KINDS})(-start)?\(')
+_COLLECTIVE = re.compile(rf'\s+(?:ROOT )?%?[\w.-]+ = ([^"]*?) ({KINDS})(-start)?\(')
 _BETWEEN_SLICES = re.compile(
   r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"'
 )
@@ -119,24 +121,61 @@ def _size(shape: str) -> float:
 
 def _group_size(line: str) -> int | None:
   """Return how many devices share the collective of a line; None if it names none: all of them."""
+  return len(found) if (found := group(line)) else None
+
+
+def group(line: str) -> tuple[int, ...]:
+  """Return the numbers of the devices that share the collective of a line: of one group of several.
+
+  They are positions in the mesh, whose devices are the partitions of the program in their order. ()
+  if the line names none: all of them.
+  """
   if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
     return _chain(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
-  if axes := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", line):
-    sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
-    return math.prod(
-      int(part or sizes[name]) for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes[2])
-    )
-  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-    return int(iota[1])
+  if axes := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes[1])}
+    numbers = _iota(axes[2], math.prod(sizes.values())).reshape(list(sizes.values()))
+    kept = []
+    # A part of an axis, 'b':(2)4, are the 4 of its positions that are neighbours behind 2 others.
+    for name, before, part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes[3]):
+      sizes_of = int(before or 1), int(part or sizes[name])
+      kept.append((list(sizes).index(name), *sizes_of, sizes[name] // math.prod(sizes_of)))
+    return _first(numbers, kept)
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+    return tuple(_iota(iota[2], 0)[: int(iota[1])].tolist())
   if first := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-    return first[1].count(",") + 1
-  return None
+    return tuple(map(int, first[1].split(",")))
+  return ()
 
 
-def _chain(pairs: list[tuple[str, str]]) -> int:
-  """Return the number of devices in the longest chain of (from, to) pairs."""
+def _iota(text: str, size: int) -> np.ndarray:
+  """Return the numbers that "[2,4]T(1,0)" stands for, or those up to `size` for an empty text."""
+  if not text:
+    return np.arange(size)
+  lengths = [int(length) for length in re.findall(r"\[(.*?)\]", text)[0].split(",")]
+  order = re.search(r"T\((.*?)\)", text)
+  axes = [int(axis) for axis in order[1].split(",")] if order else range(len(lengths))
+  return np.arange(math.prod(lengths)).reshape(lengths).transpose(axes).flatten()
+
+
+def _first(numbers: np.ndarray, kept: list[tuple[int, int, int, int]]) -> tuple[int, ...]:
+  """Return the numbers of the first group in a mesh.
+
+  Args:
+    numbers: of the devices, in the shape of the mesh.
+    kept: parts of axes along which a group lies: axis, positions before, in and behind the part.
+  """
+  index: list[np.ndarray] = [np.zeros(1, int)] * numbers.ndim
+  for axis, _, part, after in kept:
+    index[axis] = (index[axis][:, None] + np.arange(part) * after).flatten()
+  return tuple(numbers[np.ix_(*index)].flatten().tolist())
+
+
+def _chain(pairs: list[tuple[str, str]]) -> tuple[int, ...]:
+  """Return the devices of the longest chain of (from, to) pairs."""
   groups: dict[str, set[str]] = {}
   for pair in pairs:
     joined = set.union(*(groups.get(device, {device}) for device in pair))
     groups |= dict.fromkeys(joined, joined)
-  return max(map(len, groups.values()))
+  longest = max(map(len, groups.values()))
+  return next(tuple(sorted(map(int, group))) for group in groups.values() if len(group) == longest)
