@@ -103,7 +103,8 @@ def bench_depth(args: argparse.Namespace) -> None:
   """
   print(f"width {args.width:g}, {args.image_size} px, batch {args.batch_size}, float32")
   print(
-    "net                      loop   remat   init s  trace s compile s  temporaries MB step s  loss"
+    f"{'net':24} {'loop':6} {'remat':6} {'init s':>8} {'trace s':>8} {'compile s':>10} "
+    f"{'temporaries MB':>15} {'step s':>7}  loss"
   )
   for net in args.nets.split(","):
     family, _, depth = net.strip().rpartition("-")
