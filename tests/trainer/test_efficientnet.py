@@ -242,3 +242,24 @@ def test_groups_that_do_not_divide_the_batch_are_refused():
   config.model.bn_group = "3"
   with pytest.raises(ConfigError, match=r"config\.model\.bn_group is 3, which does not divide"):
     config_lib.check_split(config, num_devices=1)
+
+
+@pytest.mark.parametrize(
+  "family, fields",
+  [
+    ("efficientnet", {}),
+    ("nfnet", {}),
+    ("resnet", {"depth": 50, "width": 1.0, "groups": 32, "base_width": 4}),
+  ],
+)
+def test_images_are_not_split_in_a_net_with_groups(family, fields):
+  config = tiny.get_config(family)
+  config.model.update(fields)
+  config_lib.validate(config)
+  config.mesh.space = 2
+  with pytest.raises(ConfigError, match=r"set config\.mesh\.space to 1") as error:
+    config_lib.validate(config)
+  assert "\n" not in str(error.value)
+  plain = tiny.get_config("nf_resnet")
+  plain.mesh.space = 2
+  config_lib.validate(plain)

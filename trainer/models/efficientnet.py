@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from configs.fields import POSITIVE, Field, Fields, one_of
 from trainer.models import names, norm, staged
-from trainer.models.layers import Layers
+from trainer.models.layers import Layers, refuse_split
 from trainer.models.resnet_fields import COMMON
 
 
@@ -281,6 +281,12 @@ class EfficientNet(staged.Staged):
     return names.efficientnet_name(
       leaf, [(stage.fused, stage.expand > 1) for stage in variant.stages]
     )
+
+  @classmethod
+  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
+    """Refuse to split images; see Family."""
+    del fields
+    refuse_split(name, size, space)
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:

@@ -144,6 +144,27 @@ class Layers:
     return max(8, int(channels * self.se_ratio + 4) // 8 * 8)
 
 
+def refuse_split(name: str, size: int, space: int) -> None:
+  """Refuse to split the height of images over devices in a net with grouped convolutions.
+
+  Where the parts of a batch are not all of the devices, as in maps that are too small to be split,
+  XLA (of jax 0.10.2) computes wrong gradients of their kernels.
+
+  Args:
+    name: of the field that has the size.
+    size: of images.
+    space: `config.mesh.space`.
+
+  Raises:
+    ValueError: one sentence that begins with the name, if there is more than one part.
+  """
+  if space > 1:
+    raise ValueError(
+      f"{name} is {size}, whose height config.mesh.space = {space} would split, and of grouped "
+      "convolutions the compiler has wrong gradients then; set config.mesh.space to 1."
+    )
+
+
 class BlurredConv(nnx.Conv):
   """A convolution with stride whose input is blurred first (BlurPool, arXiv:1904.11486).
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from configs.fields import POSITIVE, Field, Fields, one_of
 from trainer.models import names, staged
-from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool
+from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split
 from trainer.models.resnet import STAGES, scaled
 from trainer.models.resnet_fields import COMMON, depth_of
 from trainer.models.stack import Paths
@@ -257,12 +257,7 @@ class Block(nnx.Module):
 
 
 class _Signals(NamedTuple):
-  """What blocks get: beta, and the factor of stochastic depth; see stack.Extras.
-
-  Attributes:
-    betas: of every block.
-    paths: None where no branch is skipped.
-  """
+  """What blocks get: beta, and the factor of stochastic depth if there is any; see stack.Extras."""
 
   betas: np.ndarray
   paths: Paths | None
@@ -422,6 +417,12 @@ class NFNet(_NormFree):
         f"config.model.width is {fields['width']}, which makes groups of "
         f"{_GROUP_WIDTH * fields['width']:g} channels; give a multiple of 1/{_GROUP_WIDTH}."
       )
+
+  @classmethod
+  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
+    """Refuse to split images; see Family."""
+    del fields
+    refuse_split(name, size, space)
 
   def _build_stem(self, fields: Mapping[str, Any], layers: _Layers) -> int:
     channels = [scaled(base, fields["width"]) for base in (16, 32, 64, 128)]

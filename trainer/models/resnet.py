@@ -20,7 +20,7 @@ import jax
 from configs.fields import Fields
 from trainer.models import names, norm, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import Layers, max_pool
+from trainer.models.layers import Layers, max_pool, refuse_split
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -102,6 +102,12 @@ class _Trunk(staged.Staged):
         f"config.model.base_width is {fields['base_width']}, which leaves no channel for a group "
         f"of the first stage, of {channels} channels."
       )
+
+  @classmethod
+  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
+    """Refuse to split images in a net with groups; see Family."""
+    if fields["groups"] > 1:
+      refuse_split(name, size, space)
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:

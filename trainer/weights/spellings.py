@@ -67,7 +67,7 @@ def respell(names: Iterable[str], source: str, target: str) -> dict[str, str]:
   Args:
     names: of tensors, such as "features.0.0.weight".
     source: whose they are, one of LIBRARIES.
-    target: likewise.
+    target: the other one.
 
   Returns:
     The new name of each; empty if they are not all of such a net.
