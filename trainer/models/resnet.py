@@ -136,6 +136,7 @@ class _Trunk(staged.Staged):
       momentum=fields["bn_momentum"],
       epsilon=fields["bn_epsilon"],
       unbiased=fields["bn_unbiased"],
+      shifted=fields["bn_shifted"],
       group=fields["bn_group"],
       shards=shards,
     )
@@ -163,7 +164,7 @@ class _Trunk(staged.Staged):
       def another(rngs: nnx.Rngs, inputs: int = inputs, outputs: int = outputs) -> Block:
         return block(inputs, outputs, 1, layers.drawn_from(rngs))
 
-      others = repeat(another, number - 1, layers.rngs, loop=self.scan)
+      others = repeat(another, number - 1, layers.rngs, loop=fields["scan"])
       for b, made in enumerate([first, *others], 1):
         setattr(self, f"stage{s}_block{b}", made)
     if self.preact:
