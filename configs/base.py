@@ -125,6 +125,14 @@ RUN: Fields = {
     "Of activations; parameters and statistics are float32 or wider.",
     check=one_of("bfloat16", "float32", "float64"),
   ),
+  "model.precision": Field(
+    "default",
+    "Of products of float32 on a TPU: default, factors are rounded to bfloat16, those of the head "
+    "under model.dtype=bfloat16 too | high, three passes of bfloat16 | highest, float32 in six. A "
+    "CPU always computes in float32.",
+    check=one_of("default", "high", "highest"),
+    resume=ASK,
+  ),
   **data_fields.DATA,
   "optimizer.name": Field(
     "sgd", "An optimizer of trainer/optimizer.py, or package.module:function."
@@ -340,6 +348,23 @@ RUN: Fields = {
   "checkpoint.retry_seconds": Field(
     60.0, "Pause before a failed save is tried again.", "seconds", at_least(0), YES
   ),
+  "checks.replicas_every_steps": Field(
+    100,
+    "Steps between comparisons of what several devices have copies of (trainer/replicas.py), which "
+    "are made before every save too; 0 makes none at all.",
+    "steps",
+    at_least(0),
+    YES,
+  ),
+  "checks.recompute_every_steps": Field(
+    0,
+    "Steps between tests in which all devices compute the gradient of the same examples, which "
+    "finds one that multiplies wrong. Each takes about as long as a step, and is one more program "
+    "to compile; 0 makes none.",
+    "steps",
+    at_least(0),
+    YES,
+  ),
   "resume.allow": Field(
     "",
     "Fields and sections that may differ from those of the checkpoint, joined by commas, as in "
@@ -404,6 +429,6 @@ def all_fields(family: str) -> dict[str, Field]:
   merged: dict[str, Field] = {}
   for name, field in RUN.items():
     merged[name] = field
-    if name == "model.dtype":  # the last of the section
+    if name == "model.precision":  # the last of the section
       merged |= {f"model.{key}": own_field for key, own_field in own.items()}
   return merged

@@ -5,8 +5,8 @@ from input_pipeline.errors import DataError, InputLost
 DONE = 0
 FAILED = 2  # the same command fails in the same way
 PREEMPTED = 75  # stopped on request after saving; the same command resumes the run
-# Another host, the storage or the input is missing or silent, the workdir is in use, or something
-# failed for the first time; the same command on all hosts resumes the run.
+# Another host, the storage or the input is missing or silent, the workdir is in use, devices
+# disagree, or something failed for the first time; the same command on all hosts resumes the run.
 HOST_LOST = 76
 
 
@@ -43,6 +43,12 @@ class WorkdirBusy(TrainerError):
 
 class NonFiniteError(TrainerError):
   """Loss, gradients or parameters are not finite numbers any more."""
+
+
+class ReplicasDiffer(TrainerError):
+  """Copies of the same array are not equal, or devices get other results from the same work."""
+
+  exit_code = HOST_LOST
 
 
 class HostLost(TrainerError):

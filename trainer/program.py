@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import os
 import threading
@@ -23,6 +24,7 @@ from trainer import (
   evaluate,
   finetune,
   models,
+  replicas,
   schedules,
 )
 from trainer import (
@@ -38,13 +40,15 @@ from trainer.errors import ConfigError
 from trainer.models import packing
 from trainer.state import Model, TrainState, make_init
 
-Mode = Literal["train", "eval", "statistics"]
+Mode = Literal["train", "eval", "statistics", "replicas", "recompute"]
 
 # The entries of a host batch that each kind of step reads.
 BATCHES: dict[Mode, tuple[str, ...]] = {
   "train": ("image", "label"),
   "eval": evaluate.BATCH,
   "statistics": ("image",),
+  "replicas": (),
+  "recompute": ("image", "label"),
 }
 
 # Without it the compiler computes a gradient that is wanted in shards by one convolution for each
@@ -104,7 +108,9 @@ class Program:
 
   def sizes(self, mode: Mode) -> dict[str, int]:
     """Return the image size and the batch size for a mode; in training the largest image size."""
-    if mode == "train":
+    if mode == "replicas":
+      return {"image_size": 0, "batch_size": 0}
+    if mode in ("train", "recompute"):
       size, batch = max(image_sizes.distinct(self.config.data)), self.config.global_batch_size
     else:
       size, batch = self.config.data.eval_image_size, self.config.eval.batch_size
@@ -133,8 +139,25 @@ class Program:
     return evaluate.abstract_totals(self.mesh, classes, bool(fields.real_labels))
 
   def lower(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Lowered:
-    """Trace a step for batches of this size; see trainer.step. Training donates the state."""
+    """Trace a step for batches of this size; see trainer.step. Training donates the state.
+
+    The comparison of replicas has no batch; see trainer.replicas.
+    """
+    with contextlib.ExitStack() as context:
+      if self.config.model.precision != "default":  # else JAX_DEFAULT_MATMUL_PRECISION may say
+        context.enter_context(jax.default_matmul_precision(self.config.model.precision))
+      return self._lower(mode, image_size, batch_size)
+
+  def _lower(self, mode: Mode, image_size: int, batch_size: int) -> jax.stages.Lowered:
     requests = mesh_lib.abstract_flags(self.mesh)
+    if mode == "replicas":
+      return replicas.make_compare(self.abstract_state, self.mesh).lower(
+        self.abstract_state, requests
+      )
+    if mode == "recompute":
+      return self._recompute(image_size, batch_size).lower(
+        self.abstract_state.raw(), self._abstract_batch(mode, image_size, batch_size), requests
+      )
     batch = self._abstract_batch(mode, image_size, batch_size)
     replicated = mesh_lib.replicated(self.mesh)
     if mode == "statistics":
@@ -183,6 +206,16 @@ class Program:
         f"{self.config.model.name} cannot take with the parameters of "
         f"{self.sizes('train')['image_size']} px: {first_line(error)}."
       ) from error
+
+  def _recompute(self, image_size: int, batch_size: int) -> jax.stages.Wrapped:
+    """Return the comparison of gradients of what one device has of a micro-batch."""
+    config = self.config.copy_and_resolve_references()
+    if "bn_group" in config.model:
+      config.model.bn_group = "global"
+    model, _ = make_init(config, self.optimizer, 1, image_size)
+    shards = mesh_lib.batch_shards(self.mesh)
+    rows = max(1, batch_size // (shards * config.accumulation_steps))
+    return replicas.make_recompute(config, self.mesh, model, rows)
 
   def compile(self, mode: Mode, *, image_size: int, batch_size: int) -> jax.stages.Compiled:
     """Compile what `lower` returns, for the devices of the mesh."""

@@ -19,12 +19,13 @@ from input_pipeline.batches import substituted
 from input_pipeline.errors import BadRecordError, one_line
 from input_pipeline.rows import Batch, validation_number
 from input_pipeline.workers.pool import Replacements
+from trainer import checks, real_labels
 from trainer import config as config_lib
 from trainer import data as data_lib
 from trainer import evaluate as evaluate_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
-from trainer import real_labels
+from trainer.checks import Checks
 from trainer.errors import ConfigError, Preempted
 from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, Requests
@@ -235,12 +236,14 @@ class Run:
         logging.info("Compiling the training step.")
       first, *later = self.program.all_sizes("train", self.step)
       self.steps.prepare("train", **first)
+      self.checks = Checks(self.pod, self.program, self.steps, [first, *later])
       self.steps.prepare("eval", **self.program.sizes("eval"))
       if self.statistics_source:
         self.steps.prepare("statistics", **self.program.sizes("statistics"))
       for sizes in later:
         self.steps.prepare("train", **sizes)
       self.program.check_eval_size()  # while the training step compiles
+      self.checks.prepare_gradients()
       if self.start:
         self.state, self.start = start_lib.make_state(self.program, self.start), None
       elif not self.restored:
@@ -319,6 +322,7 @@ class Run:
     self.requests.note(step, output.request)
     if not self._step_back():
       self.telemetry.step(step, output.metrics)
+      self.checks.step(step, self.state, batch, self._sizes)
     self.checkpointer.poll()
 
   def _step_back(self) -> bool:
@@ -351,11 +355,13 @@ class Run:
   def flush(self) -> None:
     """Wait for every step taken; raise if one was not finite, or if another run has the workdir.
 
-    So only good states are saved, and only by the owner of the workdir.
+    Raises as well if devices have different copies of the state. So only good states are saved, and
+    only by the owner of the workdir.
     """
     self.requests.flush()
     self._step_back()
     self.telemetry.flush()
+    self.checks.flush(self.step, self.state)
     if self.lease:
       self.lease.check()
 
@@ -366,6 +372,8 @@ class Run:
     if self.result is None:
       return False
     self.telemetry.evaluated(self.step, self.result, time.monotonic() - start)
+    if self.pod.host == 0:
+      checks.warn_of_means(self.config.model, self.state.batch_stats)
     if self.best is None or self.result["top1"] > self.best["top1"]:
       self.best = {"step": self.step, "top1": self.result["top1"]}
       self.checkpointer.set_best(self.step)

@@ -195,12 +195,19 @@ def fingerprints(tree: Tree) -> dict[str, int]:
   modulo 2**32. Integer sums do not depend on their order, so the hash is the same on any mesh,
   sharding and number of hosts.
   """
-  hashes = {path_name(path): _leaf_hash(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+  hashes = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    hashes[path_name(path)] = found = leaf_hash(leaf)
+    # Sums over shards are collectives, and those of several CPU devices in several processes wait
+    # for each other for ever when many of them are queued.
+    if not leaf.is_fully_replicated and jax.default_backend() == "cpu":
+      found.block_until_ready()
   return {name: int(value) for name, value in jax.device_get(hashes).items()}
 
 
 @jax.jit  # for itself, not over the tree: a net repeats a few dozen shapes over hundreds of leaves
-def _leaf_hash(x: jax.Array) -> jax.Array:
+def leaf_hash(x: jax.Array) -> jax.Array:
+  """Return the uint32 hash of an array; see `fingerprints`."""
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))

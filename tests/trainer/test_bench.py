@@ -1,6 +1,7 @@
 """The benchmarks run and print what they promise, whatever the figures."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -67,6 +68,23 @@ def test_augment(capsys, monkeypatch):
   out = capsys.readouterr().out
   share = float(out.split("the augmentation adds ")[1].split(" %")[0])
   assert "MB of an image with no augmentation" in out and f"with {chain}" in out and share > 0
+
+
+def test_replicas(capsys, monkeypatch):
+  monkeypatch.setattr(bench, "base", tiny)
+  with pytest.raises(SystemExit, match="one device, and no copy"):
+    bench.main(["replicas"])
+  # In a process of its own, for it needs several devices.
+  code = "from trainer.tools import bench; from tests.trainer import tiny; bench.base = tiny; "
+  out = subprocess.run(
+    [sys.executable, "-c", code + "bench.main(['replicas', '--rounds', '1'])"],
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  ).stdout
+  assert re.search(r"(\d+) of \1 leaves have copies; .* GFLOP and .* MB on each device", out)
+  assert "all-reduce                over 2 devices: 1," in out and "median of 1:" in out
 
 
 def test_a_picture_of_mixed_images(tmp_path):

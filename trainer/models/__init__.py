@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the tables of fields in this package are read without JAX
 
   from trainer.models.family import Family
 
-_COMMON = ("name", "num_classes", "dtype")  # fields of every family
+_COMMON = ("name", "num_classes", "dtype", "precision")  # fields of every family
 
 
 def family_of(model_config: ml_collections.ConfigDict) -> "type[Family]":

@@ -253,6 +253,7 @@ class EfficientNet(staged.Staged):
         ("bn_momentum", 0.99),
         ("bn_epsilon", 1e-3),
         ("bn_unbiased", False),
+        ("bn_shifted", False),
         ("bn_group", "global"),
         ("scan", False),
         ("remat", "none"),
@@ -315,6 +316,7 @@ class EfficientNet(staged.Staged):
       momentum=fields["bn_momentum"],
       epsilon=fields["bn_epsilon"],
       unbiased=fields["bn_unbiased"],
+      shifted=fields["bn_shifted"],
       group=fields["bn_group"],
       shards=shards,
     )

@@ -19,7 +19,8 @@ class Family(nnx.Module):
   seeded anew in each step. All names of its state are strings.
 
   Attributes:
-    FIELDS: what a config may set in its section `model`, beside name, num_classes and dtype.
+    FIELDS: what a config may set in its section `model`, beside name, num_classes, dtype and
+      precision.
     TRIAL: values of FIELDS that make the smallest net of all its parts, for --trial.
     NO_DECAY: regular expressions of matrices without weight decay, searched for in their path;
       vectors never decay.

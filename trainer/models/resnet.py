@@ -142,6 +142,7 @@ class _Trunk(staged.Staged):
       momentum=fields["bn_momentum"],
       epsilon=fields["bn_epsilon"],
       unbiased=fields["bn_unbiased"],
+      shifted=fields["bn_shifted"],
       group=fields["bn_group"],
       shards=shards,
     )

@@ -96,6 +96,12 @@ COMMON: Fields = {
     "Whether the running variance averages n/(n - 1) times that of the n values of a batch, as "
     "torch's does.",
   ),
+  "bn_shifted": Field(
+    False,
+    "Whether variances are computed from distances to the running mean. Without, they lose 0.2 % "
+    "where a mean is 100 deviations and 13 % at 1,000, of which evaluations warn in the log.",
+    resume=ASK,
+  ),
   "bn_group": Field(
     "global",
     "Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each "

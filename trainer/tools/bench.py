@@ -5,6 +5,7 @@
     python -m trainer.bench startup   seconds to the first step of a second start over the first
     python -m trainer.bench depth     compiler, memory and step of deep nets, unrolled and scanned
     python -m trainer.bench augment   FLOPs and bytes that mixing adds to a step
+    python -m trainer.bench replicas  what it takes to compare the copies of the state on devices
     python -m trainer.bench hosts     seconds until many hosts agree, memory and threads of host 0
 
 `--help` after a command lists its options.
@@ -33,10 +34,12 @@ from input_pipeline import loader, sources
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
+from trainer import replicas
 from trainer import train as train_lib
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
+from trainer.tools import collectives
 from trainer.tools.depth import bench_depth
 from trainer.tools.hosts import bench_hosts
 from trainer.workdir.checkpoint import Checkpointer
@@ -291,6 +294,41 @@ def bench_augment(args: argparse.Namespace) -> None:
   )
 
 
+def bench_replicas(args: argparse.Namespace) -> None:
+  """Print what a comparison of the copies of a ResNet-50 with SGD momentum takes.
+
+  FLOPs, bytes and collectives are those of the compiled program, by the cost analysis of the
+  compiler; JAX_NUM_CPU_DEVICES=8 makes eight devices of a CPU.
+  """
+  config = base.get_config()
+  config.global_batch_size = jax.device_count()
+  config.mesh.fsdp = args.fsdp
+  config.sharding.params, config.sharding.opt_state = args.params, args.opt_state
+  config_lib.validate(config)
+  program = program_lib.build(config, num_examples=1000)
+  leaves = replicas.copied(program.abstract_state, program.mesh)
+  if not leaves:
+    sys.exit("There is one device, and no copy to compare; set JAX_NUM_CPU_DEVICES=8.")
+  start = time.perf_counter()
+  compare = program.compile("replicas", **program.sizes("replicas"))
+  compiled = time.perf_counter() - start
+  cost = compare.cost_analysis()
+  assert cost is not None, "the compiler of this backend counts nothing"
+  print(
+    f"{len(leaves)} of {len(jax.tree.leaves(program.abstract_state))} leaves have copies; "
+    f"{cost['flops'] / 1e9:.3f} GFLOP and {cost['bytes accessed'] / 1e6:.1f} MB on each device; "
+    f"compiled in {compiled:.1f} s"
+  )
+  print("\n".join(collectives.describe(collectives.read(compare.as_text() or ""))), flush=True)
+  state, zeros = program.init_state(), mesh_lib.flags(program.mesh, NOTHING)
+  seconds = []
+  for _ in range(args.rounds + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(compare(state, zeros))
+    seconds.append(time.perf_counter() - start)
+  print(f"median of {args.rounds}: {1000 * statistics.median(seconds[1:]):.1f} ms ({devices()})")
+
+
 def devices() -> str:
   """Return what this process runs on."""
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -356,6 +394,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chain=("mix(mixup=0.2, cutmix=1.0)", "config.augment; the default is that of RSB A1"),
     batch_size=(16, "images per step"),
     image_size=(224, "pixels"),
+  )
+  add(
+    "replicas",
+    bench_replicas,
+    rounds=(5, "comparisons after the first"),
+    fsdp=(1, "config.mesh.fsdp"),
+    params=("replicated", "config.sharding.params"),
+    opt_state=("replicated", "config.sharding.opt_state"),
   )
   add("hosts", bench_hosts, hosts=(1024, "hosts, simulated by two processes"))
   args = parser.parse_args(arguments)

@@ -141,7 +141,7 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
   host += [f"each image {data.repeats} times in a row"] if data.repeats > 1 else []
   peak = int(np.argmax(plan.rates))
   rate = (
-    f"{plan.rates[0]:.3g} at first, {plan.rates[peak]:.3g} at epoch "
+    f"{_first_rate(plan.rates[0])}, {plan.rates[peak]:.3g} at epoch "
     f"{plan.steps[peak] / lengths.per_epoch:.3g}, {plan.rates[-1]:.3g} at last"
   )
   lines = {
@@ -207,6 +207,12 @@ def write_picture(plan: Plan, path: str) -> None:
     axes.step(epochs, values, where="post")
     axes.set(xlabel="epoch", title=title, ylim=(0, None))
   drawing.savefig(path)
+
+
+def _first_rate(rate: float) -> str:
+  if rate:
+    return f"{rate:.3g} at first"
+  return "0 at first (that step changes no weight; optimizer.warmup_start)"
 
 
 def _sizes(plan: Plan) -> str:
