@@ -26,7 +26,10 @@ def test_every_run_file_is_valid_on_its_own(name):
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_run_files_only_override(name):
   config = importlib.import_module(f"configs.{name}").get_config()
-  assert config_lib.flatten(config).keys() == config_lib.flatten(base.get_config()).keys()
+  assert (
+    config_lib.flatten(config).keys()
+    == config_lib.flatten(base.get_config(config.model.name)).keys()
+  )
 
 
 @pytest.mark.parametrize(
