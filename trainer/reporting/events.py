@@ -235,7 +235,7 @@ class BucketFile:
       logging.warning("%s could not be written (%s).", self._path, storage.first_line(error))
 
 
-class _BucketFiles:
+class BucketFiles:
   """tensorboardX's factory of files in a bucket, through etils like all other files in buckets."""
 
   def open(self, path: str) -> BucketFile:
@@ -319,4 +319,4 @@ def _checksum(data: bytes) -> bytes:
 
 
 # tensorboardX's own writer to buckets needs google-cloud-storage.
-record_writer.register_writer_factory("gs", _BucketFiles())
+record_writer.register_writer_factory("gs", BucketFiles())
