@@ -200,7 +200,7 @@ def fingerprints(tree: Tree) -> dict[str, int]:
     hashes[path_name(path)] = found = leaf_hash(leaf)
     # Sums over shards are collectives, and those of several CPU devices in several processes wait
     # for each other for ever when many of them are queued.
-    if not leaf.is_fully_replicated and jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu":
       found.block_until_ready()
   return {name: int(value) for name, value in jax.device_get(hashes).items()}
 
