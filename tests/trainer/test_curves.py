@@ -78,7 +78,7 @@ def draw(folder, reader):
     found.Reload()
     points = {
       name: [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in found.Tensors(name)]
-      for name in found.Tags()["tensors"]
+      for name in found.PluginTagToContent("scalars")  # texts are no curves
     }
   else:
     found = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0})
