@@ -87,8 +87,7 @@ def _note(run: Run, step: int | None, words: str) -> bool:
 
 def _saved(run: Run, code: int, words: str) -> RunFailed:
   try:
-    with run.clock("checkpoint"):
-      run.checkpointer.save_and_wait(run.step, run.program.to_checkpoint(run.state), run.meta())
+    run.save(wait=True)
     saved = f"Step {run.step} is saved"
   except CheckpointError as error:
     saved = str(error).rstrip(".")

@@ -478,6 +478,12 @@ class Run:
       replacements=self.replacements,
     )
 
+  def save(self, *, wait: bool = False) -> None:
+    """Save the state after this step; with `wait` it is saved when this returns."""
+    with self.clock("checkpoint"):
+      save = self.checkpointer.save_and_wait if wait else self.checkpointer.save
+      save(self.step, self.program.to_checkpoint(self.state), self.meta())
+
   def meta(self) -> dict[str, Any]:
     """Return what a checkpoint holds beside the state."""
     position = self.host_batches.position(self.step + self.lengths.offset)

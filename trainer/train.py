@@ -294,8 +294,7 @@ def _steps(run: Run) -> Result:
     if evaluated or run.checkpointer.due(run.step) or run.requests.agreed == SAVE:
       run.flush()
       if run.requests.agreed != FAIL:
-        with run.clock("checkpoint"):
-          run.checkpointer.save(run.step, run.program.to_checkpoint(run.state), run.meta())
+        run.save()
       run.requests.forget(SAVE)
     stopping = run.requests.agreed >= STOP
     if evaluated and not stopping:
@@ -304,8 +303,7 @@ def _steps(run: Run) -> Result:
   run.clock.switch("other")
   if run.result is None:
     failures.end(run)
-  with run.clock("checkpoint"):
-    run.checkpointer.save_and_wait(run.step, run.program.to_checkpoint(run.state), run.meta())
+  run.save(wait=True)
   if run.result is None:
     raise Preempted(
       f"Stopped and saved at step {run.step} of {run.lengths.last}; the same command resumes "

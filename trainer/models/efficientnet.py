@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.fields import POSITIVE, Field, Fields, one_of
-from trainer.models import names, norm, staged
+from trainer.models import names, staged
 from trainer.models.layers import Layers, refuse_split
 from trainer.models.resnet_fields import COMMON
 
@@ -288,11 +288,6 @@ class EfficientNet(staged.Staged):
     """Refuse to split images; see Family."""
     del fields
     refuse_split(name, size, space)
-
-  @classmethod
-  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
-    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
-    norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
 
   @classmethod
   def build(

@@ -18,7 +18,7 @@ from flax import nnx
 import jax
 
 from configs.fields import Fields
-from trainer.models import names, norm, resnet_fields, staged
+from trainer.models import names, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
 from trainer.models.layers import Layers, max_pool, refuse_split
 from trainer.models.repeat import repeat
@@ -108,11 +108,6 @@ class _Trunk(staged.Staged):
     """Refuse to split images in a net with groups; see Family."""
     if fields["groups"] > 1:
       refuse_split(name, size, space)
-
-  @classmethod
-  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
-    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
-    norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
 
   @classmethod
   def build(

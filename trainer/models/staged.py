@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.models import stack
+from trainer.models import norm, stack
 from trainer.models.family import Family
 
 
@@ -20,6 +20,12 @@ class Staged(Family):
   """
 
   head: nnx.Linear
+
+  @classmethod
+  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
+    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
+    if "bn_group" in fields:
+      norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
 
   def _keep(
     self,
