@@ -15,7 +15,7 @@ from tests.trainer.test_variants import Step, config_of
 from trainer import config as config_lib
 from trainer import models, state
 from trainer.errors import ConfigError
-from trainer.models import efficientnet
+from trainer.models import efficientnet, packing
 from trainer.reporting import flops
 from trainer.weights import export, foreign, read, safetensors, spellings
 from trainer.weights import net as net_lib
@@ -47,6 +47,7 @@ def check_size_and_cost(name, fields, parameters, size, giga_multiply_adds):
   if size:
     cost = flops.forward_flops(model, variables, size) / 2e9
     assert cost == pytest.approx(giga_multiply_adds, rel=5e-3)
+  variables = packing.unpack(variables, packing.take)
   own = models.own_fields(config_of(name, **fields))
   leaves = [state.path_name(path[1:]) for path, _ in jax.tree.leaves_with_path(variables)]
   theirs = {models.family_of(config_of(name)).torch_name(leaf, own) for leaf in leaves}
@@ -110,6 +111,7 @@ def test_title():
 def test_spellings_are_each_others_inverse():
   for variant in ("b0", "v2_b2"):  # they have every kind of block
     _, variables = shapes_of("efficientnet", variant=variant)
+    variables = packing.unpack(variables, packing.take)
     leaves = [state.path_name(path[1:]) for path, _ in jax.tree.leaves_with_path(variables)]
     timm = [efficientnet.EfficientNet.torch_name(leaf, {"variant": variant}) for leaf in leaves]
     new = spellings.respell(timm, "timm", "torchvision")
@@ -159,6 +161,7 @@ def test_torchvisions_names_of_another_net_are_refused(tmp_path):
 )
 def test_a_file_of_another_variant_is_named(variant, name):
   _, variables = shapes_of("efficientnet", variant=variant)
+  variables = packing.unpack(variables, packing.take)
   shapes = {}
   for path, leaf in jax.tree.leaves_with_path(variables):
     ours = state.path_name(path[1:])
