@@ -127,8 +127,17 @@ class _LocalPod:
 
   def run(self) -> int:
     """Wait until no process is left, and return the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, lambda number, _: self._send(number))
+    handlers = {
+      number: signal.signal(number, lambda number, _: self._send(number))
+      for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+      return self._run()
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+  def _run(self) -> int:
     first: tuple[int, int] | None = None
     deadline, running = float("inf"), len(self._processes)
     try:

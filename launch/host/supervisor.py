@@ -36,6 +36,7 @@ def supervise(host: Host) -> None:
           start_new_session=True,
           pass_fds=[lock],
         )
+        log.write(f"agent: started the trainer as process {trainer.pid}\n".encode())
       host.change(phase="running", pid=trainer.pid, running=time.time())
       if (host.home / "stop").exists():
         host.ask_to_end()

@@ -141,7 +141,9 @@ class Bed:
 
   def started(self, attempt: int, worker: int) -> int:
     """Returns how many trainers an attempt has had on a host of the first slice, by their log."""
-    return self.read(f"logs/attempt-{attempt}/host-0-{worker}.log").count("[Gloo] Rank")
+    return self.read(f"logs/attempt-{attempt}/host-0-{worker}.log").count(
+      "agent: started the trainer"
+    )
 
 
 def wait_until(condition, limit: float = LIMIT) -> Any:

@@ -57,7 +57,9 @@ def test_the_first_host_that_fails_is_told_with_its_last_lines_and_the_others_ar
 def test_where_processes_cannot_be_bound_to_cores_all_run_on_all(monkeypatch, capfd):
   monkeypatch.setattr(local_pod, "_CAN_BIND", False)
   monkeypatch.delattr(os, "sched_setaffinity")
+  handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
   assert local_pod.main(["--hosts=2", "--", "true"]) == 0
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
   with pytest.raises(SystemExit):
     local_pod.main(["--hosts=1", "--cpus=1", "--", "true"])
   assert "--cpus needs Linux" in capfd.readouterr().err

@@ -108,6 +108,8 @@ def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(
     "data.json",
     "events",
     "final.json",
+    "metrics.jsonl",
+    "overview.txt",
     "report.html",
     "starts.json",
   }

@@ -19,7 +19,7 @@ from trainer import mesh as mesh_lib
 from trainer import models, state
 from trainer import program as program_lib
 from trainer.errors import ConfigError, TrainerError
-from trainer.models import vit
+from trainer.models import packing, vit
 from trainer.optimizer import make_mask, make_optimizer
 from trainer.reporting import flops
 from trainer.state import make_init
@@ -120,9 +120,11 @@ def built(config):
   """Returns the model without arrays, and random variables of which no leaf is constant."""
   model, variables, _ = shapes_of(config)
   rng = np.random.default_rng(0)
-  return model, jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(0.2, 0.3, x.shape), x.dtype), variables
+  values = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0.2, 0.3, x.shape), x.dtype),
+    packing.unpack(variables, packing.take) if model.packed else variables,
   )
+  return model, packing.pack(values) if model.packed else values
 
 
 IMAGES = np.random.default_rng(1).normal(size=(4, 16, 24, 3)).astype(np.float32)
@@ -139,7 +141,8 @@ def loss_and_gradients(config):
 
     return jax.value_and_grad(loss)(params)
 
-  return run(variables.params, IMAGES)
+  value, gradients = run(variables.params, IMAGES)
+  return value, packing.unpack(gradients)
 
 
 @pytest.mark.parametrize(
