@@ -32,6 +32,14 @@ def pytest_unconfigure(config):
     _cache.cleanup()
 
 
+# The files that take longest come first, so that no process is left alone with one of them.
+_LONG = ("run", "step", "sharding", "pod", "topologies", "lives", "bucket", "replicas", "chaos")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+
+
 _VERBOSITY = logging.get_verbosity()
 _LEVEL = logging.get_absl_logger().level  # none of its own
 
