@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from absl import flags
 import ml_collections
 
 from configs import recipes
-from launch import preflight_text
+from launch import preflight_table, preflight_text
+from launch.preflight_table import DOES_NOT_FIT
 from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
@@ -56,12 +58,17 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "compiled", None, "Folder for the compiled programs, for the first start on the topology."
 )
+flags.DEFINE_string(
+  "table",
+  None,
+  "Print a table of the reports in this folder, one of each recipe; with --topology, make those "
+  "that are missing first.",
+)
 flags.DEFINE_integer(
   "train_examples", 0, "Training examples, if not those of the recipe.", lower_bound=0
 )
 flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
-DOES_NOT_FIT = 3  # exit code
 _PROGRESS_SECONDS = 10.0
 
 
@@ -360,11 +367,21 @@ def _first_line(error: Exception) -> str:
   return re.sub(r"^[A-Z_]+: ", "", line).rstrip(".") + "."
 
 
+def _table(folder: str, words: list[str]) -> int:
+  path = pathlib.Path(folder)
+  if any(word.startswith("--topology=") for word in words):
+    preflight_table.make(path, words)
+  print(preflight_table.text(path))
+  return DONE
+
+
 def main(argv: list[str]) -> int:
   """Returns the exit code: those of trainer.errors, or DOES_NOT_FIT."""
   try:
     if command_line.answered(argv, __doc__):
       return DONE
+    if tables := [word for word in argv[1:] if word.startswith("--table=")]:
+      return _table(tables[0].partition("=")[2], [word for word in argv[1:] if word not in tables])
     command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
     with _without_chatter() as screen:
       report = preflight(FLAGS.config, screen)

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from launch import preflight as preflight_lib
-from launch import preflight_checks, preflight_text
+from launch import preflight_checks, preflight_table, preflight_text
 from tests.trainer import tiny
 from trainer import program as program_lib
 from trainer.errors import ConfigError
@@ -270,3 +270,43 @@ def test_words_of_the_compiler_about_memory(message, words):
   found = preflight_lib._too_large(message)
   assert words in found
   assert bool(words) == bool(found)
+
+
+def test_table_of_what_was_made(tmp_path, monkeypatch):
+  step = {
+    "mode": "train",
+    "per_chip": 64.0,
+    "cycles": 9e7,
+    "memory": {"total": 3 << 30},
+    "ms": 60.04,
+    "images_per_second_per_chip": 1066.0,
+    "mfu": 0.214,
+    "compile_seconds": 100.0,
+  }
+  report = {
+    "steps": [step | {"cycles": 1e7, "ms": 7.0}, step, step | {"mode": "eval", "cycles": 1e9}],
+    "run": {"hours": {"total": 2.5}, "chip_hours": 1040.0},
+  }
+  monkeypatch.setattr(preflight_table.recipes, "names", lambda: ["smoke", "a:b", "c", "d"])
+  asked = []
+
+  def run(command, **_):
+    asked.append(command[3:])
+    code = 3 if "configs/c.py" in command[4] else 0
+    return subprocess.CompletedProcess(command, code, json.dumps(report), "x\npreflight: too large")
+
+  monkeypatch.setattr(preflight_table.subprocess, "run", run)
+  (tmp_path / "d.json").write_text(json.dumps(report))
+  preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
+  assert asked == [
+    ["--json", f"--config=configs/{name}", "--topology=v5e:4x4"]
+    for name in ("smoke.py", "a.py:b", "c.py")
+  ]
+  preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
+  assert len(asked) == 3  # what is there is not made again
+  (tmp_path / "smoke.json").unlink()
+  lines = preflight_table.text(tmp_path).splitlines()
+  assert lines[2] == "| a:b | 64 | yes | 3.0 | 60.0 | 1,066 | 21 % | 2.5 | 1,040 | 300 |"
+  assert lines[3].startswith("| c |  | no: preflight: too large | ")
+  assert lines[-1] == "Not compiled: smoke."
+  assert len({line.count("|") for line in lines[:-2]}) == 1
