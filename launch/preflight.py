@@ -17,20 +17,26 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import sys
 import tempfile
 import threading
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 import ml_collections
 
 from configs import recipes
-from launch import preflight_text
+from launch import preflight_table, preflight_text
+from launch.preflight_table import DOES_NOT_FIT
 from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
+
+if TYPE_CHECKING:
+  from trainer import program as program_lib
+  from trainer.tools import estimate
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -46,12 +52,23 @@ flags.DEFINE_bool(
 flags.DEFINE_float(
   "dollars_per_chip_hour", None, "Price, for the cost of the run.", lower_bound=0.0
 )
+flags.DEFINE_string(
+  "from_checkpoint", None, "Workdir whose newest checkpoint this run is to resume from."
+)
+flags.DEFINE_string(
+  "compiled", None, "Folder for the compiled programs, for the first start on the topology."
+)
+flags.DEFINE_string(
+  "table",
+  None,
+  "Print a table of the reports in this folder, one of each recipe; with --topology, make those "
+  "that are missing first.",
+)
 flags.DEFINE_integer(
   "train_examples", 0, "Training examples, if not those of the recipe.", lower_bound=0
 )
 flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
-DOES_NOT_FIT = 3  # exit code
 _PROGRESS_SECONDS = 10.0
 
 
@@ -121,10 +138,9 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
     TrainerError: with one sentence if config and topology do not fit, or the memory is too small.
   """
   devices = topology_devices(FLAGS.topology, FLAGS.slices)
+  from launch import preflight_checks
   from trainer import config as config_lib
-  from trainer import mesh as mesh_lib
   from trainer import program as program_lib
-  from trainer.reporting import flops
   from trainer.tools import estimate
 
   config_lib.validate(config)
@@ -133,14 +149,45 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   examples = FLAGS.train_examples or _examples(name)
   program = program_lib.build(config, examples, devices)
   where = estimate.pod(devices)
+  # What is wrong with it shows before anything compiles.
+  found = FLAGS.from_checkpoint and preflight_checks.checkpoint(FLAGS.from_checkpoint, program)
+  with preflight_checks.kept(FLAGS.compiled) as programs:
+    report = _report(program, where, name, screen)
+  report |= {"checkpoint": found} if found else {}
+  report |= {"programs": programs} if programs else {}
+  if FLAGS.find_batch:
+    report["largest_batch_per_chip"] = _find_batch(config, examples, devices, where.chips, screen)
+  return report
+
+
+def _report(
+  program: "program_lib.Program", where: "estimate.Pod", name: str, screen: TextIO
+) -> dict[str, Any]:
+  """Returns what the compiled steps of a program are.
+
+  Args:
+    program: of the run.
+    where: its chips.
+    name: of the run file.
+    screen: gets lines of progress.
+
+  Raises:
+    TrainerError: if a step does not fit.
+  """
+  from launch import preflight_checks
+  from trainer import mesh as mesh_lib
+  from trainer.reporting import flops
+  from trainer.tools import estimate
+
+  chip = program.mesh.devices.flat[0].device_kind
   report: dict[str, Any] = {
     "config": name,
     "topology": FLAGS.topology,
     "slices": where.slices,
     "libtpu": importlib.metadata.version("libtpu"),
-    "chip": devices[0].device_kind,
+    "chip": chip,
     "chips": where.chips,
-    "devices": len(devices),
+    "devices": program.mesh.size,
     "hosts": where.hosts,
     "mesh": dict(program.mesh.shape),
     "shardings": mesh_lib.describe_shardings(program.abstract_state),
@@ -167,6 +214,8 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
       flops=passes * batch * forward[size],
       training=mode == "train",
     )
+    if mode == "train":
+      figures["as_asked"] = preflight_checks.as_asked(figures, program)
     report["steps"].append(
       {"mode": mode, **sizes, "per_chip": batch / where.chips, "compile_seconds": seconds} | figures
     )
@@ -186,8 +235,6 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
     chips=where.chips,
     dollars_per_chip_hour=FLAGS.dollars_per_chip_hour,
   )
-  if FLAGS.find_batch:
-    report["largest_batch_per_chip"] = _find_batch(config, examples, devices, where.chips, screen)
   return report
 
 
@@ -320,11 +367,21 @@ def _first_line(error: Exception) -> str:
   return re.sub(r"^[A-Z_]+: ", "", line).rstrip(".") + "."
 
 
+def _table(folder: str, words: list[str]) -> int:
+  path = pathlib.Path(folder)
+  if any(word.startswith("--topology=") for word in words):
+    preflight_table.make(path, words)
+  print(preflight_table.text(path))
+  return DONE
+
+
 def main(argv: list[str]) -> int:
   """Returns the exit code: those of trainer.errors, or DOES_NOT_FIT."""
   try:
     if command_line.answered(argv, __doc__):
       return DONE
+    if tables := [word for word in argv[1:] if word.startswith("--table=")]:
+      return _table(tables[0].partition("=")[2], [word for word in argv[1:] if word not in tables])
     command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
     with _without_chatter() as screen:
       report = preflight(FLAGS.config, screen)

@@ -23,6 +23,10 @@ def text(report: dict[str, Any]) -> str:
   if "largest_batch_per_chip" in report:
     largest = report["largest_batch_per_chip"]
     lines += ["", f"Largest batch that fits: {largest} images a chip."]
+  if found := report.get("checkpoint"):
+    lines += ["", *_section("Checkpoint", _checkpoint(found))]
+  if programs := report.get("programs"):
+    lines += ["", *_section("Compiled programs", _programs(programs))]
   return "\n".join(lines)
 
 
@@ -43,10 +47,10 @@ def _step(step: dict[str, Any], report: dict[str, Any]) -> list[str]:
     "schedule's HBM traffic"
   )
   fit = (
-    f"fits: {_mib(used)} of {_mib(all_of_it)} a device, {_mib(all_of_it - used)} free; compiled in "
+    f"fits: {mib(used)} of {mib(all_of_it)} a device, {mib(all_of_it - used)} free; compiled in "
     f"{step['compile_seconds']:.0f} s"
   )
-  parts = [f"{what} {_mib(size)}" for what, size in step["memory"].items() if what != "total"]
+  parts = [f"{what} {mib(size)}" for what, size in step["memory"].items() if what != "total"]
   lines = [speed, floor]
   if step["unknown_loops"]:
     lines.append(f"counted once, for want of their rounds: {', '.join(step['unknown_loops'])}")
@@ -54,15 +58,37 @@ def _step(step: dict[str, Any], report: dict[str, Any]) -> list[str]:
   lines += _table(
     "largest temporaries, by the layer that wrote them",
     step["temporaries"],
-    _mib,
+    mib,
     step["memory"]["temporary"],
   )
   lines += _table("cycles by kind", step["cycles_by_kind"], _cycles)
   lines += _table("cycles by layer", _outer(step["cycles_by_layer"]), _cycles)
   lines += ["collectives:" + " none" * (not step["collectives"])]
   lines += [f"  {_collective(each)}" for each in step["collectives"]]
+  for each in step.get("as_asked", []):
+    words = "as asked" if each["as_asked"] else "WARNING: not as asked"
+    lines.append(f"{each['what']}, {words}: {each['asked']}; {each['found']}")
   images = f"{step['batch_size']} images of {step['image_size']} px, {step['per_chip']:g} a chip"
   return _section(f"{name} step, {images}", lines)
+
+
+def _checkpoint(found: dict[str, Any]) -> list[str]:
+  line = (
+    f"{found['workdir']} restores onto this topology: step {found['step']:,} of {found['of']:,}, "
+    f"{found['leaves']} leaves"
+  )
+  return [line, *(f"by config.resume.allow: {name}" for name in found["changes"])]
+
+
+def _programs(programs: dict[str, Any]) -> list[str]:
+  size = mib(sum(programs["files"].values()))
+  line = f"{len(programs['files'])} in {programs['folder']}, {size}"
+  how = "parts of their keys; JAX_DEBUG_LOG_MODULES=jax._src.cache_key logs those of a host:"
+  return [
+    line,
+    how,
+    *(f"  {name}: {', '.join(dict.fromkeys(found))}" for name, found in programs["key"].items()),
+  ]
 
 
 def _outer(by_layer: dict[str, float]) -> dict[str, float]:
@@ -96,7 +122,7 @@ def _collective(each: dict[str, Any]) -> str:
   axes = " and ".join(each["axes"]) or "nothing"
   return (
     f"{each['kind']} over {axes} ({each['devices']} devices{where}): {each['count']}, "
-    f"{_mib(each['bytes'])}, {each['ms']:.2f} ms on the links, {each['waited_ms']:.2f} of them "
+    f"{mib(each['bytes'])}, {each['ms']:.2f} ms on the links, {each['waited_ms']:.2f} of them "
     f"waited for; start at {100 * each['first']:.0f} to {100 * each['last']:.0f} % of the step"
   )
 
@@ -127,7 +153,8 @@ def _run(report: dict[str, Any]) -> list[str]:
   return [line + (f", {run['dollars']:,.2f} dollars" if "dollars" in run else "")]
 
 
-def _mib(size: float) -> str:
+def mib(size: float) -> str:
+  """Returns a number of bytes in words."""
   return f"{size / 2**20:,.1f} MiB"
 
 

@@ -311,10 +311,18 @@ def use_compilation_cache(config: ml_collections.ConfigDict, compiled: epath.Pat
   if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     in_workdir = config.compilation_cache == "workdir"
     folder = str(compiled) if in_workdir else config.compilation_cache
-    jax.config.update("jax_compilation_cache_dir", folder)
-    # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and
-    # seconds together.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled(folder)
+
+
+def keep_compiled(folder: str) -> None:
+  """Have JAX keep compiled programs in a folder, by keys that do not depend on its name."""
+  jax.config.update("jax_compilation_cache_dir", folder)
+  # By default the options of the compiler, and with them the key, have the name of a subfolder, for
+  # what GPUs have tuned, which a program in the cache makes needless.
+  jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  # Small programs too: those that hash the leaves of a checkpoint are a few dozen, quick each and
+  # seconds together.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Steps:

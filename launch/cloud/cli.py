@@ -11,7 +11,7 @@
     prepare  make the shards of ImageNet on a machine near the bucket
 
 --dry-run prints the gcloud lines of a verb without running them. Exit codes: 0 done, 1 failed,
-2 wrong arguments, 3 no capacity, 4 the trainer crashes, 5 cost limit, 130 left.
+2 wrong arguments, 3 no capacity or does not fit, 4 the trainer crashes, 5 cost limit, 130 left.
 """
 
 from __future__ import annotations
@@ -140,6 +140,11 @@ def parser() -> tuple[argparse.ArgumentParser, list[str]]:
   )
   up.add_argument(
     "--no-check", action="store_true", help="do not have the trainer check its config here first"
+  )
+  up.add_argument(
+    "--preflight",
+    action="store_true",
+    help="first estimate memory, time and cost here, in minutes; ends with 3 if it does not fit",
   )
   watch = verb("watch")
   watch.add_argument(
@@ -408,7 +413,7 @@ def _run(argv: list[str]) -> int:
     settings = settings_of(args, trainer)
     if args.dry_run:
       return dry.show(dry.up(settings))
-    how = verbs.Up(args.json, args.take_over, args.no_watch, args.no_check)
+    how = verbs.Up(args.json, args.take_over, args.no_watch, args.no_check, args.preflight)
     return verbs.up(settings, how)
   if args.verb == "prepare":
     plan = prepare.plan(args, check_place(_place(args)))

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from launch.cloud import bundle, checks, commands, doctor, states
+from launch.cloud import bundle, checks, commands, doctor, preflight, states
 from launch.cloud.driver import Driver, begin, follow, leave
 from launch.cloud.gcloud import Gcloud, GcloudError
 from launch.cloud.look import Looker, nodes_of_run, queued_of
@@ -63,6 +63,7 @@ class Up:
   take_over: bool = False
   no_watch: bool = False
   no_check: bool = False
+  preflight: bool = False
 
 
 def up(settings: Settings, how: Up) -> int:
@@ -99,6 +100,8 @@ def up(settings: Settings, how: Up) -> int:
   known = run and (run.code, run.settings.argv) == (tree.tree, settings.argv)
   if not known and not how.no_check:
     screen.lines(filter(None, [checks.trainer_accepts(settings.argv)]))
+  if how.preflight and not preflight.run(settings):
+    return preflight.DOES_NOT_FIT
   if run is None or run.settings.service_account != settings.service_account:
     unknown = doctor.check_removal(settings.place, settings.service_account, gcloud)
     screen.lines(filter(None, [unknown]))

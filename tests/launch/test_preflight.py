@@ -1,15 +1,23 @@
 """What a run would be on a TPU is said without one; what cannot be is said in one sentence."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
 
+from etils import epath
+import jax
 import pytest
 
 from launch import preflight as preflight_lib
-from launch import preflight_text
+from launch import preflight_checks, preflight_table, preflight_text
+from tests.trainer import tiny
+from trainer import program as program_lib
+from trainer.errors import ConfigError
+from trainer.pod.pod import Pod
+from trainer.workdir.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "--config=tests/trainer/tiny.py"
@@ -103,13 +111,14 @@ def test_memory_that_does_not_suffice():
 
 
 @needs_libtpu
-def test_step_of_a_small_net():
+def test_step_of_a_small_net(tmp_path):
   result = preflight(
     "--topology=v5e:2x2",
     TINY,
     "--config.model.bn_group=device",
     "--config.data.image_sizes=0:16, 0.00003:24",
     "--dollars_per_chip_hour=1.2",
+    f"--compiled={tmp_path}",
     "--json",
   )
   assert result.returncode == 0, result.stderr
@@ -135,9 +144,20 @@ def test_step_of_a_small_net():
     assert all(each["axes"] == ["data"] for each in step["collectives"])
     assert not any(each["crosses_slices"] for each in step["collectives"])
     assert step["ms"] > step["floors_ms"]["arithmetic"] > 0
+    assert not step["norm_groups"]
+    assert all(each["as_asked"] for each in step.get("as_asked", []))
   assert "weight gradient" in steps[0]["cycles_by_kind"]
   assert "weight gradient" not in steps[2]["cycles_by_kind"]
   assert steps[1]["cycles"] > steps[0]["cycles"]
+  assert [each["what"] for each in steps[0]["as_asked"]] == ["batch norm", "sharding"]
+  # The programs are where a host would find them, under keys of the same parts.
+  programs = report["programs"]
+  assert programs["folder"] == str(tmp_path)
+  assert programs["files"] == {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+  names = [name.partition("-")[0] for name in programs["files"]]
+  assert sorted(names) == ["jit_eval_step", "jit_train_step", "jit_train_step"]
+  assert len(set(programs["key"]["computation"])) == 3
+  assert len(set(programs["key"]["accelerator_config"])) == 1
   assert report["run"]["train_steps"] == 10
   assert report["run"]["dollars"] == pytest.approx(1.2 * report["run"]["chip_hours"])
   # Progress, and nothing that libtpu writes by itself.
@@ -168,6 +188,52 @@ def test_update_in_shards_is_scattered_in_two_steps():
   # One step over all 16 chips would be an all-reduce.
   assert "reduce-scatter over fsdp (4 devices)" in result.stdout
   assert "all-gather over data and fsdp (16 devices)" in result.stdout
+  assert "sharding, as asked: opt_state in shards" in result.stdout
+  assert "batch norm, as asked: model.bn_group=device: nothing crosses devices" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def program():
+  config = tiny.get_config()
+  config.model.bn_group = "4"
+  return program_lib.build(config, 64, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+  "groups, gathered, agree",
+  [({}, 0, [True, True]), ({2: 14}, 0, [False, True]), ({}, 30_000, [True, False])],
+)
+def test_what_is_not_as_asked(program, groups, gathered, agree):
+  step = {"norm_groups": groups, "collectives": [{"kind": "all-gather", "bytes": gathered}]}
+  found = preflight_checks.as_asked(step, program)
+  assert [each["as_asked"] for each in found] == agree
+
+
+def test_whether_a_checkpoint_restores(program, tmp_path):
+  with pytest.raises(ConfigError, match="holds no checkpoint"):
+    preflight_checks.checkpoint(str(tmp_path), program)
+  checkpointer = Checkpointer(Pod(program.config.pod), epath.Path(tmp_path), program.config, 0)
+  checkpointer.save_and_wait(7, program.init_state(), {"best": None, "wall_seconds": {}})
+  checkpointer.close()
+  before = sorted(tmp_path.rglob("*"))
+  found = preflight_checks.checkpoint(str(tmp_path), program)
+  assert (found["step"], found["of"], found["changes"]) == (7, 10, {})
+  assert found["leaves"] > 2 * len(jax.tree.leaves(program.abstract_state.params))
+  text = "\n".join(preflight_text._checkpoint(found))
+  assert "restores onto this topology: step 7 of 10" in text
+
+  def other(**fields):
+    config = program.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(fields)
+    return program_lib.build(config, 64, jax.devices()[:1])
+
+  with pytest.raises(ConfigError, match=r"another config \(config.model.width"):
+    preflight_checks.checkpoint(str(tmp_path), other(**{"model.width": 0.5}))
+  # Of a version whose leaves have other shapes.
+  wider = dataclasses.replace(other(**{"model.width": 0.5}), config=program.config)
+  with pytest.raises(ConfigError, match=r"step 7 has \S+ with shape \S+, this config with shape"):
+    preflight_checks.checkpoint(str(tmp_path), wider)
+  assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 8, 9, 23, 100])
@@ -204,3 +270,43 @@ def test_words_of_the_compiler_about_memory(message, words):
   found = preflight_lib._too_large(message)
   assert words in found
   assert bool(words) == bool(found)
+
+
+def test_table_of_what_was_made(tmp_path, monkeypatch):
+  step = {
+    "mode": "train",
+    "per_chip": 64.0,
+    "cycles": 9e7,
+    "memory": {"total": 3 << 30},
+    "ms": 60.04,
+    "images_per_second_per_chip": 1066.0,
+    "mfu": 0.214,
+    "compile_seconds": 100.0,
+  }
+  report = {
+    "steps": [step | {"cycles": 1e7, "ms": 7.0}, step, step | {"mode": "eval", "cycles": 1e9}],
+    "run": {"hours": {"total": 2.5}, "chip_hours": 1040.0},
+  }
+  monkeypatch.setattr(preflight_table.recipes, "names", lambda: ["smoke", "a:b", "c", "d"])
+  asked = []
+
+  def run(command, **_):
+    asked.append(command[3:])
+    code = 3 if "configs/c.py" in command[4] else 0
+    return subprocess.CompletedProcess(command, code, json.dumps(report), "x\npreflight: too large")
+
+  monkeypatch.setattr(preflight_table.subprocess, "run", run)
+  (tmp_path / "d.json").write_text(json.dumps(report))
+  preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
+  assert asked == [
+    ["--json", f"--config=configs/{name}", "--topology=v5e:4x4"]
+    for name in ("smoke.py", "a.py:b", "c.py")
+  ]
+  preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
+  assert len(asked) == 3  # what is there is not made again
+  (tmp_path / "smoke.json").unlink()
+  lines = preflight_table.text(tmp_path).splitlines()
+  assert lines[2] == "| a:b | 64 | yes | 3.0 | 60.0 | 1,066 | 21 % | 2.5 | 1,040 | 300 |"
+  assert lines[3].startswith("| c |  | no: preflight: too large | ")
+  assert lines[-1] == "Not compiled: smoke."
+  assert len({line.count("|") for line in lines[:-2]}) == 1

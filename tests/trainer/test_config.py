@@ -3,6 +3,8 @@
 import importlib
 import pathlib
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from configs import base
@@ -257,3 +259,23 @@ def test_where_compiled_programs_are_kept(
   assert settings.get("jax_compilation_cache_dir") == (
     expected and expected.replace("WORKDIR", str(tmp_path))
   )
+
+
+def test_keys_of_compiled_programs_do_not_depend_on_their_folder(tmp_path):
+  options = [
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_enable_xla_caches",
+    "jax_persistent_cache_min_compile_time_secs",
+  ]
+  before = {option: getattr(jax.config, option) for option in options}
+  try:
+    for folder in ("here", "there"):
+      program_lib.keep_compiled(str(tmp_path / folder))
+      compilation_cache.reset_cache()
+      jax.jit(lambda x: 3 * x).lower(jax.ShapeDtypeStruct((2,), "float32")).compile()
+  finally:
+    for option, value in before.items():
+      jax.config.update(option, value)
+    compilation_cache.reset_cache()
+  here, there = (sorted(p.name for p in (tmp_path / f).iterdir()) for f in ("here", "there"))
+  assert here == there and len(here) > 0

@@ -10,11 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from trainer.reporting.chips import CHIPS, Chip
-from trainer.tools import live, tpu_cost
+from trainer.tools import kinds, live, tpu_cost
 
 # Measured: the table "training" of input_pipeline/README.md, and the mean size of its images.
 IMAGES_PER_CORE = 718
 IMAGE_BYTES = 112_000
+_MOMENTS = 1 << 16  # bytes; sums of a batch norm are fewer, joined sums of gradients more
 
 LEAVES_OUT = (
   "latency and contention of collectives, transfers from the host, and what the compiler's own "
@@ -71,7 +72,8 @@ def step(
 
   Returns:
     cycles, ms, images_per_second, images_per_second_per_chip, mfu; floors_ms by arithmetic and HBM;
-    cycles_by_kind and cycles_by_layer; what the collectives are and take; memory in bytes;
+    cycles_by_kind and cycles_by_layer; what the collectives are and take; norm_groups, how many of
+    them sum the moments of batch norms or their gradients, by their devices; memory in bytes;
     temporaries, the largest by layer in bytes; estimated_cycles, the sum of what the compiler
     gives; and unknown_loops, which count as one round.
   """
@@ -97,6 +99,7 @@ def step(
       layer or "none": round(cycles) for layer, cycles in line.by_layer().items() if cycles >= 1
     },
     "collectives": sent(line, mesh, where.chip.clock),
+    "norm_groups": _norm_groups(line),
     "memory": memory(compiled),
     "temporaries": dict(list(live.largest(text, training=training).items())[:8]),
     "unknown_loops": list(line.unknown_loops),
@@ -145,6 +148,15 @@ def sent(line: tpu_cost.TimeLine, mesh: Mesh, clock: float) -> list[dict[str, An
     }
     for (kind, axes, devices, crosses), found in sorted(groups.items())
   ]
+
+
+def _norm_groups(line: tpu_cost.TimeLine) -> dict[int, int]:
+  """Return the number of collectives of batch norms in a step, by the devices of each."""
+  found: collections.Counter[int] = collections.Counter()
+  for each in line.transfers:
+    if kinds.is_norm(each.layer) and each.collective.bytes <= _MOMENTS:
+      found[each.collective.devices] += round(each.rounds)
+  return dict(sorted(found.items()))
 
 
 def _axes(transfer: tpu_cost.Transfer, mesh: Mesh) -> tuple[tuple[str, ...], bool]:

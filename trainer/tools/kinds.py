@@ -103,10 +103,10 @@ def work_of(module: hlo.Module, training: bool) -> Callable[[hlo.Instruction], W
     elif not any(each.layer for each in origins):
       kind = INPUT
     elif any(
-      each.primitive in _ADDS and each.layer and not _NORM.search(each.layer) for each in origins
+      each.primitive in _ADDS and each.layer and not is_norm(each.layer) for each in origins
     ) and any("/" in each.layer for each in [*origins, origin(instruction.op_name)]):
       kind = RESIDUAL
-    elif any(_NORM.search(each.layer) for each in origins):
+    elif any(is_norm(each.layer) for each in origins):
       kind = NORM
     else:
       kind = OTHER
@@ -115,6 +115,11 @@ def work_of(module: hlo.Module, training: bool) -> Callable[[hlo.Instruction], W
     return Work(layer, kind)
 
   return functools.cache(work)
+
+
+def is_norm(layer: str) -> bool:
+  """Return whether a layer is a norm, by its name."""
+  return bool(_NORM.search(layer))
 
 
 def sends(instruction: hlo.Instruction) -> bool:

@@ -137,7 +137,7 @@ class Checkpointer:
       meta: JSON-able facts of the run to save with it, such as the clocks and the best result.
     """
     self.poll(wait=True)
-    items = _items(state)
+    items = items_of(state)
     if not self._ready(step, items):
       return
     next_step = step + meta.get("offset", 0)
@@ -369,7 +369,9 @@ class Checkpointer:
       self._manager.restore(
         step,
         args=ocp.args.Composite(
-          **{name: ocp.args.StandardRestore(item) for name, item in _items(abstract_state).items()}
+          **{
+            name: ocp.args.StandardRestore(item) for name, item in items_of(abstract_state).items()
+          }
         ),
       )
     )
@@ -412,7 +414,7 @@ class Checkpointer:
       self._manager.close()
 
 
-def _items(state: TrainState) -> dict[str, Tree]:
+def items_of(state: TrainState) -> dict[str, Tree]:
   """Return the parts of a state that are saved; what is absent or empty needs no item."""
   trees = {name: getattr(state, name) for name in _ITEMS}
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}

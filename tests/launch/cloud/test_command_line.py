@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from launch.cloud import bundle, checks, cli, commands, dry
+from launch.cloud import bundle, checks, cli, commands, dry, preflight, verbs
 from launch.cloud.settings import Place, UsageError, duration, label
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -142,6 +142,59 @@ def test_the_trainer_checks_its_config_on_this_machine(monkeypatch, tmp_path):
   assert checks.trainer_accepts(["--config=configs/smoke.py", "--workdir=x"]) is None
   with pytest.raises(UsageError, match="dpeth"):
     checks.trainer_accepts(["--config=configs/smoke.py", "--config.model.dpeth=18"])
+
+
+@pytest.mark.parametrize(
+  "type_, topology",
+  [
+    ("v5litepod-1", "v5e:1x1"),
+    ("v5litepod-8", "v5e:2x4"),
+    ("v5litepod-128", "v5e:8x16"),
+    ("v6e-64", "v6e:8x8"),
+    ("v3-8", "v3:2x2"),
+    ("v4-8", "v4:2x2x1"),
+    ("v4-16", "v4:2x2x2"),
+    ("v4-64", "v4:2x4x4"),
+    ("v5p-128", "v5p:4x4x4"),
+  ],
+)
+def test_the_topology_of_a_type(type_, topology):
+  assert preflight.topology(type_) == topology
+
+
+@pytest.mark.parametrize("type_", ["v4-24", "v9-8"])
+def test_a_type_without_a_known_topology(type_):
+  with pytest.raises(UsageError, match=f"topology of {type_} is not known"):
+    preflight.topology(type_)
+
+
+@pytest.mark.parametrize("code, result", [(0, "driven"), (3, 3), (2, 2), (1, 2)])
+def test_preflight_comes_before_anything_is_created(monkeypatch, tmp_path, capfd, code, result):
+  def refuse(*_):
+    raise AssertionError("this would create something")
+
+  monkeypatch.setattr(bundle, "look", lambda: bundle.Bundle("HEAD", "HEAD", False))
+  monkeypatch.setattr(verbs.Store, "read", lambda self: None)
+  monkeypatch.setattr(verbs.doctor, "check_removal", lambda *_: None)
+  monkeypatch.setattr(verbs, "_drive", refuse if code else lambda *_: "driven")
+  wanted = settings("--slices=2", "--dollars-per-chip-hour=1.2", "--config.model.depth=18")
+  monkeypatch.setattr(cli, "settings_of", lambda args, trainer: wanted)
+  monkeypatch.setattr(preflight.bundle, "ROOT", tmp_path)
+  monkeypatch.setattr(verbs.checks, "shipped", lambda *_: None)
+  command = [*UP, "--preflight", "--no-check"]
+  assert cli.main(command) == 2  # without an environment
+  assert "launch/smoke.sh" in capfd.readouterr().err
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+  python.chmod(0o755)
+  assert cli.main(command) == result
+  told = capfd.readouterr()
+  assert (
+    "-m launch.preflight --topology=v5e:4x4 --slices=2 --config=configs/smoke.py "
+    "--config.model.depth=18 --dollars_per_chip_hour=1.2"
+  ) in told.err
+  assert ("nothing was created" in told.err) == (result == 2)
 
 
 @pytest.mark.parametrize(

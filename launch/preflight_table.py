@@ -1,0 +1,94 @@
+"""A table of the reports of launch.preflight --json that lie in a folder, a row for each recipe."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from configs import recipes
+
+DOES_NOT_FIT = 3  # exit code of launch.preflight
+_COLUMNS = (
+  "recipe",
+  "images a chip",
+  "fits",
+  "memory, GiB",
+  "ms a step",
+  "images/s a chip",
+  "MFU",
+  "hours",
+  "chip-hours",
+  "compiled in, s",
+)
+
+
+def make(folder: pathlib.Path, words: Sequence[str]) -> None:
+  """Make the reports of all recipes that are not in the folder yet, one after the other.
+
+  A file is FOLDER/RECIPE.json; of a recipe that does not fit it holds the reason. A command that
+  was interrupted resumes with the first that is missing.
+
+  Args:
+    folder: is made if it is not there.
+    words: flags of each, as in --topology=v5e:4x4.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in _missing(folder):
+    module, colon, variant = name.partition(":")
+    command = [
+      *(sys.executable, "-m", "launch.preflight", "--json"),
+      f"--config=configs/{module}.py{colon}{variant}",
+      *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or ["?"])[-1]
+    if done.returncode == 0:
+      _file(folder, name).write_text(done.stdout)
+    elif done.returncode == DOES_NOT_FIT:
+      _file(folder, name).write_text(json.dumps({"refused": last}))
+    print(f"{name}: {last}", file=sys.stderr, flush=True)
+
+
+def text(folder: pathlib.Path) -> str:
+  """Returns the table of what is in a folder, in Markdown, and a line with what is not."""
+  reports = {
+    name: json.loads(_file(folder, name).read_text())
+    for name in recipes.names()
+    if _file(folder, name).exists()
+  }
+  lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
+  lines += [f"| {' | '.join(_row(name, report))} |" for name, report in reports.items()]
+  if missing := _missing(folder):
+    lines += ["", f"Not compiled: {', '.join(missing)}."]
+  return "\n".join(lines)
+
+
+def _missing(folder: pathlib.Path) -> list[str]:
+  return [name for name in recipes.names() if not _file(folder, name).exists()]
+
+
+def _file(folder: pathlib.Path, name: str) -> pathlib.Path:
+  return folder / f"{name.replace(':', '-')}.json"
+
+
+def _row(name: str, report: dict[str, Any]) -> list[str]:
+  if "refused" in report:
+    return [name, "", f"no: {report['refused']}", *[""] * (len(_COLUMNS) - 3)]
+  # Of several image sizes the largest: it is the slowest, and decides what fits.
+  step = max(
+    (each for each in report["steps"] if each["mode"] == "train"), key=lambda each: each["cycles"]
+  )
+  return [
+    name,
+    f"{step['per_chip']:g}",
+    "yes",
+    f"{step['memory']['total'] / 2**30:.1f}",
+    f"{step['ms']:.1f}",
+    f"{step['images_per_second_per_chip']:,.0f}",
+    f"{100 * step['mfu']:.0f} %",
+    f"{report['run']['hours']['total']:.1f}",
+    f"{report['run']['chip_hours']:,.0f}",
+    f"{sum(each['compile_seconds'] for each in report['steps']):.0f}",
+  ]
