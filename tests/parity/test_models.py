@@ -84,10 +84,13 @@ NETS = {
   "timm:dm_nfnet_f1": {"variant": "f1", **NFNET},
 }
 # Squeeze-and-excitation behind random weights amplifies rounding with depth: torch's own logits of
-# seresnet152 in float32 are 0.65 of their size away from those in float64, of seresnet101 0.05.
+# seresnet152 in float32 are 0.65 of their size away from those in float64, of seresnet101 0.05, of
+# tf_efficientnetv2_s 0.64, v2_m and b7 0.5.
 IN_FLOAT64 = (
   *("timm:seresnet101", "timm:seresnet152"),
   *("timm:resnetrs101", "timm:resnetrs152", "timm:resnetrs200"),
+  *("timm:tf_efficientnet_b7", "timm:tf_efficientnetv2_b2"),
+  *("timm:tf_efficientnetv2_s", "timm:tf_efficientnetv2_m"),
 )
 LOGITS_QUICK = ("torchvision:resnet18", "akamaster:20")
 STEPS_QUICK = ("akamaster:8",)
