@@ -7,7 +7,7 @@ unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one 
 
 import ml_collections
 
-from configs import data_fields, families
+from configs import data_fields, families, sparsity_fields
 from configs.fields import (
   ASK,
   PATTERN,
@@ -273,6 +273,7 @@ RUN: Fields = {
   "optimizer.ema_batch_stats": Field(
     True, "Whether BN statistics are averaged too, or those of the last step taken.", resume=ASK
   ),
+  **sparsity_fields.SPARSITY,
   "eval.batch_size": Field(
     1024,
     "Examples per step over all devices; the last batch is padded.",

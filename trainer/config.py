@@ -15,6 +15,7 @@ from input_pipeline.errors import DataError
 from input_pipeline.sources import slices
 from trainer import augment, averages, losses, models, optimizer, schedules
 from trainer.errors import ConfigError
+from trainer.sparse import method as sparse_lib
 from trainer.state import Tree
 
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
@@ -137,6 +138,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     optimizer.check(config)
     schedules.check(config)
     averages.check(config)
+    sparse_lib.check(config)
     augment.check(config)
     sources.check_kind(config.data.kind)
     image_sizes.parse(config.data.image_sizes)

@@ -78,16 +78,20 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
     )
   for field in ("freeze", "no_decay", "no_agc"):
     if fields[field]:
-      _check_packed(field, fields[field], paths)
+      check_packed(f"optimizer.{field}", fields[field], paths)
 
 
-def _check_packed(field: str, pattern: str, paths: Sequence[str]) -> None:
-  """Refuse a pattern that takes some of the blocks that are one block in a loop."""
+def check_packed(field: str, pattern: str, paths: Sequence[str]) -> None:
+  """Refuse a pattern that takes some of the blocks that are one block in a loop.
+
+  Raises:
+    ConfigError: one sentence that names the field.
+  """
   for path in paths:
     if len({bool(re.search(pattern, name)) for name in packing.names(path)}) > 1:
       stage = path.partition("block")[0].rstrip("_") or "the net"
       raise ConfigError(
-        f"config.optimizer.{field} is {pattern!r}, which does not take the blocks of {stage} "
+        f"config.{field} is {pattern!r}, which does not take the blocks of {stage} "
         "alike; config.model.scan runs them as one: name all of them, or set it to False."
       )
 

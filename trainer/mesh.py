@@ -98,7 +98,7 @@ def sharding_rules(config: ml_collections.ConfigDict) -> tuple[tuple[str, tuple[
   update = ("fsdp", "data") if config.sharding.opt_state == "data" else params
   return (
     ("params/", params),
-    ("(opt_state|ema/params)/", update),
+    ("(opt_state|ema/params|masks)/", update),
     ("", ()),  # the step, BN statistics and their averages
   )
 

@@ -38,6 +38,7 @@ from trainer import (
 )
 from trainer.errors import ConfigError
 from trainer.models import packing
+from trainer.sparse import method as sparse_lib
 from trainer.state import Model, TrainState, make_init
 
 Mode = Literal["train", "eval", "statistics", "replicas", "recompute"]
@@ -71,6 +72,7 @@ class Program:
     mask: which parameters decay; None for all.
     init: returns the state of step 0; to be jitted.
     abstract_state: its shapes, dtypes and shardings.
+    sparse: which weights are zero; None of a dense run.
   """
 
   config: ml_collections.ConfigDict
@@ -82,6 +84,7 @@ class Program:
   mask: optimizer_lib.Mask
   init: Callable[[], TrainState]
   abstract_state: TrainState
+  sparse: sparse_lib.Sparse | None = None
 
   def state_shardings(self) -> TrainState:
     """Return where each leaf of the state lives."""
@@ -183,6 +186,7 @@ class Program:
       ema_start=self.lengths.ema_start - self.lengths.offset,
       augment_until=self.lengths.augment_until,
       guarded=len({device.process_index for device in self.mesh.devices.flat}) > 1,
+      sparse=self.sparse,
     )
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
@@ -284,6 +288,10 @@ def build(
   model, init = make_init(config, optimizer, shards)
   shapes = jax.eval_shape(init)
   finetune.check(config, shapes.params)
+  sparse = sparse_lib.make(config, shapes.params, lengths.total, offset)
+  if sparse:
+    init = sparse.with_masks(init, optimizer)
+    shapes = jax.eval_shape(init)
   sizes = image_sizes.distinct(config.data)
   resizes = models.family_of(config.model).RESIZES
   for size in sizes if len(sizes) > 1 and not resizes else ():
@@ -298,7 +306,9 @@ def build(
     mesh_lib.state_shardings(config, mesh, shapes),
   )
   mask = optimizer_lib.make_mask(config, no_decay)
-  return Program(config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state)
+  return Program(
+    config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state, sparse
+  )
 
 
 def use_compilation_cache(config: ml_collections.ConfigDict, compiled: epath.Path) -> None:

@@ -50,6 +50,7 @@ class TrainState:
     others: see Variables.
     opt_state: state of the optax chain.
     ema: {"params", "batch_stats"} averaged over steps, or None.
+    masks: bool, which weights are not zero, of the sparse leaves of params; None of a dense run.
   """
 
   step: jax.Array
@@ -58,6 +59,7 @@ class TrainState:
   others: dict[str, Any]
   opt_state: optax.OptState
   ema: dict[str, Any] | None
+  masks: dict[str, Any] | None = None
 
   def for_eval(self) -> Variables:
     """Return what evaluation uses: the averaged parameters and statistics where there are any."""

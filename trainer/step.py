@@ -14,6 +14,7 @@ from trainer import augment, averages, finetune, losses
 from trainer import mesh as mesh_lib
 from trainer.models import norm
 from trainer.pod.requests import FAIL
+from trainer.sparse import method as sparse_lib
 from trainer.state import (
   BatchStats,
   Model,
@@ -32,11 +33,16 @@ Totals = dict[str, jax.Array]
 METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate")
 
 
+def metric_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Return the names of what a step measures, in the order of `StepOutput.metrics`."""
+  return METRICS if config.sparsity.name == "none" else (*METRICS, *sparse_lib.METRICS)
+
+
 class StepOutput(NamedTuple):
   """What a training step returns beside the state.
 
   Attributes:
-    metrics: float32 [len(METRICS)], float64 if the model is: means over the global batch.
+    metrics: float32 [len(metric_names)], float64 if the model is; means over the global batch.
     request: int32, the highest request of any host; see trainer.pod.requests.
   """
 
@@ -69,6 +75,7 @@ def make_train_step(
   ema_start: int = 0,
   augment_until: int | None = None,
   guarded: bool = False,
+  sparse: sparse_lib.Sparse | None = None,
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
@@ -85,7 +92,7 @@ def make_train_step(
 
   With `augment_until` images are augmented while fewer steps than that were taken. Averaged weights
   are copies until `ema_start` steps are taken. With `guarded` a step with FAIL of any host returns
-  the state as it was given.
+  the state as it was given. With `sparse` the state has masks: see trainer/sparse.
 
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
@@ -159,15 +166,22 @@ def make_train_step(
     (loss, top1, grads), statistics = gradients(whole, statistics, batch, state.step, shards)
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     old_params = jax.lax.with_sharding_constraint(state.params, shards)
-    updates, opt_state = optimizer.update(grads, state.opt_state, old_params)
-    params = optax.apply_updates(old_params, updates)
+    masks: Tree = None
+    more: list[jax.Array] = []
+    if sparse is None:
+      updates, opt_state = optimizer.update(grads, state.opt_state, old_params)
+      params = optax.apply_updates(old_params, updates)
+    else:
+      grads, params, opt_state, masks, more = sparse.step(optimizer, grads, old_params, state)
     ema = state.ema
     if ema is not None:
       ema = average(ema, params, batch_stats, state.step)
+      if sparse is not None:
+        ema = sparse.mask_averages(ema, masks, state.step)
     metrics = jnp.stack(
-      [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
+      [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step), *more]
     )
-    new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema)
+    new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema, masks)
     request = jnp.max(requests)
     if guarded:
       # In the shards of the update, so that the compiler joins it with that.

@@ -13,6 +13,7 @@ from trainer import finetune, models
 from trainer import mesh as mesh_lib
 from trainer.program import Program
 from trainer.run import Opened
+from trainer.sparse import show as sparse_show
 from trainer.workdir.files import read_json
 
 _SHOWN = 100  # letters of a list in a line
@@ -55,6 +56,8 @@ def first_screen(opened: Opened) -> str:
     "changed": _since(read_json(opened.workdir.config), config),
     "writes to": f"{opened.workdir.path}, with all parameters and fields in overview.txt",
   }
+  if program.sparse:
+    lines["sparsity"] = sparse_show.line(program.sparse)
   return "\n".join(["This run:", *[f"  {name:9} {line}" for name, line in lines.items()]])
 
 
@@ -68,6 +71,7 @@ def details(opened: Opened) -> str:
       *[f"  config.{name}={now!r} (default {old!r})" for name, (old, now) in changed.items()],
       *[f"  {line}" for line in mesh_lib.describe_shardings(program.abstract_state)],
       parameter_overview.get_parameter_overview(program.abstract_state.params, include_stats=False),
+      *([sparse_show.table(program.sparse)] if program.sparse else []),
     ]
   )
 

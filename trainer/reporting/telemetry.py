@@ -21,7 +21,7 @@ from trainer.reporting import events, json_lines
 from trainer.reporting.clock import WallClock, format_seconds
 from trainer.reporting.clu import metric_writers, periodic_actions
 from trainer.reporting.screen import SCREEN
-from trainer.step import METRICS
+from trainer.step import metric_names
 from trainer.workdir.paths import Workdir
 
 # (last step of a window, mean time at which this host dispatched its steps) -> {host: mean time} of
@@ -84,7 +84,7 @@ class Telemetry:
       evaluations: returns how many are to come after a step, for the ETA.
       evaluated_examples: of each of them.
     """
-    self._config, self._clock = config, clock
+    self._config, self._clock, self._names = config, clock, metric_names(config)
     self._total_steps, self._epoch = total_steps, epoch
     self._work, self._peak, self._image_size = work, peak, image_size
     self._exchange, self._reads, self._replaced = exchange, reads, replaced
@@ -167,7 +167,7 @@ class Telemetry:
     metrics = jax.device_get(metrics)
     ready = time.monotonic()
     if not np.isfinite(metrics).all():
-      values = ", ".join(f"{name} {value:g}" for name, value in zip(METRICS, metrics))
+      values = ", ".join(f"{name} {value:g}" for name, value in zip(self._names, metrics))
       raise NonFiniteError(
         f"Step {step} is not finite ({values}). Nothing of it was saved. Lower the learning rate "
         "or set config.optimizer.clip_norm, then run again: the last checkpoint is from before it."
@@ -182,9 +182,12 @@ class Telemetry:
 
   def _write(self, step: int) -> None:
     steps = len(self._window)
-    scalars = dict(zip(METRICS, np.mean(self._window, axis=0).tolist()))
+    scalars = dict(zip(self._names, np.mean(self._window, axis=0).tolist()))
     scalars.pop("request", None)
-    scalars["learning_rate"] = float(self._window[-1][METRICS.index("learning_rate")])
+    last = dict(zip(self._names, self._window[-1].tolist()))
+    scalars |= {name: last[name] for name in ("learning_rate", "density") if name in last}
+    if "mask_changed" in scalars:  # most steps change nothing
+      scalars["mask_changed"] *= steps
     seconds = {cause: value - self._mark[cause] for cause, value in self._clock.read().items()}
     training = seconds["step"] + seconds["input_wait"]
     scalars["images_per_second"] = steps * self._config.global_batch_size / training

@@ -25,6 +25,8 @@ from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 from trainer.reporting import flops
 from trainer.reporting.clock import format_seconds
+from trainer.sparse import method as sparse_lib
+from trainer.sparse import show as sparse_show
 from trainer.state import make_init
 
 FLAGS = flags.FLAGS
@@ -51,6 +53,7 @@ class Plan:
     params: trained values.
     forward_flops: of one image at the largest size.
     train_flops: of the whole run.
+    sparse: which weights are zero; None if none are.
   """
 
   config: ml_collections.ConfigDict
@@ -62,6 +65,7 @@ class Plan:
   params: int
   forward_flops: int
   train_flops: float
+  sparse: sparse_lib.Sparse | None = None
 
   @property
   def images(self) -> int:
@@ -111,6 +115,7 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
     params=sum(x.size for x in jax.tree.leaves(variables.params)),
     forward_flops=forward[int(sizes.max())],
     train_flops=flops.Work(work).between(0, lengths.total),
+    sparse=sparse_lib.make(config, variables.params, lengths.total),
   )
 
 
@@ -164,6 +169,8 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
     "work": f"{plan.train_flops / 1e18:.3g} EFLOP to train (3 forward passes an image, 2 for each "
     "multiply-add)",
   }
+  if plan.sparse:
+    lines["sparsity"] = sparse_show.line(plan.sparse)
   if images_per_second:
     seconds = plan.images / images_per_second
     lines["time"] = f"{format_seconds(seconds)} at {images_per_second:,.0f} images/s, without start"

@@ -158,6 +158,9 @@ def write(
       opt_state=jax.jit(program.optimizer.init)(variables.params),
       ema=program.abstract_state.ema and _averages(program.abstract_state.ema, variables),
     )
+    if program.sparse:
+      masks = program.sparse.of_weights(state.params)
+      state = program.sparse.started(state, program.optimizer, masks)
     checkpointer = Checkpointer(pod, folder.path, config, every_steps=0)
     try:
       checkpointer.save_and_wait(

@@ -179,12 +179,16 @@ def make_state(program: Program, start: Start) -> TrainState:
     if program.model.packed:
       variables = packing.pack(variables)
     averages = {"params": variables.params, "batch_stats": variables.batch_stats}
-    return dataclasses.replace(
+    state = dataclasses.replace(
       drawn,
       **variables._asdict(),
       opt_state=program.optimizer.init(variables.params),
       ema=drawn.ema and drawn.ema | averages,
     )
+    if program.sparse:
+      masks = program.sparse.of_weights(state.params)
+      state = program.sparse.started(state, program.optimizer, masks)
+    return state
 
   return jax.jit(begin, out_shardings=program.state_shardings())(given)
 

@@ -41,7 +41,7 @@ FORMAT = 1
 _ROOM_FOR_FILES = 4 << 20  # bytes of Orbax's own files beside the arrays
 # Parts of the state that are items of a checkpoint, unless they are absent or empty. The step is in
 # `meta`.
-_ITEMS = ("params", "batch_stats", "others", "opt_state", "ema")
+_ITEMS = ("params", "batch_stats", "others", "opt_state", "ema", "masks")
 
 # What damaged checkpoints were seen to raise when they are read. Any other error (no memory, no
 # permission, no network) proves nothing about the checkpoint, which then must not be set aside.
