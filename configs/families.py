@@ -22,6 +22,10 @@ FIELDS = {
   "cifar_resnet": "trainer.models.resnet_fields:CIFAR_RESNET",
   "cifar_resnet_v2": "trainer.models.resnet_fields:CIFAR_RESNET_V2",
   "resnet_rs": "trainer.models.resnet_fields:RESNET_RS",
+  "vit": "trainer.models.vit_fields:VIT",
+  "efficientnet": "trainer.models.efficientnet_fields:EFFICIENTNET",
+  "nfnet": "trainer.models.nfnet_fields:NFNET",
+  "nf_resnet": "trainer.models.nfnet_fields:NF_RESNET",
   "mdeq": "trainer.models.mdeq_fields:MDEQ",
 }
 
