@@ -143,7 +143,7 @@ def test_logits_and_gradients_of_unrolled_layers(variant, strides):
     model, variables, leaves = make(variant=variant, unrolled_steps=1, unrolled_layers=3)
     x = images(SIZE if variant == "tiny" else 2 * SIZE, "float64")
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params, x):
       def value(params):
         found = model.merge(variables._replace(params=params), None)(x)

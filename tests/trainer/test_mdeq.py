@@ -1,5 +1,6 @@
 """Deep equilibrium models: sizes, what a step and a run have of them, neighbours, refusals."""
 
+import functools
 import math
 
 import jax
@@ -60,15 +61,17 @@ def net_of(**fields):
   return model, state.Variables(params, statistics, {"steps_taken": jnp.int32(family.ENDLESS)})
 
 
+# Programs that run once: what the compiler would gain is less than it costs.
+QUICKLY = {"xla_backend_optimization_level": 0}
 IMAGES = np.random.default_rng(1).normal(size=(4, 16, 16, 3)).astype(np.float32)
 SCALES = np.array([0.01, 1, 10, 0.1], np.float32)[:, None, None, None]
 
 
 def test_an_answer_does_not_depend_on_its_neighbours():
   """Also where they need more iterations; and the cost of an image is that of all of them."""
-  model, variables = net_of(forward_iterations=30)
+  model, variables = net_of(forward_iterations=30, tolerance=0.1)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICKLY)
   def run(variables, images):
     net = model.merge(variables, None)
     return net(images), net.fixed_point(*net.inputs(images))
@@ -81,7 +84,7 @@ def test_an_answer_does_not_depend_on_its_neighbours():
   assert len(set(np.asarray(found.iterations))) > 1
   assert found.iterations[0] == found_again.iterations[0]
   done = np.asarray(found.iterations) < 30
-  assert done.any() and (np.asarray(found.residual)[done] < 1e-3).all()
+  assert done.any() and (np.asarray(found.residual)[done] < 0.1).all()
 
   def cost(iterations):
     model, variables = net_of(forward_iterations=iterations)
@@ -97,7 +100,8 @@ def test_weights_that_were_not_trained_here_are_at_the_fixed_point():
   solved, _ = net_of()
 
   def run(model, variables):
-    return jax.jit(lambda v: model.merge(v, None)(IMAGES))(variables)
+    logits = jax.jit(lambda v: model.merge(v, None)(IMAGES), compiler_options=QUICKLY)
+    return logits(variables)
 
   np.testing.assert_allclose(run(model, variables), run(solved, variables), rtol=1e-6)
   unrolled = run(model, variables._replace(others={"steps_taken": jnp.int32(5)}))
@@ -116,7 +120,7 @@ def trained():
   config.model.jacobian_steps = 2
   config_lib.validate(config)
   built = program.build(config, 64)
-  compiled = built.compile("train", **built.sizes("train"))
+  compiled = built.lower("train", **built.sizes("train")).compile(QUICKLY)
   rng = np.random.default_rng(0)
   batch = mesh_lib.to_global(
     built.mesh,
