@@ -3,6 +3,7 @@
 import functools
 import math
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,7 @@ def test_an_answer_does_not_depend_on_its_neighbours():
   assert cost(7) - cost(4) == 3 * (conv + fuse)
 
 
+@pytest.mark.slow
 def test_weights_that_were_not_trained_here_are_at_the_fixed_point():
   model, variables = net_of(unrolled_steps=5)
   solved, _ = net_of()
@@ -137,6 +139,7 @@ def trained():
   return now, metrics
 
 
+@pytest.mark.slow
 def test_a_step_unrolls_first_and_then_solves(trained):
   now, metrics = trained
   assert int(now.others["steps_taken"]) == int(now.step) == 3
@@ -145,6 +148,7 @@ def test_a_step_unrolls_first_and_then_solves(trained):
   assert all(0 < each["residual"] < 10 for each in metrics)
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_jacobian_is_a_part_of_the_loss(trained):
   """Until its last step; the cross entropy of six classes changes little."""
   _, metrics = trained
@@ -152,6 +156,25 @@ def test_the_loss_of_the_jacobian_is_a_part_of_the_loss(trained):
   assert metrics[2]["jacobian_loss"] == 0
   before, after = (each["loss"] - 0.5 * each["jacobian_loss"] for each in metrics[1:])
   assert before == pytest.approx(after, rel=0.2)
+
+
+def test_what_is_sown_is_reaped_and_leaves_no_state():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.steps_taken = family.StepsTaken(jnp.int32(family.ENDLESS))
+
+    def __call__(self, x):
+      family.sow(self, family.AuxiliaryLoss, "auxiliary_loss", 2 * x)
+      family.sow(self, family.Metric, "residual", x)
+
+  model = Model()
+  for value in (1.0, 3.0):  # the second call counts
+    model(jnp.float32(value))
+  family.set_steps_taken(model, jnp.int32(4))
+  sown = family.reap(model)
+  assert [float(loss) for loss in sown.losses] == [6] and sown.metrics == {"residual": 3}
+  assert nnx.to_pure_dict(nnx.state(model)) == {"steps_taken": 4}
+  assert family.reap(model) == ([], {})
 
 
 def test_one_mask_serves_all_iterations():

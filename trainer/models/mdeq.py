@@ -466,11 +466,10 @@ class MDEQ(Family):
 
   def classify(self, z: State) -> jax.Array:
     """Return the logits of maps of all resolutions."""
-    maps = [x.astype(self.dtype) for x in z]
-    y = self.head0(maps[0])
-    for i in range(1, len(maps)):
-      y = nnx.relu(getattr(self, f"join{i}_bn")(getattr(self, f"join{i}_conv")(y)))
-      y = getattr(self, f"head{i}")(maps[i]) + y
+    y, *others = [getattr(self, f"head{i}")(x.astype(self.dtype)) for i, x in enumerate(z)]
+    for i, x in enumerate(others, 1):
+      joined = getattr(self, f"join{i}_bn")(getattr(self, f"join{i}_conv")(y))
+      y = x + nnx.relu(joined)
     y = nnx.relu(self.final_bn(self.final_conv(y)))
     return self.head(jnp.mean(y, axis=(1, 2), dtype=self.wide))
 
