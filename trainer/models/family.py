@@ -19,11 +19,11 @@ class StepsTaken(nnx.Variable[Any]):
 
 
 class AuxiliaryLoss(nnx.Variable[Any]):
-  """A scalar that a model in training mode adds to the loss, by `sow`."""
+  """A scalar that a model in training mode adds to the loss; see `sow`."""
 
 
 class Metric(nnx.Variable[Any]):
-  """A scalar that a model in training mode has for the curves, by `sow`; see Family.METRICS."""
+  """A scalar that a model in training mode has for the curves; see `sow` and Family.METRICS."""
 
 
 ENDLESS = np.iinfo(np.int32).max
@@ -50,7 +50,8 @@ def sow(model: nnx.Module, kind: type[nnx.Variable[Any]], name: str, value: jax.
     name: no other attribute of the model has it.
     value: mean over the examples.
   """
-  model.sow(kind, name, value, reduce_fn=lambda old, new: new, init_fn=lambda: value)
+  # Module.sow of flax 0.12.8 warns that it is for calls inside nnx.capture.
+  setattr(model, name, kind(value))
 
 
 def reap(model: nnx.Module) -> Sown:
