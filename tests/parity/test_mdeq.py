@@ -1,7 +1,4 @@
-"""MDEQ against torch, written after the definition of arXiv:2006.08656 and of its public code.
-
-The function of the fixed point, the net around it, and a step of SGD through the fixed point.
-"""
+"""MDEQ against torch, written after the definition of arXiv:2006.08656 and of its public code."""
 
 import functools
 
@@ -26,8 +23,8 @@ class Leaves:
 
   def __init__(self, variables):
     self.of = {
-      state.path_name(path): torch.from_numpy(np.array(leaf)).requires_grad_()
-      for tree in (variables.params, variables.batch_stats)
+      state.path_name(path): torch.from_numpy(np.array(leaf)).requires_grad_(learned)
+      for tree, learned in ((variables.params, True), (variables.batch_stats, False))
       for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
@@ -133,10 +130,8 @@ def make(**fields):
   return model, variables, Leaves(variables)
 
 
-@pytest.mark.parametrize(
-  ("variant", "strides"),
-  [("tiny", (1, 1)), pytest.param("small", (2, 2), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "strides"), [("tiny", (1, 1)), ("small", (2, 2))])
 def test_logits_and_gradients_of_unrolled_layers(variant, strides):
   """Through stem, function and head: every leaf, in float64."""
   with jax.enable_x64(True):
