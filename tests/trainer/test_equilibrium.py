@@ -10,6 +10,8 @@ import pytest
 from trainer.models import equilibrium
 from trainer.models.equilibrium import Solver
 
+# Programs that run once: what the compiler would gain is less than it costs.
+QUICKLY = {"xla_backend_optimization_level": 0}
 RNG = np.random.default_rng(0)
 MATRIX = 0.9 * np.linalg.qr(RNG.normal(size=(12, 12)))[0]
 INPUTS = RNG.normal(size=(4, 12)) * np.array([0.1, 0.5, 1.0, 3.0])[:, None]
@@ -33,7 +35,10 @@ def flat(z):
 
 def solve(solver, inputs=INPUTS):
   args = jnp.asarray(MATRIX), jnp.asarray(inputs)
-  run = jax.jit(lambda args: equilibrium.solve(functools.partial(f, args), start(4), solver))
+  run = jax.jit(
+    lambda args: equilibrium.solve(functools.partial(f, args), start(4), solver),
+    compiler_options=QUICKLY,
+  )
   return run(args)
 
 
@@ -70,7 +75,7 @@ def anderson(g, steps, history=3, ridge=1e-4, damping=0.7):
 @pytest.mark.parametrize("name", ["broyden", "anderson"])
 def test_iterates_are_those_of_numpy(name):
   """After each number of steps, the one with the smallest residual so far."""
-  for steps in (1, 4, 7):
+  for steps in (1, 6):
     with jax.enable_x64(True):
       found = solve(Solver(name, steps, "fixed", history=3, damping=0.7))
       z, residual = flat(found.z), np.asarray(found.residual)
@@ -122,8 +127,7 @@ def test_implicit_gradient_is_that_of_two_hundred_unrolled_steps():
     args = jnp.asarray(MATRIX), jnp.asarray(INPUTS)
 
     def gradient(run):
-      quick = {"xla_backend_optimization_level": 0}
-      return jax.jit(jax.grad(functools.partial(loss_by, run)), compiler_options=quick)(args)
+      return jax.jit(jax.grad(functools.partial(loss_by, run)), compiler_options=QUICKLY)(args)
 
     expected = gradient(lambda args: equilibrium.unroll(f, 200, 1.0, args, start(4)))
     for name in ("broyden", "anderson"):
