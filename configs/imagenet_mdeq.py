@@ -3,8 +3,8 @@
     python -m trainer --config=configs/imagenet_mdeq.py:small --workdir=DIR \\
         --config.data.path=SHARDS
 
-Expected top-1: small 75.5 (arXiv:2006.08656, table 3), small_reg about 75.0 with half of
-the iterations (arXiv:2106.14342); not measured by this project. Departs from the source: every example
+Expected top-1: small 75.5 (arXiv:2006.08656, table 3), small_reg about 75.0 with half of the
+iterations (arXiv:2106.14342); not measured by this project. Departs from the source: every example
 stops by itself; the iterations of small_reg are not drawn at random, and its loss of the Jacobian
 keeps its weight, where the source adds 0.1 to it each 50,000 steps and has 0.03 while unrolled.
 """
