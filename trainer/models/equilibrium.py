@@ -83,7 +83,7 @@ def solve(f: Callable[[State], State], z0: State, solver: Solver) -> Solution:
     value = add(z, g)
     return size / (jnp.sqrt(dot(value, value)) + _TINY)
 
-  def goes_on(residual: jax.Array) -> jax.Array:
+  def unfinished(residual: jax.Array) -> jax.Array:
     return jnp.isfinite(residual) & (fixed | (residual >= solver.tolerance))
 
   def step(now: _Progress) -> _Progress:
@@ -97,12 +97,12 @@ def solve(f: Callable[[State], State], z0: State, solver: Solver) -> Solution:
       jnp.where(better, found, now.best.residual),
       now.best.iterations + now.active,
     )
-    return _Progress(now.step + 1, z, g, memory, best, now.active & goes_on(found))
+    return _Progress(now.step + 1, z, g, memory, best, now.active & unfinished(found))
 
   g0 = subtract(f(z0), z0)
   first = residual(z0, g0)
   start = Solution(z0, first, jnp.zeros(first.shape, jnp.int32))
-  progress = _Progress(jnp.int32(0), z0, g0, memory, start, goes_on(first))
+  progress = _Progress(jnp.int32(0), z0, g0, memory, start, unfinished(first))
   if fixed:
     return jax.lax.fori_loop(0, solver.iterations, lambda _, now: step(now), progress).best
   return jax.lax.while_loop(
