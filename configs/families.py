@@ -14,6 +14,7 @@ FAMILIES = {
   "efficientnet": "trainer.models.efficientnet:EfficientNet",
   "nfnet": "trainer.models.nfnet:NFNet",
   "nf_resnet": "trainer.models.nfnet:NFResNet",
+  "mdeq": "trainer.models.mdeq:MDEQ",
 }
 # Their fields, where a module without JAX has them: a help or a refusal then comes in a moment.
 FIELDS = {
@@ -21,6 +22,11 @@ FIELDS = {
   "cifar_resnet": "trainer.models.resnet_fields:CIFAR_RESNET",
   "cifar_resnet_v2": "trainer.models.resnet_fields:CIFAR_RESNET_V2",
   "resnet_rs": "trainer.models.resnet_fields:RESNET_RS",
+  "vit": "trainer.models.vit_fields:VIT",
+  "efficientnet": "trainer.models.efficientnet_fields:EFFICIENTNET",
+  "nfnet": "trainer.models.nfnet_fields:NFNET",
+  "nf_resnet": "trainer.models.nfnet_fields:NF_RESNET",
+  "mdeq": "trainer.models.mdeq_fields:MDEQ",
 }
 
 

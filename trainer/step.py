@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment, averages, finetune, losses
+from trainer import augment, averages, finetune, losses, models
 from trainer import mesh as mesh_lib
-from trainer.models import norm
+from trainer.models import family, norm
 from trainer.pod.requests import FAIL
 from trainer.sparse import method as sparse_lib
 from trainer.state import (
@@ -35,7 +35,8 @@ METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate")
 
 def metric_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Return the names of what a step measures, in the order of `StepOutput.metrics`."""
-  return METRICS if config.sparsity.name == "none" else (*METRICS, *sparse_lib.METRICS)
+  names = (*METRICS, *models.family_of(config.model).METRICS)
+  return names if config.sparsity.name == "none" else (*names, *sparse_lib.METRICS)
 
 
 class StepOutput(NamedTuple):
@@ -64,6 +65,7 @@ class _Sums(NamedTuple):
   loss: jax.Array
   top1: jax.Array
   grads: Params
+  sown: dict[str, jax.Array]
 
 
 def make_train_step(
@@ -102,20 +104,25 @@ def make_train_step(
   loss_of_examples = losses.make_loss(config.loss)
   inputs = augment.make_inputs(config, augment_until)
   frozen = config.optimizer.freeze
+  own_metrics = models.family_of(config.model).METRICS
 
   def loss_fn(
     params: Params, statistics: Variables, batch: Batch, key: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, tuple[jax.Array, Variables]]:
+  ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array], Variables]]:
     key_augment, key_model = jax.random.split(key)
     params = finetune.stop_gradients(frozen, params)
     net = model.merge(statistics._replace(params=params), key_model)
     finetune.freeze_norms(frozen, net)
+    family.set_steps_taken(net, step + 1)
     images, targets = inputs(key_augment, batch, step)
     logits = net(images)
     targets = optax.smooth_labels(targets, config.label_smoothing)
     loss = loss_of_examples(logits, targets).mean()
+    sown = family.reap(net)
+    loss = sum(sown.losses, loss)
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
-    return loss, (top1, model.variables(net)._replace(params={}))
+    own = {name: sown.metrics[name] for name in own_metrics}
+    return loss, (top1, own, model.variables(net)._replace(params={}))
 
   def gradients(
     params: Params, statistics: Variables, batch: Batch, step: jax.Array, shards: Tree
@@ -126,12 +133,12 @@ def make_train_step(
       statistics: Variables, batch: Batch, micro_batch: jax.Array | int
     ) -> tuple[_Sums, Variables]:
       key = step_key(config.seed, step, micro_batch)
-      (loss, (top1, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      (loss, (top1, sown, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         params, statistics, batch, key, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs; in shards it is scattered in each round.
-      return _Sums(loss, top1, mesh_lib.scatter(grads, shards)), statistics
+      return _Sums(loss, top1, mesh_lib.scatter(grads, shards), sown), statistics
 
     def accumulate(
       carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
@@ -163,7 +170,7 @@ def make_train_step(
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
-    (loss, top1, grads), statistics = gradients(whole, statistics, batch, state.step, shards)
+    (loss, top1, grads, sown), statistics = gradients(whole, statistics, batch, state.step, shards)
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     old_params = jax.lax.with_sharding_constraint(state.params, shards)
     masks: Tree = None
@@ -178,9 +185,8 @@ def make_train_step(
       ema = average(ema, params, batch_stats, state.step)
       if sparse is not None:
         ema = sparse.mask_averages(ema, masks, state.step)
-    metrics = jnp.stack(
-      [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step), *more]
-    )
+    means = [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
+    metrics = jnp.stack([*means, *(sown[name] for name in own_metrics), *more])
     new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema, masks)
     request = jnp.max(requests)
     if guarded:

@@ -307,13 +307,24 @@ def test_every_field_has_words_and_its_default_is_allowed():
 
 def test_fields_that_are_read_without_jax_are_those_of_the_models():
   from configs import families
-  from trainer.models import layers, resnet, resnet_fields
+  from trainer.models import (
+    efficientnet,
+    efficientnet_fields,
+    layers,
+    nfnet,
+    nfnet_fields,
+    resnet,
+    resnet_fields,
+  )
 
   for name in families.FIELDS:
     assert families.fields(name) is families.find(name).FIELDS
   assert tuple(layers.ACTIVATIONS) == resnet_fields.ACTIVATIONS
   assert tuple(resnet.STAGES) == resnet_fields.DEPTHS
   assert tuple(resnet.RS_STAGES) == resnet_fields.RS_DEPTHS
+  assert tuple(efficientnet.VARIANTS) == efficientnet_fields.VARIANTS
+  assert tuple(nfnet.GAINS) == nfnet_fields.ACTIVATIONS
+  assert tuple(nfnet.DEPTHS) == nfnet_fields.DEPTHS
 
 
 def test_help_shows_the_fields_of_the_config():

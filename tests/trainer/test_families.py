@@ -15,6 +15,12 @@ FAMILIES = {
   "efficientnet": {"dropout": 0.1, "drop_path": 0.3},
   "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
   "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
+  "mdeq": {
+    "dropout": 0.1,
+    "unrolled_steps": 3,
+    "jacobian_weight": 0.1,
+    "jacobian_share": 0.5,
+  },
 }
 QUICK = ("vit",)
 

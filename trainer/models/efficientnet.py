@@ -10,7 +10,6 @@ epsilon of batch norm is 1e-3 in TensorFlow's and in torchvision's from B5 on, e
 """
 
 from collections.abc import Mapping
-import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,10 +17,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from configs.fields import POSITIVE, Field, Fields, one_of
+from configs.fields import Fields
 from trainer.models import names, staged
+from trainer.models.efficientnet_fields import EFFICIENTNET as FIELDS
 from trainer.models.layers import Layers, refuse_split
-from trainer.models.resnet_fields import COMMON
 
 
 class Stage(NamedTuple):
@@ -220,51 +219,7 @@ class Block(nnx.Module):
 class EfficientNet(staged.Staged):
   """EfficientNet and EfficientNetV2, by `variant`; they shrink images 32-fold."""
 
-  FIELDS: ClassVar[Fields] = {
-    "variant": Field(
-      "b0",
-      "Published net: b0 to b8 (arXiv:1905.11946) | v2_s, v2_m, v2_l, v2_b0 to v2_b3 "
-      "(arXiv:2104.00298). Image size and dropout are fields of their own.",
-      check=one_of(*VARIANTS),
-    ),
-    "width": Field(
-      1.0, "Multiplies the channels of the variant, rounded to a multiple of 8.", "", POSITIVE
-    ),
-    "repeats": Field(
-      1.0, "Multiplies the blocks of each stage of the variant, rounded up.", "", POSITIVE
-    ),
-    "padding": Field(
-      "same",
-      "Of convolutions: same, TensorFlow's, and timm's tf_efficientnet | torch, symmetric, "
-      "torchvision's, and timm's efficientnet.",
-      check=one_of("same", "torch"),
-    ),
-    "se_ratio": dataclasses.replace(
-      COMMON["se_ratio"],
-      default=0.25,
-      words="Channels of squeeze-and-excitation over those that come into the block; 0 for none.",
-    ),
-    **{
-      name: dataclasses.replace(COMMON[name], default=default)
-      for name, default in (
-        ("activation", "silu"),
-        ("dropout", 0.0),
-        ("head_bias_init", 0.0),
-        ("bn_momentum", 0.99),
-        ("bn_epsilon", 1e-3),
-        ("bn_unbiased", False),
-        ("bn_shifted", False),
-        ("bn_group", "global"),
-        ("scan", False),
-        ("remat", "none"),
-      )
-    },
-    "drop_path": dataclasses.replace(
-      COMMON["drop_path"],
-      words="Stochastic depth (arXiv:1603.09382): block i of N, from 0, skips its branch for this "
-      "times i/N of the examples in training.",
-    ),
-  }
+  FIELDS: ClassVar[Fields] = FIELDS
   TRIAL: ClassVar[Mapping[str, Any]] = {"variant": "b0", "width": 0.25, "repeats": 0.3}
 
   @classmethod

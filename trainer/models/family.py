@@ -1,13 +1,70 @@
 """What a model family brings: its fields with their checks and words, and how it is built."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import nnx
 import jax
 import numpy as np
 
 from configs.fields import Fields
+
+
+class StepsTaken(nnx.Variable[Any]):
+  """Steps that the run has taken with the one being computed; int32, a part of the state.
+
+  A training step sets it, and what is evaluated later has the last one. A model that was not
+  trained has ENDLESS.
+  """
+
+
+class AuxiliaryLoss(nnx.Variable[Any]):
+  """A scalar that a model in training mode adds to the loss; see `sow`."""
+
+
+class Metric(nnx.Variable[Any]):
+  """A scalar that a model in training mode has for the curves; see `sow` and Family.METRICS."""
+
+
+ENDLESS = np.iinfo(np.int32).max
+
+
+class Sown(NamedTuple):
+  """What a model left behind in a training step.
+
+  Attributes:
+    losses: scalars.
+    metrics: scalars by name.
+  """
+
+  losses: list[jax.Array]
+  metrics: dict[str, jax.Array]
+
+
+def sow(model: nnx.Module, kind: type[nnx.Variable[Any]], name: str, value: jax.Array) -> None:
+  """Leave a scalar behind for the training step, in place of that of the call before.
+
+  Args:
+    model: the whole model, not a part of it.
+    kind: AuxiliaryLoss or Metric.
+    name: no other attribute of the model has it.
+    value: mean over the examples.
+  """
+  # Module.sow of flax 0.12.8 warns that it is for calls inside nnx.capture.
+  setattr(model, name, kind(value))
+
+
+def reap(model: nnx.Module) -> Sown:
+  """Take what a model has sown out of it, so that it does not become a part of the state."""
+  losses = nnx.to_pure_dict(nnx.pop(model, AuxiliaryLoss))
+  return Sown(list(losses.values()), nnx.to_pure_dict(nnx.pop(model, Metric)))
+
+
+def set_steps_taken(model: nnx.Module, steps: jax.Array) -> None:
+  """Set all StepsTaken of a model, an int32 scalar."""
+  for _, node in nnx.iter_graph(model):
+    if isinstance(node, StepsTaken):
+      node.set_value(steps)
 
 
 class Family(nnx.Module):
@@ -26,6 +83,7 @@ class Family(nnx.Module):
       vectors never decay.
     RESIZES: whether a model takes images of other sizes than that which it was made for, though its
       parameters depend on that one.
+    METRICS: names of what it sows as Metric in every training step.
     LINEAR: regular expression of names of `torch_name` that are matrices in a state dict, where
       other nets have 1x1 convolutions of that name.
   """
@@ -34,6 +92,7 @@ class Family(nnx.Module):
   TRIAL: ClassVar[Mapping[str, Any]] = {}
   NO_DECAY: ClassVar[tuple[str, ...]] = ()
   RESIZES: ClassVar[bool] = False
+  METRICS: ClassVar[tuple[str, ...]] = ()
   LINEAR: ClassVar[str] = ""
 
   @classmethod

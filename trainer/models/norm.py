@@ -24,8 +24,8 @@ class BatchNorm(nnx.Module):
 
   `train()` and `eval()` choose between the statistics of the batch and their running averages; a
   new layer trains. The running variance averages the biased variance of the batch, the one that
-  normalises, unless `unbiased`. State: Params `scale` and `bias`, BatchStats `mean` and `var`, all
-  [channels] and float32 (float64 if `dtype` is).
+  normalises, unless `unbiased`. State: Params `scale` and `bias` unless not `affine`, BatchStats
+  `mean` and `var`, all [channels] and float32 (float64 if `dtype` is).
 
   Several groups leave `mean` and `var` with a leading axis, each group with its own average:
   `average_groups` then takes the mean over them, for all layers at once.
@@ -36,6 +36,7 @@ class BatchNorm(nnx.Module):
     epsilon: added to the variance.
     dtype: of the output; all arithmetic is at least float32.
     zero_scale: whether the scale starts at 0 instead of 1.
+    affine: whether there are scale and bias.
     unbiased: whether the running variance averages n/(n - 1) times the variance of the n values of
       a channel in its group, as torch's does.
     shifted: whether variances are computed from distances to the running mean.
@@ -52,6 +53,7 @@ class BatchNorm(nnx.Module):
     epsilon: float,
     dtype: jax.typing.DTypeLike,
     zero_scale: bool,
+    affine: bool = True,
     unbiased: bool = False,
     shifted: bool = False,
     group: str = "global",
@@ -66,15 +68,17 @@ class BatchNorm(nnx.Module):
     self.shards = shards
     self.use_running_average = False  # the name that nnx.Module.train() and eval() look for
     wide = jnp.promote_types(dtype, jnp.float32)
-    self.scale = nnx.Param(jnp.full(channels, 0.0 if zero_scale else 1.0, wide))
-    self.bias = nnx.Param(jnp.zeros(channels, wide))
+    self.affine = affine
+    if affine:
+      self.scale = nnx.Param(jnp.full(channels, 0.0 if zero_scale else 1.0, wide))
+      self.bias = nnx.Param(jnp.zeros(channels, wide))
     self.mean = nnx.BatchStat(jnp.zeros(channels, wide))
     self.var = nnx.BatchStat(jnp.ones(channels, wide))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return x [..., channels] normalised, scaled and shifted, in `dtype`."""
     shape = x.shape
-    x = x.astype(self.scale.dtype)
+    x = x.astype(self.mean.dtype)
     if self.use_running_average:
       mean, var = self.mean.get_value(), self.var.get_value()
     else:
@@ -108,8 +112,13 @@ class BatchNorm(nnx.Module):
           self.momentum * average.get_value() + (1 - self.momentum) * jax.lax.stop_gradient(new)
         )
       mean, var = spread(mean), spread(var)
-    factor = jax.lax.rsqrt(var + self.epsilon) * self.scale.get_value()
-    return ((x - mean) * factor + self.bias.get_value()).astype(self.dtype).reshape(shape)
+    factor = jax.lax.rsqrt(var + self.epsilon)
+    if self.affine:
+      factor = factor * self.scale.get_value()
+    y = (x - mean) * factor
+    if self.affine:
+      y = y + self.bias.get_value()
+    return y.astype(self.dtype).reshape(shape)
 
 
 def check_groups(group: str, *, examples: int, shards: int) -> None:

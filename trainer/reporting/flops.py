@@ -2,7 +2,8 @@
 
 Model FLOPs are those of the mathematics, not of the program: 2 for each multiply-add of
 convolutions and matrix products, padding included (as papers and torchvision count), and none for
-normalisation, activations, pooling, loss and optimizer. A training step counts as three forward
+normalisation, activations, pooling, loss and optimizer. A loop that may end early counts in full,
+and of two ways the longer. A training step counts as three forward
 passes: the backward pass of a convolution is two of its size, for the gradients of its input and of
 its kernel. Recomputation to save memory does not count. The quotient is the model FLOPs utilisation
 (MFU) of arXiv:2204.02311, appendix B.
@@ -61,9 +62,22 @@ def _multiply_adds(eqns: Iterable[core.JaxprEqn]) -> int:
         _shape(eqn.invars[0])[axis] for axis in contracted
       )
     else:
-      inner = core.jaxprs_in_params(eqn.params)
-      total += eqn.params.get("length", 1) * sum(_multiply_adds(jaxpr.eqns) for jaxpr in inner)
+      inner = [_multiply_adds(jaxpr.eqns) for jaxpr in core.jaxprs_in_params(eqn.params)]
+      name, rounds = eqn.primitive.name, eqn.params.get("length", 1)
+      if name == "while":
+        rounds = _rounds(eqn.params["cond_jaxpr"].jaxpr)
+      total += rounds * (max(inner) if name == "cond" else sum(inner))
   return total
+
+
+def _rounds(condition: core.Jaxpr) -> int:
+  """Return how often a loop runs at most: the bound of its counter, or 1 if that is unknown."""
+  bounds = [
+    int(eqn.invars[1].val)
+    for eqn in condition.eqns
+    if eqn.primitive.name == "lt" and isinstance(eqn.invars[1], core.Literal)
+  ]
+  return max(bounds, default=1)
 
 
 def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
