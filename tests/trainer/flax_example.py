@@ -170,7 +170,7 @@ def compile_ours(devices: list[jax.Device], batch: int, fields: str) -> jax.stag
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
   program = program_lib.build(config, 1_281_167, devices)
-  with layers.named(program.model.merge(program.abstract_state.raw(), None)):
+  with layers.named(layers.structure(program.model, program.abstract_state.raw())):
     lowered = program.lower("train", **program.sizes("train"))
   return program.finish(lowered, "train")
 
