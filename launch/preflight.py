@@ -250,7 +250,7 @@ def _compile(program: Any, mode: Any, sizes: dict[str, int], screen: TextIO) -> 
   from trainer.tools import layers
 
   what = f"{mode} step, {sizes['batch_size']} images of {sizes['image_size']} px"
-  model = program.model.merge(program.abstract_state.raw(), None)
+  model = layers.structure(program.model, program.abstract_state.raw())
   with _progress(f"{what}: tracing", screen), layers.named(model):
     lowered = program.lower(mode, **sizes)
   start = time.perf_counter()

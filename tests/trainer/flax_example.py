@@ -1,11 +1,12 @@
 """The step of Flax's ImageNet example, written anew, and its estimate on a TPU beside ours.
 
-    python -m tests.trainer.flax_example [--topology=v5e:2x2] [--batch=128] [--accumulation=1,8]
+    python -m tests.trainer.flax_example [--topology=v5e:2x2] [--batch=128] [--ours='A=B ...']
 
 compiles both for the same chips, one after the other, and prints their estimates by
-trainer.tools.tpu_cost, by kind, with the ratio of ours to the example's. `--texts=FOLDER` keeps the
-compiled programs there, and takes those that it finds. It needs libtpu, runs nothing, and takes
-minutes for each step.
+trainer.tools.tpu_cost, by kind, with the ratio of ours to the example's. Each `--ours` is a row of
+configs/imagenet_resnet50.py with these fields; without any there are those of LEVERS. With
+`--texts=FOLDER` the compiled programs are kept there, and those found there are not compiled again.
+It needs libtpu, runs nothing, and takes minutes for each step.
 
 The example is github.com/google/flax, examples/imagenet: ResNet-50 v1.5 in Linen, bfloat16
 activations, batch norm over the global batch, SGD with Nesterov momentum, weight decay of kernels
@@ -13,8 +14,10 @@ as a part of the loss, a cosine after a warm-up. Its images come normalised from
 """
 
 import argparse
+import ast
 from collections.abc import Callable
 import functools
+import json
 import pathlib
 import sys
 import time
@@ -29,6 +32,12 @@ import numpy as np
 import optax
 
 CLASSES, SIZE = 1000, 224
+# Fields of our step, by rows of the table. BN is over a device's own examples where none says else.
+LEVERS = (
+  "accumulation_steps=1",
+  "accumulation_steps=8",
+  "accumulation_steps=8 model.bn_group=32",
+)
 
 
 class Block(nn.Module):
@@ -138,8 +147,14 @@ def lower(devices: list[jax.Device], batch: int) -> jax.stages.Lowered:
   return jax.jit(step, donate_argnums=0, out_shardings=whole).lower(state, images, labels)
 
 
-def compile_ours(devices: list[jax.Device], batch: int, accumulation: int) -> jax.stages.Compiled:
-  """Compile this project's step for the same work: statistics of a device's own examples."""
+def compile_ours(devices: list[jax.Device], batch: int, fields: str) -> jax.stages.Compiled:
+  """Compile this project's step for the same work.
+
+  Args:
+    devices: to compile for.
+    batch: over all of them.
+    fields: as in "accumulation_steps=8 model.bn_group=32".
+  """
   from configs import imagenet_resnet50
   from trainer import config as config_lib
   from trainer import program as program_lib
@@ -147,12 +162,43 @@ def compile_ours(devices: list[jax.Device], batch: int, accumulation: int) -> ja
 
   config = imagenet_resnet50.get_config()
   config.global_batch_size = config.eval.batch_size = batch
-  config.model.bn_group, config.accumulation_steps = "device", accumulation
+  config.model.bn_group = "device"
+  for field in fields.split():
+    name, value = field.split("=")
+    text = isinstance(config[name] if "." not in name else config.model[name[6:]], str)
+    config.update_from_flattened_dict({name: value if text else ast.literal_eval(value)})
   config_lib.validate(config)
+  config_lib.check_split(config, num_devices=len(devices))
   program = program_lib.build(config, 1_281_167, devices)
-  with layers.named(program.model.merge(program.abstract_state.raw(), None)):
+  with layers.named(layers.structure(program.model, program.abstract_state.raw())):
     lowered = program.lower("train", **program.sizes("train"))
   return program.finish(lowered, "train")
+
+
+def compiled(
+  compile_step: Callable[[], jax.stages.Compiled], kept: pathlib.Path | None
+) -> tuple[str, dict[str, float]]:
+  """Return the text of a program, and MiB of its temporaries and seconds of its compilation.
+
+  Args:
+    compile_step: makes it, unless it is kept.
+    kept: file of its text; None for none.
+  """
+  facts = kept and kept.with_suffix(".json")
+  if kept and facts and kept.exists():
+    return kept.read_text(), json.loads(facts.read_text()) if facts.exists() else {}
+  start = time.perf_counter()
+  step = compile_step()
+  memory: Any = step.memory_analysis()
+  found = {
+    "temporaries, MiB": memory.temp_size_in_bytes / 2**20,
+    "compiled in, s": time.perf_counter() - start,
+  }
+  text = step.as_text() or ""
+  if kept and facts:
+    kept.write_text(text)
+    facts.write_text(json.dumps(found))
+  return text, found
 
 
 def main(arguments: list[str]) -> None:
@@ -160,7 +206,7 @@ def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(prog="python -m tests.trainer.flax_example")
   parser.add_argument("--topology", default="v5e:2x2")
   parser.add_argument("--batch", type=int, default=128, help="images a chip")
-  parser.add_argument("--accumulation", default="1,8", help="micro-batches of ours, a row for each")
+  parser.add_argument("--ours", action="append", help="fields of a row, as in 'FIELD=VALUE ...'")
   parser.add_argument("--texts", type=pathlib.Path, help="folder of compiled programs")
   args = parser.parse_args(arguments)
   from launch import preflight
@@ -174,34 +220,45 @@ def main(arguments: list[str]) -> None:
   steps: dict[str, Callable[[], jax.stages.Compiled]] = {
     "Flax example": lambda: lower(devices, batch).compile()
   }
-  for count in map(int, args.accumulation.split(",")):
-    steps[f"ours, {count} micro-batch(es)"] = functools.partial(compile_ours, devices, batch, count)
+  for fields in args.ours or LEVERS:
+    steps[fields] = functools.partial(compile_ours, devices, batch, fields)
   lines: dict[str, tpu_cost.TimeLine] = {}
+  facts: dict[str, dict[str, float]] = {}
   for name, compile_step in steps.items():
-    start = time.perf_counter()
     kept = args.texts and args.texts / f"{args.topology} {args.batch} {name}.txt".replace(":", "-")
-    if kept and kept.exists():
-      text = kept.read_text()
-    else:
-      text = compile_step().as_text() or ""
-      if kept:
-        kept.write_text(text)
+    text, facts[name] = compiled(compile_step, kept)
     lines[name] = tpu_cost.time_line(text, device)
-    print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {facts[name]}", file=sys.stderr, flush=True)
   theirs = lines["Flax example"]
   print(f"Estimates for {args.topology}, {args.batch} images a chip, M cycles of a step")
   kinds = dict.fromkeys(kind for line in lines.values() for kind in line.by_kind())
-  print("| | M an image | ratio | without collectives | ratio | sum of the compiler's |", end="")
-  print("".join(f" {kind} |" for kind in kinds))
-  print("|---|" + "---:|" * (5 + len(kinds)))
+  measured = dict.fromkeys(fact for found in facts.values() for fact in found)
+  columns = [
+    "M an image",
+    "ratio",
+    "without collectives",
+    "ratio",
+    "sum of the compiler's",
+    "GB of HBM",
+    "collectives",
+    *measured,
+    *kinds,
+  ]
+  print(f"| | {' | '.join(columns)} |")
+  print("|---|" + "---:|" * len(columns))
   for name, line in lines.items():
-    print(
-      f"| {name} | {line.cycles / args.batch / 1e6:.3f} | {line.cycles / theirs.cycles:.3f} | "
-      f"{line.without_collectives / 1e6:.1f} | "
-      f"{line.without_collectives / theirs.without_collectives:.3f} | {line.estimated / 1e6:.1f} |",
-      end="",
-    )
-    print("".join(f" {line.by_kind().get(kind, 0) / 1e6:.1f} |" for kind in kinds))
+    cells = [
+      f"{line.cycles / args.batch / 1e6:.3f}",
+      f"{line.cycles / theirs.cycles:.3f}",
+      f"{line.without_collectives / 1e6:.1f}",
+      f"{line.without_collectives / theirs.without_collectives:.3f}",
+      f"{line.estimated / 1e6:.1f}",
+      f"{line.hbm_bytes / 1e9:.1f}",
+      f"{sum(each.rounds for each in line.transfers):.0f}",
+      *(f"{facts[name][fact]:.0f}" if fact in facts[name] else "" for fact in measured),
+      *(f"{line.by_kind().get(kind, 0) / 1e6:.1f}" for kind in kinds),
+    ]
+    print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.trainer import tiny
+from trainer import program as program_lib
 from trainer.tools import layers
 
 
@@ -59,3 +61,12 @@ def test_names_end_with_an_error():
   assert Inner.__call__ is call
   with layers.named(net):
     assert "jit(<lambda>)/head/tanh" in names(lambda x: net(x))
+
+
+def test_a_net_whose_blocks_are_stacked_has_a_structure():
+  config = tiny.get_config()
+  config.model.depth, config.model.scan = 20, True
+  program = program_lib.build(config, 64, jax.devices()[:1])
+  net = layers.structure(program.model, program.abstract_state.raw())
+  paths = {"/".join(map(str, path)) for path, _ in nnx.iter_modules(net)}
+  assert {"stage1_block1/conv1", "stage1_block3/conv1", "head"} <= paths

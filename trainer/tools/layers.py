@@ -8,6 +8,21 @@ from typing import Any
 from flax import nnx
 import jax
 
+from trainer.state import Model, Variables
+
+
+def structure(model: Model, variables: Variables) -> nnx.Module:
+  """Return a model for `named`, without values in it.
+
+  Args:
+    model: without its arrays.
+    variables: its arrays or their shapes.
+  """
+  made: list[nnx.Module] = []
+  # Traced, so that stacked blocks can be taken apart.
+  jax.eval_shape(lambda variables: made.append(model.merge(variables, None)), variables)
+  return made[0]
+
 
 @contextlib.contextmanager
 def named(model: nnx.Module) -> Iterator[None]:
