@@ -19,7 +19,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 40, 40)}
 def lines_of_readme():
   """The five lines, without their comments; the first installs, which the tests have done."""
   text = (ROOT / "README.md").read_text()
-  block = re.search(r"images of your own.*?\n\n((?:    .*\n)+)", text, re.DOTALL)[1]
+  block = re.search(r"images of your own[\s\S]*?\n\n((?:    .*\n)+)", text)[1]
   return [line.split("  #")[0].strip() for line in block.splitlines()]
 
 
