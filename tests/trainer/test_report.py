@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -325,6 +326,8 @@ def test_images_keep_the_page_below_two_megabytes(workdir):
   write_json(workdir / "mistakes.json", {"images": [image] * 24})
   page = page_of(workdir)
   assert page.count("<img") == 14 and len(page) < 2_000_000
+  write_json(workdir / "mistakes.json", {"note": "Of 9 images.", "images": []})
+  assert "Of 9 images.</p>" in page_of(workdir)
 
 
 def test_many_points_are_thinned_to_the_lowest_and_highest():
@@ -418,3 +421,22 @@ def test_the_script_draws_every_panel_on_every_axis(workdir):
   assert log[0] != smooth[0] and log[1:] == smooth[1:]
   assert 'class="curve"' not in hidden[0]
   assert "step " in said["tip"] and "epoch " in said["tip"] and "train <b>" in said["tip"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CHROMIUM" not in os.environ, reason="CHROMIUM names no Chromium")
+def test_in_headless_chromium(workdir, tmp_path):
+  """With node and `npm install puppeteer-core` on NODE_PATH; ARTEFACTS keeps the pictures."""
+  folder = os.environ.get("ARTEFACTS", tmp_path)
+  page = report.write_report(str(workdir))
+  script = pathlib.Path(__file__).with_name("chromium.cjs")
+  ended = subprocess.run(
+    ["node", script, page, folder], capture_output=True, text=True, timeout=300, check=False
+  )
+  assert ended.returncode == 0, ended.stderr
+  seen = json.loads(ended.stdout)
+  assert seen["said"] == []  # no error, no request
+  for name in ("light", "dark", "phone"):
+    assert seen[name]["overflow"] == 0 and seen[name]["drawn"] >= 11
+  assert seen["light"]["back"] != seen["dark"]["back"]
+  assert re.match(r"step [\d,]+, epoch [\d.]+, .*\ntrain [\d.]+", seen["tip"])

@@ -72,7 +72,8 @@ def images(run: Recorded) -> str:
       if letters > _MOST_IMAGES:
         break
       shown.append(_image(run, image))
-    if shown:
+    if shown or "note" in found:
+      shown = shown or ["None."]
       note = f'<p class="muted">{escaped(found["note"])}</p>\n' if "note" in found else ""
       inside = "\n".join(shown)
       sections.append(f'<h2>{title}</h2>\n{note}<div class="images">\n{inside}\n</div>')
