@@ -6,15 +6,17 @@ another run of it, or give results that mean nothing, so they are refused by wha
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import hashlib
+import json
 from typing import Any
 import unicodedata
 
 from absl import logging
+from etils import epath
 import ml_collections
 import numpy as np
 
-from input_pipeline import sources
-from input_pipeline.errors import DataError
+from input_pipeline import records, sources
+from input_pipeline.errors import DataError, first_line
 from input_pipeline.sources import Source, slices
 from trainer.errors import ConfigError
 
@@ -68,6 +70,29 @@ def summary(source: Source) -> list[Any]:
   """Return what all hosts must see alike, in a few bytes."""
   names = hashlib.sha256("\n".join(source.class_names).encode("utf-8", "surrogateescape"))
   return [len(source), source.digest, names.hexdigest()[:16]]
+
+
+def words_of(path: str, names: Sequence[str]) -> dict[str, str]:
+  """Return what class names mean, where the folder of the data says so.
+
+  Args:
+    path: `config.data.path`. Words are those that `prepare` has found in the devkit of ImageNet,
+      or lines "n01440764 tench, Tinca tinca" of words.txt or LOC_synset_mapping.txt.
+    names: of the classes.
+  """
+  if not path or ("://" in path and not path.startswith("gs://")):
+    return {}
+  folder, words = epath.Path(path), dict[str, str]()
+  try:
+    if (file := folder / records.MANIFEST).exists():
+      words = json.loads(file.read_text()).get("source", {}).get("words", {})
+    for file in (folder / "words.txt", folder / "LOC_synset_mapping.txt"):
+      if not words and file.exists():
+        lines = (line.split(None, 1) for line in file.read_text().splitlines())
+        words = {line[0]: line[1].strip() for line in lines if len(line) > 1}
+  except Exception as error:  # of a bucket, or a file that is none; words are only for readers
+    logging.warning("The words of the classes could not be read (%s).", first_line(error))
+  return {name: words[name] for name in names if name in words}
 
 
 def check_same(saved: Facts | None, now: Facts, source: Source, workdir: str, allow: bool) -> None:

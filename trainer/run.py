@@ -290,7 +290,7 @@ class Run:
     exits.callback(self.telemetry.close)
     first = self.step
     batches = substituted(
-      self.host_batches,
+      self.telemetry.with_samples(self.host_batches, self._class_names()),
       self.host_batches.count,
       lambda n: self.program.empty_batch(
         "train", self.pod.hosts, **self.program.sizes_at(first + n)

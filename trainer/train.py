@@ -22,7 +22,7 @@ from trainer.pod import preemption
 from trainer.pod.join import join_pod
 from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, SAVE, STOP
-from trainer.reporting import overview, report, screen
+from trainer.reporting import environment, overview, report, screen
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
 from trainer.workdir import storage
@@ -65,6 +65,7 @@ def train(
     shown = _show(opened, verbose) if pod.host == 0 else ""
     run = Run(config, opened, pod, clock, stop)
     run.own_workdir(exits)
+    exits.enter_context(environment.failure_kept(run.workdir))
     run.restore()
     exits.callback(run.checkpointer.close)
     run.check_data()
@@ -238,10 +239,12 @@ def _note_start(run: Run, changes: config_lib.Changes) -> None:
   """Write what this process runs, on which data, and that it was started."""
   folder = run.workdir
   write_json(folder.config, run.config.to_dict())
+  write_json(folder.environment, environment.facts())
   names = run.train_source.class_names
   # Imported weights may have brought theirs.
   if names and read_json(folder.classes, {"classes": list}, set_aside=True) is None:
-    write_json(folder.classes, {"classes": list(names)})
+    words = data_lib.words_of(run.config.data.path, names)
+    write_json(folder.classes, {"classes": list(names)} | ({"words": words} if words else {}))
   write_json(folder.data, {"path": run.config.data.path, **run.data, "left_out": _left_out(run)})
   earlier = read_json(folder.starts, WallClock.STARTS, set_aside=True)
   write_json(folder.starts, run.clock.start(earlier, run.step, changes))

@@ -57,7 +57,9 @@ def from_imagenet(
     return Member(files[split], image.entry.offset, image.entry.size, label, image.name)
 
   chosen = {split: split for split in contents.splits}
-  origin = {"kind": "imagenet", "name": "ILSVRC2012"}
+  origin: dict[str, Any] = {"kind": "imagenet", "name": "ILSVRC2012"}
+  if words := _devkit_words(devkit) if devkit and val else {}:
+    origin["words"] = {synset: words[synset] for synset in sorted(words)}
   return inputs_of(contents, chosen, [], member, origin, allow)
 
 
@@ -214,6 +216,26 @@ def _listed_labels(
 
 def _devkit_labels(path: str) -> list[str]:
   """Return the synset of each validation image, in the order of their names, from the devkit."""
+  synsets, truth = _devkit(path)
+  names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
+  try:
+    return [names[int(i)] for i in truth.split()]
+  except KeyError as e:
+    raise DataError(
+      f"--devkit {path}: the ground truth has the class {e}, which meta.mat lacks."
+    ) from e
+
+
+def _devkit_words(path: str) -> dict[str, str]:
+  """Return the words of each synset, as "tench, Tinca tinca"; empty if the devkit has none."""
+  synsets, _ = _devkit(path)
+  if "words" not in (synsets.dtype.names or ()):
+    return {}
+  return {str(wnid): str(words) for wnid, words in zip(synsets["WNID"], synsets["words"])}
+
+
+def _devkit(path: str) -> tuple[Any, bytes]:
+  """Return the synsets of a devkit, as a structured array, and the classes of `val` as text."""
   import scipy.io  # a dependency of jax, used only here
 
   wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
@@ -230,11 +252,4 @@ def _devkit_labels(path: str) -> list[str]:
     if suffix not in read:
       raise DataError(f"--devkit {path} holds no {suffix}; is it ILSVRC2012_devkit_t12.tar.gz?")
   meta, truth = (read[suffix] for suffix in wanted)
-  synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-  names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
-  try:
-    return [names[int(i)] for i in truth.split()]
-  except KeyError as e:
-    raise DataError(
-      f"--devkit {path}: the ground truth has the class {e}, which meta.mat lacks."
-    ) from e
+  return scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"], truth

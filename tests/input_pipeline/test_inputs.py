@@ -134,6 +134,10 @@ def test_the_official_archives(official, labels, workers):
   flags += (labels[0], root / labels[1], "--shards", 4, "--val-shards", 2)
   assert run_prepare("--out", out, *flags, "--workers", workers) == 0
   assert manifest_of(out)["classes"] == _SYNSETS
+  words = manifest_of(out)["source"].get("words")
+  assert words == (
+    dict.fromkeys((*_SYNSETS, "n00000001"), "word") if "--devkit" in labels else None
+  )
   train = contents(out)
   assert len(train) == 12
   for n, synset in enumerate(_SYNSETS):

@@ -109,8 +109,10 @@ def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(
     "events",
     "final.json",
     "metrics.jsonl",
+    "environment.json",
     "overview.txt",
     "report.html",
+    "samples.json",
     "starts.json",
   }
   assert whole(workdir) == [12]
@@ -121,7 +123,8 @@ def test_a_run_leaves_everything_in_the_bucket_in_the_bits_of_a_disk(
   assert train_lib.evaluate_only(config, str(workdir))["top1"] == pytest.approx(final["top1"])
   assert report.main([str(workdir)]) == 0
   assert capsys.readouterr().out.strip() == f"{workdir}/report.html"
-  assert "data:image/png;base64" in (workdir / "report.html").read_text()
+  page = (workdir / "report.html").read_text()
+  assert 'id="curves"' in page and page.count("data:image/jpeg;base64") == config.global_batch_size
 
 
 def test_newest_and_best_stay(workdir, program):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX import record_writer
+from tensorboardX.proto import plugin_hparams_pb2
 
 from trainer.reporting import events
 from trainer.reporting.clu import metric_writers
@@ -156,7 +157,7 @@ def test_writer_has_the_whole_interface_of_clu():
 
 def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
   writer = metric_writers.AsyncMultiWriter([events.EventWriter(str(tmp_path))])
-  writer.write_hparams({"optimizer.name": "sgd", "seed": 0})
+  writer.write_hparams({"optimizer.name": "sgd", "seed": 0, "steps": (1, 2)})
   writer.write_texts(step=1, texts={"note": "**hello**"})
   writer.write_histograms(1, {"weights": jnp.arange(100.0)}, num_buckets={"weights": 7})
   writer.write_histograms(1, {"default": np.arange(100)})
@@ -174,6 +175,16 @@ def test_all_kinds_go_through_the_async_writer_beside_scalars(tmp_path):
   written = {
     value.tag: value for event in events._events(epath.Path(file)) for value in event.summary.value
   }
+  session = written["_hparams_/session_start_info"].metadata.plugin_data
+  found = plugin_hparams_pb2.HParamsPluginData.FromString(
+    session.content
+  ).session_start_info.hparams
+  assert session.plugin_name == "hparams"
+  assert (found["optimizer.name"].string_value, found["seed"].number_value) == ("sgd", 0)
+  assert found["steps"].string_value == "(1, 2)"
+  experiment = written["_hparams_/experiment"].metadata.plugin_data.content
+  compared = plugin_hparams_pb2.HParamsPluginData.FromString(experiment).experiment.metric_infos
+  assert "eval/top1" in [info.name.tag for info in compared]
   assert b"| optimizer.name | sgd |" in written["hparams/text_summary"].tensor.string_val[0]
   assert written["note/text_summary"].tensor.string_val[0] == b"**hello**"
   assert sum(written["weights"].histo.bucket) == 100

@@ -24,6 +24,7 @@ from trainer import config as config_lib
 from trainer import data as data_lib
 from trainer import train as train_lib
 from trainer.errors import DONE, FAILED, Preempted
+from trainer.reporting import report
 from trainer.workdir import saved
 
 CLASSES = [f"class{i}" for i in range(6)]
@@ -231,3 +232,30 @@ def test_interrupted_in_a_notebook_it_saves_and_a_second_run_works(images, finis
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
   result = train_lib.train(own_config(images), str(tmp_path))
   assert {n: result[n] for n in ("top1", "loss")} == {n: finished[1][n] for n in ("top1", "loss")}
+
+
+def test_the_report_has_images_mistakes_and_words(images, finished, tmp_path, capsys):
+  """Words of the classes come from a file beside them, and are kept by the start."""
+  workdir, final = finished
+  page = (workdir / "report.html").read_text()
+  assert page.count("data:image/jpeg;base64") == 8 and "The most confident mistakes" not in page
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment["hosts"] == 1 and environment["versions"]["jax"] in page
+  shutil.copytree(images, tmp_path / "images")
+  (tmp_path / "images" / "words.txt").write_text("class0 tench, Tinca tinca\nclass9 unused\n")
+  words = data_lib.words_of(str(tmp_path / "images"), CLASSES)
+  assert words == {"class0": "tench, Tinca tinca"}
+  shutil.copytree(workdir, tmp_path / "run")
+  classes = {"classes": CLASSES, "words": words}
+  (tmp_path / "run" / "classes.json").write_text(json.dumps(classes))
+  assert report.main([str(tmp_path / "run"), "--mistakes=100"]) == 0
+  found = json.loads((tmp_path / "run" / "mistakes.json").read_text())
+  wrong = final["examples"] - round(final["top1"] * final["examples"])
+  assert len(found["images"]) == wrong and "Of 18 images of val, 18 in all" in found["note"]
+  shares = [image["probability"] for image in found["images"]]
+  assert shares == sorted(shares, reverse=True)
+  assert all(image["class"] != image["predicted"] for image in found["images"])
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert page.count("data:image/jpeg;base64") == 8 + wrong and "tench, Tinca tinca (class0)" in page
+  assert report.main([str(tmp_path / "run"), "--mistakes=-1"]) == 2
+  assert "--mistakes=-1 must be 1 or more" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from trainer.workdir import storage
 
 FLUSH_SECONDS = 30.0  # an event later than this flushes those before it
 _RETRY_SECONDS = 60.0  # no uploads to a bucket for so long after one has failed
+_COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss")  # in TensorBoard's HParams
 _BUCKETS = 30  # of a histogram, as TensorFlow's
 
 
@@ -131,9 +132,17 @@ class EventWriter(metric_writers.MetricWriter):
       self._write(step, summaries.text(name, text))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Write the flat mapping as a table, in the text `hparams`."""
+    """Write the flat mapping as a table, in the text `hparams`, and for the HParams of TensorBoard.
+
+    There runs are compared by their fields and by `_COMPARED`.
+    """
     rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
     self._write(0, summaries.text("hparams", f"| name | value |\n|---|---|\n{rows}"))
+    kinds = (bool, int, float, str)
+    plain = {name: v if isinstance(v, kinds) else str(v) for name, v in hparams.items()}
+    # The last one is for the end of a run, which nobody needs to know there.
+    for summary in summaries.hparams(plain, dict.fromkeys(_COMPARED, 0.0))[:2]:
+      self._write(0, summary)
 
   def write_histograms(
     self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None

@@ -100,8 +100,14 @@ class JsonWriter(metric_writers.MetricWriter):
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """Write nothing: these are for TensorBoard."""
 
-  write_images = write_audios = write_videos = write_histograms = write_summaries = write_texts
-  write_hparams = write_pointcloud = write_texts
+  write_audios = write_videos = write_histograms = write_summaries = write_texts
+  write_pointcloud = write_texts
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    """The same."""
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    """The same."""
 
 
 def read(path: epath.Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The progress line of a run, and the curves in its event files."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -14,10 +14,12 @@ import jax
 import ml_collections
 import numpy as np
 
+from input_pipeline.rows import Batch
+from trainer.config import flatten
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Result, in_words
 from trainer.pod.requests import LAG
-from trainer.reporting import events, json_lines
+from trainer.reporting import events, examples, json_lines
 from trainer.reporting.clock import WallClock, format_seconds
 from trainer.reporting.clu import metric_writers, periodic_actions
 from trainer.reporting.screen import SCREEN
@@ -85,7 +87,7 @@ class Telemetry:
       evaluated_examples: of each of them.
     """
     self._config, self._clock, self._names = config, clock, metric_names(config)
-    self._total_steps, self._epoch = total_steps, epoch
+    self._first_step, self._total_steps, self._epoch = first_step, total_steps, epoch
     self._work, self._peak, self._image_size = work, peak, image_size
     self._exchange, self._reads, self._replaced = exchange, reads, replaced
     self._evaluations, self._evaluated_examples = evaluations, evaluated_examples
@@ -103,6 +105,8 @@ class Telemetry:
     # As Markdown, in which an indented block stays as it is.
     fields = json.dumps(config.to_dict(), indent=2).splitlines()
     self._writer.write_texts(first_step, {"config": "\n".join(f"    {f}" for f in fields)})
+    self._writer.write_hparams(flatten(config))
+    self._samples = Workdir(workdir).samples
     self._progress = periodic_actions.ReportProgress(
       num_train_steps=total_steps,
       every_steps=config.log.every_steps,
@@ -146,6 +150,21 @@ class Telemetry:
     self._pending.append((step, metrics, time.time()))
     if len(self._pending) > LAG:
       self._absorb()
+
+  def with_samples(self, batches: Iterable[Batch], classes: Sequence[str]) -> Iterator[Batch]:
+    """Yield the batches; keep some images of the first in the workdir and in the event files.
+
+    Args:
+      batches: of this host; those of process 0 are kept.
+      classes: names by label.
+    """
+    wanted = self._chief
+    for batch in batches:
+      if wanted:
+        images = examples.keep_samples(self._samples, batch, classes)
+        self._writer.write_images(self._first_step, {"train/images": images})
+        wanted = False
+      yield batch
 
   def forget(self, step: int) -> None:
     """Drop what is not read yet of this step and of later ones, which changed nothing."""

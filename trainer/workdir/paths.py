@@ -46,8 +46,28 @@ class Workdir:
     return self.path / "starts.json"
 
   @property
+  def environment(self) -> epath.Path:
+    """Where and with which versions the newest start runs."""
+    return self.path / "environment.json"
+
+  @property
+  def ended(self) -> epath.Path:
+    """Why the newest start ended without a result, if it was by a failure."""
+    return self.path / "ended.json"
+
+  @property
+  def samples(self) -> epath.Path:
+    """Some images of the first batch; see trainer.reporting.examples."""
+    return self.path / "samples.json"
+
+  @property
+  def mistakes(self) -> epath.Path:
+    """The most confident mistakes; see trainer.reporting.examples."""
+    return self.path / "mistakes.json"
+
+  @property
   def classes(self) -> epath.Path:
-    """The names of the classes by label."""
+    """The names of the classes by label, and what they mean where the data say so."""
     return self.path / "classes.json"
 
   @property
