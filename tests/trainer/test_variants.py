@@ -1,6 +1,10 @@
 """Residual nets by field: published sizes, names, scan and remat, stochastic depth, blur."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -9,13 +13,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from trainer import mesh as mesh_lib
 from trainer import models, state
-from trainer import program as program_lib
 from trainer.models import layers, stack
 from trainer.models.norm import BatchNorm
-from trainer.pod.requests import NOTHING
-from trainer.tools import depth
 
 
 def config_of(name, **fields):
@@ -201,28 +201,13 @@ def test_scan_and_remat_change_no_number(unrolled, scan, remat):
 
 @pytest.mark.slow
 def test_1202_layers_learn():
-  """A quarter of the width, digits at 32 px, 200 steps of 16."""
-  datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra smoke")
-  config = depth.net_config(
-    "cifar_resnet", 1202, scan=True, remat="none", width=0.25, image_size=32, batch_size=16
-  )
-  config.model.shortcut = "pad"
-  config.total_steps, config.optimizer.warmup_steps, config.optimizer.lr_per_256 = 200, 20, 0.32
-  config.label_smoothing = 0.0
-  program = program_lib.build(config, 1437)
-  train_step = program.compile("train", **program.sizes("train"))
-  train_state, requests = program.init_state(), mesh_lib.flags(program.mesh, NOTHING)
-  digits = datasets.load_digits()
-  images = np.repeat((digits.images * 15.9375).astype(np.uint8)[..., None], 3, axis=-1)
-  images = images.repeat(4, axis=1).repeat(4, axis=2)
-  losses, rng = [], np.random.default_rng(0)
-  for _ in range(200):
-    chosen = rng.integers(0, 1437, 16)
-    batch = {"image": images[chosen], "label": digits.target[chosen].astype(np.int32)}
-    train_state, output = train_step(train_state, mesh_lib.to_global(program.mesh, batch), requests)
-    losses.append(float(output.metrics[0]))
-  first, last = np.mean(losses[:10]), np.mean(losses[-10:])
-  assert first > 2 and last < 1, losses
+  """As tests/trainer/deep.py trains them, which takes twenty minutes and more."""
+  pytest.importorskip("sklearn.datasets", reason="needs the extra smoke")
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  command = [sys.executable, "-m", "tests.trainer.deep"]
+  output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+  losses = [float(loss) for loss in re.findall(r"loss (\S+)", output.stdout)]
+  assert len(losses) == 20 and losses[0] > 2 and losses[-1] < 1.9, losses
 
 
 def test_scan_refuses_blocks_that_differ():
