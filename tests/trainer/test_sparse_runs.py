@@ -103,7 +103,8 @@ def test_a_run_stopped_anywhere_its_files_and_what_begins_with_it(tmp_path):
   lines = [json.loads(line) for line in (quiet / "metrics.jsonl").read_text().splitlines()]
   curves = [line for line in lines if "train/density" in line]
   assert len(curves) == 10
-  assert {line["train/density"] for line in curves} == {pytest.approx(1001 / 4972, rel=1e-6)}
+  for line in curves:
+    assert line["train/density"] == pytest.approx(1001 / 4972, rel=1e-6)
   assert [line["step"] for line in curves if line["train/mask_changed"] > 0] == [1, 3, 5, 7]
   tensors = read.load(str(quiet)).tensors
   kept = sum(np.count_nonzero(t) for name, t in tensors.items() if t.ndim > 1)
