@@ -30,7 +30,7 @@ from trainer.errors import (
   Preempted,
 )
 from trainer.pod.pod import Pod
-from trainer.reporting import events
+from trainer.reporting import events, recorded
 from trainer.workdir.checkpoint import Checkpointer
 
 TINY = pathlib.Path(tiny.__file__)
@@ -283,9 +283,13 @@ def test_not_finite_stops_and_names_the_step(tmp_path, run_config):
   run_config.checkpoint.every_steps = 1
   with pytest.raises(Preempted):
     train_lib.train(run_config, str(tmp_path), StopAt(4))
+  assert not (tmp_path / "ended.json").exists()
   run_config.optimizer.lr_per_256, run_config.resume.allow = 1e30, "optimizer.lr_per_256"
   with pytest.raises(NonFiniteError, match=r"Step \d+ is not finite \(loss .*learning rate"):
     train_lib.train(run_config, str(tmp_path))
+  ended = json.loads((tmp_path / "ended.json").read_text())
+  assert ended["code"] == FAILED and "is not finite" in ended["reason"]
+  assert recorded.read(str(tmp_path)).state == "failed"
   abstract_state = program_lib.build(run_config, 72).abstract_state
   checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
   assert checkpoints
