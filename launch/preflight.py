@@ -59,7 +59,7 @@ flags.DEFINE_string(
   "compiled", None, "Folder for the compiled programs, for the first start on the topology."
 )
 flags.DEFINE_string(
-  "table",
+  "recipes",
   None,
   "Print a table of the reports in this folder, one of each recipe; with --topology, make those "
   "that are missing first.",
@@ -380,8 +380,10 @@ def main(argv: list[str]) -> int:
   try:
     if command_line.answered(argv, __doc__):
       return DONE
-    if tables := [word for word in argv[1:] if word.startswith("--table=")]:
-      return _table(tables[0].partition("=")[2], [word for word in argv[1:] if word not in tables])
+    if folders := [word for word in argv[1:] if word.startswith("--recipes=")]:
+      return _table(
+        folders[0].partition("=")[2], [word for word in argv[1:] if word not in folders]
+      )
     command_line.parse(argv, "--topology=v5e:4x4 --config=configs/X.py")
     with _without_chatter() as screen:
       report = preflight(FLAGS.config, screen)

@@ -65,7 +65,6 @@ def train(
     shown = _show(opened, verbose) if pod.host == 0 else ""
     run = Run(config, opened, pod, clock, stop)
     run.own_workdir(exits)
-    exits.enter_context(environment.failure_kept(run.workdir))
     run.restore()
     exits.callback(run.checkpointer.close)
     run.check_data()
@@ -73,6 +72,8 @@ def train(
     run.read_real_labels()
     if final := _already_finished(run):
       return final
+    # Of a run that has been accepted; a refused start leaves the workdir of another as it was.
+    exits.enter_context(environment.failure_kept(run.workdir))
     _keep(opened, shown)
     run.compile(exits)
     run.start_input(exits)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import resource
 import sys
 
@@ -172,6 +173,17 @@ def memory_in_use() -> int:
   return psutil.Process().memory_info().rss
 
 
+def peak_memory() -> int:
+  """Return the most memory that this program has had, in MiB.
+
+  What getrusage has on Linux is that of the process that started it as well.
+  """
+  status = pathlib.Path("/proc/self/status")
+  if status.exists():
+    return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) >> 10
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 def read_all(
   batches: loader.BatchIterator, steps: int, growth: list[int]
 ) -> list[tuple[bool, bool]]:
@@ -220,7 +232,7 @@ def main(count: int, seed: int, folder: str, images: str | None = None) -> dict[
     assert [was_bad for was_bad, _ in flags] == bad
   result["replaced"] = sum(bad)
   result["growth"] = max(growth)
-  result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+  result["peak"] = peak_memory()
   return result
 
 

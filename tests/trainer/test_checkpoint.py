@@ -73,6 +73,7 @@ class State:
   others: Any
   opt_state: Any
   ema: Any
+  masks: Any = None
 
 
 def test_absent_and_empty_parts_of_a_state_are_no_items(tmp_path, program):

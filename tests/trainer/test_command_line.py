@@ -58,7 +58,10 @@ WRONG = [
   ((*SMOKE, "--trial=perhaps"), ["--trial=perhaps", "oolean"]),
   (("--config=smok", "--workdir=run"), ["smok does not exist", "did you mean smoke?"]),
   (("--config=resnet50.py", "--workdir=run"), ["did you mean", "imagenet_resnet50"]),
-  (("--config=zzz", "--workdir=run"), ["zzz does not exist", "there is cifar10_resnet, "]),
+  (
+    ("--config=zzz", "--workdir=run"),
+    ["zzz does not exist", "there is cifar10_mdeq, "],
+  ),
   (("--config=empty", "--workdir=run"), ["empty is a folder", "there is"]),
   (("--config=", "--workdir=run"), ["does not exist", "there is"]),
   (("--config=syntax.py", "--workdir=run"), ["syntax.py line 1", "SyntaxError"]),

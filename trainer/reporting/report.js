@@ -81,7 +81,8 @@ function draw(figure) {
   const shown = curves.filter(c => !view.hidden.has(key(c)));
   const ys = shown.flatMap(c => c.y).filter(v => v !== null && (!log || v > 0));
   const xs = shown.flatMap(c => c.px);
-  let low = ys.length ? Math.min(...ys) : 0, high = ys.length ? Math.max(...ys) : 1;
+  if (!ys.length) ys.push(1, 10);  // all hidden, or none above 0; a logarithm needs a positive range
+  let low = Math.min(...ys), high = Math.max(...ys);
   if (!log && panel.zero) low = Math.min(0, low);
   if (low === high) { high += Math.abs(high) * 0.1 || 1; if (!log) low -= panel.zero ? 0 : Math.abs(low) * 0.1; }
   const right = xs.length ? Math.max(...xs) || 1 : 1;
