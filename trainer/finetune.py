@@ -22,7 +22,7 @@ import optax
 from trainer.errors import ConfigError
 from trainer.models import packing
 from trainer.models.norm import BatchNorm
-from trainer.state import Params, Tree, path_name
+from trainer.state import Params, Tree, by_path, path_name
 
 _SHOWN = 3  # parameters in a message
 
@@ -60,7 +60,7 @@ def check(config: ml_collections.ConfigDict, params: Params) -> None:
   Raises:
     ConfigError: one sentence that names the field.
   """
-  paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  paths = list(by_path(params))
   names = [name for path in paths for name in packing.names(path)]
   fields = config.optimizer
   wanted = [("freeze", fields.freeze)] if fields.freeze else []
@@ -138,8 +138,7 @@ def _scaled(
 
 def frozen(pattern: str, params: Params) -> dict[str, Any]:
   """Return the parameters that match, by path."""
-  leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-  return {name: leaf for name, leaf in leaves.items() if re.search(pattern, name)}
+  return {name: leaf for name, leaf in by_path(params).items() if re.search(pattern, name)}
 
 
 def stop_gradients(pattern: str, params: Params) -> Params:

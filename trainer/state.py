@@ -189,6 +189,11 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def by_path(tree: Tree) -> dict[str, Any]:
+  """Return the leaves of a tree by their path in words."""
+  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def fingerprints(tree: Tree) -> dict[str, int]:
   """Return a 32-bit hash of every leaf of `tree`, by its path.
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.fields import Fields
-from trainer.models import names, staged
+from trainer.models import names, norm, staged
 from trainer.models.efficientnet_fields import EFFICIENTNET as FIELDS
 from trainer.models.layers import Layers, refuse_split
 
@@ -226,9 +226,7 @@ class EfficientNet(staged.Staged):
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return "EfficientNet-B0, padding torch" and the like."""
     version, _, size = fields["variant"].rpartition("_")
-    others = {name: value for name, value in fields.items() if name != "variant"}
-    _, *changed = super().describe(others).split(", ")
-    return ", ".join([f"EfficientNet{version.upper()}-{size.upper()}", *changed])
+    return cls.titled(f"EfficientNet{version.upper()}-{size.upper()}", fields, "variant")
 
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
@@ -263,12 +261,7 @@ class EfficientNet(staged.Staged):
       False,
       rngs,
       activation=fields["activation"],
-      momentum=fields["bn_momentum"],
-      epsilon=fields["bn_epsilon"],
-      unbiased=fields["bn_unbiased"],
-      shifted=fields["bn_shifted"],
-      group=fields["bn_group"],
-      shards=shards,
+      **norm.options(fields, shards),
     )
     return cls(fields, num_classes, layers)
 

@@ -188,7 +188,14 @@ class Family(nnx.Module):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return the name of the model, and the values that are not the default."""
+    return cls.titled(cls.__name__, fields)
+
+  @classmethod
+  def titled(cls, title: str, fields: Mapping[str, Any], *said: str) -> str:
+    """Return a title, and the values that are not the default, but for the fields that it says."""
     changed = [
-      f"{n} {v}" for n, v in fields.items() if n in cls.FIELDS and v != cls.FIELDS[n].default
+      f"{n} {v}"
+      for n, v in fields.items()
+      if n in cls.FIELDS and n not in said and v != cls.FIELDS[n].default
     ]
-    return ", ".join([cls.__name__, *changed])
+    return ", ".join([title, *changed])

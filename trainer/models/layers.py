@@ -144,6 +144,11 @@ class Layers:
     return max(8, int(channels * self.se_ratio + 4) // 8 * 8)
 
 
+def scaled(channels: int, width: float) -> int:
+  """Return `channels` times `width`, rounded, at least 1."""
+  return max(1, round(channels * width))
+
+
 def refuse_split(name: str, size: int, space: int) -> None:
   """Refuse to split the height of images over devices in a net with grouped convolutions.
 

@@ -25,7 +25,7 @@ from configs.fields import Fields
 from trainer.models import equilibrium, norm
 from trainer.models.equilibrium import Solution, Solver, State
 from trainer.models.family import ENDLESS, AuxiliaryLoss, Family, Metric, StepsTaken, sow
-from trainer.models.layers import Layers
+from trainer.models.layers import Layers, scaled
 from trainer.models.mdeq_fields import MDEQ as FIELDS
 from trainer.models.mdeq_fields import VARIANTS
 
@@ -274,9 +274,7 @@ class MDEQ(Family):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return "MDEQ-tiny, solver anderson" and the like."""
-    others = {name: value for name, value in fields.items() if name != "variant"}
-    _, *changed = super().describe(others).split(", ")
-    return ", ".join([f"MDEQ-{fields['variant']}", *changed])
+    return cls.titled(f"MDEQ-{fields['variant']}", fields, "variant")
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
@@ -313,12 +311,7 @@ class MDEQ(Family):
       dtype,
       False,
       rngs,
-      momentum=fields["bn_momentum"],
-      epsilon=fields["bn_epsilon"],
-      unbiased=fields["bn_unbiased"],
-      shifted=fields["bn_shifted"],
-      group=fields["bn_group"],
-      shards=shards,
+      **norm.options(fields, shards),
     )
     return cls(fields, num_classes, layers)
 
@@ -332,7 +325,7 @@ class MDEQ(Family):
     """
     variant, width = VARIANTS[fields["variant"]], fields["width"]
     channels = tuple(max(1, round(c * width / GROUPS)) * GROUPS for c in variant.channels)
-    heads = [max(1, round(c * width)) for c in variant.head]
+    heads = [scaled(c, width) for c in variant.head]
     self.dtype, self.wide = layers.dtype, layers.param_dtype
     first = channels[0]
     strides = [2 if i < variant.halvings else 1 for i in range(2)]
@@ -356,7 +349,7 @@ class MDEQ(Family):
           self, f"join{i}_conv", layers.small_conv(4 * heads[i - 1], outputs, 3, 2, bias=True)
         )
         setattr(self, f"join{i}_bn", layers.norm(outputs))
-    final = max(1, round(variant.final * width))
+    final = scaled(variant.final, width)
     self.final_conv = layers.small_conv(4 * heads[-1], final, 1, bias=True)
     self.final_bn = layers.norm(final)
     bound = nnx.initializers.uniform(2 * final**-0.5)

@@ -24,9 +24,9 @@ import numpy as np
 
 from configs.fields import Fields
 from trainer.models import names, staged
-from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split
+from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split, scaled
 from trainer.models.nfnet_fields import NF_RESNET, NFNET
-from trainer.models.resnet import STAGES, scaled
+from trainer.models.resnet import STAGES
 from trainer.models.stack import Paths
 
 # By name: the function, and the factor that makes the variance of f(x) 1 for x ~ N(0, 1), as in the
@@ -266,10 +266,8 @@ class _NormFree(staged.Staged):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return "NFNet-F0, width 0.25" and the like."""
-    others = {name: v for name, v in fields.items() if name not in ("variant", "depth")}
-    _, *changed = super().describe(others).split(", ")
     size = fields["variant"].upper() if "variant" in fields else fields["depth"]
-    return ", ".join([f"{cls.TITLE}-{size}", *changed])
+    return cls.titled(f"{cls.TITLE}-{size}", fields, "variant", "depth")
 
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:

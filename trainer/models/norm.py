@@ -121,6 +121,17 @@ class BatchNorm(nnx.Module):
     return y.astype(self.dtype).reshape(shape)
 
 
+def options(fields: Mapping[str, Any], shards: int) -> dict[str, Any]:
+  """Return the arguments of every BatchNorm that the fields of a family decide.
+
+  Args:
+    fields: values of `config.model`, among them those that begin with bn_.
+    shards: see BatchNorm.
+  """
+  names = ("momentum", "epsilon", "unbiased", "shifted", "group")
+  return {name: fields[f"bn_{name}"] for name in names} | {"shards": shards}
+
+
 def check_groups(group: str, *, examples: int, shards: int) -> None:
   """Refuse BN groups that do not lie evenly on the batch and on the devices.
 

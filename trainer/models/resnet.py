@@ -18,9 +18,9 @@ from flax import nnx
 import jax
 
 from configs.fields import Fields
-from trainer.models import names, resnet_fields, staged
+from trainer.models import names, norm, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import Layers, max_pool, refuse_split
+from trainer.models.layers import Layers, max_pool, refuse_split, scaled
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -75,9 +75,7 @@ class _Trunk(staged.Staged):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return "ResNet-50, width 0.5" and the like, with all values that are not the default."""
-    others = {name: value for name, value in fields.items() if name != "depth"}
-    _, *changed = super().describe(others).split(", ")
-    return ", ".join([f"{cls.TITLE}-{fields['depth']}", *changed])
+    return cls.titled(f"{cls.TITLE}-{fields['depth']}", fields, "depth")
 
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
@@ -134,12 +132,7 @@ class _Trunk(staged.Staged):
       base_width=fields["base_width"],
       se_ratio=fields["se_ratio"],
       blur=fields["blurpool"] != "none",
-      momentum=fields["bn_momentum"],
-      epsilon=fields["bn_epsilon"],
-      unbiased=fields["bn_unbiased"],
-      shifted=fields["bn_shifted"],
-      group=fields["bn_group"],
-      shards=shards,
+      **norm.options(fields, shards),
     )
     return cls(fields, num_classes, layers)
 
@@ -347,8 +340,3 @@ class CifarResNetV2(CifarResNet):
   @staticmethod
   def _stages(fields: Mapping[str, Any]) -> tuple[Sequence[int], type[Block]]:
     return ((fields["depth"] - 2) // 9,) * 3, Bottleneck
-
-
-def scaled(channels: int, width: float) -> int:
-  """Return `channels` times `width`, rounded, at least 1."""
-  return max(1, round(channels * width))

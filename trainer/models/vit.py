@@ -173,9 +173,8 @@ class ViT(Family):
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
     """Return "ViT-S/16, pool mean" and the like, with all values that are not the default."""
-    others = {name: v for name, v in fields.items() if name not in ("variant", "patch")}
-    _, *changed = super().describe(others).split(", ")
-    return ", ".join([f"ViT-{fields['variant']}/{fields['patch']}", *changed])
+    title = f"ViT-{fields['variant']}/{fields['patch']}"
+    return cls.titled(title, fields, "variant", "patch")
 
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:

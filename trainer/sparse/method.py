@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.models import packing
 from trainer.sparse import layers as layers_lib
 from trainer.sparse import select
-from trainer.state import Params, TrainState, Tree, path_name
+from trainer.state import Params, TrainState, Tree, by_path, path_name
 
 # Arrays of sparse leaves by their path.
 Leaves = dict[str, jax.Array]
@@ -149,11 +149,11 @@ class Sparse:
       return apply(masks, optax.apply_updates(params, updates)), opt_state, masks
 
     def change(grads: Params, masks: Tree) -> tuple[Params, optax.OptState, Tree]:
-      new = self._changed(grads, params, leaves_of(masks), state.step)
+      new = self._changed(grads, params, by_path(masks), state.step)
       # What is left of this step is what the optimizer counts.
       _, counted = optimizer.update(apply(masks, grads), state.opt_state, params)
       opt_state = self._restarted(
-        state.opt_state, counted, optimizer.init(params), params, leaves_of(masks), new
+        state.opt_state, counted, optimizer.init(params), params, by_path(masks), new
       )
       masks = nested(new)
       return apply(masks, params), opt_state, masks
@@ -235,7 +235,7 @@ class Sparse:
     new: Leaves,
   ) -> optax.OptState:
     """Return the state of the optimizer: new weights start as at step 0, its counts go on."""
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    shapes = {name: leaf.shape for name, leaf in by_path(params).items()}
 
     def one(
       path: tuple[object, ...], x: jax.Array, count: jax.Array, start: jax.Array
@@ -250,7 +250,7 @@ class Sparse:
     return jax.tree.map_with_path(one, old, counted, fresh)
 
   def _metrics(self, masks: Tree, new: Tree) -> list[jax.Array]:
-    before, after = leaves_of(masks), leaves_of(new)
+    before, after = by_path(masks), by_path(new)
     zeros = sum((jnp.sum(~mask, dtype=jnp.int32) for mask in after.values()), jnp.int32(0))
     if self.config.sparsity.name == "static":
       changed = jnp.int32(0)
@@ -263,7 +263,7 @@ class Sparse:
   def _sparse_leaves(self, tree: Params) -> Leaves:
     """Return the leaves that have masks, by path."""
     kept = self._kept
-    return {n: leaf for n, leaf in leaves_of(tree).items() if packing.names(n)[0] in kept}
+    return {n: leaf for n, leaf in by_path(tree).items() if packing.names(n)[0] in kept}
 
   def _final_counts(self, leaves: Leaves) -> dict[str, jax.Array]:
     kept = self._kept
@@ -339,7 +339,7 @@ def apply(masks: Tree, tree: Tree) -> Tree:
   """Return a tree of the form of the parameters with zeros where a mask is False."""
   if not masks:
     return tree
-  by_name = leaves_of(masks)
+  by_name = by_path(masks)
 
   def one(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
     mask = by_name.get(path_name(path))
@@ -376,10 +376,6 @@ def _active(mask: jax.Array, name: str) -> jax.Array:
 
 def _each(function: Callable[[jax.Array], jax.Array], leaves: Leaves) -> Leaves:
   return {name: function(leaf) for name, leaf in leaves.items()}
-
-
-def leaves_of(tree: Tree) -> Leaves:
-  return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def nested(leaves: Leaves) -> Tree:
