@@ -234,12 +234,10 @@ def test_stops_and_the_end_of_mixing_change_no_bit(tmp_path):
     train_lib.train(config(3.0), str(tmp_path / "stopped"))
 
 
-@pytest.fixture(scope="module")
-def on_devices(tmp_path_factory):
-  """What tests/trainer/mixed.py writes, on 1 to 8 devices of one host."""
-  file = tmp_path_factory.mktemp("mixed") / "one.json"
+def run_mixed(file, *counts):
+  """Return what tests/trainer/mixed.py writes, on so many devices of one host."""
   result = subprocess.run(
-    [sys.executable, "-m", "tests.trainer.mixed", file, "1", "2", "4", "8"],
+    [sys.executable, "-m", "tests.trainer.mixed", file, *counts],
     env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
     capture_output=True,
     text=True,
@@ -248,12 +246,23 @@ def on_devices(tmp_path_factory):
   return json.loads(file.read_text())
 
 
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+  return run_mixed(tmp_path_factory.mktemp("mixed") / "one.json", "1", "8")
+
+
 def test_devices_do_not_change_a_batch(on_devices):
   for by_count in on_devices.values():
-    first = by_count["1"]["hashes"]
-    assert first[0] != first[1]
+    first, second = by_count["1"]["hashes"]
+    assert first != second
+    assert by_count["8"]["hashes"] == [first, second]
+
+
+@pytest.mark.slow
+def test_two_and_four_devices_do_not_change_a_batch(on_devices, tmp_path):
+  for chain, by_count in run_mixed(tmp_path / "others.json", "2", "4").items():
     for seen in by_count.values():
-      assert seen["hashes"] == first
+      assert seen["hashes"] == on_devices[chain]["1"]["hashes"]
 
 
 def test_groups_of_a_device_send_nothing(on_devices):

@@ -129,7 +129,8 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
     assert list(steps) == list(range(1, 13))
 
 
-def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
+@pytest.mark.parametrize("stops", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_signals_and_kills_at_random_moments(tmp_path, shards, stops):
   """SIGTERM and kill -9 in start, compilation, steps, evaluation and saving lose nothing."""
   overrides = (
     "total_steps=1000",
@@ -146,11 +147,11 @@ def test_signals_and_kills_at_ten_random_moments(tmp_path, shards):
   causes = json.loads((tmp_path / "quiet" / "final.json").read_text())["wall_seconds"]
   training = sum(causes[cause] for cause in ("step", "input_wait", "eval", "checkpoint"))
 
-  # From early in the start to a tenth of the training, so that ten such pieces are not a whole run.
+  # From early in the start to a tenth of the training, so that all such pieces are not a whole run.
   rng = random.Random(0)
   start = lifetime - training
   stopped_at = None
-  for number in [signal.SIGTERM, signal.SIGKILL] * 5:
+  for number in [signal.SIGTERM, signal.SIGKILL] * (stops // 2):
     with subprocess.Popen(
       command(tmp_path / "chaos", shards, *overrides), stderr=subprocess.PIPE, text=True
     ) as process:
