@@ -179,7 +179,8 @@ DATA: Fields = {
   "data.worker_timeout_seconds": Field(
     300.0,
     "A decoding process for whose batch the trainer waits longer, beyond "
-    "data.stream_give_up_seconds, hangs: it is killed and replaced.",
+    "data.stream_give_up_seconds, hangs: it is killed and replaced. If it is a thread of the "
+    "trainer, the run saves and exits with 76.",
     "seconds",
     POSITIVE,
     YES,

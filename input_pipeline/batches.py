@@ -12,6 +12,7 @@ import grain
 import ml_collections
 import numpy as np
 
+from input_pipeline.errors import InputLost
 from input_pipeline.rows import Batch, Made, Rows
 from input_pipeline.workers.pool import Pool, Replacements
 from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
@@ -39,9 +40,38 @@ def start(rows: Rows, data: ml_collections.ConfigDict, replacements: Replacement
   """
   if rows.reader.distinct:
     return _Repeated(rows, rows.reader.distinct)
+  # A read may take all of its own time before it is an error, which is not to be cut short.
+  timeout = data.worker_timeout_seconds + data.stream_give_up_seconds
   if rows.reader.in_order:
-    return _InOrder(rows, data.prefetch_batches)
-  return _Joined(_tasks(rows, data, replacements), rows)
+    return _InTime(_InOrder(rows, data.prefetch_batches), timeout)
+  if rows.workers:
+    return _Joined(_pool(rows, data, timeout, replacements), rows)
+  return _InTime(_Joined(_threads(rows, data), rows), timeout)
+
+
+class _InTime:
+  """Batches of threads, which unlike processes cannot be replaced when they hang."""
+
+  def __init__(self, batches: Batches, timeout: float):
+    self._batches, self._timeout = batches, timeout
+    self._thread = Threads(1, "batches")
+
+  def __next__(self) -> Made:
+    future = self._thread.submit(self._batches.__next__)
+    try:
+      return future.result(self._timeout)
+    except futures.TimeoutError:
+      if future.done():  # an error of the batch itself
+        raise
+      raise InputLost(
+        f"A thread that reads and decodes has made nothing for {self._timeout:g} s "
+        "(config.data.worker_timeout_seconds + config.data.stream_give_up_seconds), as where a "
+        "mounted folder no longer answers."
+      ) from None
+
+  def close(self) -> None:
+    self._thread.close()
+    self._batches.close()
 
 
 class _Joined:
@@ -67,22 +97,30 @@ class _Joined:
     self._tasks.close()  # type: ignore[attr-defined]  # Grain's iterators have it, and Pool
 
 
-def _tasks(
-  rows: Rows, data: ml_collections.ConfigDict, replacements: Replacements
-) -> Iterator[Made]:
-  """Make the tasks of batches in processes, or in threads by Grain."""
+def _tasks(rows: Rows) -> range:
+  """A whole batch is a task, or a part of one for each process: no rows are copied together."""
   steps, parts = rows.reader.steps, rows.reader.parts
-  # A whole batch is a task, or a part of one for each process: no rows are copied together.
-  numbers = range(steps.start * parts, steps.stop * parts)
-  ahead = max(data.prefetch_batches, rows.threads) if rows.threads else 0
-  if not rows.workers:
-    tasks = grain.MapDataset.range(numbers.start, numbers.stop).map(rows)
-    return iter(tasks.to_iter_dataset(grain.ReadOptions(rows.threads, ahead)))
+  return range(steps.start * parts, steps.stop * parts)
+
+
+def _threads(rows: Rows, data: ml_collections.ConfigDict) -> Iterator[Made]:
+  numbers, ahead = _tasks(rows), _ahead(rows, data)
+  tasks = grain.MapDataset.range(numbers.start, numbers.stop).map(rows)
+  return iter(tasks.to_iter_dataset(grain.ReadOptions(rows.threads, ahead)))
+
+
+def _pool(
+  rows: Rows, data: ml_collections.ConfigDict, timeout: float, replacements: Replacements
+) -> Pool:
+  ahead = _ahead(rows, data)
   if sys.platform == "linux":  # elsewhere arrays are sent by value, which is slower
     rows.make_slots(ahead + _SLOTS_IN_FLIGHT)
-  # A read may take all of its own time before it is an error, which is not to be cut short.
-  timeout = data.worker_timeout_seconds + data.stream_give_up_seconds
-  return Pool(rows, numbers, ahead, timeout, replacements)
+  return Pool(rows, _tasks(rows), ahead, timeout, replacements)
+
+
+def _ahead(rows: Rows, data: ml_collections.ConfigDict) -> int:
+  """Return how many tasks the threads of a process make ahead."""
+  return max(data.prefetch_batches, rows.threads) if rows.threads else 0
 
 
 class _InOrder:

@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 
+import numpy as np
 import pytest
+import simplejpeg
 
 from input_pipeline import loader
 from input_pipeline.errors import DataError, InputLost, UnusableData
@@ -149,6 +151,58 @@ def test_killed_decoding_processes(tmp_path, config, shards, monkeypatch):
   assert fingerprints(tmp_path / "run", 4) == fingerprints(tmp_path / "quiet", 4)
   scalars = events.read_scalars(str(tmp_path / "run" / "events"))
   assert scalars["train/workers_replaced"][1][-1] > 0
+
+
+HUNG = """
+import os, pathlib
+from input_pipeline import loader
+from tests.trainer import tiny
+
+original = loader.BatchIterator.__next__
+images, mark = pathlib.Path({folder!r}), pathlib.Path({mark!r})
+
+def following(self):
+  following.made += 1
+  if following.made == 4:
+    mark.touch()
+    for image in images.glob("train/*/*.jpg"):  # as in a mount that has stopped to answer
+      image.rename(f"{{image}}.kept")
+      os.mkfifo(image)
+  return original(self)
+
+following.made = 0
+if not mark.exists():
+  loader.BatchIterator.__next__ = following
+
+def get_config():
+  config = tiny.get_config()
+  config.data.path, config.global_batch_size, config.total_steps = {folder!r}, 8, 40
+  config.data.worker_timeout_seconds = config.data.stream_give_up_seconds = 3.0
+  return config
+"""
+
+
+@pytest.mark.parametrize(
+  "overrides", [(), pytest.param(("data.threads=0",), marks=pytest.mark.slow)]
+)
+def test_files_that_hang_the_threads_that_read_them(tmp_path, overrides):
+  folder, file = tmp_path / "images", tmp_path / "mine.py"
+  for number in range(60):
+    image = folder / ("train" if number < 48 else "val") / str("ab"[number % 2]) / f"{number}.jpg"
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.write_bytes(simplejpeg.encode_jpeg(np.full((20, 20, 3), number, np.uint8)))
+  file.write_text(HUNG.format(folder=str(folder), mark=str(tmp_path / "mark")))
+  overrides = "data.kind=auto", "model.num_classes=2", "data.workers=0", *overrides
+  log = run(1, 1, trainer(tmp_path / "run", *overrides, config=file), HOST_LOST)
+  line = next(line for line in log.splitlines() if "made nothing for 6 s" in line)
+  assert "config.data.worker_timeout_seconds" in line and "is saved" in line
+  (step,) = saved(tmp_path / "run")
+  assert 2 < step < 40
+  for image in folder.glob("train/*/*.kept"):
+    image.rename(image.with_suffix(""))
+  run(1, 1, trainer(tmp_path / "run", *overrides, config=file))
+  run(1, 1, trainer(tmp_path / "quiet", *overrides, config=file))
+  assert fingerprints(tmp_path / "run", 40) == fingerprints(tmp_path / "quiet", 40)
 
 
 def test_exit_codes_of_errors():
