@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import io
 import os
-import pathlib
 import statistics
 
 from array_record.python import array_record_module
@@ -56,9 +55,6 @@ def open_data(path: str, split: str, count: int, folder: str) -> Source:
     return write_shard(folder, made)
   data = base.get_config().data
   data.path = path
-  expanded = pathlib.Path(path).expanduser().absolute()
-  if next(expanded.glob("*/*.[Jj][Pp]*[Gg]"), None):  # CLASS/*.JPEG without SPLIT/
-    data.path, split, data.kind = str(expanded.parent), expanded.name, "folder"
   source = open_source(data, split, None)
   if not source.indexed:
     raise DataError(

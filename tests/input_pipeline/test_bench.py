@@ -48,6 +48,14 @@ def test_a_sample_is_taken_from_all_of_the_data(shards, tmp_path):
   assert sample[5 * 1000 + 3].name == names[3]
 
 
+def test_classes_without_splits(tmp_path):
+  for number in range(6):
+    file = tmp_path / "mine" / "ab"[number % 2] / f"{number}.jpg"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(encoded(picture(number, 30, 26)))
+  assert len(bench_data.open_data(str(tmp_path / "mine"), "train", 9, str(tmp_path))) == 6
+
+
 @pytest.mark.parametrize("task", ["TRAIN", "EVAL"])
 def test_the_rival_that_is_always_installed_makes_batches(task):
   examples = [records.Record(encoded(picture(i, 300, 260)), 0, str(i)) for i in range(3)]
