@@ -30,7 +30,7 @@ import ml_collections
 
 from configs import recipes
 from launch import preflight_table, preflight_text
-from launch.preflight_table import DOES_NOT_FIT
+from launch.cloud.preflight import DOES_NOT_FIT
 from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 

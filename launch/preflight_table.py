@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from configs import recipes
+from launch.cloud.preflight import DOES_NOT_FIT
 
-DOES_NOT_FIT = 3  # exit code of launch.preflight
 _COLUMNS = (
   "recipe",
   "images a chip",
