@@ -14,6 +14,7 @@ from configs import families
 BATCH = 8
 _SIZE, _MARGIN = 32, 4  # pixels
 _CLASSES = 10  # where the data would have said
+WARMUP = 10  # of a run that is shorter than its warm-up, the part that warms up
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
@@ -37,7 +38,16 @@ def shrink(config: ml_collections.ConfigDict) -> None:
   if not data.path:
     data.kind, data.synthetic_examples = "synthetic", config.global_batch_size
     config.model.num_classes = config.model.num_classes or _CLASSES
+    cut_warmup(config, config.total_steps or int(config.total_epochs))
   config.log.every_steps = 1
+
+
+def cut_warmup(config: ml_collections.ConfigDict, total: int) -> bool:
+  """Whether a warm-up in steps was longer than a run of `total` steps; it is then a part of it."""
+  if config.optimizer.warmup_steps < total:
+    return False
+  config.optimizer.warmup_steps = total // WARMUP
+  return True
 
 
 def _smaller_groups(chain: str) -> str:

@@ -98,6 +98,10 @@ def give_way(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> lis
       if given.get(ours) and other not in given and (value := _get(config, other)):
         config.update_from_flattened_dict({other: type(value)(0)})
         lines.append(f"config.{other}={value:g} gives way to config.{ours}={given[ours]:g}.")
+  total, warmup = given.get("total_steps"), config.optimizer.warmup_steps
+  if total and "optimizer.warmup_steps" not in given and trial.cut_warmup(config, total):
+    now = config.optimizer.warmup_steps
+    lines.append(f"config.optimizer.warmup_steps={warmup} is cut to {now} of {total} steps.")
   return lines
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs import base, checks, image_sizes
+from configs import base, checks, image_sizes, trial
 from configs.fields import ASK, NO, YES, Field
 from input_pipeline import augment as host_augment
 from input_pipeline import sources
@@ -21,7 +21,6 @@ from trainer.state import Tree
 # Changes of a config against that of a checkpoint: {field: [before, now]}.
 Changes = dict[str, list[Any]]
 flatten = checks.flatten
-_TRIAL_WARMUP = 10  # of a run that is shorter than its warm-up, the part that warms up
 _MOST_CLASSES = 4096  # whose pairs are counted: 64 MiB on each device
 
 
@@ -334,7 +333,7 @@ def durations(config: ml_collections.ConfigDict, num_examples: int, offset: int 
     )
   if result.warmup >= result.total and config.total_steps and config.optimizer.warmup_epochs:
     return dataclasses.replace(
-      result, warmup=result.total // _TRIAL_WARMUP, uncut_warmup=result.warmup
+      result, warmup=result.total // trial.WARMUP, uncut_warmup=result.warmup
     )
   if result.warmup >= result.total:
     raise ConfigError(

@@ -8,6 +8,7 @@ import pytest
 
 from configs import recipes, trial
 from tests.configs import golden
+from trainer import command_line
 from trainer import config as config_lib
 from trainer.errors import Preempted
 from trainer.tools import plan
@@ -33,6 +34,19 @@ def test_a_recipe_is_valid_and_its_docstring_says_how_to_run_it(name):
   top1 = recipes.top1(name)
   errors = name.startswith("cifar10") and f"{100 - float(top1):.2f}"
   assert (errors or top1) in " ".join(words.split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_tried_in_short(name):
+  """By --trial, and with no other word than --config.total_steps."""
+  small, cut = recipes.load(name), recipes.load(name)
+  trial.shrink(small)
+  cut.total_steps = 20
+  command_line.give_way(cut, {"total_steps": 20})
+  for config, examples in ((small, small.data.synthetic_examples), (cut, 50_000)):
+    config_lib.validate(config)
+    lengths = config_lib.durations(config, examples)
+    assert lengths.warmup < lengths.total
 
 
 # Together they use every kind of field that recipes set.

@@ -198,6 +198,13 @@ def test_the_other_unit_gives_way_to_the_command_line():
   config.optimizer.lr = 0.5
   assert len(command_line.give_way(config, {"optimizer.lr": 0.5})) == 1
   assert config.optimizer.lr_per_256 == 0 and config.optimizer.lr == 0.5
+  # A warm-up in steps that the run file sets, but not one that is given beside the length.
+  config.total_steps, config.optimizer.warmup_epochs, config.optimizer.warmup_steps = 20, 0.0, 400
+  assert not command_line.give_way(config, {"total_steps": 20, "optimizer.warmup_steps": 400})
+  assert command_line.give_way(config, {"total_steps": 20}) == [
+    "config.optimizer.warmup_steps=400 is cut to 2 of 20 steps."
+  ]
+  assert config.optimizer.warmup_steps == 2
   # Both given, none given, or taken back: nothing to do.
   config.total_epochs = 1.0
   assert not command_line.give_way(config, {"total_steps": 20, "total_epochs": 1.0})
