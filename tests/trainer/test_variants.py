@@ -353,6 +353,46 @@ def test_features_of_each_stage():
   }
 
 
+def test_pool_before_the_norm_changes_neither_outputs_nor_gradients():
+  with jax.enable_x64(True):
+    images = np.random.default_rng(0).normal(size=(8, 18, 15, 3))
+
+    def stem(pool_first):
+      config = config_of("resnet", depth=18, width=0.125, dtype="float64", pool_first=pool_first)
+      config.update({"activation": "elu", "bn_shifted": True, "bn_group": "2"})
+      model, variables = state.split(
+        nnx.eval_shape(
+          lambda: models.create(config, image_size=32, shards=2, rngs=nnx.Rngs(0, params=0))
+        )
+      )
+      # Channels that fall with their input, and others that rise.
+      layers = {
+        "stem_conv": {"kernel": np.random.default_rng(1).normal(size=(7, 7, 3, 8))},
+        "stem_bn": {"scale": np.linspace(-0.7, 1.5, 8), "bias": np.linspace(0.5, -0.5, 8)},
+      }
+      statistics = {"mean": np.linspace(-1, 1, 8), "var": np.ones(8)}
+
+      def run(layers, images):
+        net = model.merge(
+          variables._replace(
+            params=variables.params | layers,
+            batch_stats=variables.batch_stats | {"stem_bn": statistics},
+          ),
+          None,
+        )
+        y = net._stem(images)
+        new = net.stem_bn.mean.get_value(), net.stem_bn.var.get_value()
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), (y, new)
+
+      return jax.value_and_grad(run, (0, 1), has_aux=True)(layers, images)
+
+    first, behind = jax.device_get(jax.jit(lambda: [stem(True), stem(False)])())
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), first, behind)
+  (_, (y, _)), (of_layers, of_images) = behind
+  assert y.shape == (8, 5, 4, 8) and (y < 0).any() and of_images.any()
+  assert all(x.all() for layer in of_layers.values() for x in layer.values())
+
+
 @pytest.mark.parametrize(
   "name, fields, message",
   [
@@ -361,6 +401,11 @@ def test_features_of_each_stage():
     ("cifar_resnet", {"stride_at": "1x1"}, "config.model.stride_at is '1x1', which needs bottlen"),
     ("resnet", {"width": 0.125, "groups": 32, "base_width": 4}, "leaves no channel for a group"),
     ("resnet", {"blurpool": "all", "stem_pool": "conv"}, "set config.model.blurpool to 'convs'"),
+    ("resnet", {"pool_first": True, "stem_pool": "conv"}, "config.model.stem_pool is 'conv'; it"),
+    ("resnet", {"pool_first": True, "blurpool": "all"}, "it needs 'none' or 'convs': set config"),
+    ("resnet", {"pool_first": True, "preact": True}, "config.model.preact is True; it needs False"),
+    ("resnet", {"pool_first": True, "activation": "silu"}, "config.model.activation is 'silu'; it"),
+    ("cifar_resnet", {"pool_first": True}, "a CIFAR ResNet has no max-pool: set it to False"),
     ("cifar_resnet", {"stem": "deep"}, "config.model.stem is 'deep'; the stem of a CIFAR ResNet"),
     ("cifar_resnet_v2", {"blurpool": "all"}, "a CIFAR ResNet v2 has none"),
     ("cifar_resnet_v2", {"depth": 32}, "must be 9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)"),

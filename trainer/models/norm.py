@@ -7,7 +7,7 @@ for a sharding on a tracer, which searches the whole trace so far: the time to t
 square of depth. And it has no groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -75,18 +75,35 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros(channels, wide))
     self.var = nnx.BatchStat(jnp.ones(channels, wide))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return x [..., channels] normalised, scaled and shifted, in `dtype`."""
-    shape = x.shape
+  def directions(self) -> jax.Array:
+    """Return, for each channel, 1 if the output rises with the input and -1 if it falls."""
+    scale = jax.lax.stop_gradient(self.scale.get_value())
+    return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+
+  def __call__(
+    self, x: jax.Array, pool: Callable[[jax.Array], jax.Array] | None = None
+  ) -> jax.Array:
+    """Return x [..., channels] normalised, scaled and shifted, in `dtype`.
+
+    Args:
+      x: activations; with `pool`, times `directions()`.
+      pool: takes maxima of neighbours. Those of the output are returned; since it rises with this
+        x, they are computed from the maxima of x, which are fewer.
+    """
+    pooled = None
+    if pool is not None:
+      directions = self.directions()
+      x, pooled = x * directions, pool(x) * directions
+    examples, shape = x.shape[0], x.shape if pooled is None else pooled.shape
     x = x.astype(self.mean.dtype)
     if self.use_running_average:
       mean, var = self.mean.get_value(), self.var.get_value()
     else:
-      groups = {"global": 1, "device": self.shards}.get(self.group) or shape[0] // int(self.group)
+      groups = {"global": 1, "device": self.shards}.get(self.group) or examples // int(self.group)
       # A cell lies on one device and in one group, so that its sums cross no device.
       cells = max(groups, self.shards)
       if groups > 1:
-        x = x.reshape(cells, shape[0] // cells, *shape[1:])
+        x = x.reshape(cells, examples // cells, *x.shape[1:])
 
       def spread(moments: jax.Array) -> jax.Array:
         """Give moments [cells, C] the axes of x; [C] fit as they are."""
@@ -115,6 +132,8 @@ class BatchNorm(nnx.Module):
     factor = jax.lax.rsqrt(var + self.epsilon)
     if self.affine:
       factor = factor * self.scale.get_value()
+    if pooled is not None:
+      x = pooled.astype(x.dtype).reshape(*x.shape[: x.ndim - pooled.ndim + 1], *pooled.shape[1:])
     y = (x - mean) * factor
     if self.affine:
       y = y + self.bias.get_value()

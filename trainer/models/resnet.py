@@ -236,10 +236,13 @@ class ResNet(_Trunk):
         "config.model.blurpool is 'all', which blurs the max-pool; config.model.stem_pool is "
         f"{fields['stem_pool']!r}: set config.model.blurpool to 'convs'."
       )
+    if fields["pool_first"]:
+      resnet_fields.check_pool_first(fields)
 
   def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
     self.deep, self.blurs_pool = fields["stem"] == "deep", fields["blurpool"] == "all"
     self.pools_by_conv = fields["stem_pool"] == "conv"
+    self.pool_first = fields["pool_first"]
     if self.deep:
       half = max(1, channels // 2)
       self.stem_conv1 = layers.conv(3, half, 3, 2)
@@ -261,11 +264,19 @@ class ResNet(_Trunk):
     if self.deep:
       x = self.activation(self.stem_bn1(self.stem_conv1(x)))
       x = self.activation(self.stem_bn2(self.stem_conv2(x)))
-      x = self.stem_conv3(x)
+    conv = self.stem_conv3 if self.deep else self.stem_conv
+    if self.preact:  # the first block starts with norm and activation
+      x = conv(x)
     else:
-      x = self.stem_conv(x)
-    if not self.preact:  # else the first block starts with norm and activation
-      x = self.activation((self.stem_bn3 if self.deep else self.stem_bn)(x))
+      bn = self.stem_bn3 if self.deep else self.stem_bn
+      if self.pool_first and not bn.use_running_average:
+        # The signs are in the kernel, where they cost nothing.
+        kernel = conv.kernel.get_value()
+        conv.kernel.set_value(kernel * bn.directions())
+        x = bn(conv(x), max_pool)
+        conv.kernel.set_value(kernel)
+        return self.activation(x)
+      x = self.activation(bn(conv(x)))
     if self.pools_by_conv:
       return self.activation(self.stem_pool_bn(self.stem_pool_conv(x)))
     return max_pool(x, blurred=self.blurs_pool)
@@ -314,6 +325,10 @@ class CifarResNet(_Trunk):
       raise ValueError(
         f"config.model.blurpool is 'all', which blurs the max-pool; a {cls.TITLE} has none: set it "
         "to 'convs'."
+      )
+    if fields["pool_first"]:
+      raise ValueError(
+        f"config.model.pool_first is True; a {cls.TITLE} has no max-pool: set it to False."
       )
 
   def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:

@@ -3,7 +3,7 @@
 Nothing here imports JAX, so that help and refusals need not wait for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
 import re
 from typing import Any
@@ -28,6 +28,13 @@ COMMON: Fields = {
     "max",
     "Of resnet, the second halving: max, a 3x3 max-pool | conv, a 3x3 convolution (ResNet-RS).",
     check=one_of("max", "conv"),
+  ),
+  "pool_first": Field(
+    False,
+    "Of resnet, whether training takes the stem's max-pool before it normalises and activates, so "
+    "that it does that to a quarter of the values: the same outputs, and gradients but where two "
+    "values of a window round to one. It saves time on a TPU, most with accumulation_steps.",
+    resume=ASK,
   ),
   "preact": Field(False, "Blocks of norm, activation, convolution: ResNet v2 (arXiv:1603.05027)."),
   "stride_at": Field(
@@ -177,3 +184,22 @@ CIFAR_RESNET_V2 = fields_of(
   stride_at="1x1",
   zero_init_residual=False,
 )
+
+
+def check_pool_first(fields: Mapping[str, Any]) -> None:
+  """Refuse `pool_first` where there is no max-pool, or no norm and rising function before it.
+
+  Raises:
+    ValueError: one sentence that names the fields.
+  """
+  for name, allowed in (
+    ("stem_pool", ("max",)),
+    ("blurpool", ("none", "convs")),
+    ("preact", (False,)),
+    ("activation", ("relu", "leaky_relu", "elu")),
+  ):
+    if fields[name] not in allowed:
+      raise ValueError(
+        f"config.model.pool_first is True, and config.model.{name} is {fields[name]!r}; it needs "
+        f"{' or '.join(map(repr, allowed))}: set config.model.pool_first to False."
+      )
