@@ -46,11 +46,13 @@ def normalize(
 ) -> jax.Array:
   """Turn uint8 [N, H, W, 3] into `dtype` by the channel means and deviations of `data`.
 
+  Channels of several pixels may follow one another, as those of `trainer.models.layers.blocks` do.
   Images cross the wire as uint8, a quarter of the bytes of float32; the arithmetic is at least
   float32 before the cast.
   """
   wide = jnp.promote_types(dtype, jnp.float32)
-  mean, std = jnp.asarray(data.mean, wide), jnp.asarray(data.std, wide)
+  pixels = images.shape[-1] // len(data.mean)
+  mean, std = (jnp.asarray(tuple(value) * pixels, wide) for value in (data.mean, data.std))
   return ((images.astype(wide) - mean) / std).astype(dtype)
 
 
@@ -373,6 +375,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     ValueError: one sentence, if a function or an option is not known, or out of range.
   """
   chain = make_chain(config.augment)
+  if config.augment and config.model.get("space_to_depth", False):
+    raise ValueError(
+      f"config.augment is {config.augment!r}, which works on pixels, and config.model."
+      "space_to_depth parts images into blocks before it: set that to False."
+    )
   examples, size = config.global_batch_size // config.accumulation_steps, config.data.image_size
 
   def traced() -> tuple[jax.Array, jax.Array]:

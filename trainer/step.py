@@ -12,7 +12,7 @@ import optax
 
 from trainer import augment, averages, finetune, losses, models
 from trainer import mesh as mesh_lib
-from trainer.models import family, norm
+from trainer.models import family, layers, norm
 from trainer.pod.requests import FAIL
 from trainer.sparse import method as sparse_lib
 from trainer.state import (
@@ -147,6 +147,9 @@ def make_train_step(
       sums, statistics = one(statistics, *micro_batch)
       return (jax.tree.map(jnp.add, total, sums), statistics), None
 
+    if config.model.get("space_to_depth", False):
+      # As bytes, and before the loop: inside, the compiler moves every pixel in float32.
+      batch = batch | {"image": layers.blocks(batch["image"])}
     if accumulation_steps == 1:
       return one(statistics, batch, 0)
     micro_batches = split(batch, accumulation_steps)

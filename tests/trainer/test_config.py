@@ -194,6 +194,23 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
 @pytest.mark.parametrize(
   "overrides, words",
   [
+    ({"augment": "mixup(alpha=0.2)"}, ["config.augment is 'mixup(alpha=0.2)'", "space_to_depth"]),
+    ({"data.image_size": 223}, ["config.data.image_size has 223", "an even size"]),
+    ({"mesh.space": 2}, ["config.mesh.space = 2", "config.model.space_to_depth is True"]),
+  ],
+)
+def test_what_blocks_of_pixels_cannot_do_is_refused(overrides, words):
+  config = base.get_config()
+  config.update_from_flattened_dict({"model.space_to_depth": True} | overrides)
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config)
+  for word in words:
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
     (
       {"mesh.space": 8, "data.image_size": 100},
       ["config.data.image_size is 100", "config.mesh.space = 8"],

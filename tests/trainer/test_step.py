@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.trainer import tiny
 from trainer import augment, evaluate
 from trainer import program as program_lib
 from trainer import step as step_lib
@@ -49,6 +50,33 @@ def test_first_loss_is_that_of_a_guess_and_a_repeated_batch_is_learnt(config, ba
   (_, first), (_, last) = run_steps(config, batch), run_steps(config, batch, steps=60)
   assert first["loss"] == pytest.approx(np.log(config.model.num_classes), rel=0.1)
   assert last["loss"] < 0.5 * first["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_step_is_the_same_with_the_pool_first_and_blocks_of_pixels(dtype, tolerance):
+  config = tiny.get_config("resnet")
+  config.global_batch_size = config.eval.batch_size = 32
+  config.data.image_size = 64
+  config.model.update({"dtype": dtype, "zero_init_residual": False})
+  config.accumulation_steps, config.optimizer.warmup_epochs = 2, 0.0
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (32, 64, 64, 3), np.uint8),
+    "label": rng.integers(0, 6, 32, np.int32),
+  }
+  (_, plain), metrics = run_steps(config, batch)
+  config.model.pool_first = config.model.space_to_depth = True
+  (_, other), other_metrics = run_steps(config, batch)
+  assert other_metrics["loss"] == pytest.approx(metrics["loss"], rel=tolerance)
+  # The first momentum of SGD is the gradient.
+  for ours, theirs in zip(
+    jax.tree.leaves((other.opt_state, other.batch_stats)),
+    jax.tree.leaves((plain.opt_state, plain.batch_stats)),
+    strict=True,
+  ):
+    distance = np.linalg.norm(np.float64(ours) - np.float64(theirs))
+    assert distance <= tolerance * np.linalg.norm(np.float64(theirs))
 
 
 def test_label_smoothing_changes_the_loss_as_defined(config, batch):

@@ -353,11 +353,11 @@ def test_features_of_each_stage():
   }
 
 
-def test_pool_before_the_norm_changes_neither_outputs_nor_gradients():
+def test_pool_before_the_norm_and_blocks_of_pixels_change_neither_outputs_nor_gradients():
   with jax.enable_x64(True):
-    images = np.random.default_rng(0).normal(size=(8, 18, 15, 3))
+    images = np.random.default_rng(0).normal(size=(8, 18, 14, 3))
 
-    def stem(pool_first):
+    def stem(pool_first, in_blocks=False):
       config = config_of("resnet", depth=18, width=0.125, dtype="float64", pool_first=pool_first)
       config.update({"activation": "elu", "bn_shifted": True, "bn_group": "2"})
       model, variables = state.split(
@@ -366,31 +366,36 @@ def test_pool_before_the_norm_changes_neither_outputs_nor_gradients():
         )
       )
       # Channels that fall with their input, and others that rise.
-      layers = {
+      weights = {
         "stem_conv": {"kernel": np.random.default_rng(1).normal(size=(7, 7, 3, 8))},
         "stem_bn": {"scale": np.linspace(-0.7, 1.5, 8), "bias": np.linspace(0.5, -0.5, 8)},
       }
       statistics = {"mean": np.linspace(-1, 1, 8), "var": np.ones(8)}
 
-      def run(layers, images):
+      def run(weights, images):
         net = model.merge(
           variables._replace(
-            params=variables.params | layers,
+            params=variables.params | weights,
             batch_stats=variables.batch_stats | {"stem_bn": statistics},
           ),
           None,
         )
-        y = net._stem(images)
+        y = net._stem(layers.blocks(images) if in_blocks else images)
         new = net.stem_bn.mean.get_value(), net.stem_bn.var.get_value()
         return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), (y, new)
 
-      return jax.value_and_grad(run, (0, 1), has_aux=True)(layers, images)
+      return jax.value_and_grad(run, (0, 1), has_aux=True)(weights, images)
 
-    first, behind = jax.device_get(jax.jit(lambda: [stem(True), stem(False)])())
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), first, behind)
-  (_, (y, _)), (of_layers, of_images) = behind
+    *others, behind = jax.device_get(
+      jax.jit(lambda: [stem(True), stem(False, True), stem(True, True), stem(False)])()
+    )
+  for other in others:
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), other, behind
+    )
+  (_, (y, _)), (of_weights, of_images) = behind
   assert y.shape == (8, 5, 4, 8) and (y < 0).any() and of_images.any()
-  assert all(x.all() for layer in of_layers.values() for x in layer.values())
+  assert all(x.all() for layer in of_weights.values() for x in layer.values())
 
 
 @pytest.mark.parametrize(
@@ -406,6 +411,8 @@ def test_pool_before_the_norm_changes_neither_outputs_nor_gradients():
     ("resnet", {"pool_first": True, "preact": True}, "config.model.preact is True; it needs False"),
     ("resnet", {"pool_first": True, "activation": "silu"}, "config.model.activation is 'silu'; it"),
     ("cifar_resnet", {"pool_first": True}, "a CIFAR ResNet has no max-pool: set it to False"),
+    ("resnet", {"space_to_depth": True, "stem": "deep"}, "which needs a 7x7 convolution; config"),
+    ("cifar_resnet", {"space_to_depth": True}, "a CIFAR ResNet has no 7x7 convolution: set it to"),
     ("cifar_resnet", {"stem": "deep"}, "config.model.stem is 'deep'; the stem of a CIFAR ResNet"),
     ("cifar_resnet_v2", {"blurpool": "all"}, "a CIFAR ResNet v2 has none"),
     ("cifar_resnet_v2", {"depth": 32}, "must be 9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)"),

@@ -12,6 +12,7 @@ string keys: these become the names of checkpoint leaves.
 
 import abc
 from collections.abc import Mapping, Sequence
+import functools
 from typing import Any, ClassVar, Self
 
 from flax import nnx
@@ -20,7 +21,7 @@ import jax
 from configs.fields import Fields
 from trainer.models import names, norm, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import Layers, max_pool, refuse_split, scaled
+from trainer.models.layers import Layers, conv_of_blocks, max_pool, refuse_split, scaled
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -103,9 +104,19 @@ class _Trunk(staged.Staged):
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse to split images in a net with groups; see Family."""
+    """Refuse to split images in a net with groups or in blocks, and odd ones there; see Family."""
     if fields["groups"] > 1:
       refuse_split(name, size, space)
+    if fields["space_to_depth"] and space > 1:
+      raise ValueError(
+        f"{name} is {size}, whose height config.mesh.space = {space} would split, and "
+        "config.model.space_to_depth is True; set one of them to 1 or False."
+      )
+    if fields["space_to_depth"] and size % 2 and name.startswith("config.data.image_size"):
+      raise ValueError(
+        f"{name} has {size}, which config.model.space_to_depth cannot part into blocks of 2x2 "
+        "pixels; set that to False, or take an even size."
+      )
 
   @classmethod
   def build(
@@ -236,6 +247,11 @@ class ResNet(_Trunk):
         "config.model.blurpool is 'all', which blurs the max-pool; config.model.stem_pool is "
         f"{fields['stem_pool']!r}: set config.model.blurpool to 'convs'."
       )
+    if fields["space_to_depth"] and fields["stem"] != "conv7":
+      raise ValueError(
+        f"config.model.space_to_depth is True, which needs a 7x7 convolution; config.model.stem is "
+        f"{fields['stem']!r}: set config.model.space_to_depth to False."
+      )
     if fields["pool_first"]:
       resnet_fields.check_pool_first(fields)
 
@@ -265,18 +281,19 @@ class ResNet(_Trunk):
       x = self.activation(self.stem_bn1(self.stem_conv1(x)))
       x = self.activation(self.stem_bn2(self.stem_conv2(x)))
     conv = self.stem_conv3 if self.deep else self.stem_conv
+    convolve = functools.partial(conv_of_blocks, conv) if x.shape[-1] == 12 else conv
     if self.preact:  # the first block starts with norm and activation
-      x = conv(x)
+      x = convolve(x)
     else:
       bn = self.stem_bn3 if self.deep else self.stem_bn
       if self.pool_first and not bn.use_running_average:
         # The signs are in the kernel, where they cost nothing.
         kernel = conv.kernel.get_value()
         conv.kernel.set_value(kernel * bn.directions())
-        x = bn(conv(x), max_pool)
+        x = bn(convolve(x), max_pool)
         conv.kernel.set_value(kernel)
         return self.activation(x)
-      x = self.activation(bn(conv(x)))
+      x = self.activation(bn(convolve(x)))
     if self.pools_by_conv:
       return self.activation(self.stem_pool_bn(self.stem_pool_conv(x)))
     return max_pool(x, blurred=self.blurs_pool)
@@ -326,10 +343,11 @@ class CifarResNet(_Trunk):
         f"config.model.blurpool is 'all', which blurs the max-pool; a {cls.TITLE} has none: set it "
         "to 'convs'."
       )
-    if fields["pool_first"]:
-      raise ValueError(
-        f"config.model.pool_first is True; a {cls.TITLE} has no max-pool: set it to False."
-      )
+    for name, missing in (("pool_first", "max-pool"), ("space_to_depth", "7x7 convolution")):
+      if fields[name]:
+        raise ValueError(
+          f"config.model.{name} is True; a {cls.TITLE} has no {missing}: set it to False."
+        )
 
   def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
     del fields
