@@ -87,6 +87,28 @@ RUN: Fields = {
     check=PATTERN,
     resume=YES,
   ),
+  "distill.teacher": Field(
+    "",
+    "Weights that the run learns from, with distill.weight: a workdir, local or gs://, or a file "
+    "that says of which model it is (trainer.weights export). Its classes must be those of the "
+    "data. A resume must find the same weights, wherever they lie.",
+    resume=YES,
+  ),
+  "distill.weight": Field(
+    0.0,
+    "Share of the teacher in the loss, the rest is config.loss: 0, no teacher | 1, the teacher "
+    "alone (FunMatch, arXiv:2106.05237).",
+    "",
+    between(0, 1),
+    ASK,
+  ),
+  "distill.temperature": Field(
+    1.0,
+    "Divides the logits of both nets; FunMatch tries 1 to 10 (arXiv:2106.05237).",
+    "",
+    POSITIVE,
+    ASK,
+  ),
   "mesh.data": Field(
     -1,
     "Examples are split over it; -1 is all that the other two leave.",

@@ -28,7 +28,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Refuse fields that are unknown, missing, of another type than their default, or out of range.
 
   Raises:
-    ValueError: one sentence that names the first of them, or two durations that exclude each other.
+    ValueError: one sentence that names the first of them, or fields that exclude each other.
   """
   fields, values = base.all_fields(config.model.name), flatten(config)
   for name in sorted(values.keys() - fields.keys()):
@@ -45,6 +45,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{name}_epochs is {epochs} and config.{name}_steps is {steps}; "
         "set one of them to 0."
       )
+  if values["distill.teacher"] and not values["distill.weight"]:
+    raise ValueError(
+      f"config.distill.teacher is {values['distill.teacher']}, but config.distill.weight is 0; set "
+      "it to 1 to learn from the teacher alone, or to the share that it has beside the labels."
+    )
   if not values["total_epochs"] and not values["total_steps"]:
     raise ValueError("config.total_epochs and config.total_steps are both 0; set one of them.")
 

@@ -39,6 +39,8 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     data.kind, data.synthetic_examples = "synthetic", config.global_batch_size
     config.model.num_classes = config.model.num_classes or _CLASSES
     cut_warmup(config, config.total_steps or int(config.total_epochs))
+  if not config.distill.teacher:
+    config.distill.weight = 0.0  # without the teacher of a recipe, the labels alone
   config.log.every_steps = 1
 
 

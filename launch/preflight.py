@@ -142,12 +142,14 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   from trainer import config as config_lib
   from trainer import program as program_lib
   from trainer.tools import estimate
+  from trainer.weights import teacher as teacher_lib
 
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
   name = command_line.name_of(sys.argv)
   examples = FLAGS.train_examples or _examples(name)
-  program = program_lib.build(config, examples, devices)
+  teacher = teacher_lib.read(config) if config.distill.weight else None
+  program = program_lib.build(config, examples, devices, teacher=teacher)
   where = estimate.pod(devices)
   # What is wrong with it shows before anything compiles.
   found = FLAGS.from_checkpoint and preflight_checks.checkpoint(FLAGS.from_checkpoint, program)
@@ -156,7 +158,7 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   report |= {"checkpoint": found} if found else {}
   report |= {"programs": programs} if programs else {}
   if FLAGS.find_batch:
-    report["largest_batch_per_chip"] = _find_batch(config, examples, devices, where.chips, screen)
+    report["largest_batch_per_chip"] = _find_batch(program, examples, where.chips, screen)
   return report
 
 
@@ -204,14 +206,18 @@ def _report(
     size, batch = sizes["image_size"], sizes["batch_size"]
     if size not in forward:
       forward[size] = flops.forward_flops(program.model, program.abstract_state.raw(), size)
-    passes = flops.FORWARD_PASSES if mode == "train" else 1
+    work = forward[size]
+    if mode == "train":
+      work *= flops.FORWARD_PASSES
+      if teacher := program.teacher:
+        work += flops.forward_flops(teacher.model, teacher.variables, size)
     step, seconds = _compile(program, mode, sizes, screen)
     compiling += seconds
     figures = estimate.step(
       step,
       program.mesh,
       batch_size=batch,
-      flops=passes * batch * forward[size],
+      flops=batch * work,
       training=mode == "train",
     )
     if mode == "train":
@@ -284,20 +290,19 @@ def _too_large(message: str) -> str:
   )
 
 
-def _find_batch(
-  config: ml_collections.ConfigDict, examples: int, devices: list, chips: int, screen: TextIO
-) -> int:
+def _find_batch(program: "program_lib.Program", examples: int, chips: int, screen: TextIO) -> int:
   """Returns the most images per chip of a training step that fit."""
   from trainer import program as program_lib
 
+  config, devices = program.config, list(program.mesh.devices.flat)
   unit = max(1, config.global_batch_size // chips // 8)
 
   def fits(units: int) -> bool:
     tried = ml_collections.ConfigDict(config)
     tried.global_batch_size = units * unit * chips
-    program = program_lib.build(tried, examples, devices)
+    smaller = program_lib.build(tried, examples, devices, teacher=program.teacher)
     try:
-      _compile(program, "train", program.sizes("train"), screen)
+      _compile(smaller, "train", smaller.sizes("train"), screen)
     except DoesNotFitError:
       return False
     return True

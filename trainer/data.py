@@ -116,7 +116,7 @@ def check_same(saved: Facts | None, now: Facts, source: Source, workdir: str, al
       )
     return
   then = f"{workdir} holds checkpoints of a run on other data"
-  if trouble := _other_classes(saved["classes"], now["classes"]):
+  if trouble := other_classes(saved["classes"], now["classes"]):
     raise ConfigError(
       f"{then}: {trouble}. Give the data of that run, or another --workdir; --mode=eval evaluates "
       "on other data."
@@ -149,7 +149,7 @@ def check_same(saved: Facts | None, now: Facts, source: Source, workdir: str, al
   logging.warning("By config.resume.allow, the data differ: %s.", "; ".join(differs))
 
 
-def _other_classes(before: Sequence[str], now: Sequence[str]) -> str:
+def other_classes(before: Sequence[str], now: Sequence[str]) -> str:
   """Return in words how two lists of classes differ; "" if they do not."""
   if _is_numbers(before) != _is_numbers(now) and len(before) == len(now):
     return ""  # one of the two has no names

@@ -21,6 +21,7 @@ from trainer import (
   config as config_lib,
 )
 from trainer import (
+  distill,
   evaluate,
   finetune,
   models,
@@ -73,6 +74,7 @@ class Program:
     init: returns the state of step 0; to be jitted.
     abstract_state: its shapes, dtypes and shardings.
     sparse: which weights are zero; None of a dense run.
+    teacher: that the run learns from, if it does. Evaluations need none.
   """
 
   config: ml_collections.ConfigDict
@@ -85,6 +87,7 @@ class Program:
   init: Callable[[], TrainState]
   abstract_state: TrainState
   sparse: sparse_lib.Sparse | None = None
+  teacher: distill.Teacher | None = None
 
   def state_shardings(self) -> TrainState:
     """Return where each leaf of the state lives."""
@@ -187,10 +190,12 @@ class Program:
       augment_until=self.lengths.augment_until,
       guarded=len({device.process_index for device in self.mesh.devices.flat}) > 1,
       sparse=self.sparse,
+      teacher=self.teacher,
     )
+    taught = (self.teacher.abstract(self.config, self.mesh),) if self.teacher else ()
     out_shardings = (self.state_shardings(), replicated)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings).lower(
-      self.abstract_state, batch, requests
+      self.abstract_state, batch, requests, *taught
     )
 
   def check_eval_size(self) -> None:
@@ -264,6 +269,7 @@ def build(
   num_examples: int,
   devices: Sequence[jax.Device] | None = None,
   offset: int = 0,
+  teacher: distill.Teacher | None = None,
 ) -> Program:
   """Return the program of a validated config.
 
@@ -272,6 +278,7 @@ def build(
     num_examples: of the training split.
     devices: instead of all of them.
     offset: see trainer.config.Durations.
+    teacher: that `trainer.weights.teacher` has read, for a program that trains.
   """
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   lengths = config_lib.durations(config, num_examples, offset)
@@ -307,7 +314,7 @@ def build(
   )
   mask = optimizer_lib.make_mask(config, no_decay)
   return Program(
-    config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state, sparse
+    config, mesh, lengths, model, schedule, optimizer, mask, init, abstract_state, sparse, teacher
   )
 
 

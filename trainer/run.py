@@ -37,6 +37,7 @@ from trainer.reporting.screen import SCREEN
 from trainer.reporting.telemetry import Telemetry
 from trainer.state import TrainState, Variables
 from trainer.weights import start as start_lib
+from trainer.weights import teacher as teacher_lib
 from trainer.workdir import lease
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.files import read_json, write_json
@@ -94,6 +95,7 @@ class Run:
     self.statistics_source = opened.statistics_source
     self.data = data_lib.describe(self.train_source, self.eval_sources)
     self.saved_data: data_lib.Facts | None = None
+    self.saved_teacher: str | None = None
     self._labels: dict[str, np.ndarray | None] = {}
     self.lengths, self.mesh = self.program.lengths, self.program.mesh
     self.checkpointer = Checkpointer(pod, self.workdir.path, config, self.lengths.checkpoint_every)
@@ -126,7 +128,7 @@ class Run:
     self.step, self.best, self.positions = meta["step"], meta["best"], meta.get("positions")
     self.clock.restore(meta["wall_seconds"], meta.get("starts"))
     self.history = meta.get("history", [])
-    self.saved_data = meta.get("dataset")
+    self.saved_data, self.saved_teacher = meta.get("dataset"), meta.get("teacher")
     if changes := meta.get("changes"):
       self.history = [*self.history, {"step": self.step, "changes": changes}]
       words = config_lib.in_words(changes)
@@ -137,7 +139,9 @@ class Run:
       # The data resume at the last whole batch of the new size.
       offset = (self.step + offset) * before // now - self.step
     if offset != self.lengths.offset:
-      self.program = program_lib.build(self.config, len(self.train_source), offset=offset)
+      self.program = program_lib.build(
+        self.config, len(self.train_source), offset=offset, teacher=self.program.teacher
+      )
       self.lengths, self.steps = self.program.lengths, Steps(self.program)
     logging.info(
       "Resuming from checkpoint %d of %d, restored in %.1f s.",
@@ -147,12 +151,12 @@ class Run:
     )
 
   def check_data(self) -> None:
-    """Refuse to resume on other data, and evaluated splits with classes that training lacks."""
+    """Refuse other data or another teacher in a resume, and evaluated classes not trained on."""
     if self.restored:
+      path, teacher = str(self.workdir.path), self.program.teacher
+      teacher_lib.check_same(self.saved_teacher, teacher, self.config, path)
       allow = "data" in config_lib.allowed_names(self.config.resume.allow)
-      data_lib.check_same(
-        self.saved_data, self.data, self.train_source, str(self.workdir.path), allow
-      )
+      data_lib.check_same(self.saved_data, self.data, self.train_source, path, allow)
     self._match_labels(self.data["classes"])
 
   def match_labels(self) -> None:
@@ -248,6 +252,8 @@ class Run:
         self.state, self.start = start_lib.make_state(self.program, self.start), None
       elif not self.restored:
         self.state = self.program.init_state()
+      teacher = self.program.teacher
+      self._taught = (teacher.place(self.config, self.mesh),) if teacher else ()
       self.train_step = self.steps.get("train", **first)
       self._sizes = first
       jax.block_until_ready(self.state)
@@ -277,7 +283,7 @@ class Run:
       first_step=self.step,
       total_steps=self.lengths.last,
       epoch=self.lengths.epoch,
-      work=self._work(peak).between,
+      work=flops.work(self.program, peak).between,
       peak=peak,
       image_size=self.lengths.image_size if config.data.image_sizes else None,
       exchange=self.pod.exchange,
@@ -316,7 +322,7 @@ class Run:
       self._change_size()
     flags = self.requests.flags(step)
     with jax.transfer_guard("disallow"):
-      self.state, output = self.train_step(self.state, batch, flags)
+      self.state, output = self.train_step(self.state, batch, flags, *self._taught)
     self.step = step
     self.result = None
     self.requests.note(step, output.request)
@@ -339,18 +345,6 @@ class Run:
     with self.clock("compile"):
       self.train_step = self.steps.get("train", **self._sizes)
     logging.info("Images of %d px from step %d on.", self._sizes["image_size"], self.step + 1)
-
-  def _work(self, peak: float | None) -> flops.Work:
-    """Return the model FLOPs of the steps; if nobody needs them, the number of the steps."""
-    lengths, variables = self.lengths, self.program.abstract_state.for_eval()
-    if not peak and len(lengths.sizes) == 1:
-      return flops.Work([(0, 1.0)])
-    batch = self.config.global_batch_size
-    each = {
-      size: flops.step_flops(self.program.model, variables, image_size=size, batch_size=batch)
-      for size in {size for _, size in lengths.sizes}
-    }
-    return flops.Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])
 
   def flush(self) -> None:
     """Wait for every step taken; raise if one was not finite, or if another run has the workdir.
@@ -497,4 +491,5 @@ class Run:
       "offset": self.lengths.offset,
       "history": self.history,
       "dataset": self.data,
+      "teacher": self.program.teacher and self.program.teacher.digest,
     }

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment, averages, finetune, losses, models
+from trainer import augment, averages, distill, finetune, losses, models
 from trainer import mesh as mesh_lib
 from trainer.models import family, layers, norm
 from trainer.pod.requests import FAIL
@@ -33,9 +33,15 @@ Totals = dict[str, jax.Array]
 METRICS = ("loss", "top1", "grad_norm", "param_norm", "learning_rate")
 
 
+def _own_metrics(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Return the names of what the model and its teacher measure."""
+  names = models.family_of(config.model).METRICS
+  return (*names, *distill.METRICS) if config.distill.weight else names
+
+
 def metric_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Return the names of what a step measures, in the order of `StepOutput.metrics`."""
-  names = (*METRICS, *models.family_of(config.model).METRICS)
+  names = (*METRICS, *_own_metrics(config))
   return names if config.sparsity.name == "none" else (*names, *sparse_lib.METRICS)
 
 
@@ -51,7 +57,8 @@ class StepOutput(NamedTuple):
   request: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepOutput]]
+# (state, batch, requests), and the weights of the teacher if there is one
+TrainStep = Callable[..., tuple[TrainState, StepOutput]]
 # (variables, totals, batch, requests), and which classes count if not all do
 EvalStep = Callable[..., Totals]
 # The running statistics of so many batches.
@@ -65,7 +72,7 @@ class _Sums(NamedTuple):
   loss: jax.Array
   top1: jax.Array
   grads: Params
-  sown: dict[str, jax.Array]
+  own: dict[str, jax.Array]
 
 
 def make_train_step(
@@ -78,6 +85,7 @@ def make_train_step(
   augment_until: int | None = None,
   guarded: bool = False,
   sparse: sparse_lib.Sparse | None = None,
+  teacher: distill.Teacher | None = None,
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
@@ -94,20 +102,26 @@ def make_train_step(
 
   With `augment_until` images are augmented while fewer steps than that were taken. Averaged weights
   are copies until `ema_start` steps are taken. With `guarded` a step with FAIL of any host returns
-  the state as it was given. With `sparse` the state has masks: see trainer/sparse.
+  the state as it was given. With `sparse` the state has masks: see trainer/sparse. With `teacher`
+  its weights are a fourth argument, which is not donated: see trainer/distill.py.
 
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
   """
   accumulation_steps = config.accumulation_steps
   average = averages.make_average(config, ema_start)
-  loss_of_examples = losses.make_loss(config.loss)
+  learn = distill.make_loss(config, losses.make_loss(config.loss), mesh, teacher)
   inputs = augment.make_inputs(config, augment_until)
   frozen = config.optimizer.freeze
-  own_metrics = models.family_of(config.model).METRICS
+  own_metrics = _own_metrics(config)
 
   def loss_fn(
-    params: Params, statistics: Variables, batch: Batch, key: jax.Array, step: jax.Array
+    params: Params,
+    statistics: Variables,
+    taught: Variables | None,
+    batch: Batch,
+    key: jax.Array,
+    step: jax.Array,
   ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array], Variables]]:
     key_augment, key_model = jax.random.split(key)
     params = finetune.stop_gradients(frozen, params)
@@ -117,15 +131,21 @@ def make_train_step(
     images, targets = inputs(key_augment, batch, step)
     logits = net(images)
     targets = optax.smooth_labels(targets, config.label_smoothing)
-    loss = loss_of_examples(logits, targets).mean()
+    of_examples, measured = learn(logits, targets, images, taught)
     sown = family.reap(net)
-    loss = sum(sown.losses, loss)
+    loss = sum(sown.losses, of_examples.mean())
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
-    own = {name: sown.metrics[name] for name in own_metrics}
+    measured |= sown.metrics
+    own = {name: measured[name] for name in own_metrics}
     return loss, (top1, own, model.variables(net)._replace(params={}))
 
   def gradients(
-    params: Params, statistics: Variables, batch: Batch, step: jax.Array, shards: Tree
+    params: Params,
+    statistics: Variables,
+    taught: Variables | None,
+    batch: Batch,
+    step: jax.Array,
+    shards: Tree,
   ) -> tuple[_Sums, Variables]:
     """Return means over the batch, and the new statistics, those of BN for each group."""
 
@@ -133,12 +153,12 @@ def make_train_step(
       statistics: Variables, batch: Batch, micro_batch: jax.Array | int
     ) -> tuple[_Sums, Variables]:
       key = step_key(config.seed, step, micro_batch)
-      (loss, (top1, sown, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, statistics, batch, key, step
+      (loss, (top1, own, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        params, statistics, taught, batch, key, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs; in shards it is scattered in each round.
-      return _Sums(loss, top1, mesh_lib.scatter(grads, shards), sown), statistics
+      return _Sums(loss, top1, mesh_lib.scatter(grads, shards), own), statistics
 
     def accumulate(
       carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
@@ -165,7 +185,7 @@ def make_train_step(
     return jax.tree.map(lambda x: x / accumulation_steps, total), statistics
 
   def train_step(
-    state: TrainState, batch: Batch, requests: jax.Array
+    state: TrainState, batch: Batch, requests: jax.Array, taught: Variables | None = None
   ) -> tuple[TrainState, StepOutput]:
     # Parameters are whole where they meet activations, and in shards where they are updated
     # (sharding_rules). Said at both places, the compiler gathers and scatters parameters, and never
@@ -173,7 +193,9 @@ def make_train_step(
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
-    (loss, top1, grads, sown), statistics = gradients(whole, statistics, batch, state.step, shards)
+    (loss, top1, grads, own), statistics = gradients(
+      whole, statistics, taught, batch, state.step, shards
+    )
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     old_params = jax.lax.with_sharding_constraint(state.params, shards)
     masks: Tree = None
@@ -189,7 +211,7 @@ def make_train_step(
       if sparse is not None:
         ema = sparse.mask_averages(ema, masks, state.step)
     means = [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
-    metrics = jnp.stack([*means, *(sown[name] for name in own_metrics), *more])
+    metrics = jnp.stack([*means, *(own[name] for name in own_metrics), *more])
     new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema, masks)
     request = jnp.max(requests)
     if guarded:

@@ -25,6 +25,7 @@ from trainer.pod.requests import FAIL, SAVE, STOP
 from trainer.reporting import environment, overview, report, screen
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
+from trainer.weights import teacher as teacher_lib
 from trainer.workdir import storage
 from trainer.workdir.files import open_workdir, read_json, write_json
 from trainer.workdir.paths import Workdir
@@ -195,7 +196,10 @@ def _open(
         config.data.train_split,
         max(1, len(train_source)),
       )
-  program = program_lib.build(config, len(train_source))
+  teacher = None
+  if not evaluation:
+    teacher = teacher_lib.read_everywhere(config, train_source.class_names, pod)
+  program = program_lib.build(config, len(train_source), teacher=teacher)
   config_lib.check_precise_bn(config, train_source, program.abstract_state.for_eval().batch_stats)
   count, total = config.eval.precise_bn_examples, len(train_source)
   some = train_source.subset(slices.choose(total, 0, count)) if count else None

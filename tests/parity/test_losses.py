@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer import losses
+from trainer import distill, losses
 
 torch = pytest.importorskip("torch", reason="needs the extra parity")
 timm_losses = pytest.importorskip("timm.loss", reason="needs the extra parity")
@@ -90,3 +90,21 @@ def test_class_numbers_are_one_hot_targets():
       loss(jnp.asarray(LOGITS, jnp.float32), jnp.asarray(ONE_HOT, jnp.float32)),
       rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5, 10.0])
+def test_divergence_from_a_teacher(t):
+  """That of torch takes log-probabilities of the student, and has no factor of T^2."""
+  teacher = 3 * np.random.default_rng(1).normal(size=(N, CLASSES))
+  with jax.enable_x64(True):
+    ours, pull = jax.vjp(lambda x: distill.divergence(x, jnp.asarray(teacher), t), LOGITS)
+    (grads,) = pull(jnp.ones_like(ours))
+    ours, grads = np.asarray(ours), np.asarray(grads)
+  x = torch.tensor(LOGITS, requires_grad=True)
+  theirs = torch.nn.functional.kl_div(
+    torch.log_softmax(x / t, -1), torch.softmax(torch.tensor(teacher) / t, -1), reduction="none"
+  )
+  theirs = t * t * theirs.sum(-1)
+  theirs.sum().backward()
+  np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-12)
+  np.testing.assert_allclose(grads, x.grad.numpy(), rtol=1e-12, atol=1e-14)

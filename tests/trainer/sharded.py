@@ -6,6 +6,7 @@ JAX_NUM_CPU_DEVICES=4 python -m tests.trainer.sharded float32 hosts PORT PROCESS
 
 import collections
 import json
+import os
 import sys
 import tempfile
 
@@ -22,8 +23,9 @@ from trainer import optimizer as optimizer_lib
 from trainer import program as program_lib
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
-from trainer.step import METRICS
+from trainer.step import metric_names
 from trainer.tools import collectives
+from trainer.weights import teacher
 from trainer.workdir.checkpoint import Checkpointer
 
 STEPS = 10
@@ -33,6 +35,13 @@ UPDATE = {"sharding.opt_state": "data"}
 ALL = FSDP | SPACE | UPDATE
 ACCUMULATE = {"accumulation_steps": 4}
 GROUP = {"model.bn_group": "8"}
+
+# For test_distill.py, which names the teacher in the environment.
+DISTILLED = ACCUMULATE | {
+  "distill.teacher": os.environ.get("TEACHER", ""),
+  "distill.weight": 0.75,
+  "distill.temperature": 2.0,
+}
 
 RANDOM = {"augment": "mixup(alpha=0.2)|tests.trainer.outside:shade(strength=0.3)"}
 LAYOUTS = {"1": (1, {}), "8": (8, {}), "all": (8, ALL)}
@@ -73,6 +82,12 @@ FAMILIES = {
   # Dropout, stochastic depth and mixing: drawn for an example, not for a device.
   "random": {name: (n, RANDOM | mode) for name, (n, mode) in LAYOUTS.items()},
   "random micro-batches": {"1": (1, RANDOM | ACCUMULATE), "8": (8, RANDOM | ACCUMULATE)},
+  "distilled": {
+    "1": (1, DISTILLED),
+    "4": (4, DISTILLED),
+    "fsdp": (8, DISTILLED | FSDP),
+    "all": (8, DISTILLED | ALL),
+  },
 }
 
 
@@ -129,7 +144,9 @@ def run(dtype, num_devices, overrides, host_state=None):
   config = make_config(dtype, overrides)
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=num_devices)
-  program = program_lib.build(config, 64, jax.devices()[:num_devices])
+  read = teacher.read(config) if config.distill.weight else None
+  program = program_lib.build(config, 64, jax.devices()[:num_devices], teacher=read)
+  taught = (read.place(config, program.mesh),) if read else ()
   train_step = program.compile("train", **program.sizes("train"))
   eval_step = program.compile("eval", **program.sizes("eval"))
   state = start(program, host_state)
@@ -138,7 +155,7 @@ def run(dtype, num_devices, overrides, host_state=None):
   nothing, metrics = mesh_lib.flags(program.mesh, NOTHING), []
   for batch in batches():
     batch = {name: batch[name] for name in program_lib.BATCHES["train"]}
-    state, output = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing)
+    state, output = train_step(state, mesh_lib.to_global(program.mesh, batch), nothing, *taught)
     metrics.append(np.asarray(output.metrics).tolist())
   for leaf, abstract in zip(
     jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
@@ -146,7 +163,7 @@ def run(dtype, num_devices, overrides, host_state=None):
     assert (
       leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim) and leaf.dtype == abstract.dtype
     )
-  return dict(zip(METRICS, np.transpose(metrics).tolist())) | {
+  return dict(zip(metric_names(config), np.transpose(metrics).tolist())) | {
     "eval": evaluate.evaluate(
       eval_step, program.mesh, [state.for_eval()], batches(), lambda: nothing
     ),

@@ -3,10 +3,10 @@
 Model FLOPs are those of the mathematics, not of the program: 2 for each multiply-add of
 convolutions and matrix products, padding included (as papers and torchvision count), and none for
 normalisation, activations, pooling, loss and optimizer. A loop that may end early counts in full,
-and of two ways the longer. A training step counts as three forward
-passes: the backward pass of a convolution is two of its size, for the gradients of its input and of
-its kernel. Recomputation to save memory does not count. The quotient is the model FLOPs utilisation
-(MFU) of arXiv:2204.02311, appendix B.
+and of two ways the longer. A training step counts as three forward passes: the backward pass of a
+convolution is two of its size, for the gradients of its input and of its kernel. The forward pass
+of a teacher is one more, of its own net. Recomputation to save memory does not count. The quotient
+is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,8 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
+from trainer.distill import Teacher
+from trainer.program import Program
 from trainer.reporting.chips import CHIPS
 from trainer.state import Model, Variables
 
@@ -84,9 +86,19 @@ def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
   return cast(jax.core.ShapedArray, variable.aval).shape
 
 
-def step_flops(model: Model, variables: Variables, *, image_size: int, batch_size: int) -> int:
+def step_flops(
+  model: Model,
+  variables: Variables,
+  *,
+  image_size: int,
+  batch_size: int,
+  teacher: Teacher | None = None,
+) -> int:
   """Return the model FLOPs of a training step; see `forward_flops`."""
-  return FORWARD_PASSES * batch_size * forward_flops(model, variables, image_size)
+  of_image = FORWARD_PASSES * forward_flops(model, variables, image_size)
+  if teacher:
+    of_image += forward_flops(teacher.model, teacher.variables, image_size)
+  return batch_size * of_image
 
 
 class Work:
@@ -110,3 +122,21 @@ class Work:
     ):
       total += work * max(0, min(stop, end) - max(start, begin))
     return total
+
+
+def work(program: Program, peak: float | None) -> Work:
+  """Return the model FLOPs of the steps of a run; the number of the steps, if nobody needs them.
+
+  Args:
+    program: of the run.
+    peak: of the chips in FLOP/s, None if it is not known.
+  """
+  lengths, variables = program.lengths, program.abstract_state.for_eval()
+  if not peak and len(lengths.sizes) == 1:
+    return Work([(0, 1.0)])
+  batch, teacher = program.config.global_batch_size, program.teacher
+  each = {
+    size: step_flops(program.model, variables, image_size=size, batch_size=batch, teacher=teacher)
+    for size in {size for _, size in lengths.sizes}
+  }
+  return Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])

@@ -58,6 +58,8 @@ def first_screen(opened: Opened) -> str:
   }
   if program.sparse:
     lines["sparsity"] = sparse_show.line(program.sparse)
+  if program.teacher:
+    lines["teacher"] = str(program.teacher)
   return "\n".join(["This run:", *[f"  {name:9} {line}" for name, line in lines.items()]])
 
 

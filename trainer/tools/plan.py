@@ -20,7 +20,7 @@ import optax
 from configs import image_sizes, recipes
 from input_pipeline import sources
 from input_pipeline.errors import DataError
-from trainer import command_line, models, schedules
+from trainer import command_line, distill, models, schedules
 from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 from trainer.reporting import flops
@@ -28,6 +28,7 @@ from trainer.reporting.clock import format_seconds
 from trainer.sparse import method as sparse_lib
 from trainer.sparse import show as sparse_show
 from trainer.state import make_init
+from trainer.weights import teacher as teacher_lib
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("examples", 0, "Training examples.", lower_bound=0)
@@ -54,6 +55,7 @@ class Plan:
     forward_flops: of one image at the largest size.
     train_flops: of the whole run.
     sparse: which weights are zero; None if none are.
+    teacher: that the run learns from; None if there is none, or the config does not name it yet.
   """
 
   config: ml_collections.ConfigDict
@@ -66,6 +68,7 @@ class Plan:
   forward_flops: int
   train_flops: float
   sparse: sparse_lib.Sparse | None = None
+  teacher: distill.Teacher | None = None
 
   @property
   def images(self) -> int:
@@ -103,8 +106,16 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   model, init = make_init(config, optax.identity(), shards=1)
   variables = jax.eval_shape(init).for_eval()
   forward = {int(size): flops.forward_flops(model, variables, int(size)) for size in set(sizes)}
-  step = flops.FORWARD_PASSES * config.global_batch_size
-  work = [(first, step * forward[size]) for first, size in lengths.sizes]
+  teacher = teacher_lib.read(config) if config.distill.teacher else None
+  of_teacher = {
+    size: flops.forward_flops(teacher.model, teacher.variables, size) if teacher else 0
+    for size in forward
+  }
+  batch = config.global_batch_size
+  work = [
+    (first, batch * (flops.FORWARD_PASSES * forward[size] + of_teacher[size]))
+    for first, size in lengths.sizes
+  ]
   return Plan(
     config,
     examples,
@@ -116,6 +127,7 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
     forward_flops=forward[int(sizes.max())],
     train_flops=flops.Work(work).between(0, lengths.total),
     sparse=sparse_lib.make(config, variables.params, lengths.total),
+    teacher=teacher,
   )
 
 
@@ -171,6 +183,10 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
   }
   if plan.sparse:
     lines["sparsity"] = sparse_show.line(plan.sparse)
+  if config.distill.weight:
+    fields = config.distill
+    named = plan.teacher or "none is named yet, and its work not counted"
+    lines["teacher"] = f"weight {fields.weight:g}, temperature {fields.temperature:g}: {named}"
   if images_per_second:
     seconds = plan.images / images_per_second
     lines["time"] = f"{format_seconds(seconds)} at {images_per_second:,.0f} images/s, without start"
@@ -191,7 +207,7 @@ def row(plan: Plan, name: str) -> str:
   config = plan.config
   cells = [
     f"`{name}`",
-    f"{plan.lengths.total / plan.lengths.per_epoch:.3g}",
+    f"{float(f'{plan.lengths.total / plan.lengths.per_epoch:.3g}'):g}",
     f"{config.global_batch_size:,}",
     f"{plan.lengths.total:,}",
     f"{plan.images / 1e6:,.4g} M",

@@ -27,7 +27,7 @@ class Net:
 
   Attributes:
     config: of the run.
-    model: without its arrays; activations are float32.
+    model: without its arrays.
     shapes: of the arrays.
   """
 
@@ -80,15 +80,19 @@ class Net:
     return models.family_of(self.config.model).describe(models.own_fields(self.config.model))
 
 
-def build(config: ml_collections.ConfigDict) -> Net:
+def build(config: ml_collections.ConfigDict, dtype: str = "float32") -> Net:
   """Return the model of a config; makes no array.
+
+  Args:
+    config: of a run.
+    dtype: of activations.
 
   Raises:
     ConfigError: if the config has no such model.
   """
   model_config = ml_collections.ConfigDict(config.model.to_dict())
   # The same leaves and numbers by a program that other tools can read.
-  for name, value in (("dtype", "float32"), ("scan", False), ("remat", "none")):
+  for name, value in (("dtype", dtype), ("scan", False), ("remat", "none")):
     if name in model_config:
       model_config[name] = value
   made: list[Model] = []

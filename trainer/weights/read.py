@@ -186,9 +186,9 @@ def read_model(
   if config is None:
     if not loaded.about.config:
       raise WeightsError(
-        f"{origin} does not say of which model it is; give the --config of one, or import it into "
-        f"a workdir first: python -m trainer.weights import {origin} --config=configs/X.py "
-        "--workdir=DIR"
+        f"{origin} does not say of which model it is; import it into a workdir first, python -m "
+        f"trainer.weights import {origin} --config=configs/X.py --workdir=DIR, or give the "
+        "--config of its model to a command that takes one."
       )
     config = net_lib.config_of(loaded.about.config)
   net = net_lib.build(config)

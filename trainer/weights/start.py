@@ -1,8 +1,9 @@
 """The start of a run from weights that there are: `config.init_from`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import re
+from typing import TypeVar
 
 import jax
 import ml_collections
@@ -16,6 +17,8 @@ from trainer.state import TrainState
 from trainer.weights import foreign, read
 from trainer.weights import net as net_lib
 from trainer.weights.errors import WeightsError
+
+T = TypeVar("T")
 
 _SHOWN = 3  # names in a line
 
@@ -58,24 +61,46 @@ def read_start(program: Program, pod: Pod) -> Start:
       another shape, but for the head; if tensors are left over that `config.init_exclude` does not
       name; or if hosts read different weights.
   """
-  start, trouble = None, ""
+  return on_all_hosts(
+    pod,
+    "config.init_from",
+    program.config.init_from,
+    lambda: _read(program),
+    lambda start: read.digest(start.leaves),
+  )
+
+
+def on_all_hosts(
+  pod: Pod, field: str, origin: str, make: Callable[[], T], digest: Callable[[T], str]
+) -> T:
+  """Return what `make` reads on this host, once all hosts have read the same.
+
+  Args:
+    pod: this host among the others.
+    field: that names the weights.
+    origin: its value.
+    make: reads them.
+    digest: of what it returns.
+
+  Raises:
+    TrainerError: one sentence: what `make` raises on any host; or if two hosts read different
+      weights.
+  """
+  made, trouble = list[T](), ""
   try:
-    start = _read(program)
+    made.append(make())
   except TrainerError as error:
-    trouble = f"config.init_from: {error}"
-  digest = read.digest(start.leaves) if start and pod.hosts > 1 else ""
-  seen = pod.gather("config.init_from", [trouble, digest])
+    trouble = f"{field}: {error}"
+  seen = pod.gather(field, [trouble, digest(made[0]) if made and pod.hosts > 1 else ""])
   for host, (words, theirs) in sorted(seen.items()):
     if words:
       raise WeightsError(words if host == pod.host else f"Host {host}: {words}")
     if theirs != seen[0][1]:
       raise ConfigError(
-        f"Host {host} reads other weights at config.init_from={program.config.init_from} than host "
-        "0; give all hosts the same file, or a workdir that no run writes to."
+        f"Host {host} reads other weights at {field}={origin} than host 0; give all hosts the same "
+        "file, or a workdir that no run writes to."
       )
-  if start is None:
-    raise AssertionError("a host without weights has a trouble")
-  return start
+  return made[0]
 
 
 def _read(program: Program) -> Start:
