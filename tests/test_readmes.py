@@ -22,7 +22,7 @@ ROOMS = (
 READMES = sorted(
   path.relative_to(ROOT) for folder in ROOMS for path in (ROOT / folder).glob("*.md")
 )
-SECTIONS = "mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"
+SECTIONS = "distill|mesh|sharding|model|data|optimizer|eval|checkpoint|resume|pod|log"
 each_readme = pytest.mark.parametrize("readme", READMES, ids=str)
 
 

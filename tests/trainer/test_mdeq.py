@@ -135,7 +135,7 @@ def trained():
   now, metrics = built.init_state(), []
   for _ in range(3):
     now, output = compiled(now, batch, requests)
-    metrics.append(dict(zip(step.metric_names(config.model), np.asarray(output.metrics))))
+    metrics.append(dict(zip(step.metric_names(config), np.asarray(output.metrics))))
   return now, metrics
 
 

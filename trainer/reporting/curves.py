@@ -14,7 +14,12 @@ PANELS = (
   (
     "Accuracy, %",
     100,
-    (("train/top1", "train top-1"), ("eval/top1", "eval top-1"), ("eval/top5", "eval top-5")),
+    (
+      ("train/top1", "train top-1"),
+      ("eval/top1", "eval top-1"),
+      ("eval/top5", "eval top-5"),
+      ("train/agreement", "agreement with the teacher"),
+    ),
   ),
   ("Learning rate", 1, (("train/learning_rate", ""),)),
   ("Size of training images, px", 1, (("train/image_size", ""),)),
@@ -49,6 +54,8 @@ def loss_in_words(run: Recorded) -> str:
     words.append(f"label smoothing {smoothing:g}")
   if operations := config.get("augment"):
     words.append(str(operations))
+  if weight := config.get("distill", {}).get("weight"):
+    words.append(f"a share of {weight:g} for the teacher")
   return ", ".join(words)
 
 
