@@ -208,9 +208,7 @@ def _report(
       forward[size] = flops.forward_flops(program.model, program.abstract_state.raw(), size)
     work = forward[size]
     if mode == "train":
-      work *= flops.FORWARD_PASSES
-      if teacher := program.teacher:
-        work += flops.forward_flops(teacher.model, teacher.variables, size)
+      work = flops.FORWARD_PASSES * work + flops.teacher_flops(program.teacher, size)
     step, seconds = _compile(program, mode, sizes, screen)
     compiling += seconds
     figures = estimate.step(
@@ -300,9 +298,9 @@ def _find_batch(program: "program_lib.Program", examples: int, chips: int, scree
   def fits(units: int) -> bool:
     tried = ml_collections.ConfigDict(config)
     tried.global_batch_size = units * unit * chips
-    smaller = program_lib.build(tried, examples, devices, teacher=program.teacher)
+    candidate = program_lib.build(tried, examples, devices, teacher=program.teacher)
     try:
-      _compile(smaller, "train", smaller.sizes("train"), screen)
+      _compile(candidate, "train", candidate.sizes("train"), screen)
     except DoesNotFitError:
       return False
     return True

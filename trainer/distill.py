@@ -130,8 +130,9 @@ def make_loss(
   def learn(
     logits: jax.Array, targets: jax.Array, images: jax.Array, variables: Variables | None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    if teacher is None or variables is None:
+    if teacher is None:
       return labels_loss(logits, targets), {}
+    assert variables is not None, "a step with a teacher takes its weights"
     theirs = teacher.logits(variables, images, config.data, mesh)
     loss = found = divergence(logits, theirs, temperature)
     if weight < 1:

@@ -85,7 +85,6 @@ FAMILIES = {
   "distilled": {
     "1": (1, DISTILLED),
     "4": (4, DISTILLED),
-    "fsdp": (8, DISTILLED | FSDP),
     "all": (8, DISTILLED | ALL),
   },
 }

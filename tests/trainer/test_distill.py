@@ -282,10 +282,11 @@ def test_the_layout_changes_nothing(tmp_path):
   assert done.returncode == 0, done.stderr
   seen = json.loads(done.stdout.splitlines()[-1])["distilled"]
   one = seen.pop("1")
-  assert len(seen) == 3 and one["distill_loss"][0] > 0
+  assert len(seen) == 2 and one["distill_loss"][0] > 0
   for name, other in seen.items():
     for metric in ("loss", "distill_loss", "agreement", "grad_norm", "param_norm"):
-      np.testing.assert_allclose(other[metric], one[metric], rtol=1e-9, err_msg=f"{name} {metric}")
+      # The student computes in float64, its teacher in float32.
+      np.testing.assert_allclose(other[metric], one[metric], rtol=1e-6, err_msg=f"{name} {metric}")
 
 
 @pytest.mark.slow

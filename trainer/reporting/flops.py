@@ -96,9 +96,12 @@ def step_flops(
 ) -> int:
   """Return the model FLOPs of a training step; see `forward_flops`."""
   of_image = FORWARD_PASSES * forward_flops(model, variables, image_size)
-  if teacher:
-    of_image += forward_flops(teacher.model, teacher.variables, image_size)
-  return batch_size * of_image
+  return batch_size * (of_image + teacher_flops(teacher, image_size))
+
+
+def teacher_flops(teacher: Teacher | None, image_size: int) -> int:
+  """Return the model FLOPs of one image that a training step has for its teacher; 0 without one."""
+  return forward_flops(teacher.model, teacher.variables, image_size) if teacher else 0
 
 
 class Work:

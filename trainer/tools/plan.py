@@ -107,15 +107,11 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   variables = jax.eval_shape(init).for_eval()
   forward = {int(size): flops.forward_flops(model, variables, int(size)) for size in set(sizes)}
   teacher = teacher_lib.read(config) if config.distill.teacher else None
-  of_teacher = {
-    size: flops.forward_flops(teacher.model, teacher.variables, size) if teacher else 0
-    for size in forward
+  each = {
+    size: flops.FORWARD_PASSES * own + flops.teacher_flops(teacher, size)
+    for size, own in forward.items()
   }
-  batch = config.global_batch_size
-  work = [
-    (first, batch * (flops.FORWARD_PASSES * forward[size] + of_teacher[size]))
-    for first, size in lengths.sizes
-  ]
+  work = [(first, config.global_batch_size * each[size]) for first, size in lengths.sizes]
   return Plan(
     config,
     examples,
