@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from configs import names
+from configs import names, own_packages
 from configs.fields import Fields
 
 FAMILIES = {
@@ -48,6 +48,7 @@ def fields(name: str) -> Fields:
     ValueError: as `find`.
   """
   if name in FIELDS:
+    own_packages.check("trainer")  # of those who have imported none of it so far
     table: Fields = names.find(FIELDS, name, "config.model.name")
     return table
   own: Fields = find(name).FIELDS

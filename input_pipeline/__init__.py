@@ -9,12 +9,17 @@ Names are imported when they are first used: `input_pipeline.prepare` runs witho
 """
 
 import importlib
+import pathlib
+import runpy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from input_pipeline.errors import DataError
   from input_pipeline.loader import eval_batches, train_batches
   from input_pipeline.sources import open_source
+
+_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+runpy.run_path(str(_CONFIGS / "own_packages.py"))["check"]("configs")
 
 __all__ = ["DataError", "eval_batches", "open_source", "train_batches"]
 

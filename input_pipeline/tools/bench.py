@@ -33,7 +33,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-from configs import base
+from configs import base, own_packages
 from input_pipeline import image, loader
 from input_pipeline.errors import DataError
 from input_pipeline.sources import Source
@@ -198,6 +198,8 @@ def race(
       if failed is not None:
         print(f"{contestant.name} left out: {failed}", file=sys.stderr)
         del running[contestant.name]
+    if (first := contestants[0].name) not in running:
+      raise DataError(f"{first!r}, with which all others are compared, could not start.")
     for number in range(rounds):
       for name, (_, pipe) in list(running.items()):
         _say(f"round {number + 1} of {rounds}: {name}")
@@ -311,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, folder: str) -> None:
+  own_packages.check("trainer")  # which the processes need
   source = bench_data.open_data(args.data, args.split, args.images, folder)
   sample = bench_data.Sample(source, args.images)
   examples = sample.once()

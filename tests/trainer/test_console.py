@@ -74,11 +74,42 @@ def test_ours_run_among_folders_of_the_same_names(home):
   assert told.returncode == 2 and "absent" in told.stderr and "of the user" not in told.stderr
 
 
+def hide(home, *names):
+  """Leave only packages of these names in the folder of a user."""
+  for name in ("configs", "input_pipeline", "trainer"):
+    if name not in names:
+      (home / name / "__init__.py").unlink()
+      (home / name).rmdir()
+
+
 def test_a_folder_that_hides_a_package_is_named(home):
-  (home / "trainer" / "__init__.py").unlink()
-  (home / "trainer").rmdir()
-  told = run(home, "-m", "trainer", "--list")
-  assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
-  assert f"{home}/configs hides the package configs" in told.stderr and "resnet-pod" in told.stderr
-  as_library = run(home, "-c", "import trainer")
-  assert as_library.returncode == 1 and "ImportError" in as_library.stderr
+  hide(home, "configs")
+  for module in ("trainer", "input_pipeline.inspect", "launch.preflight"):
+    told = run(home, "-m", module, "--help")
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+    assert (
+      f"{home}/configs hides the package configs" in told.stderr and "resnet-pod" in told.stderr
+    )
+  for package in ("trainer", "input_pipeline"):
+    as_library = run(home, "-c", f"import {package}")
+    assert as_library.returncode == 1 and "ImportError" in as_library.stderr
+
+
+def test_who_needs_no_trainer_runs_beside_another_one(home):
+  hide(home, "trainer")
+  assert run(home, "-m", "input_pipeline.prepare", "--help").returncode == 0
+  for module in ("input_pipeline.inspect", "configs", "launch.preflight"):
+    told = run(home, "-m", module)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+    assert f"{home}/trainer hides the package trainer" in told.stderr
+
+
+def test_folders_that_are_no_packages_hide_nothing(home):
+  """As one of run files, which are named by their paths."""
+  hide(home)
+  for name in ("configs", "trainer"):
+    (home / name).mkdir()
+  mine = home / "configs" / "mine.py"
+  mine.write_text("from configs import smoke\n\n\ndef get_config():\n  return smoke.get_config()\n")
+  told = run(home, "-m", "trainer", "--config=configs/mine.py", "--help=crop")
+  assert told.returncode == 0 and "--config.data.crop" in told.stdout, told.stderr
