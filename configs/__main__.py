@@ -9,7 +9,7 @@ from configs import base, families, page
 def main() -> int:
   parser = argparse.ArgumentParser(prog="python -m configs", description=__doc__)
   parser.add_argument("family", nargs="?", default="resnet", help="model family (default resnet)")
-  parser.add_argument("--markdown", action="store_true", help="the tables of configs/README.md")
+  parser.add_argument("--markdown", action="store_true", help="the tables of configs/fields.md")
   parser.add_argument("--search", default="", metavar="WORD", help="only fields with this word")
   args = parser.parse_args()
   if args.markdown:

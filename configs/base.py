@@ -423,6 +423,12 @@ RUN: Fields = {
     0, "First step of a profile for TensorBoard; 0 takes none.", "steps", at_least(0), YES
   ),
   "log.profile_steps": Field(5, "Length of the profile.", "steps", at_least(1), YES),
+  "log.wandb": Field(
+    "",
+    "PROJECT or ENTITY/PROJECT of Weights & Biases that gets the scalars of metrics.jsonl as well; "
+    "needs the extra [wandb]. '' for none.",
+    resume=YES,
+  ),
 }
 
 # Durations that are given in epochs or in steps: X_epochs, X_steps.

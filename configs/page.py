@@ -1,4 +1,4 @@
-"""The fields of a config as text for a terminal, and as the tables of configs/README.md."""
+"""The fields of a config as text for a terminal, and as the tables of configs/fields.md."""
 
 from collections.abc import Mapping
 import itertools

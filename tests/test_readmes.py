@@ -115,7 +115,7 @@ def test_fields_exist(readme):
 
 
 def test_tables_of_fields_are_current():
-  text = text_of("configs/README.md")
+  text = text_of("configs/fields.md")
   printed = text.split("<!-- fields: begin -->\n")[1].split("<!-- fields: end -->")[0]
   assert printed == page.markdown() + "\n", "put what `python -m configs --markdown` prints there"
 

@@ -22,7 +22,7 @@ from trainer.pod import preemption
 from trainer.pod.join import join_pod
 from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, SAVE, STOP
-from trainer.reporting import environment, overview, report, screen
+from trainer.reporting import environment, overview, report, screen, wandb_writer
 from trainer.reporting.clock import WallClock
 from trainer.run import Opened, Run
 from trainer.weights import teacher as teacher_lib
@@ -61,6 +61,7 @@ def train(
   """
   clock = WallClock()
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
+    _check_wandb(config, pod)
     config = data_lib.with_classes(config)
     opened = _open(config, workdir, pod)
     shown = _show(opened, verbose) if pod.host == 0 else ""
@@ -87,6 +88,14 @@ def _in_sight(stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
   screen.SCREEN.waits_for = "the start"
   with screen.shown(), preemption.interrupts(lambda: screen.SCREEN.waits_for) as interrupted:
     yield lambda: stop() or interrupted()
+
+
+def _check_wandb(config: ml_collections.ConfigDict, pod: Pod) -> None:
+  """Refuse, on all hosts, a `config.log.wandb` that the first one can do nothing with."""
+  if config.log.wandb:
+    trouble = pod.gather("config.log.wandb", wandb_writer.problem() if pod.host == 0 else "")[0]
+    if trouble:
+      raise ConfigError(trouble)
 
 
 def _show(opened: Opened, verbose: bool) -> str:

@@ -281,10 +281,18 @@ def test_a_failed_run_has_its_reason_with_and_without_curves(tmp_path, failure):
   assert "last logged step is 6" in page and "<h2>Starts</h2>" in page
 
 
+def test_the_command_that_adds_the_mistakes_is_named(workdir):
+  command = "r50 &lt;pod&gt;&#x27; --mistakes=1000</code> adds them"
+  assert command in page_of(workdir)
+  write_json(workdir / "mistakes.json", {"note": "Of 9 images.", "images": []})
+  assert "adds them" not in page_of(workdir)
+
+
 def test_a_run_under_way(workdir):
   (workdir / "final.json").unlink()
   write_json(workdir / "owner.json", {"renewed": time.time()})
-  assert "This run is under way" in page_of(workdir)
+  page = page_of(workdir)
+  assert "This run is under way" in page and "adds them" not in page
   write_json(workdir / "owner.json", {"renewed": time.time() - 3600})
   assert "No process works on this run now" in page_of(workdir)
 

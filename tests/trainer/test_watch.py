@@ -9,8 +9,10 @@ import time
 import pytest
 
 from configs import base
+from input_pipeline.remote import fsspec as remote
 from trainer.errors import DONE, StorageError
-from trainer.reporting import recorded, watch
+from trainer.reporting import json_lines, recorded, watch
+from trainer.workdir import storage
 
 FINAL = {
   "step": 40,
@@ -25,7 +27,7 @@ FINAL = {
 
 
 def write(folder, name, value):
-  folder.mkdir(exist_ok=True)
+  folder.mkdir(parents=True, exist_ok=True)
   (folder / name).write_text(json.dumps(value))
 
 
@@ -133,6 +135,62 @@ def test_a_silent_bucket_is_waited_for_unless_at_the_first_look(tmp_path, capsys
   breaks()
   with pytest.raises(StorageError):
     watch.watch(str(tmp_path), 7)
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_a_look_reads_what_is_new(place, tmp_path, request, monkeypatch):
+  if place == "bucket":
+    request.getfixturevalue("server")
+  path = storage.path_of(str(tmp_path) if place == "folder" else "gs://bucket/tail") / "metrics"
+  files, _ = remote.filesystem(str(path))
+  read, cat_file = [], files.cat_file
+
+  def noted(name, start, end):
+    read.append(end - start)
+    return cat_file(name, start=start, end=end)
+
+  monkeypatch.setattr(files, "cat_file", noted)  # fsspec has one instance
+  tail = json_lines.Tail(path)
+  lines = [train_line(step, 1.5 * step) for step in range(50)]
+  texts = [f"{json.dumps(line)}\n" for line in lines]
+  assert tail.read() == []
+  path.write_text("".join(texts[:40]))
+  assert tail.read() == lines[:40] and tail.read() == lines[:40]
+  path.write_text("".join(texts[:41]) + texts[41][:9])  # a line that is being written
+  assert tail.read() == lines[:41]
+  path.write_text("".join(texts[:42]))
+  assert tail.read() == lines[:42]
+  size = list(map(len, texts))
+  assert read == [sum(size[:40]), size[39] + size[40] + 9, size[40] + size[41]]
+  again = [train_line(step, 100.0 + step) for step in range(30, 60)]  # after a kill
+  path.write_text("".join(texts[:30]) + "".join(f"{json.dumps(line)}\n" for line in again))
+  assert tail.read() == [*lines[:30], *again]
+  path.write_text("".join(texts[:3]))
+  assert tail.read() == lines[:3]
+  path.unlink()
+  assert tail.read() == []
+
+
+def test_a_run_in_a_bucket(server, capsys):
+  folder = storage.path_of("gs://bucket/watched")
+  begin(folder)
+  write_lines(folder, train_line(10, 1.0))
+
+  def grows():
+    write_lines(folder, train_line(10, 1.0), train_line(20, 2.0))
+
+  def fails():
+    grows()
+    server.refuse("metrics", 403)
+
+  def mends():
+    server.answer()
+    write(folder, "final.json", FINAL)
+
+  code, (began, same, failed, done) = follow(folder, capsys, lambda: None, fails, mends)
+  assert code == DONE and began[-1] == "The run is under way." and not same
+  assert len(failed) == 1 and "metrics.jsonl could not be read" in failed[0]
+  assert "step 20/40" in done[0] and done[-1].startswith("Done: top1 50.00%")
 
 
 def test_nothing_is_written_and_an_interrupt_leaves_at_once(tmp_path):

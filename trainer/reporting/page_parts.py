@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import html
+import shlex
 import time
 from typing import Any
 
@@ -77,6 +78,12 @@ def images(run: Recorded) -> str:
       note = f'<p class="muted">{escaped(found["note"])}</p>\n' if "note" in found else ""
       inside = "\n".join(shown)
       sections.append(f'<h2>{title}</h2>\n{note}<div class="images">\n{inside}\n</div>')
+    elif path == run.run.mistakes and run.final is not None:
+      command = f"python -m trainer.report {shlex.quote(str(run.run.path))} --mistakes=1000"
+      sections.append(
+        '<p class="muted">The most confident mistakes are not looked for by the run; '
+        f"<code>{escaped(command)}</code> adds them.</p>"
+      )
   return "\n".join(sections)
 
 

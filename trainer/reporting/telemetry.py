@@ -19,7 +19,7 @@ from trainer.config import flatten
 from trainer.errors import NonFiniteError
 from trainer.evaluate import Result, in_words
 from trainer.pod.requests import LAG
-from trainer.reporting import events, examples, json_lines
+from trainer.reporting import events, examples, json_lines, wandb_writer
 from trainer.reporting.clock import WallClock, format_seconds
 from trainer.reporting.clu import metric_writers, periodic_actions
 from trainer.reporting.screen import SCREEN
@@ -101,6 +101,8 @@ class Telemetry:
         events.EventWriter(directory, first_step),
         json_lines.JsonWriter(Workdir(workdir).metrics, first_step),
       ]
+      if config.log.wandb:
+        writers.append(wandb_writer.WandbWriter(Workdir(workdir), config))
     self._writer = metric_writers.AsyncMultiWriter(writers)
     # As Markdown, in which an indented block stays as it is.
     fields = json.dumps(config.to_dict(), indent=2).splitlines()

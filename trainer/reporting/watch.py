@@ -35,6 +35,7 @@ class Watch:
 
   def __init__(self, run: Workdir):
     self._run = run
+    self._tail = json_lines.Tail(run.metrics)
     self._shown = 0  # lines of metrics.jsonl
     self._last: dict[str, Any] = {}  # the newest of them
     self._starts = 0
@@ -78,7 +79,7 @@ class Watch:
 
   def _show_lines(self, run: Recorded) -> None:
     """Show the lines of metrics.jsonl that are new; a resumed run may have fewer than before."""
-    lines = list(json_lines.read(self._run.metrics))
+    lines = self._tail.read()
     if len(lines) < self._shown or (self._shown and lines[self._shown - 1] != self._last):
       kept = next((i for i, line in enumerate(lines) if line["time"] > self._last["time"]), None)
       self._shown = len(lines) if kept is None else kept

@@ -31,6 +31,11 @@ class Workdir:
     return self.path / "metrics.jsonl"
 
   @property
+  def wandb(self) -> epath.Path:
+    """Which run of Weights & Biases it is; see trainer.reporting.wandb_writer."""
+    return self.path / "wandb.json"
+
+  @property
   def owner(self) -> epath.Path:
     """Who writes to this folder now; see trainer.workdir.lease."""
     return self.path / "owner.json"
