@@ -231,6 +231,34 @@ class TestRoundTrips:
       )
 
 
+@pytest.mark.parametrize("family", ["nf_resnet", "mdeq"])
+def test_leaves_without_axes(family, tmp_path):
+  net = net_lib.build(tiny.get_config(family))
+  leaves = net_lib.random_leaves(net)
+  assert any(not leaf.ndim for leaf in leaves.values())
+  path = tmp_path / "weights.safetensors"
+  export._safetensors(net, leaves, About(config=config_lib.flatten(net.config)), path, "timm")
+  tensors = safetensors.decode(in_bytes(path.read_bytes()))[0]
+  again, _ = read.read_weights(str(path), net)
+  for name, leaf in leaves.items():
+    np.testing.assert_array_equal(again[name], leaf, strict=True)
+    if not leaf.ndim:
+      assert tensors[net.torch_name(name)].shape == ()
+
+
+@pytest.mark.slow
+def test_a_net_with_a_loop_becomes_stablehlo_and_is_refused_as_onnx(tmp_path):
+  net = net_lib.build(tiny.get_config("mdeq"))
+  TestGraphs.write(net, tmp_path / "weights.safetensors")
+  for needed in ("flatbuffers", "onnx", "onnxruntime"):
+    pytest.importorskip(needed, reason=f"{needed} comes with [export]")
+  out = tmp_path / "graph"
+  agreement = export.export(str(tmp_path / "weights.safetensors"), "stablehlo", str(out))
+  assert agreement.top5 == agreement.images == 16 and agreement.difference < 1e-5
+  with pytest.raises(WeightsError, match=r"^MDEQ-tiny, .* ONNX: it has a loop; --format=stableh"):
+    export.export(str(tmp_path / "weights.safetensors"), "onnx", str(out))
+
+
 # Each part of the family that makes operations of its own.
 GRAPHS = {
   "projection": ("cifar_resnet", {}),
@@ -270,7 +298,7 @@ class TestGraphs:
     """Write random leaves with the config of their net, as export does."""
     leaves = net_lib.random_leaves(net)
     names = {leaf: net.torch_name(leaf) for leaf in leaves}
-    tensors = {n: np.ascontiguousarray(foreign.theirs(k, n, leaves[k])) for k, n in names.items()}
+    tensors = {n: np.asarray(foreign.theirs(k, n, leaves[k]), order="C") for k, n in names.items()}
     words = About(config=config_lib.flatten(net.config)).words()
     path.write_bytes(b"".join(safetensors.encode(tensors, words)))
 

@@ -130,7 +130,7 @@ def _safetensors(
   tensors: dict[str, np.ndarray] = {}
   for leaf in sorted(leaves, key=natural):
     name = net.torch_name(leaf)
-    tensors[name] = np.ascontiguousarray(net.theirs(leaf, np.asarray(leaves[leaf])))
+    tensors[name] = np.asarray(net.theirs(leaf, np.asarray(leaves[leaf])), order="C")
     if name.endswith("running_var"):  # torch's batch norm counts its batches
       counter = f"{name.removesuffix('running_var')}num_batches_tracked"
       tensors[counter] = np.array(facts.step or 0, np.int64)

@@ -129,7 +129,7 @@ def _ours(
   axes = _their_axes(leaf, len(shape))
   tensor = tensor.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
   with np.errstate(over="ignore"):  # it is refused afterwards, by name
-    return np.ascontiguousarray(tensor.astype(dtype))
+    return np.asarray(tensor.astype(dtype), order="C")  # keeps a scalar one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +187,8 @@ def fit(
     name_of: path of a leaf -> torchvision's name.
 
   Raises:
-    WeightsError: half a sentence, if a tensor holds what is no weight: integers, or numbers that
-      are not finite, or negative variances.
+    WeightsError: half a sentence, if a tensor holds what is no weight: integers where the leaf has
+      none, or numbers that are not finite, or negative variances.
   """
   result = Fit({}, {}, {}, [])
   names = {leaf: name_of(leaf) for leaf in leaves}
@@ -197,14 +197,15 @@ def fit(
       result.missing[leaf] = name
       continue
     tensor, shape = tensors[name], their_shape(leaf, name, leaves[leaf].shape)
+    dtype = np.dtype(leaves[leaf].dtype)
     # Some files have 1x1 convolutions as matrices, or the other way round.
     if _significant(tensor.shape) != _significant(shape):
       result.misfits[leaf] = name, tensor.shape, shape
       continue
-    _check_values(leaf, name, tensor)
-    result.found[leaf] = _ours(leaf, tensor, leaves[leaf].shape, np.dtype(leaves[leaf].dtype))
+    _check_values(leaf, name, tensor, counts=dtype.kind == "i")
+    result.found[leaf] = _ours(leaf, tensor, leaves[leaf].shape, dtype)
     if not np.isfinite(result.found[leaf]).all():
-      raise WeightsError(f"holds numbers in {name!r} that are too large for {leaves[leaf].dtype}")
+      raise WeightsError(f"holds numbers in {name!r} that are too large for {dtype}")
   known = set(names.values())
   result.left_over.extend(name for name in tensors if name not in known)
   return result
@@ -214,9 +215,11 @@ def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
   return shape[:-2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
-def _check_values(leaf: str, name: str, tensor: np.ndarray) -> None:
-  if tensor.dtype.kind != "f" and tensor.dtype != ml_dtypes.bfloat16:
-    raise WeightsError(f"holds {tensor.dtype} in {name!r}, where floating point numbers belong")
+def _check_values(leaf: str, name: str, tensor: np.ndarray, counts: bool) -> None:
+  floating = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
+  if tensor.dtype.kind != "i" if counts else not floating:
+    kind = "whole" if counts else "floating point"
+    raise WeightsError(f"holds {tensor.dtype} in {name!r}, where {kind} numbers belong")
   values = tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
   if not np.isfinite(values).all():
     raise WeightsError(f"holds numbers in {name!r} that are not finite")

@@ -278,19 +278,11 @@ class Graph:
     assert isinstance(x.data, str)
     starts, limits = params["start_indices"], params["limit_indices"]
     steps = params["strides"] or (1,) * len(x.shape)
-    cut = [
-      axis
-      for axis, size in enumerate(x.shape)
-      if (starts[axis], limits[axis], steps[axis]) != (0, size, 1)
-    ]
+    cut = [a for a, size in enumerate(x.shape) if (starts[a], limits[a], steps[a]) != (0, size, 1)]
     if not cut:
       return x
-    rows = [
-      [starts[axis] for axis in cut],
-      [limits[axis] for axis in cut],
-      [x.order.index(axis) for axis in cut],
-      [steps[axis] for axis in cut],
-    ]
+    places = [x.order.index(axis) for axis in range(len(x.shape))]
+    rows = [[values[axis] for axis in cut] for values in (starts, limits, places, steps)]
     names = [self._constant(np.array(row, np.int64)) for row in rows]
     return _Value(self._emit("Slice", [x.data, *names]), shape, x.order)
 
@@ -372,6 +364,14 @@ def _refuse(*_: Any, primitive: str, **__: Any) -> NoReturn:
   )
 
 
+def _refuse_loops(jaxpr: core.Jaxpr) -> None:
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in ("scan", "while"):
+      raise WeightsError("cannot be exported to ONNX: it has a loop; --format=stablehlo takes it")
+    for inner in core.jaxprs_in_params(equation.params):
+      _refuse_loops(inner)
+
+
 def _whole(value: _Value) -> np.ndarray:
   """Return a constant in the order of its shape, at full size where sizes are known."""
   assert isinstance(value.data, np.ndarray)
@@ -427,10 +427,7 @@ def fold_affine(graph: Graph, outputs: Sequence[str]) -> None:
       gone.add(id(node))
     if conv.output != first:
       dtype = graph.constants[conv.inputs[1]].dtype
-      conv.inputs[1:] = [
-        graph._constant(kernel.astype(dtype)),
-        graph._constant(bias.astype(dtype)),
-      ]
+      conv.inputs[1:] = [graph._constant(array.astype(dtype)) for array in (kernel, bias)]
   graph.nodes = [node for node in graph.nodes if id(node) not in gone]
 
 
@@ -465,6 +462,7 @@ def to_model(
 
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
   traced = jax.make_jaxpr(flat)(*shapes, images)
+  _refuse_loops(traced.jaxpr)
   order = (0, 3, 1, 2) if channels_first else (0, 1, 2, 3)
   graph = Graph()
   inputs = [_fixed(np.asarray(leaf)) for leaf in leaves] + [
