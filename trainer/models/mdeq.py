@@ -26,6 +26,7 @@ from trainer.models import equilibrium, norm
 from trainer.models.equilibrium import Solution, Solver, State
 from trainer.models.family import ENDLESS, AuxiliaryLoss, Family, Metric, StepsTaken, sow
 from trainer.models.layers import Layers, scaled
+from trainer.models.looped import convolve
 from trainer.models.mdeq_fields import MDEQ as FIELDS
 from trainer.models.mdeq_fields import VARIANTS
 
@@ -173,14 +174,7 @@ def function(shape: Shape, args: Mapping[str, Any], z: State) -> State:
   arrays, masks = args["arrays"], args["masks"]
 
   def conv(x: jax.Array, name: str, stride: int = 1) -> jax.Array:
-    kernel = arrays[name].astype(shape.dtype)
-    return jax.lax.conv_general_dilated(
-      x.astype(shape.dtype),
-      kernel,
-      (stride, stride),
-      [(kernel.shape[0] // 2,) * 2] * 2,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    return convolve(x.astype(shape.dtype), arrays[name].astype(shape.dtype), stride)
 
   def normalise(x: jax.Array, name: str, groups: int = GROUPS) -> jax.Array:
     return group_norm(x.astype(z[0].dtype), arrays.get(name), groups)
