@@ -6,7 +6,7 @@
 
 Measured on 6,000 training and 1,500 validation images, seed 0, on 2 shared cores of an AMD EPYC:
 resnet 69.9, rigl (80 % zeros) 69.3, vit 57.8 %; costs and curves are in trainer/models/README.md.
-efficientnet was not measured.
+nf_resnet and mdeq were stopped early, and efficientnet was not run.
 """
 
 from typing import Any
