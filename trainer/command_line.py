@@ -59,7 +59,10 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   try:
     _, *rest = FLAGS(argv)
     if rest:
-      raise flags.Error(f"{rest[0]!r} is no flag; did you mean --{rest[0].lstrip('-')}?")
+      word = rest[0].lstrip("-")
+      known = _name(word).split(".")[0] in FLAGS
+      hint = f"did you mean --{word}?" if known else "--help shows a typical line."
+      raise flags.Error(f"{rest[0]!r} is no flag; {hint}")
     missing = [flag for flag in needed.split() if not FLAGS[_name(flag)].value]
     if missing:
       are = "are" if len(missing) > 1 else "is"

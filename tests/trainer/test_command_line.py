@@ -54,6 +54,7 @@ WRONG = [
   (("--config=smoke",), ["--workdir=DIR is needed", "--help"]),
   ((*SMOKE, "--wrkdir=x"), ["wrkdir", "Did you mean: workdir"]),
   ((*SMOKE, "mode=eval"), ["'mode=eval' is no flag", "did you mean --mode=eval?"]),
+  ((*SMOKE, "eval"), ["'eval' is no flag; --help shows a typical line."]),
   ((*SMOKE, "--mode=evaluate"), ["--mode=evaluate", "train|eval"]),
   ((*SMOKE, "--trial=perhaps"), ["--trial=perhaps", "oolean"]),
   (("--config=smok", "--workdir=run"), ["smok does not exist", "did you mean smoke?"]),

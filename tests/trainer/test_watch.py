@@ -107,6 +107,8 @@ def test_from_before_the_start_to_the_end(tmp_path, capsys):
 
 
 def test_a_run_that_fails_ends_the_watch(tmp_path, capsys):
+  assert watch.watch(str(tmp_path), 7, once=True) == watch.NOT_COMPLETE
+  assert capsys.readouterr().err == f"{tmp_path} holds no run yet.\n"
   begin(tmp_path)
   (tmp_path / "owner.json").unlink()
   write(tmp_path, "ended.json", {"reason": "Step 7 is not finite.", "code": 2, "time": 0.0})

@@ -33,8 +33,15 @@ _LEAST_SECONDS = 0.1  # between two looks
 class Watch:
   """What has been shown of a run so far."""
 
-  def __init__(self, run: Workdir):
+  def __init__(self, run: Workdir, once: bool = False):
+    """Show nothing yet.
+
+    Args:
+      run: its folder, which may not exist yet.
+      once: whether there will be one look alone.
+    """
     self._run = run
+    self._waits = "" if once else "; waiting for one"
     self._tail = json_lines.Tail(run.metrics)
     self._shown = 0  # lines of metrics.jsonl
     self._last: dict[str, Any] = {}  # the newest of them
@@ -50,7 +57,7 @@ class Watch:
     """
     run = recorded.read_files(self._run)
     if run.config is None:
-      self._say_state("waiting", f"{self._run.path} holds no run yet; waiting for one.")
+      self._say_state("waiting", f"{self._run.path} holds no run yet{self._waits}.")
       return False
     number = (run.starts or {}).get("starts", 1)
     if number != self._starts:
@@ -62,7 +69,7 @@ class Watch:
       "finished": "",
       "failed": f"The run failed: {run.failure}",
       "running": "The run is under way.",
-      "stopped": "No process works on this run now; waiting for one.",
+      "stopped": f"No process works on this run now{self._waits}.",
     }[run.state]
     if run.final is not None:
       self.complete = True
@@ -180,7 +187,7 @@ def watch(
   Raises:
     TrainerError: if a bucket cannot be used, or a file not be read at the first look.
   """
-  screen = Watch(recorded.open_run(workdir))
+  screen = Watch(recorded.open_run(workdir), once)
   trouble, first = "", True
   while True:
     try:
