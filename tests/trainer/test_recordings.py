@@ -1,6 +1,5 @@
 """Recordings of screens beside those of test_screen.py; RECORD=1 makes them anew."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -71,21 +70,3 @@ def test_an_evaluation_by_its_workdir(tmp_path):
   compare(
     "evaluation.txt", ["$ python -m trainer --mode=eval --workdir=run --checkpoint=best", *shown]
   )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="libtpu, of pip install -e '.[tpu]', is not installed",
-)
-def test_preflight(tmp_path):
-  command = [sys.executable, "-m", "launch.preflight", "--topology=v5e:1x1", "--config=smoke"]
-  ended = subprocess.run(
-    command,
-    cwd=tmp_path,
-    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  compare("preflight.txt", [f"$ python {' '.join(command[1:])}", *ended.stdout.splitlines()])
