@@ -46,7 +46,7 @@ def normalize(
 ) -> jax.Array:
   """Turn uint8 [N, H, W, 3] into `dtype` by the channel means and deviations of `data`.
 
-  Channels of several pixels may follow one another, as those of `trainer.models.layers.blocks` do.
+  Channels of several pixels may follow one another, as in `trainer.models.layers.row_pairs`.
   Images cross the wire as uint8, a quarter of the bytes of float32; the arithmetic is at least
   float32 before the cast.
   """
@@ -375,10 +375,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     ValueError: one sentence, if a function or an option is not known, or out of range.
   """
   chain = make_chain(config.augment)
-  if config.augment and config.model.get("space_to_depth", False):
+  if config.augment and config.model.get("row_pairs", False):
     raise ValueError(
-      f"config.augment is {config.augment!r}, which works on pixels, and config.model."
-      "space_to_depth parts images into blocks before it: set that to False."
+      f"config.augment is {config.augment!r}, which works on pixels, and config.model.row_pairs "
+      "joins rows before it: set that to False."
     )
   examples, size = config.global_batch_size // config.accumulation_steps, config.data.image_size
 

@@ -167,9 +167,9 @@ def make_train_step(
       sums, statistics = one(statistics, *micro_batch)
       return (jax.tree.map(jnp.add, total, sums), statistics), None
 
-    if config.model.get("space_to_depth", False):
-      # As bytes, and before the loop: inside, the compiler moves every pixel in float32.
-      batch = batch | {"image": layers.blocks(batch["image"])}
+    if config.model.get("row_pairs", False):
+      # As bytes, and before the loop: inside, the compiler would move pixels in float32.
+      batch = batch | {"image": layers.row_pairs(batch["image"])}
     if accumulation_steps == 1:
       return one(statistics, batch, 0)
     micro_batches = split(batch, accumulation_steps)

@@ -33,10 +33,13 @@ import optax
 
 CLASSES, SIZE = 1000, 224
 # Fields of our step, by rows of the table. BN is over a device's own examples where none says else.
+_STEM = "model.pool_first=True model.row_pairs=True"
 LEVERS = (
   "accumulation_steps=1",
   "accumulation_steps=8",
-  "accumulation_steps=8 model.bn_group=32",
+  "accumulation_steps=8 model.pool_first=True",
+  f"accumulation_steps=8 {_STEM}",
+  f"accumulation_steps=8 {_STEM} model.bn_group=32",
 )
 
 

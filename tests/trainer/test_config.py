@@ -194,14 +194,14 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
 @pytest.mark.parametrize(
   "overrides, words",
   [
-    ({"augment": "mixup(alpha=0.2)"}, ["config.augment is 'mixup(alpha=0.2)'", "space_to_depth"]),
+    ({"augment": "mixup(alpha=0.2)"}, ["config.augment is 'mixup(alpha=0.2)'", "row_pairs"]),
     ({"data.image_size": 223}, ["config.data.image_size has 223", "an even size"]),
-    ({"mesh.space": 2}, ["config.mesh.space = 2", "config.model.space_to_depth is True"]),
+    ({"mesh.space": 2}, ["config.mesh.space = 2", "config.model.row_pairs is True"]),
   ],
 )
-def test_what_blocks_of_pixels_cannot_do_is_refused(overrides, words):
+def test_what_pairs_of_rows_cannot_do_is_refused(overrides, words):
   config = base.get_config()
-  config.update_from_flattened_dict({"model.space_to_depth": True} | overrides)
+  config.update_from_flattened_dict({"model.row_pairs": True} | overrides)
   with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   for word in words:

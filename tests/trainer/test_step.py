@@ -54,7 +54,7 @@ def test_first_loss_is_that_of_a_guess_and_a_repeated_batch_is_learnt(config, ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
-def test_a_step_is_the_same_with_the_pool_first_and_blocks_of_pixels(dtype, tolerance):
+def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows(dtype, tolerance):
   config = tiny.get_config("resnet")
   config.global_batch_size = config.eval.batch_size = 32
   config.data.image_size = 64
@@ -66,7 +66,7 @@ def test_a_step_is_the_same_with_the_pool_first_and_blocks_of_pixels(dtype, tole
     "label": rng.integers(0, 6, 32, np.int32),
   }
   (_, plain), metrics = run_steps(config, batch)
-  config.model.pool_first = config.model.space_to_depth = True
+  config.model.pool_first = config.model.row_pairs = True
   (_, other), other_metrics = run_steps(config, batch)
   assert other_metrics["loss"] == pytest.approx(metrics["loss"], rel=tolerance)
   # The first momentum of SGD is the gradient.

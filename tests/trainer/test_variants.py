@@ -353,11 +353,11 @@ def test_features_of_each_stage():
   }
 
 
-def test_pool_before_the_norm_and_blocks_of_pixels_change_neither_outputs_nor_gradients():
+def test_pool_before_the_norm_and_pairs_of_rows_change_neither_outputs_nor_gradients():
   with jax.enable_x64(True):
     images = np.random.default_rng(0).normal(size=(8, 18, 14, 3))
 
-    def stem(pool_first, in_blocks=False):
+    def stem(pool_first, paired=False):
       config = config_of("resnet", depth=18, width=0.125, dtype="float64", pool_first=pool_first)
       config.update({"activation": "elu", "bn_shifted": True, "bn_group": "2"})
       model, variables = state.split(
@@ -380,7 +380,7 @@ def test_pool_before_the_norm_and_blocks_of_pixels_change_neither_outputs_nor_gr
           ),
           None,
         )
-        y = net._stem(layers.blocks(images) if in_blocks else images)
+        y = net._stem(layers.row_pairs(images) if paired else images)
         new = net.stem_bn.mean.get_value(), net.stem_bn.var.get_value()
         return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), (y, new)
 
@@ -411,8 +411,8 @@ def test_pool_before_the_norm_and_blocks_of_pixels_change_neither_outputs_nor_gr
     ("resnet", {"pool_first": True, "preact": True}, "config.model.preact is True; it needs False"),
     ("resnet", {"pool_first": True, "activation": "silu"}, "config.model.activation is 'silu'; it"),
     ("cifar_resnet", {"pool_first": True}, "a CIFAR ResNet has no max-pool: set it to False"),
-    ("resnet", {"space_to_depth": True, "stem": "deep"}, "which needs a 7x7 convolution; config"),
-    ("cifar_resnet", {"space_to_depth": True}, "a CIFAR ResNet has no 7x7 convolution: set it to"),
+    ("resnet", {"row_pairs": True, "stem": "deep"}, "which needs a 7x7 convolution; config"),
+    ("cifar_resnet", {"row_pairs": True}, "a CIFAR ResNet has no 7x7 convolution: set it to"),
     ("cifar_resnet", {"stem": "deep"}, "config.model.stem is 'deep'; the stem of a CIFAR ResNet"),
     ("cifar_resnet_v2", {"blurpool": "all"}, "a CIFAR ResNet v2 has none"),
     ("cifar_resnet_v2", {"depth": 32}, "must be 9n+2 (cifar_resnet_v2: 11, 20, 29, 38, ...)"),

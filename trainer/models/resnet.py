@@ -21,7 +21,7 @@ import jax
 from configs.fields import Fields
 from trainer.models import names, norm, resnet_fields, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import Layers, conv_of_blocks, max_pool, refuse_split, scaled
+from trainer.models.layers import Layers, conv_of_row_pairs, max_pool, refuse_split, scaled
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -104,18 +104,18 @@ class _Trunk(staged.Staged):
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse to split images in a net with groups or in blocks, and odd ones there; see Family."""
+    """Refuse to split images in a net with groups or row pairs, and odd ones there; see Family."""
     if fields["groups"] > 1:
       refuse_split(name, size, space)
-    if fields["space_to_depth"] and space > 1:
+    if fields["row_pairs"] and space > 1:
       raise ValueError(
         f"{name} is {size}, whose height config.mesh.space = {space} would split, and "
-        "config.model.space_to_depth is True; set one of them to 1 or False."
+        "config.model.row_pairs is True; set one of them to 1 or False."
       )
-    if fields["space_to_depth"] and size % 2 and name.startswith("config.data.image_size"):
+    if fields["row_pairs"] and size % 2 and name.startswith("config.data.image_size"):
       raise ValueError(
-        f"{name} has {size}, which config.model.space_to_depth cannot part into blocks of 2x2 "
-        "pixels; set that to False, or take an even size."
+        f"{name} has {size}, which config.model.row_pairs cannot part into pairs of rows; set that "
+        "to False, or take an even size."
       )
 
   @classmethod
@@ -247,10 +247,10 @@ class ResNet(_Trunk):
         "config.model.blurpool is 'all', which blurs the max-pool; config.model.stem_pool is "
         f"{fields['stem_pool']!r}: set config.model.blurpool to 'convs'."
       )
-    if fields["space_to_depth"] and fields["stem"] != "conv7":
+    if fields["row_pairs"] and fields["stem"] != "conv7":
       raise ValueError(
-        f"config.model.space_to_depth is True, which needs a 7x7 convolution; config.model.stem is "
-        f"{fields['stem']!r}: set config.model.space_to_depth to False."
+        f"config.model.row_pairs is True, which needs a 7x7 convolution; config.model.stem is "
+        f"{fields['stem']!r}: set config.model.row_pairs to False."
       )
     if fields["pool_first"]:
       resnet_fields.check_pool_first(fields)
@@ -277,11 +277,12 @@ class ResNet(_Trunk):
       self.stem_pool_bn = layers.norm(channels)
 
   def _stem(self, x: jax.Array) -> jax.Array:
+    paired = x.shape[-1] == 6  # see `row_pairs`
     if self.deep:
       x = self.activation(self.stem_bn1(self.stem_conv1(x)))
       x = self.activation(self.stem_bn2(self.stem_conv2(x)))
     conv = self.stem_conv3 if self.deep else self.stem_conv
-    convolve = functools.partial(conv_of_blocks, conv) if x.shape[-1] == 12 else conv
+    convolve = functools.partial(conv_of_row_pairs, conv) if paired else conv
     if self.preact:  # the first block starts with norm and activation
       x = convolve(x)
     else:
@@ -343,7 +344,7 @@ class CifarResNet(_Trunk):
         f"config.model.blurpool is 'all', which blurs the max-pool; a {cls.TITLE} has none: set it "
         "to 'convs'."
       )
-    for name, missing in (("pool_first", "max-pool"), ("space_to_depth", "7x7 convolution")):
+    for name, missing in (("pool_first", "max-pool"), ("row_pairs", "7x7 convolution")):
       if fields[name]:
         raise ValueError(
           f"config.model.{name} is True; a {cls.TITLE} has no {missing}: set it to False."

@@ -36,11 +36,11 @@ COMMON: Fields = {
     "values of a window round to one. It saves time on a TPU, most with accumulation_steps.",
     resume=ASK,
   ),
-  "space_to_depth": Field(
+  "row_pairs": Field(
     False,
-    "Of resnet, whether training computes the 7x7 convolution as one of 4x4 on blocks of 2x2 "
-    "pixels, with the same weights (MLPerf's space to depth): the same outputs and gradients, in "
-    "less time on a TPU. It needs an empty config.augment.",
+    "Of resnet, whether training computes the 7x7 convolution on pairs of rows, as one of 4x7 on "
+    "6 channels with the same weights, which is half of a space to depth: the same outputs and "
+    "gradients, in less time on a TPU. It needs an empty config.augment.",
     resume=ASK,
   ),
   "preact": Field(False, "Blocks of norm, activation, convolution: ResNet v2 (arXiv:1603.05027)."),
