@@ -238,7 +238,8 @@ def test_the_report_has_images_mistakes_and_words(images, finished, tmp_path, ca
   """Words of the classes come from a file beside them, and are kept by the start."""
   workdir, final = finished
   page = (workdir / "report.html").read_text()
-  assert page.count("data:image/jpeg;base64") == 8 and "The most confident mistakes" not in page
+  assert page.count("data:image/jpeg;base64") == 8 and "<h2>The most confident" not in page
+  assert "--mistakes=1000" in page  # adds them
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["hosts"] == 1 and environment["versions"]["jax"] in page
   shutil.copytree(images, tmp_path / "images")
@@ -256,6 +257,7 @@ def test_the_report_has_images_mistakes_and_words(images, finished, tmp_path, ca
   assert shares == sorted(shares, reverse=True)
   assert all(image["class"] != image["predicted"] for image in found["images"])
   page = (tmp_path / "run" / "report.html").read_text()
+  assert "<h2>The most confident" in page and "--mistakes=1000" not in page
   assert page.count("data:image/jpeg;base64") == 8 + wrong and "tench, Tinca tinca (class0)" in page
   assert report.main([str(tmp_path / "run"), "--mistakes=-1"]) == 2
   assert "--mistakes=-1 must be 1 or more" in capsys.readouterr().err
