@@ -132,8 +132,9 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):
 @pytest.mark.parametrize("stops", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_signals_and_kills_at_random_moments(tmp_path, shards, stops):
   """SIGTERM and kill -9 in start, compilation, steps, evaluation and saving lose nothing."""
+  steps = 100 * stops
   overrides = (
-    "total_steps=1000",
+    f"total_steps={steps}",
     "eval.every_steps=50",
     "checkpoint.every_steps=20",
     "log.every_steps=50",
@@ -142,8 +143,8 @@ def test_signals_and_kills_at_random_moments(tmp_path, shards, stops):
     began = time.monotonic()
     subprocess.run(command(tmp_path / name, shards, *overrides), check=True, capture_output=True)
     lifetime = time.monotonic() - began
-  quiet = fingerprints(tmp_path / "quiet", 1000)
-  assert fingerprints(tmp_path / "compiling", 1000) == quiet
+  quiet = fingerprints(tmp_path / "quiet", steps)
+  assert fingerprints(tmp_path / "compiling", steps) == quiet
   causes = json.loads((tmp_path / "quiet" / "final.json").read_text())["wall_seconds"]
   training = sum(causes[cause] for cause in ("step", "input_wait", "eval", "checkpoint"))
 
@@ -167,7 +168,7 @@ def test_signals_and_kills_at_random_moments(tmp_path, shards, stops):
     elif number == signal.SIGKILL:
       stopped_at = None
   subprocess.run(command(tmp_path / "chaos", shards, *overrides), check=True, capture_output=True)
-  assert fingerprints(tmp_path / "chaos", 1000) == quiet
+  assert fingerprints(tmp_path / "chaos", steps) == quiet
   assert json.loads((tmp_path / "chaos" / "final.json").read_text())["examples"] == 29
   assert not (tmp_path / "chaos" / "damaged").exists()
 
@@ -371,6 +372,7 @@ def test_a_script_without_a_guard_ends_with_a_sentence(tmp_path, shards):
   script.write_text(
     "from tests.trainer import tiny\nfrom trainer import train\n"
     f"config = tiny.get_config()\nconfig.data.path, config.data.workers = {str(shards)!r}, 1\n"
+    "config.data.worker_restarts = 1\n"
     f"train.train(config, {str(tmp_path / 'run')!r})\n"
   )
   root = TINY.parents[2]
