@@ -53,30 +53,35 @@ def test_first_loss_is_that_of_a_guess_and_a_repeated_batch_is_learnt(config, ba
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
-def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows(dtype, tolerance):
-  config = tiny.get_config("resnet")
-  config.global_batch_size = config.eval.batch_size = 32
-  config.data.image_size = 64
-  config.model.update({"dtype": dtype, "zero_init_residual": False})
-  config.accumulation_steps, config.optimizer.warmup_epochs = 2, 0.0
+def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows():
+  """In float32; in bfloat16 it is as near to that of float32 as the plain step is."""
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.integers(0, 256, (32, 64, 64, 3), np.uint8),
     "label": rng.integers(0, 6, 32, np.int32),
   }
-  (_, plain), metrics = run_steps(config, batch)
-  config.model.pool_first = config.model.row_pairs = True
-  (_, other), other_metrics = run_steps(config, batch)
-  assert other_metrics["loss"] == pytest.approx(metrics["loss"], rel=tolerance)
-  # The first momentum of SGD is the gradient.
-  for ours, theirs in zip(
-    jax.tree.leaves((other.opt_state, other.batch_stats)),
-    jax.tree.leaves((plain.opt_state, plain.batch_stats)),
-    strict=True,
-  ):
-    distance = np.linalg.norm(np.float64(ours) - np.float64(theirs))
-    assert distance <= tolerance * np.linalg.norm(np.float64(theirs))
+
+  def step(dtype, fields):
+    config = tiny.get_config("resnet")
+    config.global_batch_size = config.eval.batch_size = 32
+    config.data.image_size = 64
+    config.model.update({"dtype": dtype, "zero_init_residual": False})
+    config.model.pool_first = config.model.row_pairs = fields
+    config.accumulation_steps, config.optimizer.warmup_epochs = 2, 0.0
+    (_, state), metrics = run_steps(config, batch)
+    # The first momentum of SGD is the gradient.
+    leaves = jax.tree.leaves((state.opt_state, state.batch_stats))
+    return [np.float64(leaf) for leaf in (metrics["loss"], *leaves)]
+
+  def distances(leaves):
+    return np.array([np.linalg.norm(x - y) for x, y in zip(leaves, exact, strict=True)])
+
+  exact = step("float32", False)
+  sizes = np.array([np.linalg.norm(leaf) for leaf in exact])
+  assert (distances(step("float32", True)) <= 1e-5 * sizes).all()
+  plain, other = (distances(step("bfloat16", fields)) for fields in (False, True))
+  assert (other <= 1.25 * plain + 0.005 * sizes).all()
+  assert (plain > 0.1 * sizes).any()  # so much is the rounding of this net
 
 
 def test_label_smoothing_changes_the_loss_as_defined(config, batch):
