@@ -279,6 +279,9 @@ def elementwise(opcode, op_name):
     ([f"  %r = {ON} reduce-window(%p)"], STEP + "jvp()/reduce_window_max", ("", kinds.POOL)),
     ([elementwise("add", STEP + "add")], STEP + "add", ("", kinds.OPTIMIZER)),
     ([elementwise("log", STEP + "jvp()/log")], "", ("", kinds.INPUT)),
+    # of a loop over blocks, in a loop over micro-batches
+    ([elementwise("copy", STEP + "while/body/jvp()/while/body/slice")], "", ("", kinds.OTHER)),
+    ([elementwise("log", STEP + "while/body/jvp()/log")], "", ("", kinds.INPUT)),
     (
       [elementwise("tanh", STEP + "while/body/closed_call/jvp(head)/tanh")],
       "",

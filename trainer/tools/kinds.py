@@ -33,6 +33,8 @@ _NOISE = re.compile(
   r"^(while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|remat\d*|"
   r"shard_map|custom_(jvp|vjp)_call\w*|jit|pjit|scan|vmap)?$"
 )
+# What a loop over blocks stacks and slices is of no layer.
+_OF_BLOCKS = re.compile(r"jvp\(.*/while/body/")
 _NORM = re.compile(r"(^|[/_.])(bn|norm|\w*BatchNorm|\w*LayerNorm)", re.IGNORECASE)
 _ADDS = ("add", "add_any")
 _COLLECTIVE = re.compile(rf"({collectives.KINDS}|recv|send)(-start|-done)?$")
@@ -101,7 +103,7 @@ def work_of(module: hlo.Module, training: bool) -> Callable[[hlo.Instruction], W
     elif training and not any(each.differentiated for each in origins):
       kind = OPTIMIZER
     elif not any(each.layer for each in origins):
-      kind = INPUT
+      kind = OTHER if any(_OF_BLOCKS.search(part.op_name) for part in parts) else INPUT
     elif any(
       each.primitive in _ADDS and each.layer and not is_norm(each.layer) for each in origins
     ) and any("/" in each.layer for each in [*origins, origin(instruction.op_name)]):
