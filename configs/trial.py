@@ -45,7 +45,11 @@ def shrink(config: ml_collections.ConfigDict) -> None:
 
 
 def cut_warmup(config: ml_collections.ConfigDict, total: int) -> bool:
-  """Whether a warm-up in steps was longer than a run of `total` steps; it is then a part of it."""
+  """Cut a warm-up in steps, in place, if it is as long as a run of `total` steps or longer.
+
+  Returns:
+    Whether it was.
+  """
   if config.optimizer.warmup_steps < total:
     return False
   config.optimizer.warmup_steps = total // WARMUP
