@@ -43,13 +43,15 @@ def from_imagenet(
   Raises:
     DataError: an archive is damaged, or the labels do not match it.
   """
+  # Before the archives, whose scan takes long.
+  synsets, words = _devkit(devkit) if devkit and val else (None, {})
   contents = layout.Contents(train or val or "", {}, {}, {}, [])
   files: dict[str, str] = {}
   if train:
     contents.splits["train"] = _train(train, run, allow, contents.left_out)
     files["train"] = train
   if val:
-    contents.splits["val"] = _val(val, devkit, val_labels, allow, contents)
+    contents.splits["val"] = _val(val, devkit or val_labels, synsets, allow, contents)
     files["val"] = val
   contents.folders.update(dict.fromkeys(contents.splits, ""))
 
@@ -58,8 +60,8 @@ def from_imagenet(
 
   chosen = {split: split for split in contents.splits}
   origin: dict[str, Any] = {"kind": "imagenet", "name": "ILSVRC2012"}
-  if words := _devkit_words(devkit) if devkit and val else {}:
-    origin["words"] = {synset: words[synset] for synset in sorted(words)}
+  if words:
+    origin["words"] = dict(sorted(words.items()))
   return inputs_of(contents, chosen, [], member, origin, allow)
 
 
@@ -111,12 +113,20 @@ def _train(
 
 def _val(
   path: str,
-  devkit: str | None,
-  val_labels: str | None,
+  labels: str | None,
+  synsets: Sequence[str] | None,
   allow: Sequence[str],
   contents: layout.Contents,
 ) -> layout.Classes:
-  """Return the images of a flat tar by class; add to what is left out."""
+  """Return the images of a flat tar by class; add to what is left out.
+
+  Args:
+    path: of the tar.
+    labels: the devkit, or a text file of labels.
+    synsets: those of the images in the devkit; None if `labels` is a text file.
+    allow: faults that are allowed.
+    contents: has the training classes, which come first; gets what is left out.
+  """
   images = _images(tars.list_tar(path, allow=allow), "", contents.left_out)
   images.sort(key=lambda image: image.name)
   names = [image.name for image in images]
@@ -124,15 +134,13 @@ def _val(
   if twice is not None:
     raise DataError(f"{path} holds two images {twice} in different folders; keep one.")
   known = contents.splits.get("train", {})
-  if devkit:
-    synsets: Sequence[str] = _devkit_labels(devkit)
-    by_name = None
-  else:
-    synsets, by_name = _listed_labels(val_labels, known)
+  by_name = None
+  if synsets is None:
+    synsets, by_name = _listed_labels(labels, known)
   if by_name is None:
     if len(synsets) != len(images):
       raise DataError(
-        f"{path} holds {len(images)} images, but {devkit or val_labels} labels {len(synsets)}; "
+        f"{path} holds {len(images)} images, but {labels} labels {len(synsets)}; "
         "use files that belong together."
       )
     if names != sorted(names, key=natural):
@@ -144,20 +152,20 @@ def _val(
     stems = {os.path.splitext(name)[0]: synset for name, synset in by_name.items()}
     for name in names:
       if os.path.splitext(name)[0] not in stems:
-        raise DataError(f"{path} holds {name}, which {val_labels} does not list.")
+        raise DataError(f"{path} holds {name}, which {labels} does not list.")
     if len(stems) != len(names):
       raise DataError(
-        f"{path} holds {len(names)} images, but {val_labels} lists {len(stems)}; use files that "
+        f"{path} holds {len(names)} images, but {labels} lists {len(stems)}; use files that "
         "belong together."
       )
     synsets = [stems[os.path.splitext(name)[0]] for name in names]
   classes: layout.Classes = {synset: [] for synset in known}
-  labels = set(synsets)
+  found = set(synsets)
   for image, synset in zip(images, synsets):
     folder = os.path.basename(os.path.dirname(image.entry.path))
-    if folder in labels and folder != synset:
+    if folder in found and folder != synset:
       raise DataError(
-        f"{path}: {image.entry.path} lies in the folder of {folder}, but {devkit or val_labels} "
+        f"{path}: {image.entry.path} lies in the folder of {folder}, but {labels} "
         f"labels it {synset}; use files that belong together, or give the folders by --tar."
       )
     classes.setdefault(synset, []).append(image)
@@ -214,28 +222,13 @@ def _listed_labels(
   return synsets, by_name
 
 
-def _devkit_labels(path: str) -> list[str]:
-  """Return the synset of each validation image, in the order of their names, from the devkit."""
-  synsets, truth = _devkit(path)
-  names = {int(i): str(wnid) for i, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])}
-  try:
-    return [names[int(i)] for i in truth.split()]
-  except KeyError as e:
-    raise DataError(
-      f"--devkit {path}: the ground truth has the class {e}, which meta.mat lacks."
-    ) from e
+def _devkit(path: str) -> tuple[list[str], dict[str, str]]:
+  """Return what the archive of the development kit holds.
 
-
-def _devkit_words(path: str) -> dict[str, str]:
-  """Return the words of each synset, as "tench, Tinca tinca"; empty if the devkit has none."""
-  synsets, _ = _devkit(path)
-  if "words" not in (synsets.dtype.names or ()):
-    return {}
-  return {str(wnid): str(words) for wnid, words in zip(synsets["WNID"], synsets["words"])}
-
-
-def _devkit(path: str) -> tuple[Any, bytes]:
-  """Return the synsets of a devkit, as a structured array, and the classes of `val` as text."""
+  Returns:
+    The synset of each validation image, in the order of their names; the words of each synset, as
+    "tench, Tinca tinca", empty if the kit has none.
+  """
   import scipy.io  # a dependency of jax, used only here
 
   wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
@@ -252,4 +245,14 @@ def _devkit(path: str) -> tuple[Any, bytes]:
     if suffix not in read:
       raise DataError(f"--devkit {path} holds no {suffix}; is it ILSVRC2012_devkit_t12.tar.gz?")
   meta, truth = (read[suffix] for suffix in wanted)
-  return scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"], truth
+  table = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+  names = {int(i): str(wnid) for i, wnid in zip(table["ILSVRC2012_ID"], table["WNID"])}
+  try:
+    synsets = [names[int(i)] for i in truth.split()]
+  except KeyError as e:
+    raise DataError(
+      f"--devkit {path}: the ground truth has the class {e}, which meta.mat lacks."
+    ) from e
+  if "words" not in (table.dtype.names or ()):
+    return synsets, {}
+  return synsets, {str(wnid): str(words) for wnid, words in zip(table["WNID"], table["words"])}
