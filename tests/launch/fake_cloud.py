@@ -15,7 +15,6 @@ Buckets are served by tests/trainer/bucket_server.py.
 """
 
 import argparse
-import base64
 from collections.abc import Callable
 import contextlib
 import os
@@ -27,8 +26,10 @@ import threading
 import time
 from typing import Any
 
+from tests.launch import fake_services
 from tests.launch.fake_api import Api, ApiError, Node, Refusal, Request, Resource, hosts_of
 from tests.launch.fake_hosts import Host, install, serve
+from tests.launch.fake_services import NAME
 from tests.trainer.shared import free_port
 
 QUEUE = ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
@@ -430,49 +431,20 @@ class Cloud:
     ]
     return {"guestAttributes": [{"queryValue": {"items": entry}} for entry in items]}
 
-  def _project(self, _, name: str) -> dict[str, Any]:
-    return {"name": name, "commonInstanceMetadata": {"items": []}}
-
-  def _resource_manager(self, _, name: str) -> dict[str, Any]:
-    return {"projectId": name, "projectNumber": "7"}
-
-  def _policy(self, _, name: str) -> dict[str, Any]:
-    del name
-    if not self.may_delete or not self.explains:
-      return {}
-    member = "serviceAccount:7-compute@developer.gserviceaccount.com"
-    return {"bindings": [{"role": "roles/editor", "members": [member]}]}
-
-  def _troubleshoot(self, _) -> dict[str, Any]:
-    state = "CAN_ACCESS" if self.may_delete else "CANNOT_ACCESS"
-    return {"overallAccessState": state if self.explains else "UNKNOWN_INFO"}
-
-  def _secret(self, _, name: str) -> dict[str, Any]:
-    value = f"the secret {name.rpartition('/')[2]}"
-    return {
-      "name": f"{name}/versions/1",
-      "payload": {"data": base64.b64encode(value.encode()).decode()},
-    }
-
 
 _PARENT = r"/v2(?:alpha1)?/(?P<parent>projects/[^/]+/locations/[^/]+)"
-_NAME = r"/(?P<name>[^/:]+)"
 _ROUTES = (
   ("POST", f"{_PARENT}/queuedResources", Cloud._create),
   ("GET", f"{_PARENT}/queuedResources", Cloud._list),
-  ("GET", f"{_PARENT}/queuedResources{_NAME}", Cloud._describe),
-  ("DELETE", f"{_PARENT}/queuedResources{_NAME}", Cloud._delete),
-  ("GET", f"{_PARENT}/operations{_NAME}", Cloud._get_operation),
+  ("GET", f"{_PARENT}/queuedResources{NAME}", Cloud._describe),
+  ("DELETE", f"{_PARENT}/queuedResources{NAME}", Cloud._delete),
+  ("GET", f"{_PARENT}/operations{NAME}", Cloud._get_operation),
   ("GET", f"{_PARENT}/nodes", Cloud._list_nodes),
-  ("GET", f"{_PARENT}/nodes{_NAME}", Cloud._describe_node),
-  ("PATCH", f"{_PARENT}/nodes{_NAME}", Cloud._patch_node),
-  ("DELETE", f"{_PARENT}/nodes{_NAME}", Cloud._delete_node),
-  ("POST", f"{_PARENT}/nodes{_NAME}:getGuestAttributes", Cloud._guest_attributes),
-  ("GET", rf"/compute/v1/projects{_NAME}", Cloud._project),
-  ("GET", rf"/v1/projects{_NAME}", Cloud._resource_manager),
-  ("POST", rf"/v1/projects{_NAME}:getIamPolicy", Cloud._policy),
-  ("POST", r"/v3/iam:troubleshoot", Cloud._troubleshoot),
-  ("GET", r"/v1/(?P<name>projects/[^/]+/secrets/[^/]+)/versions/latest:access", Cloud._secret),
+  ("GET", f"{_PARENT}/nodes{NAME}", Cloud._describe_node),
+  ("PATCH", f"{_PARENT}/nodes{NAME}", Cloud._patch_node),
+  ("DELETE", f"{_PARENT}/nodes{NAME}", Cloud._delete_node),
+  ("POST", f"{_PARENT}/nodes{NAME}:getGuestAttributes", Cloud._guest_attributes),
+  *fake_services.ROUTES,
 )
 
 
