@@ -8,12 +8,11 @@ parquet has a position, which a checkpoint keeps; see `sources/hf_stream.py`.
 
 import collections
 from collections.abc import Sequence
-import math
 
 from absl import logging
 import ml_collections
 
-from configs import base, fields, image_sizes
+from configs import base, checks, fields, image_sizes
 from input_pipeline import batches as batches_lib
 from input_pipeline.batches import Batches
 from input_pipeline.errors import DataError, UnusableData
@@ -166,11 +165,9 @@ def check_train(
     DataError: a value does not fit.
   """
   _check(data, "config.global_batch_size", global_batch_size, hosts)
-  for name, most in (("crop_area", 1.0), ("crop_aspect", math.inf)):
-    low, high = data[name]
-    if not 0 < low <= high <= most:
-      raise DataError(f"config.data.{name}={(low, high)} must be 0 < low <= high <= {most}.")
-  _check_fields(data, "crop", "crop_padding", "interpolation", "repeats")
+  _check_fields(
+    data, "crop", "crop_area", "crop_aspect", "crop_padding", "interpolation", "repeats"
+  )
   if data.repeats > 1 and source.order not in _REPEATED:
     raise DataError(
       f"config.data.repeats={data.repeats} is not possible with the order {source.order!r} of "
@@ -252,8 +249,9 @@ def _decoders(reader: Reader, data: ml_collections.ConfigDict) -> tuple[int, int
 
 def _check_fields(data: ml_collections.ConfigDict, *names: str) -> None:
   """Raise DataError if the value of a field is none that it may have."""
+  values = checks.flatten(data)
   for name in names:
-    wrong = fields.problem(f"data.{name}", base.RUN[f"data.{name}"], data[name])
+    wrong = fields.problem(f"data.{name}", base.RUN[f"data.{name}"], values[name])
     if wrong:
       raise DataError(wrong)
 
@@ -264,13 +262,4 @@ def _check(data: ml_collections.ConfigDict, field: str, batch_size: int, hosts: 
     raise DataError(
       f"{field}={batch_size} must be a positive multiple of the number of hosts, {hosts}."
     )
-  least = {
-    "image_size": 1,
-    "eval_image_size": 1,
-    "prefetch_batches": 1,
-    "threads": -1,
-    "workers": -1,
-  }
-  for name, minimum in least.items():
-    if data[name] < minimum:
-      raise DataError(f"config.data.{name}={data[name]} must be at least {minimum}.")
+  _check_fields(data, "image_size", "eval_image_size", "prefetch_batches", "threads", "workers")
