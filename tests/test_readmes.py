@@ -17,7 +17,8 @@ from trainer import config as config_lib
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
   *(".", "configs", "input_pipeline", "launch"),
-  *("trainer", "trainer/models", "trainer/pod", "trainer/reporting", "trainer/workdir"),
+  *("trainer", "trainer/models", "trainer/pod", "trainer/reporting"),
+  *("trainer/sparse", "trainer/workdir"),
 )
 READMES = sorted(
   path.relative_to(ROOT) for folder in ROOMS for path in (ROOT / folder).glob("*.md")

@@ -1,4 +1,4 @@
-"""The command resnet-pod: every command of this program, from any folder.
+"""The command resnet-pod: what a run needs, from any folder.
 
     resnet-pod train --config=imagenet_resnet50 --workdir=runs/r50 --config.data.path=data/imagenet
     resnet-pod eval --workdir=runs/r50

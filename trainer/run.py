@@ -48,7 +48,7 @@ _NAMES = 16  # images of a split whose names are compared with those that ReaL l
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """What a run is about.
+  """What a run was opened with.
 
   Attributes:
     workdir: its folder.
@@ -67,7 +67,7 @@ class Opened:
 
 
 class Run:
-  """A run in this process: what it was opened with, and what changes from step to step.
+  """A run in this process, as `train` takes it from start to end.
 
   Attributes:
     step: steps taken.

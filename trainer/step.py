@@ -1,4 +1,4 @@
-"""The two functions that run on the devices: pure, to be jitted over the mesh."""
+"""The functions that run on the devices: pure, to be jitted over the mesh."""
 
 from collections.abc import Callable
 import dataclasses
@@ -89,7 +89,9 @@ def make_train_step(
 ) -> TrainStep:
   """Return train_step(state, batch, requests) -> (state, output).
 
-  Requests is int32 [devices], what the host of each device asks for.
+  Requests is int32 [devices], what the host of each device asks for. The metric top1 counts the
+  examples whose highest logit is their own label, whatever else was mixed into them: with mixing it
+  is far below that of evaluation.
 
   With `config.accumulation_steps` = A the batch is computed in A micro-batches, one after the
   other, and the gradient is their mean. Micro-batch a is the rows a, a + A, a + 2A and so on: every
@@ -97,13 +99,17 @@ def make_train_step(
   of devices. BN statistics are of groups within a micro-batch, and the running averages see the
   micro-batches in order.
 
-  The metric top1 counts the examples whose highest logit is their own label, whatever else was
-  mixed into them: with mixing it is far below that of evaluation.
-
-  With `augment_until` images are augmented while fewer steps than that were taken. Averaged weights
-  are copies until `ema_start` steps are taken. With `guarded` a step with FAIL of any host returns
-  the state as it was given. With `sparse` the state has masks: see trainer/sparse. With `teacher`
-  its weights are a fourth argument, which is not donated: see trainer/distill.py.
+  Args:
+    model: the net, without its arrays.
+    optimizer: of its parameters.
+    schedule: the learning rate by steps taken, for the metrics.
+    config: of the run.
+    mesh: of all devices.
+    ema_start: until so many steps are taken, averaged weights are copies.
+    augment_until: images are augmented while fewer steps than that were taken; None is always.
+    guarded: whether a step with FAIL of any host returns the state as it was given.
+    sparse: which weights are zero, if not none: the state has masks, see trainer/sparse.
+    teacher: its weights are a fourth argument, which is not donated; see trainer/distill.py.
 
   Raises:
     ValueError: one sentence, if `config.loss` or `config.augment` names what does not exist.
@@ -229,15 +235,18 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def make_eval_step(model: Model, config: ml_collections.ConfigDict, mesh: Mesh) -> EvalStep:
-  """Return eval_step(variables, totals, batch, requests) -> totals.
+  """Return eval_step(variables, totals, batch, requests, allowed=None) -> totals.
 
-  The mask of the batch is False on padding. Totals are scalars over all real examples so far:
-  `loss` float32 sum of the cross entropy (no smoothing), `top1`, `top5`, `examples` int32 counts,
-  and `request` int32, the highest request of any host. With `config.eval.flip` the logits are the
-  mean of those of the image and of its mirror. With `allowed`, bool [classes], the logits of other
-  classes do not count. With `confusion` in the totals, int32 [classes, classes], examples are
-  counted by label and by the class with the highest logit. With `accepted` in the batch, bool
-  [N, classes], see trainer/real_labels.py.
+  The mask of the batch is False on padding. With `config.eval.flip` the logits are the mean of
+  those of the image and of its mirror. With `allowed`, bool [classes], the logits of other classes
+  do not count. Totals are over all real examples so far:
+
+    loss                      float32 sum of the cross entropy, without smoothing
+    top1, top5, examples      int32 counts
+    request                   int32, the highest request of any host
+    confusion                 int32 [classes, classes] by label and highest logit, if it is given
+    real_top1, real_examples  int32 counts, if the batch has `accepted`, bool [N, classes]; see
+                              trainer/real_labels.py
   """
   dtype = jnp.dtype(config.model.dtype)
 

@@ -168,6 +168,12 @@ def evaluate_only(
 def _open(
   config: ml_collections.ConfigDict, workdir: str, pod: Pod, evaluation: bool = False
 ) -> Opened:
+  """Open workdir and data, the same on all hosts, and trace the program that they make.
+
+  Raises:
+    TrainerError: they do not fit the config or each other, or hosts differ.
+    DataError: the data are missing or not of the form that the config asks for.
+  """
   folder = Workdir(open_workdir(workdir, pod))
   program_lib.use_compilation_cache(config, folder.compiled)
   evaluated = slices.several(config.data.eval_split, "config.data.eval_split")
