@@ -5,6 +5,8 @@ from typing import Any
 from configs import names, own_packages
 from configs.fields import Fields
 
+# Its fields are in a module without JAX, so that a help or a refusal comes in a moment: that of
+# trainer.models.vit:ViT in trainer.models.vit_fields, by the name of the family in capitals.
 FAMILIES = {
   "resnet": "trainer.models.resnet:ResNet",
   "cifar_resnet": "trainer.models.resnet:CifarResNet",
@@ -15,18 +17,6 @@ FAMILIES = {
   "nfnet": "trainer.models.nfnet:NFNet",
   "nf_resnet": "trainer.models.nfnet:NFResNet",
   "mdeq": "trainer.models.mdeq:MDEQ",
-}
-# Their fields, where a module without JAX has them: a help or a refusal then comes in a moment.
-FIELDS = {
-  "resnet": "trainer.models.resnet_fields:RESNET",
-  "cifar_resnet": "trainer.models.resnet_fields:CIFAR_RESNET",
-  "cifar_resnet_v2": "trainer.models.resnet_fields:CIFAR_RESNET_V2",
-  "resnet_rs": "trainer.models.resnet_fields:RESNET_RS",
-  "vit": "trainer.models.vit_fields:VIT",
-  "efficientnet": "trainer.models.efficientnet_fields:EFFICIENTNET",
-  "nfnet": "trainer.models.nfnet_fields:NFNET",
-  "nf_resnet": "trainer.models.nfnet_fields:NF_RESNET",
-  "mdeq": "trainer.models.mdeq_fields:MDEQ",
 }
 
 
@@ -47,9 +37,10 @@ def fields(name: str) -> Fields:
   Raises:
     ValueError: as `find`.
   """
-  if name in FIELDS:
+  if name in FAMILIES:
     own_packages.check("trainer")  # of those who have imported none of it so far
-    table: Fields = names.find(FIELDS, name, "config.model.name")
-    return table
-  own: Fields = find(name).FIELDS
+    module, _, _ = FAMILIES[name].partition(":")
+    own: Fields = names.find({}, f"{module}_fields:{name.upper()}", "config.model.name")
+  else:
+    own = find(name).FIELDS
   return own

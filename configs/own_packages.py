@@ -4,6 +4,7 @@
 but that of the caller is imported, for `configs` itself may be the one that is hidden.
 """
 
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -11,8 +12,9 @@ import sys
 _OURS = pathlib.Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def check(*names: str) -> None:
-  """Compare where Python finds packages with where this program has them.
+  """Compare where Python finds packages with where this program has them, once.
 
   Args:
     names: of the packages.

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from trainer import config as config_lib
-from trainer.weights import export, foreign, read, safetensors, spellings, torch_file
+from trainer.weights import export, foreign, read, safetensors, torch_file
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
 
@@ -144,6 +144,8 @@ def test_takes_the_vision_transformers_of_torchvision(tmp_path):
   config.data.image_size = 32
   net = net_lib.build(config)
   leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
+  tensors = {net.torch_name(leaf): net.theirs(leaf, leaves[leaf]) for leaf in leaves}
+  assert net.by_torchvision(tensors).keys() == model.state_dict().keys()
   images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
   with torch.no_grad():
     theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
@@ -170,14 +172,13 @@ def test_other_families_are_read_and_written(origin, family, fields, tmp_path):
   net = net_lib.build(config)
   leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
   state = model.state_dict()
-  names = [net.torch_name(leaf) for leaf in leaves]
-  spelt = spellings.respell(names, "timm", library) if library == "torchvision" else {}
-  for leaf in leaves:
-    key = net.torch_name(leaf)
-    expected = state[spelt.get(key, key)].numpy()
-    np.testing.assert_array_equal(net.theirs(leaf, leaves[leaf]), expected, strict=True)
+  ours = {net.torch_name(leaf): net.theirs(leaf, leaves[leaf]) for leaf in leaves}
+  if library == "torchvision":
+    ours = net.by_torchvision(ours)
+  for key, tensor in ours.items():
+    np.testing.assert_array_equal(tensor, state[key].numpy(), strict=True)
   counters = {key for key in state if key.endswith("num_batches_tracked")}
-  assert len(leaves) == len(state) - len(counters)
+  assert len(ours) == len(leaves) == len(state) - len(counters)
 
 
 @pytest.mark.skipif(not IMAGES.is_dir(), reason="the original images are not here")

@@ -317,7 +317,7 @@ def test_fields_that_are_read_without_jax_are_those_of_the_models():
     resnet_fields,
   )
 
-  for name in families.FIELDS:
+  for name in families.FAMILIES:
     assert families.fields(name) is families.find(name).FIELDS
   assert tuple(layers.ACTIVATIONS) == resnet_fields.ACTIVATIONS
   assert tuple(resnet.STAGES) == resnet_fields.DEPTHS

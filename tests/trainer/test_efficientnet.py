@@ -15,9 +15,9 @@ from tests.trainer.test_variants import Step, config_of
 from trainer import config as config_lib
 from trainer import models, state
 from trainer.errors import ConfigError
-from trainer.models import efficientnet, packing
+from trainer.models import efficientnet, efficientnet_names, packing
 from trainer.reporting import flops
-from trainer.weights import export, foreign, read, safetensors, spellings
+from trainer.weights import export, foreign, read, safetensors
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
 from trainer.weights.errors import WeightsError
@@ -114,13 +114,13 @@ def test_spellings_are_each_others_inverse():
     variables = packing.unpack(variables, packing.take)
     leaves = [state.path_name(path[1:]) for path, _ in jax.tree.leaves_with_path(variables)]
     timm = [efficientnet.EfficientNet.torch_name(leaf, {"variant": variant}) for leaf in leaves]
-    new = spellings.respell(timm, "timm", "torchvision")
+    new = efficientnet_names.respelt(timm, "torchvision")
     assert set(new) == set(timm) and len(set(new.values())) == len(timm)
-    back = spellings.respell(new.values(), "torchvision", "timm")
+    back = efficientnet_names.respelt(new.values(), "timm")
     assert back == {theirs: ours for ours, theirs in new.items()}
-  assert spellings.respell([*timm, "more.weight"], "timm", "torchvision") == {}
-  assert spellings.respell(["layer1.0.conv1.weight"], "timm", "torchvision") == {}
-  assert spellings.respell([], "torchvision", "timm") == {}
+  assert efficientnet_names.respelt([*timm, "more.weight"], "torchvision") == {}
+  assert efficientnet_names.respelt(["layer1.0.conv1.weight"], "torchvision") == {}
+  assert efficientnet_names.respelt([], "timm") == {}
 
 
 def write(folder, config):
@@ -151,7 +151,7 @@ def test_export_by_torchvisions_names_reads_back(tmp_path):
 
 def test_torchvisions_names_of_another_net_are_refused(tmp_path):
   _, _, path = write(tmp_path, tiny.get_config())
-  with pytest.raises(WeightsError, match="--names=torchvision is of EfficientNet") as error:
+  with pytest.raises(WeightsError, match="--names=torchvision is for nets whose") as error:
     export.export(str(path), "safetensors", str(tmp_path / "out"), names="torchvision")
   assert "\n" not in str(error.value)
 

@@ -10,6 +10,7 @@ one of
 - pad: every second pixel, and channels of zeros on both sides (option A): no parameters
 """
 
+import abc
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -47,9 +48,9 @@ class Block(nnx.Module):
   expansion: ClassVar[int]  # channels that go out, over `channels`
 
   @classmethod
+  @abc.abstractmethod
   def branch(cls, inputs: int, channels: int, stride: int, layers: Layers) -> Sequence[Shape]:
     """Return the convolutions of the branch, in their order."""
-    raise NotImplementedError
 
   def __init__(self, inputs: int, channels: int, stride: int, layers: Layers):
     outputs = channels * self.expansion

@@ -10,15 +10,17 @@ epsilon of batch norm is 1e-3 in TensorFlow's and in torchvision's from B5 on, e
 """
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.fields import Fields
-from trainer.models import names, norm, staged
+from trainer.models import efficientnet_names, names, norm, staged
 from trainer.models.efficientnet_fields import EFFICIENTNET as FIELDS
 from trainer.models.layers import Layers, refuse_split
 
@@ -59,6 +61,16 @@ class Variant(NamedTuple):
   width: float = 1.0
   depth: float = 1.0
   nine_tenths: bool = True
+
+  def numbers(self, times: float = 1.0) -> tuple[int, ...]:
+    """Return the blocks of each stage of a net of `times` this depth."""
+    return tuple(math.ceil(stage.blocks * (self.depth * times)) for stage in self.stages)
+
+  def scaled(self, channels: int, times: float = 1.0) -> int:
+    """Return the channels of a net of `times` this width, a multiple of 8."""
+    wanted = channels * (self.width * times)
+    result = max(8, int(wanted + 4) // 8 * 8)
+    return result + 8 if self.nine_tenths and result < 0.9 * wanted else result
 
 
 _V1 = (
@@ -232,9 +244,28 @@ class EfficientNet(staged.Staged):
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
     """Return the name that timm uses; see Family."""
     variant = VARIANTS[fields["variant"]]
-    return names.efficientnet_name(
+    return efficientnet_names.torch_name(
       leaf, [(stage.fused, stage.expand > 1) for stage in variant.stages]
     )
+
+  @classmethod
+  def respell(cls, tensors: Mapping[str, np.ndarray], library: str) -> dict[str, np.ndarray]:
+    """Return a state dict as torchvision has it, or timm; see Family."""
+    new = efficientnet_names.respelt(tensors, library)
+    return {new[name]: tensor for name, tensor in tensors.items()} if new else {}
+
+  @classmethod
+  def guess(cls, shapes: Mapping[str, tuple[int, ...]]) -> names.Looks | None:
+    """Return "efficientnetv2_s" and the like; see Family."""
+    if "conv_stem.weight" not in shapes:
+      return None
+    blocks = names.count_blocks(r"blocks\.(\d+)\.(\d+)\.", shapes, first=0)
+    last = shapes.get("conv_head.weight", ())[:1]
+    for name, variant in VARIANTS.items():
+      if (variant.numbers(), (variant.scaled(_HEAD),)) == (blocks, last):
+        version, _, size = name.rpartition("_")
+        return names.Looks(f"efficientnet{version}_{size}")
+    return names.Looks("an EfficientNet")
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
@@ -274,15 +305,11 @@ class EfficientNet(staged.Staged):
       layers: maker of convolutions and norms.
     """
     variant = VARIANTS[fields["variant"]]
-    width, depth = variant.width * fields["width"], variant.depth * fields["repeats"]
-
-    def scaled(channels: int) -> int:
-      return _rounded(channels * width, variant.nine_tenths)
-
+    scaled = functools.partial(variant.scaled, times=fields["width"])
     self.dtype, self.activation = layers.dtype, layers.activation
     self.stem_conv = layers.conv(3, scaled(variant.stem), 3, 2)
     self.stem_bn = layers.norm(scaled(variant.stem))
-    numbers = [math.ceil(stage.blocks * depth) for stage in variant.stages]
+    numbers = variant.numbers(fields["repeats"])
     inputs = scaled(variant.stem)
     for s, (stage, number) in enumerate(zip(variant.stages, numbers, strict=True), 1):
       outputs = scaled(stage.channels)
@@ -323,9 +350,3 @@ class EfficientNet(staged.Staged):
     """
     x = self.features(x)[f"stage{len(self.numbers)}"]
     return self._classify(self.activation(self.head_bn(self.head_conv(x))))
-
-
-def _rounded(channels: float, nine_tenths: bool) -> int:
-  """Return the nearest multiple of 8, at least 8."""
-  result = max(8, int(channels + 4) // 8 * 8)
-  return result + 8 if nine_tenths and result < 0.9 * channels else result

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from configs.fields import Fields
+from trainer.models.names import Looks
 
 
 class StepsTaken(nnx.Variable[Any]):
@@ -169,6 +170,27 @@ class Family(nnx.Module):
     """
     del fields
     return leaf.replace("/", ".")
+
+  @classmethod
+  def respell(cls, tensors: Mapping[str, np.ndarray], library: str) -> dict[str, np.ndarray]:
+    """Return a state dict as another library has it; nothing if it is of no net that differs there.
+
+    Args:
+      tensors: by the other one's names, in torch's layout.
+      library: "timm", for the names of `torch_name`, or "torchvision".
+    """
+    del tensors, library
+    return {}
+
+  @classmethod
+  def guess(cls, shapes: Mapping[str, tuple[int, ...]]) -> Looks | None:
+    """Return which net of this family a state dict is of; None for none.
+
+    Args:
+      shapes: of its tensors in torch's layout, by the names of `torch_name`.
+    """
+    del shapes
+    return None
 
   @classmethod
   def resize(

@@ -1,4 +1,4 @@
-"""Names of leaves in the state dicts of torchvision and timm, a table for each family.
+"""Names of leaves in the state dicts of timm and torchvision: what all families need for theirs.
 
 A family returns them from `torch_name`. How a leaf lies follows from the two shapes: a kernel is
 [height, width, in, out] here and [out, in, height, width] there, a matrix [in, out] here and
@@ -6,12 +6,12 @@ A family returns them from `torch_name`. How a leaf lies follows from the two sh
 the head of pre-activation nets).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 # The last part of a leaf's path: ours, theirs.
-_KINDS = {
+KINDS = {
   "skip_gain": "skipinit_gain",
   "kernel": "weight",
   "scale": "weight",
@@ -19,174 +19,82 @@ _KINDS = {
   "mean": "running_mean",
   "var": "running_var",
 }
-# Modules of the residual nets: ours as a regular expression of the path, theirs. We count blocks
-# from 1, they do from 0: see _BLOCK.
-_BLOCK = r"stage(?P<stage>\d+)_block(?P<block>\d+)"
-RESNET: tuple[tuple[str, str], ...] = (
-  (r"stem_conv", "conv1"),
-  (r"stem_bn|stem_bn3", "bn1"),
-  (r"stem_conv1", "conv1.0"),
-  (r"stem_bn1", "conv1.1"),
-  (r"stem_conv2", "conv1.3"),
-  (r"stem_bn2", "conv1.4"),
-  (r"stem_conv3", "conv1.6"),
-  (r"stem_pool_conv", "maxpool.0"),
-  (r"stem_pool_bn", "maxpool.1"),
-  (_BLOCK + r"/projection_conv", "layer{stage}.{block}.downsample.{projection}"),
-  (_BLOCK + r"/projection_bn", "layer{stage}.{block}.downsample.{projection_bn}"),
-  (_BLOCK + r"/se_reduce", "layer{stage}.{block}.se.fc1"),
-  (_BLOCK + r"/se_expand", "layer{stage}.{block}.se.fc2"),
-  (_BLOCK + r"/(?P<layer>\w+)", "layer{stage}.{block}.{layer}"),
-  (r"head", "fc"),
-)
-# timm's ResNetV2, for nets with model.preact.
-RESNET_V2: tuple[tuple[str, str], ...] = (
-  (r"stem_conv", "stem.conv"),
-  (r"stem_conv(?P<layer>\d)", "stem.conv{layer}"),
-  (r"stem_bn(?P<layer>\d)", "stem.norm{layer}"),
-  (_BLOCK + r"/projection_conv", "stages.{previous}.blocks.{block}.downsample.conv"),
-  (_BLOCK + r"/bn(?P<layer>\d)", "stages.{previous}.blocks.{block}.norm{layer}"),
-  (_BLOCK + r"/(?P<layer>\w+)", "stages.{previous}.blocks.{block}.{layer}"),
-  (r"final_bn", "norm"),
-  (r"head", "head.fc"),
-)
-# timm's VisionTransformer, where its modules have other names than ours.
-_VIT_BLOCK = r"block(?P<block>\d+)"
-VIT: tuple[tuple[str, str], ...] = (
-  (r"patch_embed", "patch_embed.proj"),
-  (_VIT_BLOCK + r"/qkv", "blocks.{block}.attn.qkv"),
-  (_VIT_BLOCK + r"/projection", "blocks.{block}.attn.proj"),
-  (_VIT_BLOCK + r"/mlp(?P<layer>\d)", "blocks.{block}.mlp.fc{layer}"),
-  (_VIT_BLOCK + r"/scale(?P<layer>\d)", "blocks.{block}.ls{layer}"),
-  (_VIT_BLOCK + r"/(?P<layer>\w+)", "blocks.{block}.{layer}"),
-  (r"pre_logits", "pre_logits.fc"),
-)
-_VIT_LEAVES = {"class_token": "cls_token", "positions": "pos_embed"}
+# A block of staged nets, as a regular expression.
+BLOCK = r"stage(?P<stage>\d+)_block(?P<block>\d+)"
+# Names of modules: ours as a regular expression, theirs with its groups.
+Table = Sequence[tuple[str, str]]
 
 
-def vit_name(leaf: str, fields: Mapping[str, Any]) -> str:
-  """Return the name of a leaf of a Vision Transformer: block1/qkv/bias, blocks.0.attn.qkv.bias.
+class Looks(NamedTuple):
+  """What a state dict looks like.
 
-  Args:
-    leaf: path in params.
-    fields: of the family.
+  Attributes:
+    name: of the net, as torchvision or timm have it, or words.
+    depth: layers, where that is a field of the net and they are known.
   """
-  if leaf in _VIT_LEAVES:
-    return _VIT_LEAVES[leaf]
-  module, _, kind = leaf.rpartition("/")
-  name = module
-  for ours, theirs in VIT:
-    if match := re.fullmatch(ours, module):
-      parts = match.groupdict()
-      if "block" in parts:
-        parts["block"] = int(parts["block"]) - 1
-      name = theirs.format(**parts)
-      break
-  if name == "norm" and fields["pool_first"]:
-    name = "fc_norm"
-  return f"{name}.{_KINDS.get(kind, kind)}"
+
+  name: str
+  depth: int | None = None
 
 
-# timm's EfficientNet; its blocks of each kind name their layers in their own way.
-_EFFICIENTNET = {
-  "stem_conv": "conv_stem",
-  "stem_bn": "bn1",
-  "head_conv": "conv_head",
-  "head_bn": "bn2",
-  "head": "classifier",
-}
-# (fused, expands): ours, theirs.
-_INVERTED: Mapping[tuple[bool, bool], dict[str, str]] = {
-  (False, True): {
-    "expand_conv": "conv_pw",
-    "expand_bn": "bn1",
-    "depthwise_conv": "conv_dw",
-    "depthwise_bn": "bn2",
-    "project_conv": "conv_pwl",
-    "project_bn": "bn3",
-  },
-  (False, False): {
-    "depthwise_conv": "conv_dw",
-    "depthwise_bn": "bn1",
-    "project_conv": "conv_pw",
-    "project_bn": "bn2",
-  },
-  (True, True): {
-    "expand_conv": "conv_exp",
-    "expand_bn": "bn1",
-    "project_conv": "conv_pwl",
-    "project_bn": "bn2",
-  },
-  (True, False): {"project_conv": "conv", "project_bn": "bn1"},
-}
-_EXCITE = {"se_reduce": "se.conv_reduce", "se_expand": "se.conv_expand"}
-
-
-def efficientnet_name(leaf: str, stages: Sequence[tuple[bool, bool]]) -> str:
-  """Return timm's name of a leaf of an EfficientNet: head_bn/mean, bn2.running_mean.
-
-  Args:
-    leaf: path in params or batch_stats.
-    stages: whether the blocks of each are fused, and whether they expand.
-  """
-  module, _, kind = leaf.rpartition("/")
-  end = _KINDS.get(kind, kind)
-  if match := re.fullmatch(_BLOCK + r"/(?P<layer>\w+)", module):
-    stage, block = int(match["stage"]) - 1, int(match["block"]) - 1
-    layer = (_INVERTED[stages[stage]] | _EXCITE)[match["layer"]]
-    return f"blocks.{stage}.{block}.{layer}.{end}"
-  return f"{_EFFICIENTNET[module]}.{end}"
-
-
-# timm's NormFreeNet.
-_NFNET: tuple[tuple[str, str], ...] = (
-  (r"stem_conv(?P<layer>\d?)", "stem.conv{layer}"),
-  (_BLOCK, "stages.{previous}.{block}"),
-  (_BLOCK + r"/projection_conv", "stages.{previous}.{block}.downsample.conv"),
-  (_BLOCK + r"/se_reduce", "stages.{previous}.{block}.attn_last.fc1"),
-  (_BLOCK + r"/se_expand", "stages.{previous}.{block}.attn_last.fc2"),
-  (_BLOCK + r"/(?P<layer>\w+)", "stages.{previous}.{block}.{layer}"),
-  (r"final_conv", "final_conv"),
-  (r"head", "head.fc"),
-)
-
-
-def nfnet_name(leaf: str) -> str:
-  """Return timm's name of a leaf of a net without normalisation: head/kernel, head.fc.weight.
-
-  Args:
-    leaf: path in params.
-  """
-  return _by_table(leaf, _NFNET)
-
-
-def resnet_name(leaf: str, fields: Mapping[str, Any]) -> str:
-  """Return the name of a leaf of a residual net: stage3_block1/conv2/kernel, layer3.0.conv2.weight.
-
-  Args:
-    leaf: path in params or batch_stats.
-    fields: of the family.
-  """
-  # timm numbers the parts of a shortcut: with a pool, which is an identity without stride, the
-  # convolution is the second.
-  pools = int(fields.get("shortcut") == "pool")
-  table = RESNET_V2 if fields.get("preact") else RESNET
-  return _by_table(leaf, table, projection=pools, projection_bn=pools + 1)
-
-
-def _by_table(leaf: str, table: Sequence[tuple[str, str]], **more: int) -> str:
-  """Return the name by the first row that matches the module of a leaf.
+def torch_name(leaf: str, table: Table, **more: Any) -> str:
+  """Return the name by the first row that matches the module of a leaf; else its own, with dots.
 
   Args:
     leaf: its path.
-    table: our module as a regular expression, their module with its groups.
+    table: blocks and stages of ours count from 1; in theirs {block} counts from 0, {stage} from 1,
+      and {previous} is the stage from 0.
     more: what their modules may have besides.
   """
   module, _, kind = leaf.rpartition("/")
   for ours, theirs in table:
     if match := re.fullmatch(ours, module):
       parts: dict[str, Any] = match.groupdict() | more
-      if "block" in parts:
-        parts |= {"block": int(parts["block"]) - 1, "previous": int(parts["stage"]) - 1}
-      return f"{theirs.format(**parts)}.{_KINDS.get(kind, kind)}"
+      for name, part in (("block", "block"), ("previous", "stage")):
+        if part in parts:
+          parts[name] = int(parts[part]) - 1
+      return f"{theirs.format(**parts)}.{KINDS.get(kind, kind)}"
   return leaf.replace("/", ".")
+
+
+def respelt(names: Iterable[str], table: Table, library: str) -> dict[str, str]:
+  """Return what a library calls the tensors of another, of those that a table has.
+
+  Args:
+    names: of tensors.
+    table: timm's and torchvision's names, with {block} for any number and {end} for the last word.
+    library: "timm" or "torchvision", whose names are wanted.
+  """
+  rows = [row if library == "torchvision" else row[::-1] for row in table]
+  patterns = [(_pattern(source), target) for source, target in rows]
+  result = {}
+  for name in names:
+    for pattern, target in patterns:
+      if match := pattern.fullmatch(name):
+        result[name] = target.format(**match.groupdict())
+        break
+  return result
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+  parts = re.split(r"\{(block|end)\}", template)
+  for i, part in enumerate(parts):
+    parts[i] = {"block": r"(?P<block>\d{1,3})", "end": r"(?P<end>\w+)"}.get(part, re.escape(part))
+  return re.compile("".join(parts))
+
+
+def count_blocks(pattern: str, names: Iterable[str], first: int) -> tuple[int, ...]:
+  """Return the number of blocks of each stage; none unless they count without gaps.
+
+  Args:
+    pattern: regular expression of (stage, block), for the beginning of a name.
+    names: of tensors.
+    first: number of the first stage.
+  """
+  found: dict[int, set[int]] = {}
+  for name in names:
+    if match := re.match(pattern, name):
+      found.setdefault(int(match[1][:6]), set()).add(int(match[2][:6]))
+  whole = sorted(found) == list(range(first, first + len(found)))
+  whole = whole and all(len(blocks) == max(blocks) + 1 for blocks in found.values())
+  return tuple(len(found[stage]) for stage in sorted(found)) if whole else ()

@@ -43,9 +43,20 @@ GAINS: Mapping[str, tuple[Callable[[jax.Array], jax.Array], float]] = {
 _BLOCKS = (1, 2, 6, 3)
 _F_CHANNELS = (256, 512, 1536, 1536)
 _GROUP_WIDTH = 128  # channels of a group of the 3x3 convolutions
-DEPTHS = {26: (2, 2, 2, 2)} | {
+DEPTHS: dict[int, tuple[int, ...]] = {26: (2, 2, 2, 2)} | {
   depth: numbers for depth, (numbers, bottlenecks) in STAGES.items() if bottlenecks
 }
+# timm's NormFreeNet.
+_NAMES: names.Table = (
+  (r"stem_conv(?P<layer>\d?)", "stem.conv{layer}"),
+  (names.BLOCK, "stages.{previous}.{block}"),
+  (names.BLOCK + r"/projection_conv", "stages.{previous}.{block}.downsample.conv"),
+  (names.BLOCK + r"/se_reduce", "stages.{previous}.{block}.attn_last.fc1"),
+  (names.BLOCK + r"/se_expand", "stages.{previous}.{block}.attn_last.fc2"),
+  (names.BLOCK + r"/(?P<layer>\w+)", "stages.{previous}.{block}.{layer}"),
+  (r"final_conv", "final_conv"),
+  (r"head", "head.fc"),
+)
 
 
 class ScaledConv(nnx.Module):
@@ -273,7 +284,18 @@ class _NormFree(staged.Staged):
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
     """Return the name that timm uses; see Family."""
     del fields
-    return names.nfnet_name(leaf)
+    return names.torch_name(leaf, _NAMES)
+
+  @classmethod
+  def guess(cls, shapes: Mapping[str, tuple[int, ...]]) -> names.Looks | None:
+    """Return "nf_resnet50", "dm_nfnet_f0" and the like; see Family."""
+    if "stages.0.0.conv1.gain" not in shapes:
+      return None
+    blocks = names.count_blocks(r"stages\.(\d+)\.(\d+)\.", shapes, first=0)
+    if "final_conv.gain" in shapes:
+      return names.Looks(f"dm_nfnet_f{blocks[0] - 1}" if blocks else "an NFNet")
+    depth = {numbers: depth for depth, numbers in DEPTHS.items()}.get(blocks)
+    return names.Looks(f"nf_resnet{depth}" if depth else "an NF-ResNet", depth)
 
   @classmethod
   def build(

@@ -4,7 +4,7 @@ Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03
 conventions: a bottleneck strides in its 3x3 convolution instead of the first 1x1 ("v1.5"), and the
 last batch-norm scale of each residual branch may start at zero (Goyal et al., arXiv:1706.02677,
 section 5.1). Every variant is a field, see resnet_fields.py; trainer/README.md lists the nets that
-they make. torchvision's and timm's weights fit one to one, by the table of names.py.
+they make. torchvision's and timm's weights fit one to one, by the table of resnet_names.py.
 
 Names are attributes, not entries of a list, so that the parameters are a dict of dicts with only
 string keys: these become the names of checkpoint leaves.
@@ -19,13 +19,13 @@ from flax import nnx
 import jax
 
 from configs.fields import Fields
-from trainer.models import names, norm, resnet_fields, staged
+from trainer.models import names, norm, resnet_fields, resnet_names, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
 from trainer.models.layers import Layers, conv_of_row_pairs, max_pool, refuse_split, scaled
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
-STAGES = {
+STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
   18: ((2, 2, 2, 2), False),
   34: ((3, 4, 6, 3), False),
   50: ((3, 4, 6, 3), True),
@@ -34,7 +34,7 @@ STAGES = {
   200: ((3, 24, 36, 3), True),
 }
 # Of ResNet-RS (arXiv:2103.07579, appendix).
-RS_STAGES = {
+RS_STAGES: dict[int, tuple[tuple[int, ...], bool]] = {
   50: ((3, 4, 6, 3), True),
   101: ((3, 4, 23, 3), True),
   152: ((3, 8, 36, 3), True),
@@ -81,7 +81,13 @@ class _Trunk(staged.Staged):
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
     """Return the name that torchvision and timm use; see Family."""
-    return names.resnet_name(leaf, fields)
+    return resnet_names.torch_name(leaf, fields)
+
+  @classmethod
+  def guess(cls, shapes: Mapping[str, tuple[int, ...]]) -> names.Looks | None:
+    """Return "resnext50_32x4d" and the like; see Family."""
+    depths = {numbers: depth for depth, numbers in (STAGES | RS_STAGES).items()}
+    return resnet_names.guess(shapes, depths)
 
   @classmethod
   def check(cls, fields: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Every net of the family is a set of fields: those of timm (the defaults), of big_vision
 (arXiv:2106.10270, arXiv:2205.01580) and DeiT-III (arXiv:2204.07118); README.md lists them. timm's
-and torchvision's weights fit one to one, by the table of names.py.
+and torchvision's weights fit one to one, by the table of vit_names.py.
 
 Learned positions belong to the grid of the largest training images. For images of another size they
 are resampled, so that a model takes any size that its patches divide. Parameters are whole where
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.fields import Fields
-from trainer.models import names, stack
+from trainer.models import names, stack, vit_names
 from trainer.models.family import Family
 from trainer.models.vit_fields import VARIANTS
 from trainer.models.vit_fields import VIT as FIELDS
@@ -179,7 +179,17 @@ class ViT(Family):
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
     """Return the name that timm uses; see Family."""
-    return names.vit_name(leaf, fields)
+    return vit_names.torch_name(leaf, fields)
+
+  @classmethod
+  def respell(cls, tensors: Mapping[str, np.ndarray], library: str) -> dict[str, np.ndarray]:
+    """Return a state dict as torchvision has it, or timm; see Family."""
+    return vit_names.respell(tensors, library)
+
+  @classmethod
+  def guess(cls, shapes: Mapping[str, tuple[int, ...]]) -> names.Looks | None:
+    """Return "vit_base_patch16_224" and the like; see Family."""
+    return vit_names.guess(shapes)
 
   @classmethod
   def check(cls, fields: Mapping[str, Any]) -> None:

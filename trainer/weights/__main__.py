@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     "--names",
     default="timm",
     choices=("timm", "torchvision"),
-    help="of tensors in safetensors; they differ for EfficientNet",
+    help="of tensors in safetensors, for nets whose names differ there",
   )
   verb.add_argument("--out", required=True, metavar="F", help="file to write")
   verb.add_argument(

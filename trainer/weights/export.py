@@ -19,7 +19,7 @@ from trainer import models
 from trainer.state import Variables
 from trainer.weights import images as image_files
 from trainer.weights import net as net_lib
-from trainer.weights import onnx_graph, read, safetensors, spellings
+from trainer.weights import onnx_graph, read, safetensors
 from trainer.weights.about import About
 from trainer.weights.errors import WeightsError
 
@@ -135,7 +135,12 @@ def _safetensors(
       counter = f"{name.removesuffix('running_var')}num_batches_tracked"
       tensors[counter] = np.array(facts.step or 0, np.int64)
   if names == "torchvision":
-    tensors = _respelt(net, tensors)
+    tensors = net.by_torchvision(tensors)
+    if not tensors:
+      raise WeightsError(
+        "--names=torchvision is for nets whose names differ there from timm's, and "
+        f"{net.describe()} is none: leave it out."
+      )
   words = facts.words() | {read.DIGEST: read.digest(tensors)}
   with open(path, "wb") as file:
     for part in safetensors.encode(tensors, words):
@@ -145,17 +150,6 @@ def _safetensors(
   if unlike:
     raise WeightsError(f"{path} was not kept: read back, {unlike[0]} has other values.")
   return _own(net, jax.tree.map(jnp.asarray, net.variables(again)))
-
-
-def _respelt(net: net_lib.Net, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return tensors by torchvision's names."""
-  new = spellings.respell(tensors, "timm", "torchvision")
-  if not new:
-    raise WeightsError(
-      f"--names=torchvision is of EfficientNet, and this is {net.describe()}: leave it out. "
-      "torchvision's names of residual nets are those of timm."
-    )
-  return {new[name]: tensor for name, tensor in tensors.items()}
 
 
 def _onnx(

@@ -61,6 +61,10 @@ class Net:
     linear = models.family_of(self.config.model).LINEAR
     return foreign.theirs(leaf, self.torch_name(leaf), array, linear)
 
+  def by_torchvision(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a state dict as torchvision has it; nothing if that is timm's, or there is none."""
+    return models.family_of(self.config.model).respell(tensors, "torchvision")
+
   def variables(self, leaves: Mapping[str, Any]) -> Variables:
     """Return leaves by path as the nested dicts of the model."""
     paths, structure = jax.tree.flatten_with_path(self.shapes)

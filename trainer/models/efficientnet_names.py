@@ -1,8 +1,60 @@
-"""Two spellings of EfficientNet's state dict: torchvision counts layers, timm names them."""
+"""Names of EfficientNets in state dicts: timm names layers, torchvision counts them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import re
 from typing import NamedTuple
+
+from trainer.models.names import BLOCK, KINDS
+
+# timm's EfficientNet; its blocks of each kind name their layers in their own way.
+_ENDS = {
+  "stem_conv": "conv_stem",
+  "stem_bn": "bn1",
+  "head_conv": "conv_head",
+  "head_bn": "bn2",
+  "head": "classifier",
+}
+# (fused, expands): ours, theirs.
+_INVERTED: Mapping[tuple[bool, bool], dict[str, str]] = {
+  (False, True): {
+    "expand_conv": "conv_pw",
+    "expand_bn": "bn1",
+    "depthwise_conv": "conv_dw",
+    "depthwise_bn": "bn2",
+    "project_conv": "conv_pwl",
+    "project_bn": "bn3",
+  },
+  (False, False): {
+    "depthwise_conv": "conv_dw",
+    "depthwise_bn": "bn1",
+    "project_conv": "conv_pw",
+    "project_bn": "bn2",
+  },
+  (True, True): {
+    "expand_conv": "conv_exp",
+    "expand_bn": "bn1",
+    "project_conv": "conv_pwl",
+    "project_bn": "bn2",
+  },
+  (True, False): {"project_conv": "conv", "project_bn": "bn1"},
+}
+_EXCITE = {"se_reduce": "se.conv_reduce", "se_expand": "se.conv_expand"}
+
+
+def torch_name(leaf: str, stages: Sequence[tuple[bool, bool]]) -> str:
+  """Return timm's name of a leaf of an EfficientNet: head_bn/mean, bn2.running_mean.
+
+  Args:
+    leaf: path in params or batch_stats.
+    stages: whether the blocks of each are fused, and whether they expand.
+  """
+  module, _, kind = leaf.rpartition("/")
+  end = KINDS.get(kind, kind)
+  if match := re.fullmatch(BLOCK + r"/(?P<layer>\w+)", module):
+    stage, block = int(match["stage"]) - 1, int(match["block"]) - 1
+    layer = (_INVERTED[stages[stage]] | _EXCITE)[match["layer"]]
+    return f"blocks.{stage}.{block}.{layer}.{end}"
+  return f"{_ENDS[module]}.{end}"
 
 
 class _Spelling(NamedTuple):
@@ -35,9 +87,8 @@ _LIBRARIES: Mapping[str, _Spelling] = {
     ("features.0.0", "features.0.1", "features.{}.0", "features.{}.1", "classifier.1"),
   ),
 }
-LIBRARIES = tuple(_LIBRARIES)
 # The layers of a block, for each kind of block, as timm and as torchvision call them.
-_KINDS: tuple[Mapping[str, str], ...] = (
+_LAYERS: tuple[Mapping[str, str], ...] = (
   {"conv": "0.0", "bn1": "0.1"},
   {"conv_exp": "0.0", "bn1": "0.1", "conv_pwl": "1.0", "bn2": "1.1"},
   {
@@ -61,18 +112,18 @@ _KINDS: tuple[Mapping[str, str], ...] = (
 )
 
 
-def respell(names: Iterable[str], source: str, target: str) -> dict[str, str]:
-  """Return the names of an EfficientNet's tensors as another library has them.
+def respelt(names: Iterable[str], library: str) -> dict[str, str]:
+  """Return the names of an EfficientNet's tensors as a library has them.
 
   Args:
-    names: of tensors, such as "features.0.0.weight".
-    source: whose they are, one of LIBRARIES.
-    target: the other one.
+    names: the other one's, such as "features.0.0.weight".
+    library: "timm" or "torchvision".
 
   Returns:
     The new name of each; empty if they are not all of such a net.
   """
-  ours, theirs = _LIBRARIES[source], _LIBRARIES[target]
+  of_timm = library == "torchvision"
+  ours, theirs = _LIBRARIES["timm" if of_timm else "torchvision"], _LIBRARIES[library]
   parts = [(name, *name.rpartition(".")[::2]) for name in names]
   blocks: dict[tuple[int, int], set[str]] = {}
   for _, module, _ in parts:
@@ -90,7 +141,7 @@ def respell(names: Iterable[str], source: str, target: str) -> dict[str, str]:
     new = ends.get(module)
     if match := ours.layer.fullmatch(module):
       stage, block, layer = int(match[1]), int(match[2]), match[3]
-      layers = _layers(blocks[stage, block], source == "timm")
+      layers = _layers(blocks[stage, block], of_timm)
       if layer in layers:
         new = theirs.name.format(stage - ours.first + theirs.first, block, layers[layer])
     if new is None:
@@ -101,7 +152,7 @@ def respell(names: Iterable[str], source: str, target: str) -> dict[str, str]:
 
 def _layers(found: set[str], of_timm: bool) -> Mapping[str, str]:
   """Return what the layers of a block are called elsewhere; nothing if they are of no block."""
-  for kind in _KINDS:
+  for kind in _LAYERS:
     layers = kind if of_timm else {theirs: ours for ours, theirs in kind.items()}
     if layers.keys() == found:
       return layers
