@@ -201,6 +201,22 @@ def test_flush_puts_everything_into_the_file(tmp_path):
   writer.close()
 
 
+def test_a_full_disk_ends_the_file_and_nothing_else(tmp_path, caplog):
+  writer = events.EventWriter(str(tmp_path))
+  writer.write_scalars(1, {"loss": 0.5})
+  writer.flush()
+  with open("/dev/full", "wb") as full:
+    writer._records._writer, file = full, writer._records._writer
+    for step in (2, 3):
+      writer.write_scalars(step, {"loss": 0.5})
+      writer.flush()
+    writer.close()
+    full.raw.close()  # else Python tries again at the end of the block
+  file.close()
+  assert caplog.text.count("could not be written (OSError: [Errno 28]") == 1
+  assert events.read_scalars(tmp_path)["loss"][0] == [1]
+
+
 def test_later_file_wins_where_a_resumed_run_repeats_steps(tmp_path, monkeypatch):
   clock = iter(range(1_800_000_000, 1_900_000_000, 10))
   monkeypatch.setattr(events.time, "time", lambda: next(clock))

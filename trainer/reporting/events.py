@@ -15,7 +15,7 @@ Each process of a run adds a file. One that is resumed takes steps again that an
 written, so its file starts with the mark by which TensorBoard drops these (SessionLog.START).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import os
 import re
 import socket
@@ -42,7 +42,8 @@ class EventWriter(metric_writers.MetricWriter):
   """Writes TensorBoard event files in the thread of the caller.
 
   The queue is clu's: wrap it in AsyncWriter or AsyncMultiWriter. After `flush` everything is in the
-  file. Parameter names are those of clu's interface, because AsyncWriter passes them by name.
+  file; one that cannot be written ends no run, see UntilItFails. Parameter names are those of clu's
+  interface, because AsyncWriter passes them by name.
   """
 
   def __init__(self, logdir: str, first_step: int | None = None):
@@ -61,6 +62,7 @@ class EventWriter(metric_writers.MetricWriter):
     second = _next_second(logdir)
     name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
     self._records = record_writer.RecordWriter(os.path.join(logdir, name))
+    self._try = UntilItFails(os.path.join(logdir, name))
     self._flushed = time.monotonic()
     # read_scalars sorts files by the time of this event, TensorBoard by name: both are `second`.
     self._add(event_pb2.Event(wall_time=second, file_version="brain.Event:2"))
@@ -70,7 +72,7 @@ class EventWriter(metric_writers.MetricWriter):
       self._drop_from(first_step + 1)
 
   def _add(self, event: event_pb2.Event) -> None:
-    self._records.write(event.SerializeToString())
+    self._try(lambda: self._records.write(event.SerializeToString()))
 
   def _drop_from(self, step: int) -> None:
     """Add the mark at which readers drop what they have of this step and later ones."""
@@ -175,13 +177,13 @@ class EventWriter(metric_writers.MetricWriter):
 
   def flush(self) -> None:
     """Return once everything written so far is in the file."""
-    self._records.flush()
+    self._try(self._records.flush)
     self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Flush and close the file."""
     self.flush()
-    self._records.close()
+    self._try(self._records.close)
 
 
 def _summary(values: Mapping[str, float]) -> summary_pb2.Summary:
@@ -208,6 +210,27 @@ def _next_second(logdir: str) -> int:
     return now
   found = [re.search(r"tfevents\.(\d+)", name) for name in names]
   return max([now, *(int(match[1]) + 1 for match in found if match)])
+
+
+class UntilItFails:
+  """Writes to a file; the first failure is logged, and nothing is written after it.
+
+  So no file of curves ends a run, for want of room on a disk or by any error of a bucket.
+  """
+
+  def __init__(self, path: os.PathLike[str] | str):
+    self._path, self._failed = path, False
+
+  def __call__(self, write: Callable[[], None]) -> None:
+    if self._failed:
+      return
+    try:
+      write()
+    # Errors of gcsfs, aiohttp and Google's libraries have no base in common.
+    except Exception as error:
+      reason = storage.first_line(error)
+      logging.warning("%s could not be written (%s); it ends here.", self._path, reason)
+      self._failed = True
 
 
 class BucketFile:

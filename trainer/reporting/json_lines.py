@@ -13,14 +13,13 @@ import math
 import time
 from typing import Any
 
-from absl import logging
 from etils import epath
 import numpy as np
 
 from input_pipeline.remote import fsspec as remote
 from trainer.errors import StorageError
 from trainer.reporting.clu import metric_writers
-from trainer.reporting.events import FLUSH_SECONDS, BucketFile
+from trainer.reporting.events import FLUSH_SECONDS, BucketFile, UntilItFails
 from trainer.workdir import storage
 
 
@@ -51,7 +50,7 @@ def grouped(scalars: Mapping[str, Any]) -> dict[str, float]:
 class JsonWriter(ScalarWriter):
   """Adds a line for each group of scalars in the thread of the caller; clu queues, see EventWriter.
 
-  A file that cannot be written ends no run: it is logged, and nothing more is added.
+  A file that cannot be written ends no run: see UntilItFails.
   """
 
   def __init__(self, path: epath.Path, first_step: int = 0):
@@ -63,7 +62,7 @@ class JsonWriter(ScalarWriter):
     """
     self._path, self._first_step = path, first_step
     self._object: BucketFile | None = None  # in a bucket; they cannot grow
-    self._ended = False
+    self._try = UntilItFails(path)
     self._flushed = time.monotonic()
     self._keep(lambda line: line["step"] <= first_step)
 
@@ -79,16 +78,6 @@ class JsonWriter(ScalarWriter):
         storage.write_whole(self._path, content)
 
     self._try(rewrite)
-
-  def _try(self, write: Callable[[], None]) -> None:
-    try:
-      if not self._ended:
-        write()
-    # As in BucketFile: no kind of error of a bucket or a disk may end the run.
-    except Exception as error:
-      reason = storage.first_line(error)
-      logging.warning("%s could not be written (%s); it ends here.", self._path, reason)
-      self._ended = True
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """Add a line."""
