@@ -41,6 +41,12 @@ class WorkdirBusy(TrainerError):
   exit_code = HOST_LOST
 
 
+class NoDevices(TrainerError):
+  """JAX cannot use the devices that it is asked for: they, or what drives them, are not there."""
+
+  exit_code = 1  # others may hold the chips for a while: a launcher tries again, not without end
+
+
 class NonFiniteError(TrainerError):
   """Loss, gradients or parameters are not finite numbers any more."""
 

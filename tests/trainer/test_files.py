@@ -3,7 +3,9 @@
 from etils import epath
 import pytest
 
-from trainer.errors import StorageError
+from configs import base
+from trainer.errors import ConfigError, StorageError
+from trainer.pod.pod import Pod
 from trainer.workdir import files
 
 
@@ -22,6 +24,12 @@ def test_a_file_that_is_cut_off_is_named_and_set_aside(tmp_path, caplog):
   assert files.read_json(path, set_aside=True) is None and not path.exists()
   assert caplog.text.count("starts.json is damaged (") == 2
   assert (tmp_path / "starts.json.damaged").read_text() == '{"first_start": 17'
+
+
+def test_a_file_is_no_workdir(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(ConfigError, match=r"run cannot be written by host 0: it is a file\."):
+    files.open_workdir(str(tmp_path / "run"), Pod(base.get_config().pod))
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path):

@@ -277,7 +277,9 @@ def test_full_disk_is_said_and_the_save_is_tried_again(small_disk, shards):
 def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
   (small_disk / "ballast").write_bytes(b"x" * (14 << 20))
   refused(
-    command(small_disk / "run", shards), "checkpoint of step 10 could not be written", "Make room"
+    command(small_disk / "run", shards),
+    "checkpoint of step 10 could not be written",
+    "There is no whole checkpoint. Make room",
   )
 
 

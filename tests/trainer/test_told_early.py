@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import pytest
 
 from input_pipeline.errors import DataError
 from tests.trainer import outside, tiny
 from tests.trainer.test_data import images
 from trainer import train as train_lib
-from trainer.errors import FAILED, TrainerError, exit_code
+from trainer.errors import FAILED, NoDevices, TrainerError, exit_code
 
 SYNTHETIC = {
   "a size that the model cannot evaluate": (
@@ -83,6 +84,27 @@ def test_splits_that_an_evaluation_refuses(fields, words, refusal, folder):
   config.data.path, config.model.num_classes = str(folder), 2
   config.update_from_flattened_dict(fields)
   assert words in refusal(config)
+
+
+@pytest.mark.parametrize(
+  ("error", "words"),
+  [
+    (
+      RuntimeError("Unable to initialize 'tpu': no libtpu.so\n..."),
+      "'tpu': no libtpu.so). What it",
+    ),
+    (AssertionError(), ". What it needs for TPUs comes with pip install -e '.[tpu]'"),
+  ],
+)
+def test_devices_that_are_not_there(error, words, tmp_path, monkeypatch):
+  def device_count():
+    raise error
+
+  monkeypatch.setattr(jax, "device_count", device_count)
+  with pytest.raises(NoDevices) as refused:
+    train_lib.train(tiny.get_config(), str(tmp_path / "run"))
+  assert str(refused.value).startswith("JAX finds no devices") and words in str(refused.value)
+  assert exit_code(refused.value) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("statistics", [True, False])

@@ -227,12 +227,18 @@ class Checkpointer:
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
     logging.error(
       "The checkpoint of step %d could not be saved (%s). Training goes on; the next try is in "
-      "%g s. The newest whole checkpoint is that of step %s.",
+      "%g s. %s",
       step,
       reason,
       self._config.checkpoint.retry_seconds,
-      self._newest,
+      self._in_words(),
     )
+
+  def _in_words(self) -> str:
+    """Return which checkpoint a resume would take, as a sentence."""
+    if self._newest is None:
+      return "There is no whole checkpoint."
+    return f"The newest whole checkpoint is that of step {self._newest}."
 
   def _clear_torn(self) -> None:
     """Remove what failed saves left on a disk, to free its space; no save may be in flight."""
@@ -270,8 +276,8 @@ class Checkpointer:
         self.poll(wait=True)
     if self._newest != step:
       raise CheckpointError(
-        f"The checkpoint of step {step} could not be written to {self._directory}; the newest "
-        f"whole one is that of step {self._newest}. Make room or repair the folder, then run again."
+        f"The checkpoint of step {step} could not be written to {self._directory}. "
+        f"{self._in_words()} Make room or repair the folder, then run again."
       )
 
   def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

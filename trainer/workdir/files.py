@@ -41,6 +41,8 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     if not storage.is_failure(error):
       raise
     reason = getattr(error, "strerror", None) or storage.first_line(error)
+    if isinstance(error, FileExistsError):
+      reason = "it is a file"
     raise ConfigError(
       f"--workdir {path} cannot be written by host {pod.host}: {reason}."
     ) from error
