@@ -117,12 +117,10 @@ def test_takes_the_weights_of_timm(name, fields, tmp_path):
   torch.save(model.state_dict(), tmp_path / "weights.pth")
   net = net_lib.build(config)
   leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
-  names = {leaf: net.torch_name(leaf) for leaf in leaves}
   state = model.state_dict()
-  for leaf, key in names.items():  # and back, in timm's shapes
-    np.testing.assert_array_equal(
-      foreign.theirs(leaf, key, leaves[leaf]), state[key].numpy(), strict=True
-    )
+  for leaf, array in leaves.items():  # and back, in timm's shapes
+    expected = state[net.torch_name(leaf)].numpy()
+    np.testing.assert_array_equal(net.theirs(leaf, array), expected, strict=True)
 
 
 def test_takes_the_vision_transformers_of_torchvision(tmp_path):
