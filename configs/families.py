@@ -17,6 +17,7 @@ FAMILIES = {
   "nfnet": "trainer.models.nfnet:NFNet",
   "nf_resnet": "trainer.models.nfnet:NFResNet",
   "mdeq": "trainer.models.mdeq:MDEQ",
+  "convnext": "trainer.models.convnext:ConvNeXt",
 }
 
 

@@ -82,6 +82,8 @@ NETS = {
   "timm:nf_resnet101": {"depth": 101, **NF_RESNET},
   "timm:dm_nfnet_f0": {"variant": "f0", **NFNET},
   "timm:dm_nfnet_f1": {"variant": "f1", **NFNET},
+  "timm:convnext_tiny": {"name": "convnext"},
+  "torchvision:convnext_tiny": {"name": "convnext"},
 }
 # Squeeze-and-excitation behind random weights amplifies rounding with depth: torch's own logits of
 # seresnet152 in float32 are 0.65 of their size away from those in float64, of seresnet101 0.05, of
@@ -111,6 +113,7 @@ STEPS = (
   "timm:nf_resnet26",
   "timm:nf_resnet50",
   "timm:dm_nfnet_f0",
+  "timm:convnext_tiny",
 )
 
 
@@ -179,9 +182,9 @@ def torch_net(name, dtype, **options):
         module.weight.uniform_(0.5, 1.5)
         module.bias.normal_(0, 0.1)
     for name, parameter in model.named_parameters():
-      if name.endswith("gain"):
+      if name.endswith(("gain", "gamma", "layer_scale")):
         parameter.uniform_(0.5, 1.5)
-      if name.endswith("bias") and library == "timm":
+      if name.endswith("bias") and (library == "timm" or net.startswith("convnext")):
         parameter.normal_(0, 0.1)
   return model.to(dtype)
 

@@ -92,6 +92,7 @@ def test_library_and_ours_read_each_other():
     *("vit_base_patch32_384", "vit_large_patch16_384"),
     *("nf_resnet50", "dm_nfnet_f2"),
     *("efficientnet_b0", "efficientnet_b2", "efficientnet_b7", "efficientnetv2_m"),
+    "convnext_small",
   ],
 )
 def test_guesses_the_nets_of_timm(name):
@@ -117,12 +118,10 @@ def test_takes_the_weights_of_timm(name, fields, tmp_path):
   torch.save(model.state_dict(), tmp_path / "weights.pth")
   net = net_lib.build(config)
   leaves, _ = read.read_weights(str(tmp_path / "weights.pth"), net)
-  names = {leaf: net.torch_name(leaf) for leaf in leaves}
   state = model.state_dict()
-  for leaf, key in names.items():  # and back, in timm's shapes
-    np.testing.assert_array_equal(
-      foreign.theirs(leaf, key, leaves[leaf]), state[key].numpy(), strict=True
-    )
+  for leaf, array in leaves.items():  # and back, in timm's shapes
+    expected = state[net.torch_name(leaf)].numpy()
+    np.testing.assert_array_equal(net.theirs(leaf, array), expected, strict=True)
 
 
 def test_takes_the_vision_transformers_of_torchvision(tmp_path):
@@ -160,6 +159,7 @@ def test_takes_the_vision_transformers_of_torchvision(tmp_path):
     ("torchvision:efficientnet_b0", "efficientnet", {"padding": "torch", "bn_epsilon": 1e-5}),
     ("torchvision:efficientnet_v2_s", "efficientnet", {"variant": "v2_s"}),
     ("timm:nf_resnet26", "nf_resnet", {"depth": 26, "skip_init": False}),
+    ("torchvision:convnext_tiny", "convnext", {}),
   ],
 )
 def test_other_families_are_read_and_written(origin, family, fields, tmp_path):

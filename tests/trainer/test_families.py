@@ -21,6 +21,7 @@ FAMILIES = {
     "jacobian_weight": 0.1,
     "jacobian_share": 0.5,
   },
+  "convnext": {"dropout": 0.1, "drop_path": 0.3, "scan": True, "layer_scale": 0.1},
 }
 QUICK = ("vit",)
 

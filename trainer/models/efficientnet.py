@@ -233,6 +233,7 @@ class EfficientNet(staged.Staged):
 
   FIELDS: ClassVar[Fields] = FIELDS
   TRIAL: ClassVar[Mapping[str, Any]] = {"variant": "b0", "width": 0.25, "repeats": 0.3}
+  CONVOLUTIONS = r".*\.se\.conv_(reduce|expand)\.weight"
 
   @classmethod
   def describe(cls, fields: Mapping[str, Any]) -> str:
@@ -328,7 +329,7 @@ class EfficientNet(staged.Staged):
       bias_init=nnx.initializers.constant(fields["head_bias_init"]),
     )
     rates = staged.rates_by_block(fields["drop_path"], sum(numbers), last=False)
-    self._keep(fields, numbers, rates, layers.rngs)
+    self._keep_stages(fields, numbers, rates, layers.rngs)
 
   def features(self, x: jax.Array) -> dict[str, jax.Array]:
     """Return the outputs of the stem and of each stage: "stem", "stage1", "stage2", ...

@@ -85,8 +85,8 @@ class Family(nnx.Module):
     RESIZES: whether a model takes images of other sizes than that which it was made for, though its
       parameters depend on that one.
     METRICS: names of what it sows as Metric in every training step.
-    LINEAR: regular expression of names of `torch_name` that are matrices in a state dict, where
-      other nets have 1x1 convolutions of that name.
+    CONVOLUTIONS: regular expression of names of `torch_name`, of matrices here that are 1x1
+      convolutions in a state dict.
   """
 
   FIELDS: ClassVar[Fields] = {}
@@ -94,7 +94,7 @@ class Family(nnx.Module):
   NO_DECAY: ClassVar[tuple[str, ...]] = ()
   RESIZES: ClassVar[bool] = False
   METRICS: ClassVar[tuple[str, ...]] = ()
-  LINEAR: ClassVar[str] = ""
+  CONVOLUTIONS: ClassVar[str] = ""
 
   @classmethod
   def check(cls, fields: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What residual nets are made of; one `Layers` makes the convolutions and norms of one net.
+"""What nets are made of; one `Layers` makes the convolutions and batch norms of a residual net.
 
 Convolutions and the max-pool pad symmetrically, as torchvision does, not "SAME": under stride 2
 "SAME" pads the end more than the start, which shifts the sampling grid.
@@ -168,6 +168,26 @@ def refuse_split(name: str, size: int, space: int) -> None:
       f"{name} is {size}, whose height config.mesh.space = {space} would split, and of grouped "
       "convolutions the compiler has wrong gradients then; set config.mesh.space to 1."
     )
+
+
+class LayerScale(nnx.Module):
+  """A factor for each channel of a branch (arXiv:2103.17239)."""
+
+  def __init__(self, width: int, start: float, dtype: jax.typing.DTypeLike):
+    self.gamma = nnx.Param(jnp.full(width, start, dtype))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return x [..., width], scaled, in its dtype."""
+    return (x * self.gamma.get_value()).astype(x.dtype)
+
+
+def layer_norm(
+  channels: int, epsilon: float, wide: jax.typing.DTypeLike, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+  """Return a layer norm that computes in `wide`; in another dtype nnx would round its scale."""
+  return nnx.LayerNorm(
+    channels, epsilon=epsilon, use_fast_variance=False, dtype=wide, param_dtype=wide, rngs=rngs
+  )
 
 
 class BlurredConv(nnx.Conv):

@@ -251,7 +251,7 @@ class _NormFree(staged.Staged):
   """Stem, stages of blocks, mean and linear head; every stage but the first halves the image."""
 
   TITLE: ClassVar[str]
-  LINEAR = r"head\.fc\.weight"
+  CONVOLUTIONS = r".*\.attn_last\.fc[12]\.weight"
 
   @abc.abstractmethod
   def _build_stem(self, fields: Mapping[str, Any], layers: _Layers) -> int:
@@ -336,7 +336,7 @@ class _NormFree(staged.Staged):
     self.betas = tuple(betas(numbers, fields["alpha"]))
     self.rescale = fields["drop_path_rescale"]
     rates = staged.rates_by_block(fields["drop_path"], sum(numbers), last=False)
-    self._keep(fields, numbers, rates, layers.rngs)
+    self._keep_stages(fields, numbers, rates, layers.rngs)
 
   def features(self, x: jax.Array) -> dict[str, jax.Array]:
     """Return the outputs of the stem and of each stage: "stem", "stage1", "stage2", ...
@@ -350,7 +350,9 @@ class _NormFree(staged.Staged):
       Feature maps [N, h, w, C] in the model's dtype.
     """
     x = self._stem(x.astype(self.dtype))
-    signals = _Signals(np.asarray(self.betas, self.head.dtype), self._draw_paths(self.rescale))
+    signals = _Signals(
+      np.asarray(self.betas, self.head.dtype), self._draw_paths(rescale=self.rescale)
+    )
     return {"stem": x} | self._run_stages(x, signals)
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -56,6 +56,7 @@ class _Trunk(staged.Staged):
     STEM: kernel size and stride of the first convolution.
   """
 
+  CONVOLUTIONS = r".*\.se\.fc[12]\.weight|head\.fc\.weight"
   TITLE: ClassVar[str]
   CHANNELS: ClassVar[tuple[int, ...]]
   STEM: ClassVar[tuple[int, int]]
@@ -189,7 +190,7 @@ class _Trunk(staged.Staged):
       kernel_init=nnx.initializers.normal(0.01),
       bias_init=nnx.initializers.constant(fields["head_bias_init"]),
     )
-    self._keep(fields, numbers, _drop_path_rates(fields, numbers), layers.rngs)
+    self._keep_stages(fields, numbers, _drop_path_rates(fields, numbers), layers.rngs)
 
   def features(self, x: jax.Array) -> dict[str, jax.Array]:
     """Return the outputs of the stem and of each stage: "stem", "stage1", "stage2", ...

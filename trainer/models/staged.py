@@ -1,4 +1,4 @@
-"""Nets of stages of blocks: how they run them, with stochastic depth and dropout."""
+"""Nets of blocks, in stages or not: how they run them, with stochastic depth and dropout."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,40 +12,28 @@ from trainer.models import norm, stack
 from trainer.models.family import Family
 
 
-class Staged(Family):
-  """A net whose blocks are attributes `stage{s}_block{b}`, both counted from 1.
+class Stacked(Family):
+  """A net of blocks that `stack.run` runs.
 
   Attributes:
     head: linear, in the dtype of the parameters.
+    scan: see stack.run.
+    remat: likewise.
+    drop_path_rates: share of examples that skip the branches of each block in training; () for
+      none.
+    drops: whether there is dropout.
   """
 
   head: nnx.Linear
 
-  @classmethod
-  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
-    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
-    if "bn_group" in fields:
-      norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
-
-  def _keep(
-    self,
-    fields: Mapping[str, Any],
-    numbers: Sequence[int],
-    rates: Sequence[float],
-    rngs: nnx.Rngs,
-  ) -> None:
+  def _keep(self, fields: Mapping[str, Any], rates: Sequence[float], rngs: nnx.Rngs) -> None:
     """Keep how the blocks are run.
 
     Args:
       fields: of the family: scan, remat and dropout.
-      numbers: blocks of each stage.
-      rates: share of examples that skip the branch of each block in training; () for none.
+      rates: `drop_path_rates`.
       rngs: streams of dropout and of stochastic depth.
     """
-    self.numbers = tuple(numbers)
-    self.blocks = tuple(
-      f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
-    )
     self.scan, self.remat = fields["scan"], fields["remat"]
     self.drop_path_rates = tuple(rates)
     # Streams exist only where they are drawn from; they are seeded anew in each step.
@@ -56,12 +44,40 @@ class Staged(Family):
     if self.drops:
       self.dropout = nnx.Dropout(fields["dropout"], rngs=rngs)
 
-  def _draw_paths(self, rescale: bool = True) -> stack.Paths | None:
-    """Return what is drawn for this micro-batch; None where no branch is skipped."""
+  def _draw_paths(self, **options: Any) -> stack.Paths | None:
+    """Return what is drawn for this micro-batch; None where no branch is skipped.
+
+    Args:
+      options: further attributes of stack.Paths.
+    """
     if not self.drop_path_rates or self.deterministic:
       return None
     rates = np.asarray(self.drop_path_rates, self.head.dtype)
-    return stack.Paths(self.paths(), rates, rescale=rescale)
+    return stack.Paths(self.paths(), rates, **options)
+
+
+class Staged(Stacked):
+  """A net whose blocks are attributes `stage{s}_block{b}`, both counted from 1."""
+
+  @classmethod
+  def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
+    """Refuse BN groups that do not lie evenly on the batch and on the devices; see Family."""
+    if "bn_group" in fields:
+      norm.check_groups(fields["bn_group"], examples=examples, shards=shards)
+
+  def _keep_stages(
+    self,
+    fields: Mapping[str, Any],
+    numbers: Sequence[int],
+    rates: Sequence[float],
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Keep how the blocks are run; `numbers` are the blocks of each stage, the rest as `_keep`."""
+    self.numbers = tuple(numbers)
+    self.blocks = tuple(
+      f"stage{s}_block{b}" for s, number in enumerate(numbers, 1) for b in range(1, number + 1)
+    )
+    self._keep(fields, rates, rngs)
 
   def _run_stages(self, x: jax.Array, extras: stack.Extras | None) -> dict[str, jax.Array]:
     """Return the output of each stage for the input of the first: "stage1", "stage2", ..."""
@@ -87,4 +103,4 @@ def rates_by_block(rate: float, blocks: int, last: bool) -> tuple[float, ...]:
     blocks: of the net.
     last: whether the last block has it: rate * i/(N - 1); else rate * i/N.
   """
-  return tuple(rate * i / (blocks - last) for i in range(blocks)) if rate else ()
+  return tuple(rate * i / max(1, blocks - last) for i in range(blocks)) if rate else ()

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.fields import Fields
-from trainer.models import names, stack, vit_names
-from trainer.models.family import Family
+from trainer.models import names, stack, staged, vit_names
+from trainer.models.layers import LayerScale, layer_norm
 from trainer.models.vit_fields import VARIANTS
 from trainer.models.vit_fields import VIT as FIELDS
 
@@ -54,17 +54,6 @@ def shape_of(fields: Mapping[str, Any]) -> Shape:
   return Shape(width, depth, heads, fields["mlp"] or 4 * width)
 
 
-class LayerScale(nnx.Module):
-  """A factor for each channel of a branch (arXiv:2103.17239)."""
-
-  def __init__(self, width: int, start: float, dtype: jax.typing.DTypeLike):
-    self.gamma = nnx.Param(jnp.full(width, start, dtype))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return x [..., width], scaled, in its dtype."""
-    return (x * self.gamma.get_value()).astype(x.dtype)
-
-
 class Block(nnx.Module):
   """Attention, then an MLP, each behind a norm and beside a shortcut.
 
@@ -83,7 +72,9 @@ class Block(nnx.Module):
     width, mlp = shape.width, shape.mlp
     tiny = nnx.initializers.normal(1e-6)
     self.dtype, self.heads, self.exact = dtype, shape.heads, fields["gelu"] == "exact"
-    self.norm1, self.norm2 = (_norm(width, fields, wide, rngs) for _ in range(2))
+    self.norm1, self.norm2 = (
+      layer_norm(width, fields["norm_epsilon"], wide, rngs) for _ in range(2)
+    )
     # Query, key and value in one product, each drawn as a [width, width] matrix by itself: twice
     # the variance makes up for a fan that is twice as large.
     self.qkv = nnx.Linear(
@@ -148,21 +139,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   return jnp.einsum("nhqk,nkhc->nqhc", jax.nn.softmax(scores), value)
 
 
-def _norm(
-  width: int, fields: Mapping[str, Any], wide: jax.typing.DTypeLike, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-  """Return a layer norm that computes in `wide`; in another dtype nnx would round its scale."""
-  return nnx.LayerNorm(
-    width,
-    epsilon=fields["norm_epsilon"],
-    use_fast_variance=False,
-    dtype=wide,
-    param_dtype=wide,
-    rngs=rngs,
-  )
-
-
-class ViT(Family):
+class ViT(staged.Stacked):
   """Patch embedding, blocks, norm, class token or mean of tokens, linear head."""
 
   FIELDS: ClassVar[Fields] = FIELDS
@@ -279,7 +256,7 @@ class ViT(Family):
     wide = jnp.promote_types(dtype, jnp.float32)
     options: dict[str, Any] = {"dtype": wide, "param_dtype": wide, "rngs": rngs}
     self.dtype, self.wide, self.width, self.grid = dtype, wide, width, grid
-    self.patch, self.scan, self.remat = fields["patch"], fields["scan"], fields["remat"]
+    self.patch = fields["patch"]
     self.pools_token, self.pools_first = fields["pool"] == "token", fields["pool_first"]
     self.patch_embed = nnx.Conv(
       3,
@@ -299,7 +276,7 @@ class ViT(Family):
     for i in range(1, shape.depth + 1):
       setattr(self, f"block{i}", Block(shape, fields, dtype, rngs))
     self.blocks = tuple(f"block{i}" for i in range(1, shape.depth + 1))
-    self.norm = _norm(width, fields, wide, rngs)
+    self.norm = layer_norm(width, fields["norm_epsilon"], wide, rngs)
     self.represents = fields["pre_logits"]
     if self.represents:
       self.pre_logits = nnx.Linear(width, width, **options)
@@ -312,15 +289,8 @@ class ViT(Family):
       bias_init=nnx.initializers.constant(fields["head_bias_init"]),
       **options,
     )
-    rate, last = fields["drop_path"], max(1, shape.depth - 1)
-    self.drop_path_rates = tuple(rate * i / last for i in range(shape.depth)) if rate else ()
-    # Streams exist only where they are drawn from; they are seeded anew in each step.
-    if self.drop_path_rates:
-      self.paths = rngs.drop_path.fork()
-      self.deterministic = False  # the name that nnx.Module.train() and eval() look for
-    self.drops = fields["dropout"] > 0
-    if self.drops:
-      self.dropout = nnx.Dropout(fields["dropout"], rngs=rngs)
+    rates = staged.rates_by_block(fields["drop_path"], shape.depth, last=True)
+    self._keep(fields, rates, rngs)
 
   def tokens(self, x: jax.Array) -> jax.Array:
     """Return the output of the last block, [N, tokens, width] in the model's dtype.
@@ -343,10 +313,7 @@ class ViT(Family):
     x = (x + self._added(rows, columns)).astype(self.dtype)
     if self.drops:
       x = self.dropout(x)
-    paths = None
-    if self.drop_path_rates and not self.deterministic:
-      rates = np.asarray(self.drop_path_rates, self.wide)
-      paths = stack.Paths(self.paths(), rates, shape=(2, 1))
+    paths = self._draw_paths(shape=(2, 1))
     blocks = [getattr(self, name) for name in self.blocks]
     return stack.run(blocks, x, first=0, paths=paths, scan=self.scan, remat=self.remat)
 

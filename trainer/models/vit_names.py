@@ -56,7 +56,7 @@ def torch_name(leaf: str, fields: Mapping[str, Any]) -> str:
     leaf: path in params.
     fields: of the family.
   """
-  norm = "fc_norm" if fields["pool_first"] else "norm"
+  norm = "fc_norm" if fields.get("pool_first") else "norm"
   return _LEAVES.get(leaf) or names.torch_name(leaf, _TABLE, norm=norm)
 
 

@@ -21,11 +21,6 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
 # Counters beside the weights, of batch norm and of averaging.
 _COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
 _PARTS = ("bn", "conv")
-# Dense layers of ours that are 1x1 convolutions in timm: squeeze-and-excitation, the head of
-# ResNets with pre-activation.
-_AS_CONVOLUTIONS = re.compile(
-  r"(?:.*\.se\.(?:fc[12]|conv_reduce|conv_expand)|.*\.attn_last\.fc[12]|head\.fc)\.weight"
-)
 # The matrix of the head, in state dicts of any family.
 _HEADS = ("fc.weight", "head.fc.weight", "head.weight", "classifier.weight")
 # Spellings of other tools, as regular expressions, and those of torchvision's ResNet. In order: of
@@ -87,17 +82,17 @@ def _respelt(name: str) -> str:
   return name
 
 
-def theirs(leaf: str, name: str, array: np.ndarray, linear: str = "") -> np.ndarray:
+def theirs(leaf: str, name: str, array: np.ndarray, convolutions: str = "") -> np.ndarray:
   """Return a leaf as torch keeps it: [out, in, h, w] of convolutions, [out, in] of matrices.
 
   Args:
     leaf: its path.
     name: of the tensor.
     array: in our layout.
-    linear: Family.LINEAR.
+    convolutions: Family.CONVOLUTIONS.
   """
   return array.transpose(_their_axes(leaf, array.ndim)).reshape(
-    their_shape(leaf, name, array.shape, linear)
+    their_shape(leaf, name, array.shape, convolutions)
   )
 
 
@@ -106,11 +101,13 @@ def ours(leaf: str, tensor: np.ndarray) -> np.ndarray:
   return tensor.transpose(np.argsort(_their_axes(leaf, tensor.ndim)))
 
 
-def their_shape(leaf: str, name: str, shape: tuple[int, ...], linear: str = "") -> tuple[int, ...]:
+def their_shape(
+  leaf: str, name: str, shape: tuple[int, ...], convolutions: str = ""
+) -> tuple[int, ...]:
   """Return the shape that `theirs` has."""
   if name.endswith(".gain"):  # of a standardised convolution
     return (*shape, 1, 1, 1)
-  flat = len(shape) == 2 and _AS_CONVOLUTIONS.fullmatch(name) and not re.fullmatch(linear, name)
+  flat = len(shape) == 2 and re.fullmatch(convolutions, name)
   return tuple(shape[axis] for axis in _their_axes(leaf, len(shape))) + (1, 1) * bool(flat)
 
 
@@ -175,6 +172,7 @@ def fit(
   tensors: Mapping[str, np.ndarray],
   leaves: Mapping[str, Any],
   name_of: Callable[[str], str],
+  convolutions: str = "",
 ) -> Fit:
   """Return how a state dict fits the leaves of a model.
 
@@ -182,6 +180,7 @@ def fit(
     tensors: by torchvision's names, in torch's layout; see `plain_names`.
     leaves: shape and dtype of each leaf, by its path.
     name_of: path of a leaf -> torchvision's name.
+    convolutions: Family.CONVOLUTIONS.
 
   Raises:
     WeightsError: half a sentence, if a tensor holds what is no weight: integers where the leaf has
@@ -193,7 +192,7 @@ def fit(
     if name not in tensors:
       result.missing[leaf] = name
       continue
-    tensor, shape = tensors[name], their_shape(leaf, name, leaves[leaf].shape)
+    tensor, shape = tensors[name], their_shape(leaf, name, leaves[leaf].shape, convolutions)
     dtype = np.dtype(leaves[leaf].dtype)
     # Some files have 1x1 convolutions as matrices, or the other way round.
     if _significant(tensor.shape) != _significant(shape):

@@ -45,6 +45,11 @@ class Net:
     model = self.config.model
     return models.family_of(model).torch_name(leaf, models.own_fields(model))
 
+  @property
+  def convolutions(self) -> str:
+    """Family.CONVOLUTIONS."""
+    return models.family_of(self.config.model).CONVOLUTIONS
+
   def resized(self, leaf: str, array: np.ndarray) -> np.ndarray | None:
     """Return a leaf of a model for another image size in the shape that it has in this one.
 
@@ -58,8 +63,7 @@ class Net:
 
   def theirs(self, leaf: str, array: np.ndarray) -> np.ndarray:
     """Return a leaf in the shape and layout that it has in a state dict."""
-    linear = models.family_of(self.config.model).LINEAR
-    return foreign.theirs(leaf, self.torch_name(leaf), array, linear)
+    return foreign.theirs(leaf, self.torch_name(leaf), array, self.convolutions)
 
   def by_torchvision(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict as torchvision has it; nothing if that is timm's, or there is none."""

@@ -215,7 +215,8 @@ def fit(loaded: Loaded, net: net_lib.Net, leaves: net_lib.Leaves | None = None) 
     WeightsError: if a tensor that has a place holds what is no weight.
   """
   try:
-    return foreign.fit(loaded.tensors, net.leaves if leaves is None else leaves, net.torch_name)
+    wanted = net.leaves if leaves is None else leaves
+    return foreign.fit(loaded.tensors, wanted, net.torch_name, net.convolutions)
   except WeightsError as error:
     raise WeightsError(f"{loaded.origin} {error}.") from error
 
