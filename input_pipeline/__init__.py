@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from input_pipeline.sources import open_source
 
 _CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-runpy.run_path(str(_CONFIGS / "own_packages.py"))["check"]("configs")
+runpy.run_path(str(_CONFIGS / "own_packages.py"))["check"]("configs", library="ml_collections")
 
 __all__ = ["DataError", "eval_batches", "open_source", "train_batches"]
 

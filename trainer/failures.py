@@ -55,7 +55,8 @@ def _agreed(run: Run) -> tuple[int, str] | None:
   if run.requests.failure:
     step, error = run.requests.failure
     bug = not isinstance(error, (DataError, TrainerError, MemoryError))
-    logging.error("This host has failed.", exc_info=error if bug else None)
+    if bug or run.pod.hosts > 1:  # of a single host the sentence at the end has it all
+      logging.error("This host has failed.", exc_info=error if bug else None)
     mine = [step, _words(error), _is_lasting(error)]
   given = run.pod.gather("what has failed", mine)
   failed = [(host, what) for host, what in given.items() if what]

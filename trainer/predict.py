@@ -174,7 +174,9 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
   files: list[pathlib.Path] = []
   for path in map(pathlib.Path, paths):
     if not path.exists():
-      raise WeightsError(f"There is no {path}; give image files, or folders of them.")
+      raise WeightsError(
+        f"There is no file or folder {path}; give image files, or folders of them."
+      )
     inside = image_files.files_in(path) if path.is_dir() else [path]
     if not inside:
       raise WeightsError(f"{path} holds no image ({', '.join(layout.IMAGE_SUFFIXES)}).")

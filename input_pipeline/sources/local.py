@@ -74,6 +74,11 @@ def guess_kind(path: str) -> str:
     raise DataError(
       f"{path} holds {other}; make shards of it with `python -m input_pipeline.prepare`."
     )
+  if image := next(filter(layout.is_image, sorted(found)), None):
+    raise DataError(
+      f"{path} holds {image}, an image without a class; put the images of each class into a folder "
+      "of its own, as CLASS/*.jpg."
+    )
   raise DataError(
     f"{path} holds neither {records.MANIFEST} nor {catalog.TFDS_INFO} with ArrayRecord shards, nor "
     "SPLIT/CLASS/*.jpg; make shards with `python -m input_pipeline.prepare`."

@@ -173,6 +173,9 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     open_source(tmp_path)
   with pytest.raises(DataError, match="if prepare was stopped, run the same command again"):
     open_source(tmp_path, kind="array_record")
+  (tmp_path / "a.png").write_text("x")
+  with pytest.raises(DataError, match=r"holds a\.png, an image without a class; put the images of"):
+    open_source(tmp_path)
 
 
 def test_the_parent_of_the_data_is_refused_with_the_right_folder(tmp_path):

@@ -105,7 +105,10 @@ WRONG = [
   ((*TINY, "--config.optimizer.warmup_steps=10"), ["makes 10 steps", "must be shorter"]),
   ((*TINY, "--config.log.profile_step=9"), ["log.profile_step is 9", "has only 10 steps"]),
   ((*TINY, "--config.optimizer.freeze=^tail"), ["optimizer.freeze", "^tail"]),
-  ((*TINY, "--config.init_from=nowhere.pth"), ["config.init_from", "There is no nowhere.pth"]),
+  (
+    (*TINY, "--config.init_from=nowhere.pth"),
+    ["config.init_from", "There is no file or folder nowhere.pth"],
+  ),
   ((*TINY, "--config.mesh.data=7"), ["config.mesh.data", "do not make up the"]),
   ((*TINY, "--config.data.kind=auto"), ["config.data.path is empty; give --config.data.path"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=nowhere"), ["nowhere", "not exist"]),

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from configs import own_packages
 from trainer import console
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -93,6 +94,19 @@ def test_a_folder_that_hides_a_package_is_named(home):
   for package in ("trainer", "input_pipeline"):
     as_library = run(home, "-c", f"import {package}")
     assert as_library.returncode == 1 and "ImportError" in as_library.stderr
+
+
+def test_a_python_that_lacks_libraries_or_is_too_old_is_named(home, monkeypatch):
+  hide(home)
+  for module in ("trainer", "input_pipeline.prepare"):
+    told = run(home, "-S", "-m", module, "--help")  # without what is installed
+    assert told.returncode == 2 and told.stderr.count("\n") == 1, told.stderr
+    assert "has no ml_collections: type source .venv/bin/activate" in told.stderr
+  assert run(home, "-S", "-m", "launch.local_pod", "--help").returncode == 0
+  monkeypatch.setattr(sys, "version_info", (3, 10))
+  monkeypatch.setattr(own_packages, "_is_command", lambda: False)
+  with pytest.raises(ImportError, match=r"Python 3\.11 or newer is needed; "):
+    own_packages.check.__wrapped__("configs")
 
 
 def test_who_needs_no_trainer_runs_beside_another_one(home):

@@ -199,7 +199,7 @@ def test_fields_that_are_refused_at_start(fields, words):
   ("origin", "fields", "classes", "words"),
   [
     ("", {}, CLASSES, "distill.weight is 1, but config.distill.teacher names no teacher; give"),
-    ("{0}/none", {}, CLASSES, "config.distill.teacher: There is no {0}/none"),
+    ("{0}/none", {}, CLASSES, "config.distill.teacher: There is no file or folder {0}/none"),
     ("{0}/empty", {}, CLASSES, "config.distill.teacher: {0}/empty holds no checkpoint"),
     ("{0}/a.safetensors", {}, CLASSES, "does not say of which model it is; import it into a"),
     ("five", {}, CLASSES, "five has 5 classes, this run has 6; give a teacher of the same"),

@@ -1,5 +1,6 @@
 """Recordings of screens beside those of test_screen.py; RECORD=1 makes them anew."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -20,6 +21,11 @@ COMMANDS = (
   "python -m trainer --config=smoke --workdir=run --config.optimizer.lr_per_265=0.2",
   "python -m trainer --config=smoke --workdir=run --config.total_epochs=many",
   "python -m trainer --mode=eval --workdir=run",
+)
+PREFLIGHT = (
+  "python -m launch.preflight --topology=v5e:1x1 --config=imagenet_resnet50 "
+  "--config.model.depth=18 --config.data.image_size=64 --config.data.eval_image_size=64 "
+  "--config.data.eval_resize=64 --config.global_batch_size=128 --config.eval.batch_size=128"
 )
 
 
@@ -70,3 +76,24 @@ def test_an_evaluation_by_its_workdir(tmp_path):
   compare(
     "evaluation.txt", ["$ python -m trainer --mode=eval --workdir=run --checkpoint=best", *shown]
   )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu, of pip install -e '.[tpu]', is not installed",
+)
+def test_a_preflight():
+  """As shown, but for the lines that come while it compiles: their number is the machine's."""
+  ended = subprocess.run(
+    PREFLIGHT.replace("python", sys.executable, 1).split(),
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stdout
+  shown = ended.stdout.splitlines()
+  lines = [line for line in shown if not re.search(r"compiling for \d+ s$", line)]
+  compare("preflight.txt", [f"$ {PREFLIGHT}", *lines])

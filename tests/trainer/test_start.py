@@ -91,7 +91,7 @@ def test_a_new_head_for_other_classes_and_what_is_excluded(config, donor):
   [
     ({"model.depth": 14}, ["does not fit config.model (CIFAR ResNet-14", "layer1.1.", "depth=8"]),
     ({"model.width": 0.5}, ["of another shape", "instead of"]),
-    ({"init_from": "nowhere.pth"}, ["config.init_from: There is no nowhere.pth"]),
+    ({"init_from": "nowhere.pth"}, ["config.init_from: There is no file or folder nowhere.pth"]),
     ({"init_from": "https://x.y/z.pth"}, ["config.init_from", "no checksum"]),
     ({"init_exclude": "^stem/"}, ["init_exclude is '^stem/'", "no leaf of the model matches"]),
     ({"init_exclude": "."}, ["init_exclude is '.'", "leaves nothing"]),

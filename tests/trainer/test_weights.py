@@ -367,12 +367,12 @@ class TestVerbs:
   @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-      ("show {none}", "There is no {none}."),
+      ("show {none}", "There is no file or folder {none}."),
       (
         "export {empty} --format=safetensors --out={empty}/x",
         "{empty} holds no checkpoint; give the",
       ),
-      ("export {none} --format=safetensors --out={empty}/x", "There is no {none}."),
+      ("export {none} --format=safetensors --out={empty}/x", "There is no file or folder {none}."),
       (
         "export {pth} --format=safetensors --out={empty}/x",
         "{pth} does not say of which model it is",

@@ -111,7 +111,7 @@ def _read_file(path: Any, origin: str) -> np.ndarray:
   try:
     return np.frombuffer(path.read_bytes(), np.uint8)
   except FileNotFoundError as error:
-    raise WeightsError(f"There is no {origin}.") from error
+    raise WeightsError(f"There is no file or folder {origin}.") from error
   except MemoryError as error:
     raise WeightsError(f"{origin} needs more memory than there is.") from error
   except Exception as error:
@@ -179,7 +179,7 @@ def read_model(
   if config is None and not origin.startswith("https://"):
     path = storage.path_of(origin)
     if not path.exists():
-      raise WeightsError(f"There is no {origin}.")
+      raise WeightsError(f"There is no file or folder {origin}.")
     if run_folder.is_one(path):
       return run_folder.read(origin, averaged)
   loaded = load(origin, averaged)
