@@ -17,26 +17,11 @@ import optax
 
 from configs import image_sizes
 from input_pipeline.errors import first_line
-from trainer import (
-  config as config_lib,
-)
-from trainer import (
-  distill,
-  evaluate,
-  finetune,
-  models,
-  replicas,
-  schedules,
-)
-from trainer import (
-  mesh as mesh_lib,
-)
-from trainer import (
-  optimizer as optimizer_lib,
-)
-from trainer import (
-  step as step_lib,
-)
+from trainer import config as config_lib
+from trainer import distill, evaluate, finetune, models, replicas, schedules
+from trainer import mesh as mesh_lib
+from trainer import optimizer as optimizer_lib
+from trainer import step as step_lib
 from trainer.errors import ConfigError
 from trainer.models import packing
 from trainer.sparse import method as sparse_lib

@@ -27,6 +27,7 @@ from trainer.state import (
 
 # Arrays by name: image uint8 [N, S, S, 3], label int32 [N] and, in evaluation, mask bool [N].
 Batch = dict[str, jax.Array]
+# What an evaluation has counted so far, by name: see `make_eval_step`.
 Totals = dict[str, jax.Array]
 
 # One small vector a step is one transfer to the host instead of five.
@@ -61,13 +62,20 @@ class StepOutput(NamedTuple):
 TrainStep = Callable[..., tuple[TrainState, StepOutput]]
 # (variables, totals, batch, requests), and which classes count if not all do
 EvalStep = Callable[..., Totals]
-# The running statistics of so many batches.
+# The statistics of every batch norm, and over how many batches they are, an int32 scalar.
 Statistics = tuple[BatchStats, jax.Array]
 StatisticsStep = Callable[[Variables, Statistics, Batch], Statistics]
 
 
 class _Sums(NamedTuple):
-  """What is added up over micro-batches, each a mean over one of them."""
+  """What is added up over micro-batches, each a mean over one of them.
+
+  Attributes:
+    loss: scalar.
+    top1: scalar, a share.
+    grads: as the parameters.
+    own: scalars that the model and its teacher measure.
+  """
 
   loss: jax.Array
   top1: jax.Array

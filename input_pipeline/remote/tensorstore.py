@@ -227,6 +227,11 @@ def _explained(reason: str) -> str:
     return "its server sends whole files only, and parts are needed; use another server or a bucket"
   if redirect := re.search(r"HTTP code 30\d", reason):
     return f"{redirect[0]}, a redirect; give the URL that it leads to"
+  if "HTTP code 401" in reason or "HTTP code 403" in reason:
+    return (
+      f"{reason}; give the credentials of this machine the right to read it, those of Google by: "
+      "gcloud auth application-default login"
+    )
   return reason
 
 

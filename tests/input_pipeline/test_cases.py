@@ -458,6 +458,11 @@ class Elsewhere(Whole):
     self.end_headers()
 
 
+class Closed(Whole):
+  def do_GET(self):
+    self.send_error(403)
+
+
 class Login(Whole):
   def do_GET(self):
     self.send_response(200)
@@ -470,6 +475,7 @@ class Login(Whole):
   [
     (Whole, "its server sends whole files only, and parts are needed"),
     (Elsewhere, "HTTP code 302, a redirect; give the URL that it leads to"),
+    (Closed, "; give the credentials of this machine the right to read it"),
     (Login, "manifest.json is a web page; its server may ask for a login"),
   ],
 )
