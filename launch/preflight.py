@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import sys
 import tempfile
 import threading
@@ -397,5 +398,26 @@ def main(argv: list[str]) -> int:
   return DONE
 
 
+def _with_unlimited_stacks() -> None:
+  """Start this command again without the limit of stacks, if there is one.
+
+  With one, of whatever size, libtpu 0.0.42 crashes on training steps for several chips of v6e and
+  of tpu7x. The limit that counts is that of the start of the process.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+  if soft == resource.RLIM_INFINITY or importlib.util.find_spec("libtpu") is None:
+    return
+  if hard != resource.RLIM_INFINITY:
+    print(
+      "preflight: stacks are limited here (ulimit -Hs); for v6e and tpu7x the compiler may crash, "
+      "and does not where they are unlimited.",
+      file=sys.stderr,
+    )
+    return
+  resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+  _with_unlimited_stacks()
   sys.exit(main(sys.argv))

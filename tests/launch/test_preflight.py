@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -170,6 +171,23 @@ def test_step_of_a_small_net(tmp_path):
     "dollars",
   ):
     assert words in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "limit, code, words",
+  [
+    ("-Ss 8192", 0, []),
+    ("-s 8192", -signal.SIGSEGV, ["preflight: stacks are limited here (ulimit -Hs)"]),
+  ],
+)
+def test_stacks_are_unlimited_where_they_may_be(limit, code, words):
+  """With 8 MiB, the limit of most systems, libtpu crashes on this step."""
+  command = f"ulimit {limit} && exec {sys.executable} -m launch.preflight --topology=v6e:2x2 {TINY}"
+  result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+  assert result.returncode == code, result.stderr
+  assert all(word in result.stderr for word in words)
 
 
 @needs_libtpu
