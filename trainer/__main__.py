@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
   try:
     if command_line.answered(argv, __doc__):
       return DONE
-    evaluation = any(a.lstrip("-") == "mode=eval" for a in argv[1:])
+    evaluation = any(a.lstrip("-") == "mode=eval" for a in command_line.joined(argv)[1:])
     command_line.parse(argv, "--config=configs/X.py --workdir=DIR", by_workdir=evaluation)
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train

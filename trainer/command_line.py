@@ -1,7 +1,7 @@
 """--config and its overrides, --help, --list: the same for every command with a run file."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import importlib.util
 import os
 import pathlib
@@ -38,6 +38,18 @@ _MORE = """\
 --list               the configs that there are"""
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+  """Return a command line with `--flag value`, which absl takes as well, as `--flag=value`."""
+  found: list[str] = []
+  for word in argv:
+    flag = found[-1] if found else ""
+    if flag.startswith("-") and "=" not in flag and not word.startswith("-"):
+      found[-1] = f"{flag}={word}"
+    else:
+      found.append(word)
+  return found
+
+
 def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   """Parse the flags that are defined so far and load the config file.
 
@@ -51,7 +63,7 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   """
   FLAGS.mark_as_parsed()  # otherwise absl warns of every line that is logged before
   try:
-    argv = recipes.with_paths(argv)
+    argv = recipes.with_paths(joined(argv))
     if by_workdir and not any(_name(a) == "config" for a in argv[1:] if a.startswith("-")):
       argv = _with_saved(argv)
   except ValueError as error:
@@ -212,7 +224,7 @@ def _same(one: str | None, other: str) -> bool:
 
 def name_of(argv: list[str]) -> str:
   """Return the run file of a command line by name, as in "imagenet_ffcv:rn18_16"."""
-  word = next(word for word in argv if word.startswith("--config="))
+  word = next(word for word in joined(argv) if word.startswith("--config="))
   file, _, variant = word.removeprefix("--config=").partition(":")
   name = os.path.basename(file).removesuffix(".py")
   return f"{name}:{variant}" if variant else name
@@ -228,6 +240,7 @@ def answered(argv: list[str], usage: str | None) -> bool:
   Raises:
     TrainerError: as `parse`, or if no field is about the word.
   """
+  argv = joined(argv)
   given = [argument.partition("=") for argument in argv[1:]]
   names = {name.lstrip("-") for name, _, _ in given if name.startswith("-")}
   if "list" in names:

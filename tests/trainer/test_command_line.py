@@ -116,6 +116,8 @@ WRONG = [
   ((*TINY, "--config.data.kind=auto", "--config.data.path=empty"), ["is empty; fill it"]),
   ((*TINY, "--workdir=file"), ["file"]),
   ((*TINY, "--mode=eval"), ["run holds no checkpoint to evaluate; train first"]),
+  (("--mode", "eval", "--workdir", "nowhere"), ["nowhere holds no config.json"]),
+  (("--config", "smoke", "--workdir", "run", "--config.total_epochs", "many"), ["it is 'many'"]),
 ]
 
 
@@ -189,6 +191,13 @@ def test_a_run_file_is_found_by_name_and_a_file_of_ones_own_comes_first(monkeypa
   assert recipes.path_of("smoke.py") == "smoke.py"
   with pytest.raises(ValueError, match="does not exist"):
     recipes.path_of("elsewhere/smoke.py")
+
+
+def test_flags_in_two_words():
+  typed = ("plan", "--config", "smoke:x", "--config.augment", "mix(p=1)", "--trial", "-f=1", "2")
+  one = ["plan", "--config=smoke:x", "--config.augment=mix(p=1)", "--trial", "-f=1", "2"]
+  assert command_line.joined(typed) == command_line.joined(one) == one
+  assert command_line.name_of(list(typed)) == "smoke:x"
 
 
 def test_the_other_unit_gives_way_to_the_command_line():
