@@ -24,6 +24,7 @@ import numpy as np
 
 from configs.fields import Fields
 from trainer.models import names, staged
+from trainer.models.convolution import convolve
 from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split, scaled
 from trainer.models.nfnet_fields import NF_RESNET, NFNET
 from trainer.models.resnet import STAGES
@@ -106,13 +107,12 @@ class ScaledConv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return the convolution of x [N, H, W, inputs], in the model's dtype."""
-    y = jax.lax.conv_general_dilated(
+    y = convolve(
       x.astype(self.dtype),  # means of 2x2 pixels are float32
       self.standardised().astype(self.dtype),
-      (self.stride, self.stride),
+      self.stride,
       self.padding,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      feature_group_count=self.groups,
+      self.groups,
     )
     return y + self.bias.get_value().astype(self.dtype)
 
