@@ -26,7 +26,7 @@ from trainer.models import equilibrium, norm
 from trainer.models.convolution import convolve
 from trainer.models.equilibrium import Solution, Solver, State
 from trainer.models.family import ENDLESS, AuxiliaryLoss, Family, Metric, StepsTaken, sow
-from trainer.models.layers import Layers, scaled
+from trainer.models.layers import Layers, refuse_thin, scaled
 from trainer.models.mdeq_fields import MDEQ as FIELDS
 from trainer.models.mdeq_fields import VARIANTS
 
@@ -273,8 +273,7 @@ class MDEQ(Family):
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse sizes that the resolutions do not divide; see Family."""
-    del space
+    """Refuse sizes that resolutions do not divide, or too small to split; see Family."""
     variant = VARIANTS[fields["variant"]]
     step = 2 ** (variant.halvings + len(variant.channels) - 1)
     if size % step:
@@ -283,6 +282,7 @@ class MDEQ(Family):
         f"{fields['variant']!r}, 1/{step} of it, does not divide; the nearest that fits is "
         f"{max(1, round(size / step)) * step}."
       )
+    refuse_thin(name, size, space, step)
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:
