@@ -101,9 +101,16 @@ def splits(family):
   return True
 
 
+# At the rate of the other families the gradient of MDEQ leaps from 7 to 137 in the second step, and
+# rounding grows: in one layout, parameters that differ in their last bit lead to losses 7e-10 apart
+# after 18 steps; of two layouts they are 1.2e-9 apart in the same step.
+RATES = {"mdeq": ("optimizer.lr_per_256=0.05",)}
+
+
 @pytest.mark.parametrize("family", families())
 def test_hosts_and_layouts_do_not_change_a_run_of_a_family(family, tmp_path, shards):
-  modes = [(1, 4, ()), (2, 2, FSDP + SPACE * splits(family))]
+  rate = RATES.get(family, ())
+  modes = [(1, 4, rate), (2, 2, rate + FSDP + SPACE * splits(family))]
   check(tmp_path, shards, modes, "float64", 20, 1e-9, 20, family, **FAMILIES[family])
 
 

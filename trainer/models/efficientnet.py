@@ -21,6 +21,7 @@ import numpy as np
 
 from configs.fields import Fields
 from trainer.models import efficientnet_names, names, norm, staged
+from trainer.models.convolution import for_conv
 from trainer.models.efficientnet_fields import EFFICIENTNET as FIELDS
 from trainer.models.layers import Layers, refuse_split
 
@@ -157,6 +158,7 @@ class _Layers(Layers):
       padding="SAME" if self.padding == "same" else kernel // 2,
       # Depthwise, the matrix unit of a TPU has nothing to do.
       feature_group_count=groups,
+      conv_general_dilated=for_conv if groups > 1 else jax.lax.conv_general_dilated,
       use_bias=False,
       dtype=self.dtype,
       param_dtype=self.param_dtype,

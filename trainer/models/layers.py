@@ -190,6 +190,30 @@ def layer_norm(
   )
 
 
+def refuse_thin(name: str, size: int, space: int, shrinks: int) -> None:
+  """Refuse to split images whose smallest maps leave one row, or none, to a device.
+
+  Where the batch is split too, XLA (of jax 0.10.2) then splits the rows of kernels that a step
+  computes, by a cast to bfloat16 as well as by standardisation, and convolves with the wrong ones.
+
+  Args:
+    name: of the field that has the size.
+    size: of images.
+    space: `config.mesh.space`.
+    shrinks: the size over that of the smallest maps.
+
+  Raises:
+    ValueError: one sentence that begins with the name.
+  """
+  rows = -(-size // shrinks)
+  if space > 1 and rows <= space:
+    raise ValueError(
+      f"{name} is {size}, which leaves {rows} rows of the smallest maps to config.mesh.space = "
+      f"{space}, and of single rows the compiler has wrong convolutions; take images of "
+      f"{shrinks * space + 1} pixels or more, or set config.mesh.space to 1."
+    )
+
+
 class BlurredConv(nnx.Conv):
   """A convolution with stride whose input is blurred first (BlurPool, arXiv:1904.11486).
 

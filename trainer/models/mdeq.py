@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from configs.fields import Fields
 from trainer.models import equilibrium, norm
+from trainer.models.convolution import convolve
 from trainer.models.equilibrium import Solution, Solver, State
 from trainer.models.family import ENDLESS, AuxiliaryLoss, Family, Metric, StepsTaken, sow
-from trainer.models.layers import Layers, scaled
-from trainer.models.looped import convolve
+from trainer.models.layers import Layers, refuse_thin, scaled
 from trainer.models.mdeq_fields import MDEQ as FIELDS
 from trainer.models.mdeq_fields import VARIANTS
 
@@ -174,7 +174,8 @@ def function(shape: Shape, args: Mapping[str, Any], z: State) -> State:
   arrays, masks = args["arrays"], args["masks"]
 
   def conv(x: jax.Array, name: str, stride: int = 1) -> jax.Array:
-    return convolve(x.astype(shape.dtype), arrays[name].astype(shape.dtype), stride)
+    kernel = arrays[name].astype(shape.dtype)
+    return convolve(x.astype(shape.dtype), kernel, stride, [(kernel.shape[0] // 2,) * 2] * 2)
 
   def normalise(x: jax.Array, name: str, groups: int = GROUPS) -> jax.Array:
     return group_norm(x.astype(z[0].dtype), arrays.get(name), groups)
@@ -272,8 +273,7 @@ class MDEQ(Family):
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse sizes that the resolutions do not divide; see Family."""
-    del space
+    """Refuse sizes that resolutions do not divide, or too small to split; see Family."""
     variant = VARIANTS[fields["variant"]]
     step = 2 ** (variant.halvings + len(variant.channels) - 1)
     if size % step:
@@ -282,6 +282,7 @@ class MDEQ(Family):
         f"{fields['variant']!r}, 1/{step} of it, does not divide; the nearest that fits is "
         f"{max(1, round(size / step)) * step}."
       )
+    refuse_thin(name, size, space, step)
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:

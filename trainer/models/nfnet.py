@@ -24,7 +24,16 @@ import numpy as np
 
 from configs.fields import Fields
 from trainer.models import names, staged
-from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split, scaled
+from trainer.models.convolution import convolve
+from trainer.models.layers import (
+  ACTIVATIONS,
+  Layers,
+  halve,
+  max_pool,
+  refuse_split,
+  refuse_thin,
+  scaled,
+)
 from trainer.models.nfnet_fields import NF_RESNET, NFNET
 from trainer.models.resnet import STAGES
 from trainer.models.stack import Paths
@@ -106,13 +115,12 @@ class ScaledConv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return the convolution of x [N, H, W, inputs], in the model's dtype."""
-    y = jax.lax.conv_general_dilated(
+    y = convolve(
       x.astype(self.dtype),  # means of 2x2 pixels are float32
       self.standardised().astype(self.dtype),
-      (self.stride, self.stride),
+      self.stride,
       self.padding,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      feature_group_count=self.groups,
+      self.groups,
     )
     return y + self.bias.get_value().astype(self.dtype)
 
@@ -427,6 +435,12 @@ class NFResNet(_NormFree):
   FIELDS: ClassVar[Fields] = NF_RESNET
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 26, "width": 0.125}
   TITLE = "NF-ResNet"
+
+  @classmethod
+  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
+    """Refuse to split images that are too small for it; see Family."""
+    del fields
+    refuse_thin(name, size, space, 32)
 
   def _build_stem(self, fields: Mapping[str, Any], layers: _Layers) -> int:
     self.pads_same = fields["padding"] == "same"
