@@ -14,9 +14,12 @@ from typing import Any
 from unittest import mock
 
 import psutil
+import pytest
 
 from tests.trainer import tiny
 from trainer import command_line
+from trainer import config as config_lib
+from trainer.errors import ConfigError
 
 TINY = pathlib.Path(tiny.__file__)
 # Compiled without optimisation: compiling is most of the time of these runs, and nothing in them
@@ -31,6 +34,16 @@ def fingerprints(workdir, step):
   return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())[
     "fingerprints"
   ]
+
+
+def assert_refused(family, fields, message):
+  """Assert that a tiny run of a family with these fields is refused, in one sentence with this."""
+  config = tiny.get_config(family)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config)
+    config_lib.check_split(config, num_devices=1)
+  assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def free_port():

@@ -11,6 +11,7 @@ import pytest
 
 from configs import base, image_sizes, recipes
 from tests.trainer import tiny
+from tests.trainer.shared import assert_refused
 from tests.trainer.test_variants import Step, config_of
 from trainer import config as config_lib
 from trainer import models, state
@@ -233,11 +234,9 @@ def test_growing_images():
   ],
 )
 def test_what_cannot_be_is_refused(fields, message):
-  config = tiny.get_config("efficientnet")
-  config.model.update(fields)
-  with pytest.raises(ConfigError) as error:
-    config_lib.validate(config)
-  assert message in str(error.value) and "\n" not in str(error.value)
+  assert_refused(
+    "efficientnet", {f"model.{name}": value for name, value in fields.items()}, message
+  )
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused():

@@ -12,10 +12,10 @@ import pytest
 
 from configs import base
 from tests.trainer import tiny
+from tests.trainer.shared import assert_refused
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
 from trainer import models, program, state, step
-from trainer.errors import ConfigError
 from trainer.models import family, mdeq
 from trainer.reporting import flops
 
@@ -248,21 +248,14 @@ def test_gradients_of_a_net_are_those_of_unrolled_steps(gradient, solver):
     ({"model.jacobian_share": 0.0}, "config.model.jacobian_share must be in (0, 1]"),
     ({"data.image_size": 17}, "config.data.image_size has 17 pixels, which the lowest resolution"),
     (
-      {"model.variant": "small", "data.eval_image_size": 40},
+      {"model.variant": "small", "data.image_size": 32, "data.eval_image_size": 40},
       "config.data.eval_image_size has 40 pixels, which the lowest resolution of config.model.var",
     ),
     ({"model.bn_group": "3"}, "config.model.bn_group is 3, which does not divide the 8 examples"),
   ],
 )
 def test_what_cannot_be_is_refused(fields, message):
-  config = tiny.get_config("mdeq")
-  if fields.get("model.variant") == "small":
-    config.data.image_size = 32
-  config.update_from_flattened_dict(fields)
-  with pytest.raises(ConfigError) as error:
-    config_lib.validate(config)
-    config_lib.check_split(config, num_devices=1)
-  assert message in str(error.value) and "\n" not in str(error.value)
+  assert_refused("mdeq", fields, message)
 
 
 def test_description():

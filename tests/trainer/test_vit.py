@@ -13,6 +13,7 @@ import pytest
 
 from configs import base
 from tests.trainer import tiny
+from tests.trainer.shared import assert_refused
 from tests.trainer.test_start import begin, flat
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
@@ -270,11 +271,7 @@ def test_parameters_shard_and_only_kernels_decay():
   ],
 )
 def test_what_cannot_be_is_refused(fields, message):
-  config = tiny.get_config("vit")
-  config.update_from_flattened_dict(fields)
-  with pytest.raises(ConfigError) as error:
-    config_lib.validate(config)
-  assert message in str(error.value) and "\n" not in str(error.value)
+  assert_refused("vit", fields, message)
 
 
 def test_images_of_another_size_than_the_patches_are_refused():

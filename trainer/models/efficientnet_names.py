@@ -6,7 +6,16 @@ from typing import NamedTuple
 
 from trainer.models.names import BLOCK, KINDS
 
-# timm's EfficientNet; its blocks of each kind name their layers in their own way.
+
+class _Layer(NamedTuple):
+  """What a layer of a block is called: here, by timm, by torchvision."""
+
+  own: str
+  timm: str
+  torchvision: str
+
+
+# Layers outside of blocks: ours, timm's.
 _ENDS = {
   "stem_conv": "conv_stem",
   "stem_bn": "bn1",
@@ -14,31 +23,37 @@ _ENDS = {
   "head_bn": "bn2",
   "head": "classifier",
 }
-# (fused, expands): ours, theirs.
-_INVERTED: Mapping[tuple[bool, bool], dict[str, str]] = {
-  (False, True): {
-    "expand_conv": "conv_pw",
-    "expand_bn": "bn1",
-    "depthwise_conv": "conv_dw",
-    "depthwise_bn": "bn2",
-    "project_conv": "conv_pwl",
-    "project_bn": "bn3",
-  },
-  (False, False): {
-    "depthwise_conv": "conv_dw",
-    "depthwise_bn": "bn1",
-    "project_conv": "conv_pw",
-    "project_bn": "bn2",
-  },
-  (True, True): {
-    "expand_conv": "conv_exp",
-    "expand_bn": "bn1",
-    "project_conv": "conv_pwl",
-    "project_bn": "bn2",
-  },
-  (True, False): {"project_conv": "conv", "project_bn": "bn1"},
+# By (fused, expands).
+_BLOCKS: Mapping[tuple[bool, bool], tuple[_Layer, ...]] = {
+  (False, True): (
+    _Layer("expand_conv", "conv_pw", "0.0"),
+    _Layer("expand_bn", "bn1", "0.1"),
+    _Layer("depthwise_conv", "conv_dw", "1.0"),
+    _Layer("depthwise_bn", "bn2", "1.1"),
+    _Layer("se_reduce", "se.conv_reduce", "2.fc1"),
+    _Layer("se_expand", "se.conv_expand", "2.fc2"),
+    _Layer("project_conv", "conv_pwl", "3.0"),
+    _Layer("project_bn", "bn3", "3.1"),
+  ),
+  (False, False): (
+    _Layer("depthwise_conv", "conv_dw", "0.0"),
+    _Layer("depthwise_bn", "bn1", "0.1"),
+    _Layer("se_reduce", "se.conv_reduce", "1.fc1"),
+    _Layer("se_expand", "se.conv_expand", "1.fc2"),
+    _Layer("project_conv", "conv_pw", "2.0"),
+    _Layer("project_bn", "bn2", "2.1"),
+  ),
+  (True, True): (
+    _Layer("expand_conv", "conv_exp", "0.0"),
+    _Layer("expand_bn", "bn1", "0.1"),
+    _Layer("project_conv", "conv_pwl", "1.0"),
+    _Layer("project_bn", "bn2", "1.1"),
+  ),
+  (True, False): (
+    _Layer("project_conv", "conv", "0.0"),
+    _Layer("project_bn", "bn1", "0.1"),
+  ),
 }
-_EXCITE = {"se_reduce": "se.conv_reduce", "se_expand": "se.conv_expand"}
 
 
 def torch_name(leaf: str, stages: Sequence[tuple[bool, bool]]) -> str:
@@ -52,8 +67,8 @@ def torch_name(leaf: str, stages: Sequence[tuple[bool, bool]]) -> str:
   end = KINDS.get(kind, kind)
   if match := re.fullmatch(BLOCK + r"/(?P<layer>\w+)", module):
     stage, block = int(match["stage"]) - 1, int(match["block"]) - 1
-    layer = (_INVERTED[stages[stage]] | _EXCITE)[match["layer"]]
-    return f"blocks.{stage}.{block}.{layer}.{end}"
+    layer = next(row for row in _BLOCKS[stages[stage]] if row.own == match["layer"])
+    return f"blocks.{stage}.{block}.{layer.timm}.{end}"
   return f"{_ENDS[module]}.{end}"
 
 
@@ -87,29 +102,6 @@ _LIBRARIES: Mapping[str, _Spelling] = {
     ("features.0.0", "features.0.1", "features.{}.0", "features.{}.1", "classifier.1"),
   ),
 }
-# The layers of a block, for each kind of block, as timm and as torchvision call them.
-_LAYERS: tuple[Mapping[str, str], ...] = (
-  {"conv": "0.0", "bn1": "0.1"},
-  {"conv_exp": "0.0", "bn1": "0.1", "conv_pwl": "1.0", "bn2": "1.1"},
-  {
-    "conv_dw": "0.0",
-    "bn1": "0.1",
-    "se.conv_reduce": "1.fc1",
-    "se.conv_expand": "1.fc2",
-    "conv_pw": "2.0",
-    "bn2": "2.1",
-  },
-  {
-    "conv_pw": "0.0",
-    "bn1": "0.1",
-    "conv_dw": "1.0",
-    "bn2": "1.1",
-    "se.conv_reduce": "2.fc1",
-    "se.conv_expand": "2.fc2",
-    "conv_pwl": "3.0",
-    "bn3": "3.1",
-  },
-)
 
 
 def respelt(names: Iterable[str], library: str) -> dict[str, str]:
@@ -152,8 +144,9 @@ def respelt(names: Iterable[str], library: str) -> dict[str, str]:
 
 def _layers(found: set[str], of_timm: bool) -> Mapping[str, str]:
   """Return what the layers of a block are called elsewhere; nothing if they are of no block."""
-  for kind in _LAYERS:
-    layers = kind if of_timm else {theirs: ours for ours, theirs in kind.items()}
+  for rows in _BLOCKS.values():
+    pairs = {row.timm: row.torchvision for row in rows}
+    layers = pairs if of_timm else {theirs: ours for ours, theirs in pairs.items()}
     if layers.keys() == found:
       return layers
   return {}

@@ -29,12 +29,18 @@ class Looks(NamedTuple):
   """What a state dict looks like.
 
   Attributes:
-    name: of the net, as torchvision or timm have it, or words.
+    name: of the net, as torchvision or timm have it, or words; "" if it is nothing known.
     depth: layers, where that is a field of the net and they are known.
+    classes: length of the logits, if they are known; a family leaves them out.
   """
 
-  name: str
+  name: str = ""
   depth: int | None = None
+  classes: int | None = None
+
+  def __str__(self) -> str:
+    name = self.name or "no net of this family"
+    return name + (f" with {self.classes:,} classes" if self.classes else "")
 
 
 def torch_name(leaf: str, table: Table, **more: Any) -> str:

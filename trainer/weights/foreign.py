@@ -223,35 +223,15 @@ def _check_values(leaf: str, name: str, tensor: np.ndarray, counts: bool) -> Non
     raise WeightsError(f"holds negative variances in {name!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Guess:
-  """What a state dict looks like.
-
-  Attributes:
-    name: as torchvision or timm name it, or words; "" if it is nothing known.
-    depth: layers, if they are known.
-    classes: length of the logits, if they are known.
-  """
-
-  name: str = ""
-  depth: int | None = None
-  classes: int | None = None
-
-  def __str__(self) -> str:
-    name = self.name or "no net of this family"
-    return name + (f" with {self.classes:,} classes" if self.classes else "")
-
-
-def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess:
+def guess(shapes: Mapping[str, tuple[int, ...]]) -> names.Looks:
   """Return what a state dict looks like, by names and shapes.
 
   Args:
     shapes: of each tensor, in torch's layout, by the names of Family.torch_name.
   """
-  looks = (family.guess(shapes) for family in _families())
-  name, depth = next(filter(None, looks), names.Looks(""))
+  looks = next(filter(None, (family.guess(shapes) for family in _families())), names.Looks())
   head = next((shapes[name] for name in _HEADS if name in shapes), ())
-  return Guess(name, depth, head[0] if head else None)
+  return looks._replace(classes=head[0] if head else None)
 
 
 @functools.cache

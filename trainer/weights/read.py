@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from trainer.errors import ConfigError
+from trainer.models import names
 from trainer.weights import about as about_lib
 from trainer.weights import foreign, run_folder, safetensors, torch_file
 from trainer.weights import net as net_lib
@@ -46,7 +47,7 @@ class Loaded:
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
-  def guess(self) -> foreign.Guess:
+  def guess(self) -> names.Looks:
     """What the names and shapes look like."""
     return foreign.guess({name: tensor.shape for name, tensor in self.tensors.items()})
 
@@ -239,7 +240,7 @@ def misfit(
   )
 
 
-def _advice(guess: foreign.Guess, net: net_lib.Net, any_head: bool) -> str:
+def _advice(guess: names.Looks, net: net_lib.Net, any_head: bool) -> str:
   """Return what the weights look like, and which fields would make their model."""
   model, fields = net.config.model, []
   if guess.depth and "depth" in model and guess.depth != model.depth:
