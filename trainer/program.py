@@ -137,6 +137,8 @@ class Program:
     with contextlib.ExitStack() as context:
       if self.config.model.precision != "default":  # else JAX_DEFAULT_MATMUL_PRECISION may say
         context.enter_context(jax.default_matmul_precision(self.config.model.precision))
+      if self.mesh.shape["space"] > 1:  # convolutions ask for it, see trainer/models/convolution.py
+        context.enter_context(jax.set_mesh(self.mesh))
       return self._lower(mode, image_size, batch_size)
 
   def _lower(self, mode: Mode, image_size: int, batch_size: int) -> jax.stages.Lowered:

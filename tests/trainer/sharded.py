@@ -12,6 +12,7 @@ import tempfile
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,6 +22,7 @@ from trainer import evaluate
 from trainer import mesh as mesh_lib
 from trainer import optimizer as optimizer_lib
 from trainer import program as program_lib
+from trainer.models import convolution
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.step import metric_names
@@ -243,18 +245,51 @@ def update_in_shards():
   return seen
 
 
+def thin_maps():
+  """Return {parts of the height: largest error} of convolutions down to maps of a single row.
+
+  Two of them read each map, with kernels that are computed.
+  """
+  rng = np.random.default_rng(0)
+  args = [rng.normal(size=shape) for shape in ((8, 8, 8, 4), (6, 2, 3, 3, 4, 4), (4,))]
+
+  def value(x, kernels, gain):
+    for i, (one, other) in enumerate(kernels):
+      x, stride, around = jnp.tanh(x), 2 - i % 2, [(1, 1), (1, 1)]
+      x = convolution.convolve(x, one * gain, stride, around) + convolution.dense(
+        x, other * gain, (stride, stride), around, dimension_numbers=("NHWC", "HWIO", "NHWC")
+      )
+    return jnp.sum(jnp.sin(x))
+
+  gradients = jax.value_and_grad(value, (0, 1, 2))
+  expected, errors = jax.tree.leaves(jax.jit(gradients)(*args)), {}
+  for space in (2, 4):
+    mesh = mesh_lib.make_mesh(make_config("float64", {"mesh.space": space}).mesh)
+    whole = mesh_lib.replicated(mesh)
+    shardings = (mesh_lib.batch_sharding(mesh, 4), whole, whole)
+    with jax.set_mesh(mesh):
+      found = jax.jit(gradients, in_shardings=shardings, out_shardings=whole)(*args)
+    errors[space] = max(
+      float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+      for a, b in zip(map(np.asarray, jax.tree.leaves(found)), expected, strict=True)
+    )
+  return errors
+
+
 def main(dtype, *families):
   if families[0] == "hosts":
     _, port, process = families
     families = families[:1]
     jax.distributed.initialize(f"localhost:{port}", 2, int(process), heartbeat_timeout_seconds=30)
+  others = {
+    "checkpoint": lambda: move_checkpoints(dtype),
+    "optimizers": update_in_shards,
+    "thin": thin_maps,
+  }
   seen = {}
   for family in families:
-    if family == "checkpoint":
-      seen[family] = move_checkpoints(dtype)
-      continue
-    if family == "optimizers":
-      seen[family] = update_in_shards()
+    if family in others:
+      seen[family] = others[family]()
       continue
     host_state, seen[family] = None, {}
     for name, (num_devices, overrides) in FAMILIES[family].items():

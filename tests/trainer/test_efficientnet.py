@@ -262,19 +262,3 @@ def test_images_are_not_split_in_a_net_with_groups(family, fields):
   with pytest.raises(ConfigError, match=r"set config\.mesh\.space to 1") as error:
     config_lib.validate(config)
   assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-  "family, shrinks", [("resnet", 32), ("nf_resnet", 32), ("cifar_resnet", 4), ("mdeq", 2)]
-)
-def test_images_are_not_split_into_single_rows(family, shrinks):
-  config = tiny.get_config(family)
-  config.mesh.space = 2
-  config.data.image_size = config.data.eval_image_size = 4 * shrinks
-  config_lib.validate(config)
-  config.data.image_size = 2 * shrinks
-  with pytest.raises(
-    ConfigError, match=r"config\.data\.image_size is \d+, which leaves 2 rows"
-  ) as error:
-    config_lib.validate(config)
-  assert "\n" not in str(error.value)

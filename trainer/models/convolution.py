@@ -1,4 +1,10 @@
-"""A convolution whose gradient is fast on a CPU, in loops and with groups of channels.
+"""Convolutions of maps that are too thin to be split, and gradients that are fast on a CPU.
+
+Where the height of images is split over the axis `space` of the mesh in context, a map that has no
+more rows than the axis has devices is whole on each of them. Split, it would be convolved wrongly
+by XLA (of jax 0.10.2), whose partitioner then splits the rows of kernels that a step computes, by a
+cast to bfloat16 as well as by standardisation. Gradients are wrong with any kernels where two
+convolutions read the same map.
 
 XLA's compiler for CPUs (jax 0.10.2) has a fast implementation of dense convolutions, for one order
 of axes. It brings others into that order, but only outside of loops: the two of a gradient took 30
@@ -12,11 +18,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
 _Pads = tuple[tuple[int, int], ...]
 _Pair = tuple[jax.Array, jax.Array]
+
+
+def dense(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any
+) -> jax.Array:
+  """Return `jax.lax.conv_general_dilated` of x [N, H, W, I], for the layers of an nnx.Conv."""
+  rows = -(-x.shape[1] // strides[0])
+  x = _whole_if_thin(x, rows)
+  y = jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+  return _whole_if_thin(y, rows)
+
+
+def _whole_if_thin(x: jax.Array, rows: int) -> jax.Array:
+  """Return x [N, H, W, C], whole along H if the smaller maps of a convolution have so few rows."""
+  mesh = jax.sharding.get_abstract_mesh()
+  space = mesh.shape["space"] if "space" in mesh.auto_axes else 1
+  if space == 1 or rows > space:
+    return x
+  free = P.UNCONSTRAINED
+  return jax.lax.with_sharding_constraint(x, P(free, None, free, free))
 
 
 def convolve(
@@ -39,7 +66,9 @@ def convolve(
   """
   if isinstance(padding, str):
     padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride,) * 2, padding)
-  return _convolve(x, kernel, stride, tuple((before, behind) for before, behind in padding), groups)
+  pads = tuple((before, behind) for before, behind in padding)
+  rows = -(-x.shape[1] // stride)
+  return _whole_if_thin(_convolve(_whole_if_thin(x, rows), kernel, stride, pads, groups), rows)
 
 
 def for_conv(

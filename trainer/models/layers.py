@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from trainer.models import convolution
 from trainer.models.norm import BatchNorm
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -113,6 +114,7 @@ class Layers:
       param_dtype=self.param_dtype,
       rngs=self.rngs,
       kernel_init=nnx.initializers.zeros_init() if zero else _KERNEL_INIT,
+      conv_general_dilated=convolution.dense,
     )
 
   def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:
@@ -188,30 +190,6 @@ def layer_norm(
   return nnx.LayerNorm(
     channels, epsilon=epsilon, use_fast_variance=False, dtype=wide, param_dtype=wide, rngs=rngs
   )
-
-
-def refuse_thin(name: str, size: int, space: int, shrinks: int) -> None:
-  """Refuse to split images whose smallest maps leave one row, or none, to a device.
-
-  Where the batch is split too, XLA (of jax 0.10.2) then splits the rows of kernels that a step
-  computes, by a cast to bfloat16 as well as by standardisation, and convolves with the wrong ones.
-
-  Args:
-    name: of the field that has the size.
-    size: of images.
-    space: `config.mesh.space`.
-    shrinks: the size over that of the smallest maps.
-
-  Raises:
-    ValueError: one sentence that begins with the name.
-  """
-  rows = -(-size // shrinks)
-  if space > 1 and rows <= space:
-    raise ValueError(
-      f"{name} is {size}, which leaves {rows} rows of the smallest maps to config.mesh.space = "
-      f"{space}, and of single rows the compiler has wrong convolutions; take images of "
-      f"{shrinks * space + 1} pixels or more, or set config.mesh.space to 1."
-    )
 
 
 class BlurredConv(nnx.Conv):

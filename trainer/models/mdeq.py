@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from configs.fields import Fields
 from trainer.models import equilibrium, norm
-from trainer.models.convolution import convolve
+from trainer.models.convolution import convolve, dense
 from trainer.models.equilibrium import Solution, Solver, State
 from trainer.models.family import ENDLESS, AuxiliaryLoss, Family, Metric, StepsTaken, sow
-from trainer.models.layers import Layers, refuse_thin, scaled
+from trainer.models.layers import Layers, scaled
 from trainer.models.mdeq_fields import MDEQ as FIELDS
 from trainer.models.mdeq_fields import VARIANTS
 
@@ -56,6 +56,7 @@ class _Layers(Layers):
       rngs=self.rngs,
       kernel_init=_SMALL,
       bias_init=_SMALL,
+      conv_general_dilated=dense,
     )
 
   def plain_norm(self, channels: int) -> norm.BatchNorm:
@@ -273,7 +274,8 @@ class MDEQ(Family):
 
   @classmethod
   def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse sizes that resolutions do not divide, or too small to split; see Family."""
+    """Refuse sizes that the resolutions do not divide; see Family."""
+    del space
     variant = VARIANTS[fields["variant"]]
     step = 2 ** (variant.halvings + len(variant.channels) - 1)
     if size % step:
@@ -282,7 +284,6 @@ class MDEQ(Family):
         f"{fields['variant']!r}, 1/{step} of it, does not divide; the nearest that fits is "
         f"{max(1, round(size / step)) * step}."
       )
-    refuse_thin(name, size, space, step)
 
   @classmethod
   def check_split(cls, fields: Mapping[str, Any], *, examples: int, shards: int) -> None:

@@ -25,15 +25,7 @@ import numpy as np
 from configs.fields import Fields
 from trainer.models import names, staged
 from trainer.models.convolution import convolve
-from trainer.models.layers import (
-  ACTIVATIONS,
-  Layers,
-  halve,
-  max_pool,
-  refuse_split,
-  refuse_thin,
-  scaled,
-)
+from trainer.models.layers import ACTIVATIONS, Layers, halve, max_pool, refuse_split, scaled
 from trainer.models.nfnet_fields import NF_RESNET, NFNET
 from trainer.models.resnet import STAGES
 from trainer.models.stack import Paths
@@ -435,12 +427,6 @@ class NFResNet(_NormFree):
   FIELDS: ClassVar[Fields] = NF_RESNET
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 26, "width": 0.125}
   TITLE = "NF-ResNet"
-
-  @classmethod
-  def check_image(cls, fields: Mapping[str, Any], *, name: str, size: int, space: int) -> None:
-    """Refuse to split images that are too small for it; see Family."""
-    del fields
-    refuse_thin(name, size, space, 32)
 
   def _build_stem(self, fields: Mapping[str, Any], layers: _Layers) -> int:
     self.pads_same = fields["padding"] == "same"

@@ -21,14 +21,7 @@ import jax
 from configs.fields import Fields
 from trainer.models import names, norm, resnet_fields, resnet_names, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import (
-  Layers,
-  conv_of_row_pairs,
-  max_pool,
-  refuse_split,
-  refuse_thin,
-  scaled,
-)
+from trainer.models.layers import Layers, conv_of_row_pairs, max_pool, refuse_split, scaled
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -61,14 +54,12 @@ class _Trunk(staged.Staged):
     TITLE: name of the family, before the depth.
     CHANNELS: of each stage; the stem has those of the first.
     STEM: kernel size and stride of the first convolution.
-    SHRINKS: height and width of images over those of the smallest maps.
   """
 
   CONVOLUTIONS = r".*\.se\.fc[12]\.weight|head\.fc\.weight"
   TITLE: ClassVar[str]
   CHANNELS: ClassVar[tuple[int, ...]]
   STEM: ClassVar[tuple[int, int]]
-  SHRINKS: ClassVar[int]
 
   @staticmethod
   @abc.abstractmethod
@@ -123,7 +114,6 @@ class _Trunk(staged.Staged):
     """Refuse to split some images, and pairs of rows of an odd number; see Family."""
     if fields["groups"] > 1:
       refuse_split(name, size, space)
-    refuse_thin(name, size, space, cls.SHRINKS)
     if fields["row_pairs"] and space > 1:
       raise ValueError(
         f"{name} is {size}, whose height config.mesh.space = {space} would split, and "
@@ -248,7 +238,6 @@ class ResNet(_Trunk):
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 18, "width": 0.125}
   TITLE = "ResNet"
   CHANNELS = (64, 128, 256, 512)
-  SHRINKS = 32
   STEM = (7, 2)
 
   @staticmethod
@@ -341,7 +330,6 @@ class CifarResNet(_Trunk):
   TRIAL: ClassVar[Mapping[str, Any]] = {"depth": 8, "width": 0.25}
   TITLE = "CIFAR ResNet"
   CHANNELS = (16, 32, 64)
-  SHRINKS = 4
   STEM = (3, 1)
 
   @staticmethod
