@@ -261,8 +261,8 @@ def test_a_net_with_a_loop_becomes_stablehlo_and_is_refused_as_onnx(tmp_path):
 
 # Each part of the family that makes operations of its own.
 GRAPHS = {
-  "projection": ("cifar_resnet", {}),
-  "zeros": ("cifar_resnet", {"shortcut": "pad"}),
+  "projection": ("cifar_resnet", {"depth": 8, "width": 0.5}),
+  "zeros": ("cifar_resnet", {"depth": 8, "width": 0.5, "shortcut": "pad"}),
   "max-pool": ("resnet", {"depth": 18, "width": 0.125}),
   "deep, pool, SE, blur": (
     "resnet",
@@ -270,18 +270,22 @@ GRAPHS = {
     | {"blurpool": "all"},
   ),
   "preact, groups": ("resnet", {"depth": 50, "width": 0.125, "preact": True, "groups": 4}),
+  "layer norm, depthwise": ("convnext", {"width": 1 / 24, "repeats": 0.34}),
 }
 
 
 class TestGraphs:
   @pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
-  @pytest.mark.parametrize("name", GRAPHS)
+  @pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (f == "convnext")) for n, (f, _) in GRAPHS.items()],
+  )
   def test_agrees(self, name, kind, tmp_path):
     for needed in export._NEEDED[kind]:
       pytest.importorskip(needed, reason=f"{needed} comes with [export]")
     family, fields = GRAPHS[name]
     config = base.get_config(family)
-    config.model.update({"depth": 8, "width": 0.5} | fields)
+    config.model.update(fields)
     config.model.num_classes, config.data.eval_image_size = 10, 32
     net = net_lib.build(config)
     path = tmp_path / "weights.safetensors"
