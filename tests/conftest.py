@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from tests import quickly
+
 # In the environment, because child processes must see it, and before anything imports jax. Workers
 # of xdist inherit it.
 _cache = None
@@ -19,9 +21,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     {
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": _cache.name,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-      # Half of the time to compile. The nets of the tests are so small that they run no slower.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "XLA_FLAGS": quickly.XLA_FLAGS,
     }
   )
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import requests
 
+from tests import quickly
 from tests.launch.fake_cloud import Cloud
 from tests.trainer import bucket_server, shared, tiny
 
@@ -24,8 +25,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 ZONE = "us-central2-b"
 LIMIT = 900  # seconds for anything; nothing of it takes a tenth of that on an unloaded machine
 NAME = "run"
-
-XLA_FLAGS = "--xla_backend_optimization_level=0"  # compiles in a third of the time
 
 needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 
@@ -166,7 +165,7 @@ def bed(folder: pathlib.Path) -> Iterator[Bed]:
     }
     shared = ("JAX_COMPILATION", "JAX_PERSISTENT")
     compiled = {name: value for name, value in os.environ.items() if name.startswith(shared)}
-    flags = {"XLA_FLAGS": XLA_FLAGS, "TMPDIR": str(folder)}
+    flags = {"XLA_FLAGS": quickly.XLA_FLAGS, "TMPDIR": str(folder)}
     with Cloud(folder / "cloud", storage | compiled | flags) as cloud:
       me = {"USER": "me", "LOGNAME": "me"}
       made = Bed(cloud, bucket, os.environ | cloud.environment | storage | me)

@@ -53,7 +53,6 @@ def undisturbed(tmp_path_factory):
   """Returns the final fingerprints of LONG undisturbed steps on two hosts, without a launcher."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   words = [word for word in up(steps=LONG) if word.startswith("--config")]
-  flags = {"XLA_FLAGS": lives.XLA_FLAGS}
   subprocess.run(
     [
       sys.executable,
@@ -68,7 +67,7 @@ def undisturbed(tmp_path_factory):
       *words,
     ],
     check=True,
-    env=os.environ | flags,
+    env=os.environ,
     cwd=lives.ROOT,
     stdout=subprocess.DEVNULL,
   )

@@ -16,17 +16,16 @@ from unittest import mock
 import psutil
 import pytest
 
+from tests import quickly
 from tests.trainer import tiny
 from trainer import command_line
 from trainer import config as config_lib
 from trainer.errors import ConfigError
 
 TINY = pathlib.Path(tiny.__file__)
-# Compiled without optimisation: compiling is most of the time of these runs, and nothing in them
-# depends on it.
-ENVIRONMENT = os.environ | {
-  "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-}
+# With the flags of the tests outside pytest too. They are part of the key of a compiled program:
+# whoever adds to them compiles anew what another test has compiled.
+ENVIRONMENT = {"XLA_FLAGS": quickly.XLA_FLAGS} | os.environ
 
 
 def fingerprints(workdir, step):

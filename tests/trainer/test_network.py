@@ -76,7 +76,6 @@ def test_a_cut_cable_ends_both_hosts(tmp_path, namespaces):
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(host),
         "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
       }
       with open(logs[host], "w") as log:
         processes.append(

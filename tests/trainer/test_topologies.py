@@ -45,10 +45,7 @@ def trace(folder, shards, hosts, devices, overrides, dtype, steps, family):
     "--config.optimizer.lr_per_256=0.5",
     *[f"--config.{override}" for override in overrides],
   ]
-  environment = os.environ | {
-    "JAX_ENABLE_X64": str(int(dtype == "float64")),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }
+  environment = os.environ | {"JAX_ENABLE_X64": str(int(dtype == "float64"))}
   result = subprocess.run(
     command,
     stdout=subprocess.PIPE,
