@@ -8,15 +8,20 @@ import sys
 import time
 from typing import Protocol
 
+from absl import logging
 import grain
 import ml_collections
 import numpy as np
 
-from input_pipeline.errors import InputLost
+from input_pipeline.errors import InputLost, Stopped
 from input_pipeline.rows import Batch, Made, Rows
 from input_pipeline.workers.pool import Pool, Replacements
 from input_pipeline.workers.threads import CLOSE_SECONDS, Threads
 
+# How long a batch is waited for once the process was asked to stop: of a machine that is taken away
+# in half a minute, the rest is for the save.
+STOP_SECONDS = 3.0
+_POLL_SECONDS = 0.25
 _SLOTS_IN_FLIGHT = 6  # tasks of a process being written, waiting to be fetched, and in use
 
 
@@ -180,23 +185,41 @@ def substituted(
   count: float,
   empty: Callable[[int], Batch],
   fail: Callable[[int, Exception], None],
+  stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
   """Yield batches; from one that fails on empty ones, so that this host can take part in steps.
+
+  After a request to stop, a batch that does not come within `STOP_SECONDS` fails with `Stopped`.
 
   Args:
     batches: of this host.
     count: how many batches all hosts have.
     empty: returns an empty batch in place of one of this number.
     fail: called with the number of the batch that failed, and with the error.
+    stop: whether the process is asked to stop; polled by the thread that waits for a batch.
   """
   number = 0
+  thread, following = Threads(1, "input"), functools.partial(next, iter(batches), None)
   try:
-    for batch in batches:
+    while (batch := _unless_stopped(thread.submit(following), stop)) is not None:
       yield batch
       number += 1
     return
   except Exception as error:  # of the input, of memory, of a library
     fail(number, error)
+  finally:
+    thread.close()
   while number < count:
     yield empty(number)
     number += 1
+
+
+def _unless_stopped(future: futures.Future[Batch | None], stop: Callable[[], bool]) -> Batch | None:
+  """Return a result; raise Stopped if it has not come within STOP_SECONDS of a request to stop."""
+  waited = 0.0
+  while not futures.wait([future], _POLL_SECONDS).done:
+    waited += _POLL_SECONDS if stop() else 0.0
+    if waited >= STOP_SECONDS:
+      logging.warning("No batch has come for %g s; stopping without it.", STOP_SECONDS)
+      raise Stopped
+  return future.result()

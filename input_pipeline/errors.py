@@ -17,6 +17,10 @@ class UnusableData(DataError):
   """The data as they are cannot be used; a rerun meets the same."""
 
 
+class Stopped(Exception):
+  """What was waited for is not needed any more: the process was asked to stop."""
+
+
 class BadRecordError(Exception):
   """One record cannot be read or is no image; the text is the reason. Other records are usable."""
 

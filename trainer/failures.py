@@ -10,7 +10,7 @@ from typing import Any
 from absl import logging
 import jax
 
-from input_pipeline.errors import DataError, UnusableData, first_line, one_line
+from input_pipeline.errors import DataError, Stopped, UnusableData, first_line, one_line
 from trainer.errors import FAILED, HOST_LOST, CheckpointError, RunFailed, StorageError, TrainerError
 from trainer.run import Run
 from trainer.workdir.files import write_json
@@ -52,7 +52,7 @@ def evaluation_failed(run: Run) -> RunFailed | None:
 def _agreed(run: Run) -> tuple[int, str] | None:
   """Return the exit code and what has failed, the same on all hosts; note it for later starts."""
   mine = None
-  if run.requests.failure:
+  if run.requests.failure and not isinstance(run.requests.failure[1], Stopped):
     step, error = run.requests.failure
     bug = not isinstance(error, (DataError, TrainerError, MemoryError))
     if bug or run.pod.hosts > 1:  # of a single host the sentence at the end has it all

@@ -27,6 +27,7 @@ from trainer import mesh as mesh_lib
 from trainer import program as program_lib
 from trainer.checks import Checks
 from trainer.errors import ConfigError, Preempted
+from trainer.pod import preemption
 from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, Requests
 from trainer.program import Program, Steps
@@ -43,6 +44,7 @@ from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.files import read_json, write_json
 from trainer.workdir.paths import Workdir
 
+STOPPED_EARLY = "Stopped before the first step of this process; nothing is lost."
 _NAMES = 16  # images of a split whose names are compared with those that ReaL labels are for
 
 
@@ -232,7 +234,7 @@ class Run:
   def compile(self, exits: contextlib.ExitStack) -> None:
     """Compile the training step, begin with the evaluation step, make the state of a new run."""
     if self.pod.agree("compile", self.stop()):
-      raise Preempted("Stopped before the first step of this process; nothing is lost.")
+      raise Preempted(STOPPED_EARLY)
     before = self.clock.read()["compile"]
     exits.callback(self.steps.close)
     with self.clock("compile"), SCREEN.doing("compiling the training step"):
@@ -302,6 +304,7 @@ class Run:
         "train", self.pod.hosts, **self.program.sizes_at(first + n)
       ),
       lambda n, error: self.requests.fail(first + n + 1, error),
+      preemption.requested,
     )
     self.batches = mesh_lib.prefetch(self.mesh, batches, program_lib.BATCHES["train"])
     exits.callback(self.batches.close)
@@ -459,6 +462,7 @@ class Run:
       count,
       lambda n: self.program.empty_batch(mode, self.pod.hosts, **sizes),
       lambda n, error: self.requests.fail(None, error),
+      preemption.requested,
     )
 
   def _one_pass(self, source: sources.Source, numbers: bool = False) -> loader.BatchIterator:

@@ -24,7 +24,7 @@ from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, SAVE, STOP
 from trainer.reporting import environment, overview, report, screen, wandb_writer
 from trainer.reporting.clock import WallClock
-from trainer.run import Opened, Run
+from trainer.run import STOPPED_EARLY, Opened, Run
 from trainer.weights import teacher as teacher_lib
 from trainer.workdir import storage
 from trainer.workdir.files import open_workdir, read_json, write_json
@@ -61,24 +61,26 @@ def train(
   """
   clock = WallClock()
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
-    _check_wandb(config, pod)
-    config = data_lib.with_classes(config)
-    opened = _open(config, workdir, pod)
-    shown = _show(opened, verbose) if pod.host == 0 else ""
-    run = Run(config, opened, pod, clock, stop)
-    run.own_workdir(exits)
-    run.restore()
-    exits.callback(run.checkpointer.close)
-    run.check_data()
-    run.read_start()
-    run.read_real_labels()
+    with preemption.at_once(STOPPED_EARLY):
+      _check_wandb(config, pod)
+      config = data_lib.with_classes(config)
+      opened = _open(config, workdir, pod)
+      shown = _show(opened, verbose) if pod.host == 0 else ""
+      run = Run(config, opened, pod, clock, stop)
+      run.own_workdir(exits)
+      run.restore()
+      exits.callback(run.checkpointer.close)
+      run.check_data()
+      run.read_start()
+      run.read_real_labels()
     if final := _already_finished(run):
       return final
     # Of a run that has been accepted; a refused start leaves the workdir of another as it was.
     exits.enter_context(environment.failure_kept(run.workdir))
     _keep(opened, shown)
     run.compile(exits)
-    run.start_input(exits)
+    with preemption.at_once(STOPPED_EARLY):
+      run.start_input(exits)
     return _finish(run, _loop(run))
 
 
@@ -140,17 +142,18 @@ def evaluate_only(
     TrainerError: as `train` does, and if there is no checkpoint.
   """
   with _in_sight(stop) as stop, join_pod(config, stop) as pod, contextlib.ExitStack() as exits:
-    config = data_lib.with_classes(config)
-    opened = _open(config, workdir, pod, evaluation=True)
-    run = Run(config, opened, pod, WallClock(), stop)
-    run.restore(checkpoint)
-    run.checkpointer.close()
-    if not run.restored:
-      raise CheckpointError(
-        f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir."
-      )
-    run.match_labels()
-    run.read_real_labels()
+    with preemption.at_once("Stopped before the evaluation; nothing is lost."):
+      config = data_lib.with_classes(config)
+      opened = _open(config, workdir, pod, evaluation=True)
+      run = Run(config, opened, pod, WallClock(), stop)
+      run.restore(checkpoint)
+      run.checkpointer.close()
+      if not run.restored:
+        raise CheckpointError(
+          f"{workdir} holds no checkpoint to evaluate; train first, or check --workdir."
+        )
+      run.match_labels()
+      run.read_real_labels()
     exits.callback(run.steps.close)
     result = run.evaluate()
     if result is None:

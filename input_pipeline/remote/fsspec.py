@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from input_pipeline.errors import DataError, InputLost, first_line
+from input_pipeline.errors import DataError, InputLost, Stopped, first_line
 from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
@@ -23,10 +23,6 @@ _FIRST_PAUSE = 0.5  # seconds; doubled before each further try
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-
-
-class Stopped(Exception):
-  """Raised by `retried` if it is asked to stop."""
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

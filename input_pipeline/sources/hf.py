@@ -6,7 +6,6 @@ in one request.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
 import copy
 import functools
 import hashlib
@@ -23,6 +22,7 @@ from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
 from input_pipeline.sources import hf_stream, layout, parquet, parquet_files, splits
 from input_pipeline.sources.base import Plan, Reader, Source
+from input_pipeline.workers.threads import Threads
 
 _FOOTER_THREADS = 32
 
@@ -300,8 +300,13 @@ def _read_column(url: str, footer: tuple[int, Any], column: str) -> list[Any]:
 
 
 def _read_footers(urls: Sequence[str]) -> list[tuple[int, Any]]:
-  with futures.ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-    return list(pool.map(_read_footer, urls))
+  # Not an executor, whose end would wait for servers that do not answer.
+  threads = Threads(min(_FOOTER_THREADS, len(urls)), "footers")
+  try:
+    footers = [threads.submit(functools.partial(_read_footer, url)) for url in urls]
+    return [footer.result() for footer in footers]
+  finally:
+    threads.close()
 
 
 def _read_footer(url: str) -> tuple[int, Any]:

@@ -72,7 +72,7 @@ def test_progress_interrupts_and_a_second_run(kernel, tmp_path):
   assert "This run:" in output and "step 10/10" in output and "Done: top1" in output
 
   # During compilation: the process lives, nothing is lost, and the same cell runs to its end.
-  output, raised = kernel.run(cell("compile", 11), "This run:")
+  output, raised = kernel.run(cell("compile", 11), "Compiling the training step")
   assert raised == "Preempted" and "SIGINT: stopping after" in output, output
   output, raised = kernel.run(f"{cell('compile', 11)}\nprint('step', final['step'])")
   assert not raised and output.rstrip().endswith("step 11"), output
