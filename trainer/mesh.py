@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 import concurrent.futures
 import itertools
 import math
+import os
 import re
 
 import jax
@@ -18,12 +19,31 @@ from jax.sharding import PartitionSpec as P
 import ml_collections
 import numpy as np
 
+from input_pipeline.errors import first_line
 from trainer import config as config_lib
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, NoDevices
 from trainer.models import packing
 from trainer.state import Tree, path_name
 
 BATCH_AXES = ("data", "fsdp")
+
+
+def device_count() -> int:
+  """Return the number of devices of all hosts.
+
+  Raises:
+    NoDevices: if JAX has none of the kind that it is asked for.
+  """
+  try:
+    return jax.device_count()
+  except (RuntimeError, AssertionError) as error:  # the latter, without words, for want of a plugin
+    asked = os.environ.get("JAX_PLATFORMS")
+    where = f" with JAX_PLATFORMS={asked}" if asked else ""
+    reason = f" ({first_line(error)})" if str(error) else ""
+    raise NoDevices(
+      f"JAX finds no devices{where}{reason}. What it needs for TPUs comes with pip install -e "
+      "'.[tpu]', for NVIDIA GPUs with '.[cuda]'; JAX_PLATFORMS=cpu does without."
+    ) from error
 
 
 def make_mesh(

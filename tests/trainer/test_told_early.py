@@ -7,9 +7,13 @@ import pytest
 
 from input_pipeline.errors import DataError
 from tests.trainer import outside, tiny
+from tests.trainer.shared import call
 from tests.trainer.test_data import images
+from trainer import predict
 from trainer import train as train_lib
 from trainer.errors import FAILED, NoDevices, TrainerError, exit_code
+from trainer.tools import bench, mixed, plan
+from trainer.weights import __main__ as weights
 
 SYNTHETIC = {
   "a size that the model cannot evaluate": (
@@ -105,6 +109,32 @@ def test_devices_that_are_not_there(error, words, tmp_path, monkeypatch):
     train_lib.train(tiny.get_config(), str(tmp_path / "run"))
   assert str(refused.value).startswith("JAX finds no devices") and words in str(refused.value)
   assert exit_code(refused.value) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("main", "words"),
+  [
+    (plan.main, ["--config=smoke"]),
+    (mixed.main, ["--config=imagenet_rsb_a3"]),
+    (predict.main, ["FOLDER", "FOLDER/1.png"]),
+    (weights.main, ["show", "FOLDER"]),
+    (weights.main, ["export", "FOLDER", "--format=onnx", "--out=FOLDER/x.onnx"]),
+    (bench.main, ["save"]),
+  ],
+)
+def test_devices_that_are_not_there_for_other_commands(main, words, tmp_path, monkeypatch, capsys):
+  def device_count():
+    raise AssertionError
+
+  monkeypatch.setattr(jax, "device_count", device_count)
+  (tmp_path / "1.png").touch()
+  words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+  if main is bench.main:
+    with pytest.raises(SystemExit, match=r"^JAX finds no devices"):
+      main(words)
+  else:
+    assert call(main, "command", *words) == FAILED
+    assert "JAX finds no devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("statistics", [True, False])

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import pathlib
 from typing import Any
 
@@ -13,9 +12,9 @@ from absl import logging
 import jax
 import ml_collections
 
-from input_pipeline.errors import first_line
 from trainer import config as config_lib
-from trainer.errors import ConfigError, NoDevices
+from trainer import mesh
+from trainer.errors import ConfigError
 from trainer.pod.pod import Pod
 
 
@@ -42,26 +41,8 @@ def join_pod(config: ml_collections.ConfigDict, stop: Callable[[], bool]) -> Ite
     if pod.host:
       logging.set_verbosity(logging.WARNING)  # host 0 logs the run, every host what goes wrong
     _compare(pod, config_lib.flatten(config))
-    config_lib.check_split(config, num_devices=_device_count())
+    config_lib.check_split(config, num_devices=mesh.device_count())
     yield pod
-
-
-def _device_count() -> int:
-  """Return the number of devices of all hosts.
-
-  Raises:
-    NoDevices: if JAX has none of the kind that it is asked for.
-  """
-  try:
-    return jax.device_count()
-  except (RuntimeError, AssertionError) as error:  # the latter, without words, for want of a plugin
-    asked = os.environ.get("JAX_PLATFORMS")
-    where = f" with JAX_PLATFORMS={asked}" if asked else ""
-    reason = f" ({first_line(error)})" if str(error) else ""
-    raise NoDevices(
-      f"JAX finds no devices{where}{reason}. What it needs for TPUs comes with pip install -e "
-      "'.[tpu]', for NVIDIA GPUs with '.[cuda]'; JAX_PLATFORMS=cpu does without."
-    ) from error
 
 
 def _compare(pod: Pod, values: dict[str, Any]) -> None:

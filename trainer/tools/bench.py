@@ -36,6 +36,7 @@ from trainer import mesh as mesh_lib
 from trainer import program as program_lib
 from trainer import replicas
 from trainer import train as train_lib
+from trainer.errors import TrainerError
 from trainer.pod.pod import Pod
 from trainer.pod.requests import NOTHING
 from trainer.state import TrainState
@@ -406,4 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("hosts", bench_hosts, hosts=(1024, "hosts, simulated by two processes"))
   args = parser.parse_args(arguments)
   logging.set_verbosity(logging.WARNING)
-  args.function(args)
+  try:
+    mesh_lib.device_count()
+    args.function(args)
+  except TrainerError as error:
+    raise SystemExit(str(error)) from error

@@ -19,7 +19,7 @@ import numpy as np
 from input_pipeline import loader, sources
 from input_pipeline.errors import DataError
 from input_pipeline.tools import contact_sheet
-from trainer import augment, command_line
+from trainer import augment, command_line, mesh
 from trainer import config as config_lib
 from trainer import data as data_lib
 from trainer.errors import TrainerError
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     if command_line.answered(argv, __doc__):
       return 0
     command_line.parse(argv, "--config=configs/X.py")
+    mesh.device_count()
     section = draw_section(FLAGS.config, FLAGS.images)
   except (TrainerError, DataError) as error:
     print(f"mixed: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ import optax
 from configs import image_sizes, recipes
 from input_pipeline import sources
 from input_pipeline.errors import DataError
-from trainer import command_line, distill, models, schedules
+from trainer import command_line, distill, mesh, models, schedules
 from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 from trainer.reporting import flops
@@ -264,6 +264,7 @@ def main(argv: list[str]) -> int:
   try:
     if command_line.answered(argv, __doc__):
       return DONE
+    mesh.device_count()
     if "--table" in argv:
       print(table())
       return DONE

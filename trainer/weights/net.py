@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from configs import base
-from trainer import models
+from trainer import mesh, models
 from trainer.augment import normalize
 from trainer.errors import ConfigError
 from trainer.state import Model, Variables, path_name, split
@@ -97,7 +97,9 @@ def build(config: ml_collections.ConfigDict, dtype: str = "float32") -> Net:
 
   Raises:
     ConfigError: if the config has no such model.
+    NoDevices: if JAX cannot use the devices that it is asked for.
   """
+  mesh.device_count()
   model_config = ml_collections.ConfigDict(config.model.to_dict())
   # The same leaves and numbers by a program that other tools can read.
   for name, value in (("dtype", dtype), ("scan", False), ("remat", "none")):

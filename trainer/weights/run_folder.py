@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from trainer import config as config_lib
+from trainer import mesh
 from trainer import program as program_lib
 from trainer.errors import TrainerError
 from trainer.pod.pod import Pod
@@ -45,7 +46,9 @@ def read(path: str, averaged: bool) -> tuple[net_lib.Net, net_lib.Leaves, About]
 
   Raises:
     WeightsError: if there is no checkpoint that can be read.
+    NoDevices: if JAX cannot use the devices that it is asked for.
   """
+  mesh.device_count()
   workdir = Workdir(storage.path_of(path))
   steps = sorted(_steps(workdir.checkpoints), reverse=True)
   if not steps:
