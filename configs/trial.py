@@ -14,6 +14,7 @@ from configs import families
 BATCH = 8
 _SIZE, _MARGIN = 32, 4  # pixels
 _CLASSES = 10  # where the data would have said
+_LOG_EVERY = 10  # steps, of real data; synthetic ones have few
 WARMUP = 10  # of a run that is shorter than its warm-up, the part that warms up
 
 
@@ -41,7 +42,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     cut_warmup(config, config.total_steps or int(config.total_epochs))
   if not config.distill.teacher:
     config.distill.weight = 0.0  # without the teacher of a recipe, the labels alone
-  config.log.every_steps = 1
+  config.log.every_steps = _LOG_EVERY if data.path else 1
 
 
 def cut_warmup(config: ml_collections.ConfigDict, total: int) -> bool:

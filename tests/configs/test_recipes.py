@@ -49,6 +49,13 @@ def test_a_recipe_can_be_tried_in_short(name):
     assert lengths.warmup < lengths.total
 
 
+def test_a_trial_of_real_data_logs_every_tenth_step():
+  config = recipes.load("own_images")
+  config.data.path = "photos"
+  trial.shrink(config)
+  assert config.log.every_steps == 10
+
+
 # Together they use every kind of field that recipes set.
 QUICK = (
   "cifar10_resnet:20",
