@@ -1,5 +1,6 @@
 """A workdir has one owner at a time."""
 
+import errno
 import json
 import os
 import signal
@@ -100,6 +101,17 @@ def test_a_damaged_lease_stops_nobody(path, content):
   path.write_text(content)
   with _hold(path):
     assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_without_links(tmp_path, monkeypatch):
+  def link(*unused):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+  monkeypatch.setattr(os, "link", link)
+  path = epath.Path(tmp_path) / "owner.json"
+  with _hold(path, 1000), pytest.raises(WorkdirBusy, match="in use by"), _hold(path, 1000):
+    pass
+  assert not list(tmp_path.iterdir())
 
 
 def test_of_many_at_the_same_time_one_wins(path):

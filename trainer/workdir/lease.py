@@ -47,7 +47,10 @@ class _Store(Protocol):
 
 
 class _Folder:
-  """On a disk, local or shared: links and renames are atomic there."""
+  """On a disk, local or shared: links and renames are atomic there.
+
+  A mounted bucket has no links, nor has exFAT: a lock has to do.
+  """
 
   def __init__(self, path: epath.Path):
     self._path = pathlib.Path(path)
@@ -65,8 +68,13 @@ class _Folder:
       os.link(own, self._path)
     except FileExistsError:
       return False
+    except OSError:  # no links here
+      with self._locked():
+        if self.read() is not None:
+          return False
+        own.replace(self._path)
     finally:
-      own.unlink()
+      own.unlink(missing_ok=True)
     return True
 
   def replace(self, text: str, version: Any) -> bool:
