@@ -29,7 +29,9 @@ def read(path: str, classes: int) -> np.ndarray:
     labels = json.loads(storage.path_of(path).read_text())
   except FileNotFoundError as error:
     raise ConfigError(f"{field}: there is no such file.") from error
-  except (OSError, ValueError, RecursionError) as error:
+  except Exception as error:
+    if not (storage.is_failure(error) or isinstance(error, (ValueError, RecursionError))):
+      raise
     raise ConfigError(f"{field} cannot be read ({storage.first_line(error)}).") from error
   if not (isinstance(labels, list) and labels and all(isinstance(own, list) for own in labels)):
     raise ConfigError(f"{field} is no list of lists of labels, such as real.json.")

@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.reporting import classes
 from trainer.weights import net as net_lib
 from trainer.weights import run_folder
+from trainer.workdir import storage
 
 NAMES = ("ant", "bee", "crane", "dhole", "emu", "fox")
 
@@ -123,6 +124,15 @@ def test_real_labels_that_are_none(tmp_path, text, words):
     (tmp_path / "real.json").write_text(text)
   with pytest.raises(ConfigError, match=rf"config\.eval\.real_labels=.*{words}"):
     real_labels.read(str(tmp_path / "real.json"), 6)
+
+
+def test_real_labels_in_a_bucket_that_fails(tmp_path, monkeypatch):
+  def path_of(path):
+    raise type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503")
+
+  monkeypatch.setattr(storage, "path_of", path_of)
+  with pytest.raises(ConfigError, match=r"cannot be read .*503"):
+    real_labels.read("gs://bucket/real.json", 6)
 
 
 def test_images_without_a_number_have_no_real_labels():
