@@ -12,7 +12,8 @@ from tests.trainer import tiny
 from trainer import __main__ as command
 from trainer import command_line
 from trainer import config as config_lib
-from trainer.errors import DONE, FAILED
+from trainer.errors import DONE, FAILED, HOST_LOST
+from trainer.workdir import storage
 
 FLAGS = command_line.FLAGS
 RUN_FILES = {
@@ -232,3 +233,27 @@ def test_the_warmup_of_a_trial_is_cut():
   config.total_steps = 10_000
   lengths = config_lib.durations(config, num_examples=1_281_167)
   assert (lengths.warmup, lengths.uncut_warmup) == (6256, 0)
+
+
+class Silent:
+  """The path of a bucket that does not answer."""
+
+  def __truediv__(self, name):
+    return self
+
+  def __str__(self):
+    return "gs://bucket/run/config.json"
+
+  def read_text(self):
+    raise TimeoutError("no answer")
+
+
+def test_a_saved_config_that_cannot_be_read(typed, tmp_path, monkeypatch):
+  (tmp_path / "run" / "config.json").mkdir(parents=True)
+  code, (said,) = typed("--mode=eval", "--workdir=run")
+  assert code == FAILED and "Is a directory" in said and "give the --config of the run" in said
+  code, (said,) = typed("--mode=eval", "--workdir=ftp://run")
+  assert code == FAILED and "neither a folder nor gs://" in said
+  monkeypatch.setattr(storage, "path_of", lambda workdir: Silent())
+  code, (said,) = typed("--mode=eval", "--workdir=gs://bucket/run")
+  assert code == HOST_LOST and "config.json cannot be read (TimeoutError: no answer); run" in said

@@ -7,10 +7,10 @@ JAX.
 import json
 from typing import Any
 
-from etils import epath
 import ml_collections
 
 from configs import base
+from trainer.errors import StorageError
 
 _CONFIG = "config.json"  # as trainer.workdir.paths.Workdir has it
 
@@ -22,8 +22,11 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 
   Raises:
     ValueError: there is none that can be read; one sentence.
+    TrainerError: likewise, of a bucket that cannot be used, or not now.
   """
-  path = epath.Path(workdir).expanduser() / _CONFIG
+  from trainer.workdir import storage  # here, because it imports TensorStore
+
+  path = storage.path_of(workdir) / _CONFIG
   try:
     values = json.loads(path.read_text())
     config = base.get_config(values["model"]["name"]).unlock()
@@ -33,6 +36,13 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} cannot be read ({error}); give the --config of the run.") from error
+  except Exception as error:
+    if not storage.is_failure(error):
+      raise
+    said = f"{path} cannot be read ({storage.first_line(error)})"
+    if storage.in_bucket(path):
+      raise StorageError(f"{said}; run the same command again.") from error
+    raise ValueError(f"{said}; give the --config of the run.") from error
   _fill(config, values)
   return config.lock()
 
