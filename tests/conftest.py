@@ -33,12 +33,16 @@ def pytest_unconfigure(config):
     _cache.cleanup()
 
 
-# The files that take longest come first, so that no process is left alone with one of them.
-_LONG = ("run", "step", "sharding", "pod", "topologies", "lives", "bucket", "replicas", "chaos")
+# The files that take longest, which come first, so that no process is left alone with one of them.
+_LONG = (
+  *("run", "sharding", "pod", "lives", "chaos", "bucket", "topologies", "recipes", "failures"),
+  *("step", "faults", "replicas", "variants"),
+)
 
 
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+  places = {f"test_{name}": place for place, name in enumerate(_LONG)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 _VERBOSITY = logging.get_verbosity()
