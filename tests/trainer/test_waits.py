@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -136,6 +137,17 @@ def test_a_server_that_is_silent_at_the_start(tmp_path, silent, mode):
   _request(silent, process)
   _stopped(process)
   assert "Stopped before the " in process.log
+
+
+@pytest.mark.slow
+def test_a_bucket_of_a_workdir_that_is_silent_at_the_start():
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    address = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    process = Process(trainer("gs://bucket/run"), env=ENVIRONMENT | address)
+    connection, _ = server.accept()
+    with connection:
+      _stopped(process)
+  assert "Stopped before the first step" in process.log
 
 
 @pytest.mark.slow
