@@ -118,7 +118,7 @@ def test_devices_that_are_not_there(error, words, tmp_path, monkeypatch):
     (mixed.main, ["--config=imagenet_rsb_a3"]),
     (predict.main, ["FOLDER", "FOLDER/1.png"]),
     (weights.main, ["show", "FOLDER"]),
-    (weights.main, ["export", "FOLDER", "--format=onnx", "--out=FOLDER/x.onnx"]),
+    (weights.main, ["export", "FOLDER", "--format=safetensors", "--out=FOLDER/x.safetensors"]),
     (bench.main, ["save"]),
   ],
 )
