@@ -102,8 +102,8 @@ def splits(family):
 # from 7 to 137 in the second step: in one layout, parameters that differ in their last bit lead to
 # losses 7e-10 apart after 18 steps; of two layouts they are 1.2e-9 apart in the same step. The loss
 # of EfficientNet leaps from 2.5 to 6.2: those of two layouts are 1e-16 apart in the first step and
-# 4e-8 in the 17th, at a rate of 0.05 still 8e-10. That of NF-ResNet leaps to 21: 6e-15 apart in that
-# step, 6e-9 in the 39th.
+# 4e-8 in the 17th, at a rate of 0.05 still 8e-10. That of NF-ResNet leaps to 21: 6e-15 apart there,
+# 6e-9 in the 39th step.
 RATES = {
   "mdeq": ("optimizer.lr_per_256=0.05",),
   "nf_resnet": ("optimizer.lr_per_256=0.05",),

@@ -171,7 +171,7 @@ class Step:
     assert all(jax.tree.leaves(same_shapes))
     assert self.loss == pytest.approx(other.loss, rel=1e-13)
     for mine, expected in ((self.grads, other.grads), (self.statistics, other.statistics)):
-      # Some gradients are sums that are 0 but for rounding, as of a bias that a norm takes out again.
+      # Some gradients are 0 but for rounding, as of a bias that a norm takes out again.
       rounding = 1e-14 * max((np.abs(x).max() for x in jax.tree.leaves(expected)), default=0.0)
       jax.tree.map(
         lambda a, b, rounding=rounding: np.testing.assert_allclose(
