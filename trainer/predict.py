@@ -69,7 +69,7 @@ import numpy as np
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
 from input_pipeline.tools import contact_sheet
-from trainer import command_line
+from trainer import command_line, compiler
 from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, TrainerError
 from trainer.weights import about as about_lib
@@ -110,7 +110,8 @@ class Predictor:
     """Read weights; the arguments are those of `trainer.weights.read.read_model`."""
     self._net, leaves, about = read.read_model(origin, averaged, config)
     self._variables = jax.tree.map(jnp.asarray, self._net.variables(leaves))
-    self._logits = jax.jit(self._net.logits_of_pixels)
+    options = compiler.options(jax.default_backend())
+    self._logits = jax.jit(self._net.logits_of_pixels, compiler_options=options)
     self.classes = about.classes or tuple(f"class {i}" for i in range(self.num_classes))
     self._sigmoid = self._net.config.loss.startswith("sigmoid")
 
