@@ -5,9 +5,9 @@
         --config.data.path=data/imagenette
 
 Measured on 6,000 training and 1,500 validation images, seed 0, on one H200 that nine other runs
-shared: 67.3 %. 690,730 parameters; a step of 64 images took about 0.75 s of CPU of an AMD EPYC under
-other load, by which the whole run is half an hour of CPU, or 15 to 20 minutes on two free cores: an
-estimate.
+shared: 67.3 %. 690,730 parameters; a step of 64 images took about 0.75 s of CPU of an AMD EPYC
+under other load, by which the whole run is half an hour of CPU, or 15 to 20 minutes on two free
+cores: an estimate.
 """
 
 import ml_collections

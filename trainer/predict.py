@@ -140,7 +140,7 @@ class Predictor:
   ) -> Iterator[tuple[Prediction, np.ndarray | None]]:
     """Yield, in the order of the files, what each shows, and the pixels that the model has had.
 
-    Files that are no images have an error and no pixels.
+    Files that are no images, or have no finite logits, have an error and no pixels.
     """
     with futures.ThreadPoolExecutor() as pool:
       for start in range(0, len(files), _BATCH):
@@ -153,6 +153,9 @@ class Predictor:
             yield Prediction(str(file), error=view), None
             continue
           values = next(found)
+          if not np.isfinite(values).all():
+            yield Prediction(str(file), error="the model returns no finite numbers for it"), None
+            continue
           best = np.argsort(-values, kind="stable")[:top]
           labels, shares = map(int, best), map(float, values[best])
           yield Prediction(str(file), tuple(labels), tuple(shares)), view

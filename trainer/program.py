@@ -17,8 +17,8 @@ import optax
 
 from configs import image_sizes
 from input_pipeline.errors import first_line
-from trainer import config as config_lib
 from trainer import compiler, distill, evaluate, finetune, models, replicas, schedules
+from trainer import config as config_lib
 from trainer import mesh as mesh_lib
 from trainer import optimizer as optimizer_lib
 from trainer import step as step_lib
