@@ -410,7 +410,8 @@ class Run:
         tables[name] = class_tables.table(result.pop("confusion"), self._class_names())
       results[name] = result
     if tables:
-      write_json(self.workdir.eval_classes, {"step": self.step, "splits": tables})
+      found = {"step": self.step, "splits": tables}
+      write_json(self.workdir.eval_classes, found, needed=False)
     return evaluate_lib.join(results)
 
   def _allowed(self, split: str) -> np.ndarray:

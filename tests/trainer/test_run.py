@@ -28,6 +28,7 @@ from trainer.errors import (
   ConfigError,
   NonFiniteError,
   Preempted,
+  StorageError,
 )
 from trainer.pod.pod import Pod
 from trainer.reporting import events, recorded
@@ -280,7 +281,7 @@ def test_disk_full_to_the_end_is_a_failure(small_disk, shards):
   refused(
     command(small_disk / "run", shards),
     "checkpoint of step 10 could not be written",
-    "There is no whole checkpoint. Make room",
+    "There is no whole checkpoint. Mend that",
   )
 
 
@@ -365,7 +366,7 @@ def test_truncated_shard_is_named(tmp_path, run_config, shards):
 
 def test_workdir_that_cannot_be_written(tmp_path, run_config):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ConfigError, match=r"--workdir .* cannot be written"):
+  with pytest.raises(StorageError, match=r"--workdir .* cannot be written .*mend that"):
     train_lib.train(run_config, str(tmp_path / "file" / "run"))
 
 
