@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 
 from trainer import models
-from trainer.errors import ConfigError
 from trainer.reporting import events
 from trainer.workdir import files, storage
 from trainer.workdir.paths import Workdir
@@ -111,12 +110,12 @@ def open_run(workdir: str) -> Workdir:
   """Return the folder of a run.
 
   Raises:
-    ConfigError: if it is a bucket that cannot be used.
+    StorageError: if it is a bucket that cannot be used.
   """
   directory = storage.path_of(workdir)
   trouble = storage.problem(directory)
   if trouble:
-    raise ConfigError(f"{directory} cannot be read: {trouble}.")
+    raise trouble.ends(f"{directory} cannot be read")
   return Workdir(directory)
 
 
