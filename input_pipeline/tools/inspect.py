@@ -20,7 +20,6 @@ from concurrent import futures
 import dataclasses
 import functools
 import os
-import re
 import sys
 from typing import Any
 
@@ -28,7 +27,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 import numpy as np
 
-from configs import base, recipes
+from configs import base, checks, recipes, run_file
 from input_pipeline import records, sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.prepare import shards as shards_lib
@@ -95,12 +94,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     rest = options(argv)
     options.config.to_dict()  # a file that cannot be loaded fails at its first use
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-    # The cause is in the last line; config_flags puts a whole trace in front of it.
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
-    unknown = re.fullmatch(r"[\"']*(\w+)[\"']*", lines[-1])  # the whole text for an unknown field
-    problem = f"the config has no field {unknown[1]}" if unknown else lines[-1].rstrip(".")
-    raise UsageError(f"{problem}.") from e
+  except run_file.RAISED as e:
+    raise UsageError(run_file.trouble(e, argv, options["config"])) from e
+  try:
+    checks.check(options.config)
+  except (AttributeError, ValueError) as e:
+    raise UsageError(str(e)) from e
   if len(rest) > 1:
     raise UsageError(f"{rest[1]!r} is not a flag; did you mean --data={rest[1]}?")
   for name, least in (("sample", 0), ("images", 1)):

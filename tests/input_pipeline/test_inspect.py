@@ -319,11 +319,10 @@ def test_a_config_for_another_number_of_classes_is_refused(look, shards):
   assert "has 3 classes, but config.model.num_classes is 10" in sentence
 
 
-def test_a_value_that_the_loader_refuses_is_named(look, shards):
-  code, _, wrong = look(shards, "--config.data.crop_area=(0.5,0.1)")
-  assert code == 1
-  (sentence,) = wrong
-  assert "train cannot be shown: config.data.crop_area must be (min, max) in (0, 1]" in sentence
+def test_a_value_out_of_range_is_named_before_anything_is_read(look, shards):
+  code, out, (sentence,) = look(shards, "--config.data.crop_area=(0.5,0.1)")
+  assert (code, out) == (2, "")
+  assert "config.data.crop_area must be (min, max) in (0, 1]" in sentence
   assert "it is [0.5, 0.1]" in sentence
 
 
@@ -335,8 +334,8 @@ def test_a_value_that_the_loader_refuses_is_named(look, shards):
     ("x", ["--sample=-1"], "--sample=-1 must be at least 0"),
     ("x", ["--images=0"], "--images=0 must be at least 1"),
     ("x", ["--nonsense"], "Unknown command line flag 'nonsense'"),
-    ("x", ["--config.data.nonsense=1"], "the config has no field nonsense"),
-    ("x", ["--config.data.image_size=big"], "config.data.image_size=big"),
+    ("x", ["--config.data.nonsense=1"], "config.data.nonsense is not a field"),
+    ("x", ["--config.data.image_size=big"], "image_size must be a whole number; it is 'big'"),
     ("x", ["--config=no_such.py"], "The run file no_such.py does not exist"),
     ("x", ["--sheet=picture.gif"], "--sheet=picture.gif must end in .png"),
     ("x", ["--sheet=/no/such/sheet.png"], "in a folder that does not exist"),
