@@ -284,7 +284,8 @@ def _run(program: str, options: argparse.Namespace, overrides: list[str]) -> int
   elif options.csv:
     print(f"{options.csv}: {len(rows) - skipped:,} images, {skipped:,} skipped")
   else:
-    print("\n".join(_table(rows)))
+    for line in _table(rows):
+      print(line)
   return SKIPPED if skipped else DONE
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from configs import arguments
 from configs.data_fields import FAULTS
+from configs.names import counted
 from input_pipeline import records
 from input_pipeline.errors import DataError, one_line
 from input_pipeline.prepare import archives as inputs
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = arguments.Parser(
     prog="python -m input_pipeline.prepare",
+    usage="python -m input_pipeline.prepare --out DIR IMAGES [FLAG ...]",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -216,15 +218,15 @@ def prepare(args: argparse.Namespace) -> None:
     counts = {split: _shard_count(split, found, args) for split in found.splits}
     for split, number in counts.items():
       print(
-        f"{split}: {found.count(split):,} images of {len(found.classes):,} classes, "
-        f"{number:,} shards to make",
+        f"{split}: {counted(found.count(split), 'image')} of "
+        f"{counted(len(found.classes), 'class')}, {counted(number, 'shard')} to make",
         flush=True,
       )
     for note in found.notes:
       print(one_line(note), flush=True)
     left_out = {reason: sorted(paths) for reason, paths in found.left_out.items()}
     if number := sum(map(len, left_out.values())):
-      print(f"ignored {number:,} files, listed in {args.out}/{_LEFT_OUT}", flush=True)
+      print(f"ignored {counted(number, 'file')}, listed in {args.out}/{_LEFT_OUT}", flush=True)
       for line in layout.in_words(left_out):
         print(f"  {line}", flush=True)
     plan = {
@@ -446,9 +448,9 @@ def summary(manifest: dict[str, Any]) -> str:
     size = sum(shard["bytes"] for shard in made["shards"])
     counts = made["class_counts"]
     lines.append(
-      f"{split}: {made['examples']:,} records in {len(made['shards'])} shards, "
+      f"{split}: {counted(made['examples'], 'record')} in {counted(len(made['shards']), 'shard')}, "
       f"{size / 2**20:,.1f} MiB, "
-      f"{min(counts):,} to {max(counts):,} of each of {len(counts):,} classes"
+      f"{min(counts):,} to {max(counts):,} of each of {counted(len(counts), 'class')}"
     )
     if manifest["max_size"]:
       lines.append(f"  {made['reencoded']:,} shrunk to {manifest['max_size']} pixels")

@@ -18,6 +18,7 @@ from etils import epath
 
 from configs import arguments
 from input_pipeline.errors import DataError
+from input_pipeline.remote import has_scheme
 from trainer.errors import TrainerError
 from trainer.reporting import page, picture, recorded
 from trainer.workdir import storage
@@ -97,6 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
   try:
     if len(workdirs) != 1 and (options.picture or options.mistakes):
       raise ValueError("--picture and --mistakes are for one run; give one workdir.")
+    _check_files(options.out, options.picture)
     if options.mistakes:
       # Imported here: only this needs a model.
       from trainer.reporting import examples
@@ -109,6 +111,13 @@ def main(words: Sequence[str] | None = None) -> int:
     print(error, file=sys.stderr)
     return 2
   return 0
+
+
+def _check_files(*paths: str | None) -> None:
+  """Raise ValueError if a file that is asked for has no folder to lie in."""
+  for path in filter(None, paths):
+    if not has_scheme(path) and not os.path.isdir(os.path.dirname(path) or "."):
+      raise ValueError(f"{path} cannot be written: there is no folder {os.path.dirname(path)}.")
 
 
 def _is_file(workdir: str) -> bool:
