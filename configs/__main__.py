@@ -1,17 +1,18 @@
 """Every field of a config: python -m configs [FAMILY] [--markdown] [--search WORD]"""
 
-import argparse
+from collections.abc import Sequence
 import sys
 
-from configs import base, families, page
+from configs import arguments, base, families, page
 
 
-def main() -> int:
-  parser = argparse.ArgumentParser(prog="python -m configs", description=__doc__)
+def main(words: Sequence[str] | None = None) -> int:
+  """Print the fields; return 0."""
+  parser = arguments.Parser(prog="python -m configs", description=__doc__)
   parser.add_argument("family", nargs="?", default="resnet", help="model family (default resnet)")
   parser.add_argument("--markdown", action="store_true", help="the tables of configs/fields.md")
   parser.add_argument("--search", default="", metavar="WORD", help="only fields with this word")
-  args = parser.parse_args()
+  args = parser.parse_args(words)
   if args.markdown:
     print(page.markdown())
     return 0

@@ -21,7 +21,7 @@ _AREA = Check("(min, max) in (0, 1]", lambda v: len(v) == 2 and 0 < v[0] <= v[1]
 _ASPECT = Check("(min, max), both positive", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 
 # What `data.allow`, and `--allow` of input_pipeline.prepare, may name.
-FAULTS = ("empty_class", "deeper", "missing_file", "behind_end")
+FAULTS = ("empty_class", "deeper", "missing_file", "behind_end", "one_class")
 
 DATA: Fields = {
   "data.path": Field(
@@ -78,7 +78,7 @@ DATA: Fields = {
     "",
     "Faults of the data that are not refused, joined by commas: empty_class, a class without "
     "images in a split | deeper, images of a class in several folders | missing_file, gaps in "
-    "numbered parquet files.",
+    "numbered parquet files | one_class, data of a single class.",
     check=Check(
       f"names of {', '.join(FAULTS)}, joined by commas",
       lambda v: not v or all(word.strip() in FAULTS for word in v.split(",")),

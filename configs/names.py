@@ -54,6 +54,12 @@ def find_calls(
   return [_bind(table, part, field) for part in _parts(text)]
 
 
+def counted(number: int, noun: str) -> str:
+  """Return a number and its noun: "1 class", "1,024 classes"."""
+  plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+  return f"{number:,} {noun}{plural}"
+
+
 def natural(name: str) -> list[tuple[int, str]]:
   """Return a key that sorts names as a person counts: layer3.2 before layer3.10."""
   # Of very long numbers the first nine digits, in case that a name from outside has thousands.

@@ -89,21 +89,29 @@ def path_of(word: str) -> str:
   raise ValueError(f"The run file {file or 'of --config'} {what}; {meant}")
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+  """Return a command line with `--flag value`, which absl takes as well, as `--flag=value`."""
+  found: list[str] = []
+  for word in argv:
+    flag = found[-1] if found else ""
+    if flag.startswith("-") and "=" not in flag and not word.startswith("-"):
+      found[-1] = f"{flag}={word}"
+    else:
+      found.append(word)
+  return found
+
+
 def with_paths(argv: Sequence[str]) -> list[str]:
-  """Return a command line with the path of the run file in place of its name.
+  """Return a command line, joined, with the path of the run file in place of its name.
 
   Raises:
     ValueError: there is no such file; one sentence.
   """
-  found = list(argv)
-  for i, argument in enumerate(argv):
+  found = joined(argv)
+  for i, argument in enumerate(found):
     name, equals, word = argument.partition("=")
-    if name not in ("--config", "-config"):
-      continue
-    if equals:
-      found[i] = f"{name}={path_of(word)}"
-    elif i + 1 < len(argv):
-      found[i + 1] = path_of(argv[i + 1])
+    if equals and name in ("--config", "-config"):
+      found[i] = f"--config={path_of(word)}"
   return found
 
 

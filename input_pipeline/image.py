@@ -131,7 +131,7 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
   except BadRecordError:
     raise
   except UnidentifiedImageError as e:  # its text holds an address, so it is never the same
-    raise BadRecordError("is no JPEG, PNG, GIF or BMP, nor WebP") from e
+    raise BadRecordError("is no JPEG, PNG, GIF, BMP or WebP") from e
   except Exception as e:  # Pillow's plugins raise anything for a malformed file
     raise BadRecordError(f"{type(e).__name__}: {e}") from e
 

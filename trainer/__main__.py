@@ -40,6 +40,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from configs import recipes
 from input_pipeline.errors import DataError
 from trainer import command_line
 from trainer.errors import DONE, Preempted, TrainerError, exit_code
@@ -70,8 +71,13 @@ def main(argv: list[str]) -> int:
   try:
     if command_line.answered(argv, __doc__):
       return DONE
-    evaluation = any(a.lstrip("-") == "mode=eval" for a in command_line.joined(argv)[1:])
+    evaluation = any(a.lstrip("-") == "mode=eval" for a in recipes.joined(argv)[1:])
     command_line.parse(argv, "--config=configs/X.py --workdir=DIR", by_workdir=evaluation)
+    if FLAGS.mode == "train" and FLAGS["checkpoint"].present:
+      raise TrainerError(
+        f"--checkpoint={FLAGS.checkpoint} is of --mode=eval. Training resumes the newest "
+        "checkpoint of --workdir; --config.init_from=DIR begins another run with its weights."
+      )
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
 

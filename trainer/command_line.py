@@ -1,21 +1,18 @@
 """--config and its overrides, --help, --list: the same for every command with a run file."""
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 import importlib.util
 import os
 import pathlib
-import re
 import textwrap
-import traceback
 from typing import Any
 
 from absl import flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from configs import base, checks, page, recipes, trial
-from configs.fields import Field
+from configs import base, checks, page, recipes, run_file, trial
 from trainer.errors import TrainerError
 from trainer.workdir import saved
 
@@ -30,24 +27,11 @@ _EITHER = (
   *((f"{name}_epochs", f"{name}_steps") for name in base.DURATIONS),
   ("optimizer.lr_per_256", "optimizer.lr"),
 )
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple"}
 _MORE = """\
 --help --config=X    every field of that config with its value, range and words
 --help=WORD          only the fields about a word, as --help=optimizer or --help=crop
 --helpfull           this text and every field
 --list               the configs that there are"""
-
-
-def joined(argv: Sequence[str]) -> list[str]:
-  """Return a command line with `--flag value`, which absl takes as well, as `--flag=value`."""
-  found: list[str] = []
-  for word in argv:
-    flag = found[-1] if found else ""
-    if flag.startswith("-") and "=" not in flag and not word.startswith("-"):
-      found[-1] = f"{flag}={word}"
-    else:
-      found.append(word)
-  return found
 
 
 def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
@@ -63,7 +47,7 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
   """
   FLAGS.mark_as_parsed()  # otherwise absl warns of every line that is logged before
   try:
-    argv = recipes.with_paths(joined(argv))
+    argv = recipes.with_paths(argv)
     if by_workdir and not any(_name(a) == "config" for a in argv[1:] if a.startswith("-")):
       argv = _with_saved(argv)
   except ValueError as error:
@@ -87,8 +71,8 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
       trial.shrink(FLAGS.config)
       for name, value in flag.override_values.items():
         FLAGS.config.update_from_flattened_dict({name: value})
-  except Exception as error:  # a run file is Python, and may raise anything
-    raise TrainerError(_in_words(error, argv)) from error
+  except run_file.RAISED as error:
+    raise TrainerError(run_file.trouble(error, argv, FLAGS["config"])) from error
   for line in give_way(FLAGS.config, flag.override_values):
     logging.info("%s", line)
   try:
@@ -142,89 +126,9 @@ def _with_saved(argv: list[str]) -> list[str]:
   return [argv[0], f"--config={saved.__file__}:{words[-1]}", *argv[1:]]
 
 
-def _in_words(error: Exception, argv: list[str]) -> str:
-  """Return what is wrong with the command line or with the run file that it names."""
-  words = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-  file = words[-1].split(":")[0] if words else ""
-  if file and (where := _line_of(file, error)):
-    variant, known = words[-1].partition(":")[2], recipes.variants_of(os.path.realpath(file))
-    if variant and known and variant not in known:
-      return f"{file} has no variant {variant!r}; there is {', '.join(known)}."
-    return where
-  config = FLAGS["config"].value
-  if config is not None and not isinstance(config, ml_collections.ConfigDict):
-    return f"{file}: get_config() returned {type(config).__name__} instead of a ConfigDict."
-  if "get_config" in str(error):
-    return f"{file} defines no function get_config."
-  if words and (trouble := _wrong_field(argv, words[-1])):
-    return trouble
-  # The last line says what is wrong; config_flags puts a whole trace in front of it.
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  return f"Command line: {lines[-1].strip() if lines else repr(error)}"
-
-
-def _wrong_field(argv: list[str], word: str) -> str:
-  """Return what is wrong with a --config.FIELD=VALUE of a command line, "" if nothing is.
-
-  Args:
-    argv: the command line.
-    word: the run file in it.
-  """
-  flag: Any = FLAGS["config"]
-  config = flag.parser.parse(word)
-  values, family = checks.flatten(config), config.model.name
-  fields = base.all_fields(family)
-  for argument in argv[1:]:
-    if not (match := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)):
-      continue
-    name, text = match[1], match[2]
-    if name not in values:
-      inside = [field for field in values if field.startswith(f"{name}.")]
-      if inside:
-        return f"config.{name} is a section; set a field of it, as --config.{inside[0]}=VALUE."
-      return f"config.{name} {checks.not_a_field(name, fields, family)}"
-    if text is not None and name in fields and not _reads(text, fields[name]):
-      kind = _KINDS.get(type(fields[name].default), "")
-      return f"config.{name} must be {kind}; it is {text!r}."
-  return ""
-
-
-def _reads(text: str, field: Field) -> bool:
-  """Whether the text of a flag is of the type of a field; those of tuples are left to absl."""
-  kind = type(field.default)
-  if kind is bool:
-    return text.lower() in ("true", "t", "1", "false", "f", "0")
-  try:
-    return kind not in (int, float) or kind(text) is not None
-  except ValueError:
-    return False
-
-
-def _line_of(file: str, error: BaseException) -> str:
-  """Return the line of a run file that raised, and what; "" if the error is not of that file."""
-  for cause in _chain(error):
-    name = type(cause).__name__
-    if isinstance(cause, SyntaxError) and _same(cause.filename, file):
-      return f"{file} line {cause.lineno}: {name}: {cause.msg}"
-    frames = [f for f in traceback.extract_tb(cause.__traceback__) if _same(f.filename, file)]
-    if frames:
-      return f"{file} line {frames[-1].lineno}: {name}: {cause}"
-  return ""
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  while error is not None:
-    yield error
-    error = error.__cause__ or error.__context__
-
-
-def _same(one: str | None, other: str) -> bool:
-  return one is not None and os.path.realpath(one) == os.path.realpath(other)
-
-
 def name_of(argv: list[str]) -> str:
   """Return the run file of a command line by name, as in "imagenet_ffcv:rn18_16"."""
-  word = next(word for word in joined(argv) if word.startswith("--config="))
+  word = next(word for word in recipes.joined(argv) if word.startswith("--config="))
   file, _, variant = word.removeprefix("--config=").partition(":")
   name = os.path.basename(file).removesuffix(".py")
   return f"{name}:{variant}" if variant else name
@@ -240,7 +144,7 @@ def answered(argv: list[str], usage: str | None) -> bool:
   Raises:
     TrainerError: as `parse`, or if no field is about the word.
   """
-  argv = joined(argv)
+  argv = recipes.joined(argv)
   given = [argument.partition("=") for argument in argv[1:]]
   names = {name.lstrip("-") for name, _, _ in given if name.startswith("-")}
   if "list" in names:

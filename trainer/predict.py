@@ -17,26 +17,37 @@ sentence if nothing could be done.
 import argparse
 import sys
 
+from configs import arguments
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+
+def _parser() -> arguments.Parser:
+  parser = arguments.Parser(
     prog="python -m trainer.predict",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
   )
-  parser.add_argument("weights", metavar="WORKDIR|FILE", help="workdir, or file of weights")
-  parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, folders of them")
+  parser.add_argument(
+    "weights", type=arguments.path, metavar="WORKDIR|FILE", help="workdir, or file of weights"
+  )
+  parser.add_argument(
+    "images", type=arguments.path, metavar="IMAGE|FOLDER", nargs="+", help="images, folders of them"
+  )
   parser.add_argument(
     "--config",
     metavar="X.py",
     help="run file of foreign weights; single fields by --config.FIELD=VALUE",
   )
-  parser.add_argument("--classes", metavar="F", help="class names, one a line or as JSON")
+  parser.add_argument(
+    "--classes", type=arguments.path, metavar="F", help="class names, one a line or as JSON"
+  )
   parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of an image (5)")
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-  parser.add_argument("--csv", metavar="F", help="write a row for each image, instead of a table")
-  parser.add_argument("--sheet", metavar="F.png", help="draw the images with their best class")
+  parser.add_argument(
+    "--csv", type=arguments.path, metavar="F", help="write a row for each image, instead of a table"
+  )
+  parser.add_argument(
+    "--sheet", type=arguments.path, metavar="F.png", help="draw the images with their best class"
+  )
   parser.add_argument(
     "--averages",
     choices=("ema", "raw"),
@@ -277,7 +288,8 @@ def _run(program: str, options: argparse.Namespace, overrides: list[str]) -> int
   elif options.csv:
     print(f"{options.csv}: {len(rows) - skipped:,} images, {skipped:,} skipped")
   else:
-    print("\n".join(_table(rows)))
+    for line in _table(rows):
+      print(line)
   return SKIPPED if skipped else DONE
 
 

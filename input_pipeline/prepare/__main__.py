@@ -24,7 +24,9 @@ import signal
 import sys
 from typing import Any
 
+from configs import arguments
 from configs.data_fields import FAULTS
+from configs.names import counted
 from input_pipeline import records
 from input_pipeline.errors import DataError, one_line
 from input_pipeline.prepare import archives as inputs
@@ -63,32 +65,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     prog="python -m input_pipeline.prepare",
+    usage="python -m input_pipeline.prepare --out DIR IMAGES [FLAG ...]",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
     "--out",
+    type=arguments.path,
     required=True,
     metavar="DIR",
     help="where the shards and manifest.json go: a folder, or gs://BUCKET/FOLDER",
   )
   what = parser.add_argument_group("images, one of")
   what.add_argument(
-    "--imagenet-train", metavar="TAR", help="ILSVRC2012_img_train.tar: a tar of one tar per class"
+    "--imagenet-train",
+    type=arguments.path,
+    metavar="TAR",
+    help="ILSVRC2012_img_train.tar: a tar of one tar per class",
   )
   what.add_argument(
-    "--imagenet-val", metavar="TAR", help="ILSVRC2012_img_val.tar; needs --devkit or --val-labels"
+    "--imagenet-val",
+    type=arguments.path,
+    metavar="TAR",
+    help="ILSVRC2012_img_val.tar; needs --devkit or --val-labels",
   )
   what.add_argument(
     "--folder",
+    type=arguments.path,
     metavar="DIR",
     help="{train,val,test}/CLASS/IMAGE, or CLASS/IMAGE: split train; images are files named *"
     + ", *".join(layout.IMAGE_SUFFIXES),
   )
   what.add_argument(
-    "--tar", metavar="TAR", help="the same in an uncompressed tar, with or without a leading folder"
+    "--tar",
+    type=arguments.path,
+    metavar="TAR",
+    help="the same in an uncompressed tar, with or without a leading folder",
   )
   what.add_argument(
     "--from",
@@ -103,9 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     help="scikit-learn's 1,797 handwritten digits as 32x32 JPEGs, 10 classes; needs no file",
   )
   labels = parser.add_argument_group("classes of --imagenet-val, one of")
-  labels.add_argument("--devkit", metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
+  labels.add_argument(
+    "--devkit", type=arguments.path, metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz"
+  )
   labels.add_argument(
     "--val-labels",
+    type=arguments.path,
     metavar="TXT",
     help="one synset per line, in the order of the image names, or IMAGE and synset",
   )
@@ -146,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     metavar="FAULT,...",
     help="faults that are not refused: empty_class, a class without images | deeper, images of a "
     "class in several folders | missing_file, gaps in numbered parquet files | behind_end, more "
-    "behind the end of a tar, which is left out",
+    "behind the end of a tar, which is left out | one_class, images of a single class",
   )
   how = parser.add_argument_group("how")
   how.add_argument(
@@ -195,18 +212,21 @@ def prepare(args: argparse.Namespace) -> None:
   with _locked(output), pool.start(count) as workers:
     print("listing the images", flush=True)
     found = _find(args, workers.executor.map if workers else map)
+    if "train" in found.splits and layout.ONE_CLASS not in layout.words(args.allow):
+      where = args.folder or args.tar or args.hf or args.imagenet_train
+      layout.check_classes(where, found.classes, found.left_out)
     counts = {split: _shard_count(split, found, args) for split in found.splits}
     for split, number in counts.items():
       print(
-        f"{split}: {found.count(split):,} images of {len(found.classes):,} classes, "
-        f"{number:,} shards to make",
+        f"{split}: {counted(found.count(split), 'image')} of "
+        f"{counted(len(found.classes), 'class')}, {counted(number, 'shard')} to make",
         flush=True,
       )
     for note in found.notes:
       print(one_line(note), flush=True)
     left_out = {reason: sorted(paths) for reason, paths in found.left_out.items()}
     if number := sum(map(len, left_out.values())):
-      print(f"ignored {number:,} files, listed in {args.out}/{_LEFT_OUT}", flush=True)
+      print(f"ignored {counted(number, 'file')}, listed in {args.out}/{_LEFT_OUT}", flush=True)
       for line in layout.in_words(left_out):
         print(f"  {line}", flush=True)
     plan = {
@@ -252,7 +272,12 @@ def _check(args: argparse.Namespace) -> None:
       "give exactly one of --imagenet-train/--imagenet-val, --folder, --tar, --from, --digits."
     )
   if args.hf and not args.hf.startswith(HF_PREFIX):
-    raise DataError(f"--from is {args.hf}; it must begin with {HF_PREFIX}.")
+    raise DataError(
+      f"--from is {args.hf}; parquet begins with {HF_PREFIX}, as {HF_PREFIX}{args.hf}. Images are "
+      "given as --folder or --tar."
+    )
+  if args.folder and os.path.abspath(args.folder) == os.path.abspath(args.out):
+    raise DataError(f"--out is {args.out}, the folder of the images; give another.")
   if args.val_split and not args.hf:
     raise DataError("--val-split names a split of --from, which is not given.")
   if (args.image_column or args.label_column or args.classes) and not args.hf:
@@ -423,9 +448,9 @@ def summary(manifest: dict[str, Any]) -> str:
     size = sum(shard["bytes"] for shard in made["shards"])
     counts = made["class_counts"]
     lines.append(
-      f"{split}: {made['examples']:,} records in {len(made['shards'])} shards, "
+      f"{split}: {counted(made['examples'], 'record')} in {counted(len(made['shards']), 'shard')}, "
       f"{size / 2**20:,.1f} MiB, "
-      f"{min(counts):,} to {max(counts):,} of each of {len(counts):,} classes"
+      f"{min(counts):,} to {max(counts):,} of each of {counted(len(counts), 'class')}"
     )
     if manifest["max_size"]:
       lines.append(f"  {made['reencoded']:,} shrunk to {manifest['max_size']} pixels")

@@ -11,6 +11,7 @@ import numpy as np
 from input_pipeline.errors import DataError
 from input_pipeline.prepare import tars
 from input_pipeline.records import Record
+from input_pipeline.remote import has_scheme
 from input_pipeline.sources import layout, local, splits
 
 
@@ -119,6 +120,14 @@ class HeldOut(NamedTuple):
   fraction: float = 0.0
   seed: int = 0
 
+  def of(self, contents: layout.Contents) -> layout.Contents:
+    """Hold it out, and say where that does nothing because there is a val."""
+    held = layout.hold_out(contents, *self)
+    if self.fraction and held is contents:
+      note = "nothing is held out, as --val-fraction asks: there is a val of its own, or no train"
+      return held._replace(notes=[*held.notes, note])
+    return held
+
 
 _NOTHING = HeldOut()
 
@@ -141,7 +150,12 @@ def from_folder(
     DataError: it is no folder, or what belongs where in it is not clear.
   """
   if not os.path.isdir(folder):
-    raise DataError(f"--folder {folder} is not a folder.")
+    what = "is not a folder"
+    if os.path.isfile(folder):
+      what += ": give a tar as --tar, and unpack other archives"
+    elif has_scheme(folder):
+      what += ": give parquet as --from, and copy images to a disk first"
+    raise DataError(f"--folder {folder} {what}.")
 
   def member(split: str, image: layout.Image, label: int) -> Member:
     del split
@@ -152,7 +166,7 @@ def from_folder(
       raise DataError(f"{path} cannot be read: {e.strerror}.") from e
 
   contents = layout.arrange(local.walk(folder), folder, allow)
-  contents = layout.hold_out(contents, *held_out)
+  contents = held_out.of(contents)
   chosen, left = splits.choose(list(contents.splits), asked, folder)
   origin = {"kind": "folder", "name": os.path.basename(os.path.abspath(folder))}
   return inputs_of(contents, chosen, left, member, origin, allow)
@@ -181,7 +195,7 @@ def from_tar(
     return Member(path, image.entry.offset, image.entry.size, label, image.name)
 
   contents = layout.arrange(tars.list_tar(path, allow=allow), path, allow)
-  contents = layout.hold_out(contents, *held_out)
+  contents = held_out.of(contents)
   chosen, left = splits.choose(list(contents.splits), asked, path)
   origin = {"kind": "tar", "name": os.path.basename(path)}
   return inputs_of(contents, chosen, left, member, origin, allow)

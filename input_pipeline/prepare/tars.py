@@ -14,6 +14,8 @@ BEHIND_END = "behind_end"  # a fault that may be allowed
 _BLOCK = 512  # bytes, of a tar
 _PIECE = 1 << 20  # bytes that are looked at behind the end of a tar at a time
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# What unpacks each.
+_UNPACK = {"gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd"}
 _MOST_LINKS = 8  # of a chain of links
 
 
@@ -79,8 +81,10 @@ def _headers(
         if magic.startswith(prefix):
           raise DataError(
             f"{where} is compressed with {name}, so its images cannot be read one by one; "
-            "decompress it first."
+            f"{_UNPACK[name]} it first."
           )
+      if magic.startswith(b"PK\x03\x04"):
+        raise DataError(f"{where} is a zip archive; unzip it, and give the folder as --folder.")
       f.seek(offset)
       with tarfile.open(fileobj=f, mode="r:") as tar:
         while (member := tar.next()) is not None:
@@ -108,6 +112,8 @@ def _headers(
             "b.tar`; unpack it with tar --ignore-zeros and pack it again, or leave that part out "
             f"with --allow={BEHIND_END}."
           )
+  except IsADirectoryError as e:
+    raise DataError(f"{path} is a folder and no tar; give it as --folder.") from e
   except OSError as e:
     raise DataError(f"{path} cannot be read: {e.strerror}.") from e
   except tarfile.TarError as e:

@@ -4,5 +4,5 @@ import re
 
 
 def has_scheme(path: str) -> bool:
-  """Whether a path is SCHEME://..., as gs://BUCKET/FOLDER is."""
-  return re.match(r"[A-Za-z][\w+.:-]*://", path) is not None
+  """Whether a path is SCHEME://..., as gs://BUCKET/FOLDER is, or was meant to be, as gs:/BUCKET."""
+  return re.match(r"[A-Za-z][\w+.:-]*://|(gs|gcs|s3|https?|file|hf):", path) is not None

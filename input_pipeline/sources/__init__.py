@@ -11,7 +11,7 @@ import ml_collections
 from configs import names
 from input_pipeline.errors import DataError
 from input_pipeline.remote import has_scheme
-from input_pipeline.sources import slices
+from input_pipeline.sources import layout, slices
 from input_pipeline.sources.base import HF_PREFIX, Source
 
 __all__ = [
@@ -69,6 +69,8 @@ def open_source(
   source = _find(kind).open(data, part.name, num_classes)
   if num_classes is not None and not any_number:
     check_number(source, data, num_classes)
+  if not any_number and kind != "synthetic" and layout.ONE_CLASS not in layout.words(data.allow):
+    layout.check_classes(data.path, source.class_names, source.left_out)
   if part.whole:
     return source
   begin, end = part.bounds(len(source))

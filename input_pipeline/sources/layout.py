@@ -7,7 +7,7 @@ agree. Every entry ends as an image of a class, or in `left_out` under a reason.
 """
 
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import hashlib
 import itertools
 import os
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import unicodedata
 
 from input_pipeline.errors import DataError, one_line
-from input_pipeline.sources import splits
+from input_pipeline.sources import mistaken, splits
 
 if TYPE_CHECKING:
   from input_pipeline.sources.base import Source
@@ -28,7 +28,6 @@ _OTHER_IMAGES = (
 )
 _LAYOUT = "{train,val}/CLASS/IMAGE or CLASS/IMAGE"
 _ENDINGS = "|".join(IMAGE_SUFFIXES)
-_ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: image, class and box, a line each
 
 # Of folders that systems and tools leave behind; names that begin with a dot are left out as well.
 _SYSTEM = {
@@ -52,7 +51,7 @@ REASONS = {
   "split": "images of splits that are not made",
 }
 # Faults that a user may allow, by `--allow` of prepare or `config.data.allow`.
-EMPTY_CLASS, DEEPER = "empty_class", "deeper"
+EMPTY_CLASS, DEEPER, ONE_CLASS = "empty_class", "deeper", "one_class"
 TEXT = "text"  # of config.data.class_order
 UNUSED = "not used: the split "  # a note
 
@@ -124,16 +123,21 @@ def arrange(entries: Iterable[Entry], where: str, allow: Sequence[str] = ()) -> 
     DataError: there is no image, or where it belongs is not clear.
   """
   images, folders, left_out = _sort_out(entries)
-  _refuse_webdataset(images, left_out, where)
+  if label := mistaken.webdataset(_paths(images), left_out):
+    raise DataError(
+      f"{where} is a WebDataset ({one_line(label)} holds the label of an image), which is not "
+      "read; write its images into folders of classes, or convert it to parquet."
+    )
   if any(_split_at(folder) is not None for folder in images) or not images:
     found = _by_split(images, folders, where)
   else:
     found = {"train": _by_class(images, folders, where, allow)}
   if not any(split.classes for split in found.values()):
-    raise DataError(
-      f"{where} holds no CLASS/*{_ENDINGS}, and no folders train and val of such"
-      f"{_said(left_out, '')}."
+    what = (
+      mistaken.remedy(_paths(images), left_out)
+      or f"no CLASS/*{_ENDINGS} is there{_said(left_out, '')}"
     )
+    raise DataError(f"{where} is not laid out as {_LAYOUT}: {what}.")
   contents = Contents(where, {}, {}, left_out, [])
   placed = set()
   for name, split in sorted(found.items()):
@@ -184,9 +188,12 @@ def number(
   for other in names[1:]:
     theirs = contents.splits[other].keys()
     if unknown := sorted(theirs - known):
+      hint = mistaken.tiny_imagenet(contents.folders[other], contents.left_out)
+      alike = [name for name in known if name.strip().lower() == unknown[0].strip().lower()]
+      hint = hint or (f" ({first} has {alike[0]!r})" if alike else "")
       raise DataError(
         f"{where}: {other} has the class {unknown[0]}, which {first} lacks"
-        f"{_in_a_file(contents, other)}; the images of {other} must lie in folders of the same "
+        f"{hint}; the images of {other} must lie in folders of the same "
         "classes."
       )
     if EMPTY_CLASS not in allow and (missing := sorted(known - theirs)):
@@ -203,18 +210,6 @@ def number(
           f"folder, or {_how_to_allow(EMPTY_CLASS)}."
         )
   return in_order(known, by_text)
-
-
-def _in_a_file(contents: Contents, split: str) -> str:
-  """Return how to make class folders where a file has the classes, as in Tiny ImageNet; or ""."""
-  path = f"{contents.folders[split]}{_ANNOTATIONS}"
-  if path not in contents.left_out.get("no_image", ()):
-    return ""
-  return (
-    f", because {path} has its classes, as in Tiny ImageNet; in the folder of that file this makes "
-    'folders of them: while read -r image class box; do mkdir -p "$class" && mv "images/$image" '
-    f'"$class/"; done < {_ANNOTATIONS} && rmdir images'
-  )
 
 
 def hold_out(contents: Contents, fraction: float, seed: int) -> Contents:
@@ -260,6 +255,15 @@ def hold_out(contents: Contents, fraction: float, seed: int) -> Contents:
 def _draw(seed: int, each: str, image: str) -> bytes:
   text = f"{seed}/{each}/{_nfc(image)}".encode("utf-8", "surrogateescape")
   return hashlib.sha256(text).digest()
+
+
+def check_classes(where: str, names: Sequence[str], left_out: Mapping[str, Sequence[str]]) -> None:
+  """Raise DataError if there is one class, which every net would always be right about."""
+  if len(names) == 1:
+    raise DataError(
+      f"{where} has one class, {names[0]}, of which there is nothing to learn; "
+      f"{_how_to_allow(ONE_CLASS)}{mistaken.table(left_out)}."
+    )
 
 
 def in_order(names: Iterable[str], by_text: bool = False) -> list[str]:
@@ -366,6 +370,12 @@ def _by_split(images: _Images, folders: set[_Path], where: str) -> dict[str, _Sp
   meaning: dict[str, _Path] = {}
   for folder in sorted(of_splits):
     twin = meaning.setdefault(splits.canonical(folder[-1]), folder)
+    if twin != folder and twin in images and folder in images:
+      raise DataError(
+        f"{where} has the splits inside the classes, {'/'.join(twin)} and {'/'.join(folder)}; they "
+        f"must lie around them: move {'/'.join(twin)} to "
+        f"{'/'.join((*twin[:-2], *twin[:-3:-1]))}, and so on."
+      )
     if twin != folder:
       raise DataError(
         f"{where} has two folders for the split {splits.canonical(folder[-1])}, {'/'.join(twin)} "
@@ -422,17 +432,6 @@ def _common(one: _Path, other: _Path) -> _Path:
   return tuple(part for part, _ in pairs)
 
 
-def _refuse_webdataset(images: _Images, left_out: Mapping[str, Sequence[str]], where: str) -> None:
-  labels = [path for path in left_out.get("no_image", ()) if path.endswith(".cls")]
-  stems = {_stem(_name(e)) for entries in images.values() for e in entries} if labels else set()
-  for path in labels:
-    if _stem(path.rpartition("/")[2]) in stems:
-      raise DataError(
-        f"{where} is a WebDataset ({one_line(path)} holds the label of an image), which is not "
-        "read; write its images into folders of classes, or convert it to parquet."
-      )
-
-
 def _refuse_mixture(where: str, images: _Images, one: _Path, other: _Path) -> NoReturn:
   shown = [_slashed(folder) + _name(images[folder][0]) for folder in (one, other)]
   question = ""
@@ -442,6 +441,10 @@ def _refuse_mixture(where: str, images: _Images, one: _Path, other: _Path) -> No
     f"{where} is not laid out as {_LAYOUT} throughout: compare {shown[0]} with {shown[1]}"
     f"{question}."
   )
+
+
+def _paths(images: _Images) -> Iterator[str]:
+  return (entry.path for entries in images.values() for entry in entries)
 
 
 def _check_depth(
@@ -480,10 +483,6 @@ def _how_to_allow(fault: str) -> str:
 
 def _name(entry: Entry) -> str:
   return entry.path.rpartition("/")[2]
-
-
-def _stem(name: str) -> str:
-  return name.partition(".")[0]
 
 
 def _ending(name: str) -> str:

@@ -7,6 +7,7 @@ from input_pipeline import records
 from input_pipeline.errors import DataError
 from input_pipeline.remote import has_scheme
 from input_pipeline.sources import catalog, layout
+from input_pipeline.sources.base import HF_PREFIX
 
 
 def checked_folder(path: str) -> str:
@@ -29,10 +30,7 @@ def checked_folder(path: str) -> str:
   if not os.path.exists(path):
     raise DataError(f"config.data.path is {path}, which does not exist.")
   if not os.path.isdir(path):
-    raise DataError(
-      f"config.data.path is {path}, which is a file; make shards of it with "
-      "`python -m input_pipeline.prepare` and give their folder."
-    )
+    raise DataError(f"config.data.path is {path}, which is a file; {_of_a_file(path)}.")
   try:
     if not os.listdir(path):
       raise DataError(
@@ -43,11 +41,22 @@ def checked_folder(path: str) -> str:
   return path
 
 
+def _of_a_file(path: str) -> str:
+  name = os.path.basename(path)
+  if name in (records.MANIFEST, catalog.TFDS_INFO) or ".array_record" in name:
+    return f"give its folder, {os.path.dirname(path) or '.'}"
+  if name.endswith(".parquet"):
+    return f"give its folder behind {HF_PREFIX}"
+  if name.endswith(".tar"):
+    return "make shards of it with `python -m input_pipeline.prepare --tar`, and give their folder"
+  return "unpack it if it is an archive, and give the folder"
+
+
 def guess_kind(path: str) -> str:
   """Return array_record or folder by what a local folder holds.
 
   Raises:
-    DataError: it is no folder, or holds neither.
+    DataError: it is no folder, or holds parquet, or the data are in a folder of it.
   """
   path = checked_folder(path)
   found = os.listdir(path)
@@ -66,34 +75,9 @@ def guess_kind(path: str) -> str:
     if os.path.relpath(parent, path).count(os.sep) >= 1:
       folders.clear()
     folders[:] = sorted(folders)[:20]
-  if _may_have_classes(path):
-    return "folder"
-  if other := next((name for name in sorted(found) if name.endswith((".parquet", ".tar"))), None):
-    if other.endswith(".parquet"):
-      raise DataError(f"{path} holds parquet; give --config.data.path=hf:{path}.")
-    raise DataError(
-      f"{path} holds {other}; make shards of it with `python -m input_pipeline.prepare`."
-    )
-  if image := next(filter(layout.is_image, sorted(found)), None):
-    raise DataError(
-      f"{path} holds {image}, an image without a class; put the images of each class into a folder "
-      "of its own, as CLASS/*.jpg."
-    )
-  raise DataError(
-    f"{path} holds neither {records.MANIFEST} nor {catalog.TFDS_INFO} with ArrayRecord shards, nor "
-    "SPLIT/CLASS/*.jpg; make shards with `python -m input_pipeline.prepare`."
-  )
-
-
-def _may_have_classes(path: str) -> bool:
-  """Whether a folder holds folders in its folders, or images in them."""
-  for name in os.listdir(path):
-    inside = os.path.join(path, name)
-    if os.path.isdir(inside) and not layout.is_system(name):
-      with os.scandir(inside) as entries:
-        if any(layout.is_image(e.name) or e.is_dir() for e in entries):
-          return True
-  return False
+  if any(name.endswith(".parquet") for name in found) and not any(map(layout.is_image, found)):
+    raise DataError(f"{path} holds parquet; give --config.data.path={HF_PREFIX}{path}.")
+  return "folder"  # or what `layout.arrange` says of it
 
 
 def walk(folder: str) -> Iterator[layout.Entry]:

@@ -73,7 +73,8 @@ def find_splits(path: str, allow: Sequence[str] = ()) -> DataSet:
       name = _NAME.fullmatch(where)
       if where.startswith(("/", ".", "~")) or not name:
         raise DataError(
-          f"{path}: {where} is neither a folder nor NAME[:CONFIG][@REVISION] on the hub."
+          f"{path}: {where or 'nothing'} is neither a folder nor NAME[:CONFIG][@REVISION] on the "
+          "hub."
         )
       builder = datasets.load_dataset_builder(
         name["name"], name["config"], revision=name["revision"]
@@ -136,7 +137,9 @@ def _in_folder(path: str, folder: str) -> DataSet:
       left_out.setdefault("no_parquet", []).append(below)
   if not files:
     raise DataError(
-      f"{path} holds no parquet files" + " that the server lists" * has_scheme(folder) + "."
+      f"{path} holds no parquet files"
+      + " that the server lists" * has_scheme(folder)
+      + f"; a folder of images or shards is given without {HF_PREFIX}, to prepare as --folder."
     )
   splits: dict[str, list[str]] = {}
   sets: dict[str, dict[str, str]] = {}

@@ -23,8 +23,14 @@ def is_split(name: str) -> bool:
   return name.lower() in _CANONICAL
 
 
-def find(wanted: str, available: Sequence[str], path: str) -> str:
+def find(wanted: str, available: Sequence[str], path: str, advice: str = "") -> str:
   """Return the name that a split has among those of a data set: itself, or a synonym.
+
+  Args:
+    wanted: as the user calls it.
+    available: the names there.
+    path: of the data set, for messages.
+    advice: what to do where there is none; by default, which fields of a config name the splits.
 
   Raises:
     DataError: there is no such split, or several have the meaning.
@@ -36,12 +42,13 @@ def find(wanted: str, available: Sequence[str], path: str) -> str:
     raise DataError(f"{path} has the splits {' and '.join(alike)} for {wanted!r}; name one.")
   if alike:
     return alike[0]
-  advice = "set config.data.train_split and config.data.eval_split"
-  if canonical(wanted) == "val":
-    advice += (
-      ", or hold a share of the images out of class folders: --config.data.val_fraction=0.1, "
-      "--val-fraction=0.1 of prepare"
-    )
+  if not advice:
+    advice = "set config.data.train_split and config.data.eval_split"
+    if canonical(wanted) == "val":
+      advice += (
+        ", or hold a share of the images out of class folders: --config.data.val_fraction=0.1, "
+        "--val-fraction=0.1 of prepare"
+      )
   raise DataError(
     f"{path} has no split {wanted!r}, only {', '.join(sorted(available)) or 'none at all'}; "
     f"{advice}."
@@ -64,7 +71,11 @@ def choose(
   Raises:
     DataError: one is asked for that is not there, or one is there that is none of the three.
   """
-  chosen = {target: find(name, available, path) for target, name in asked.items() if name}
+  chosen = {
+    target: find(name, available, path, f"give one of those to --split {target}=NAME")
+    for target, name in asked.items()
+    if name
+  }
   left = []
   for name in available:
     target = canonical(name)

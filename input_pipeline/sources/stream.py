@@ -220,10 +220,11 @@ class StreamReader(Reader):
 
 def _checked_url(url: str) -> str:
   """Return a URL that can be streamed from; raise DataError for others."""
-  scheme = url.partition("://")[0]
-  if scheme not in tensorstore.SCHEMES:
+  scheme, slashes, _ = url.partition("://")
+  if scheme not in tensorstore.SCHEMES or not slashes:
+    what = f"{scheme}:// is not supported" if slashes else "an address has :// behind its kind"
     raise DataError(
-      f"config.data.path is {url}, but {scheme}:// is not supported; it may be "
+      f"config.data.path is {url}, but {what}; it may be "
       f"{', '.join(f'{s}://' for s in tensorstore.SCHEMES)} or a folder."
     )
   return url

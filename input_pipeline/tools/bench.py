@@ -33,7 +33,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-from configs import base, own_packages
+from configs import arguments, base, own_packages
 from input_pipeline import image, loader
 from input_pipeline.errors import DataError
 from input_pipeline.sources import Source
@@ -282,7 +282,7 @@ def report_scaling(one: list[Turn], many: list[Turn], count: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
   """Run the command; return its exit code."""
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     prog="python -m input_pipeline.bench",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,15 +20,16 @@ from concurrent import futures
 import dataclasses
 import functools
 import os
-import re
 import sys
+import textwrap
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 import numpy as np
 
-from configs import base, recipes
+from configs import base, checks, recipes, run_file
+from configs.names import counted
 from input_pipeline import records, sources
 from input_pipeline.errors import BadRecordError, DataError, one_line
 from input_pipeline.prepare import shards as shards_lib
@@ -38,6 +39,8 @@ from input_pipeline.tools import checksums, contact_sheet
 
 _CHUNK = 256  # neighbouring records that one thread reads in a row
 _VIEWED = 6  # images that are shown in several views
+_WIDTH = 100  # of a line
+_HARD = "\xa0"  # a blank that is no place to break a line
 _SHOWN = 10  # bad records and classes that are named
 _MAGIC = {b"\xff\xd8": "JPEG", b"\x89P": "PNG", b"GI": "GIF", b"BM": "BMP", b"RI": "WebP"}
 
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"inspect: {e}", file=sys.stderr)
     return 2
   if options.help:
-    print(f"{__doc__}\n{options.get_help()}")
+    print(f"{__doc__}\n{_help(options)}")
     return 0
   logging.set_verbosity(logging.ERROR)  # bad records are counted and named here
   try:
@@ -67,6 +70,18 @@ def main(argv: Sequence[str]) -> int:
   for sentence in wrong:
     print(f"inspect: {sentence}", file=sys.stderr)
   return 1 if wrong else 0
+
+
+def _help(options: flags.FlagValues) -> str:
+  """Return a line for each flag of this command, and not those that absl has for all."""
+  words = {"config": "FILE", "data": "DIR", "split": "NAME", "sheet": "FILE", "list": "FILE"}
+  lines = []
+  for flag in options.flags_by_module_dict()[__name__]:
+    value = {bool: "", int: "=N"}.get(type(flag.default), f"={words.get(flag.name, '')}")
+    text = f"{flag.help}{f' Default {flag.default}.' if flag.default else ''}"
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}{value}"
+    lines.append(f"{name:14} {text}")
+  return "\n".join(lines)
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -95,12 +110,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     rest = options(argv)
     options.config.to_dict()  # a file that cannot be loaded fails at its first use
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-    # The cause is in the last line; config_flags puts a whole trace in front of it.
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [repr(e)]
-    unknown = re.fullmatch(r"[\"']*(\w+)[\"']*", lines[-1])  # the whole text for an unknown field
-    problem = f"the config has no field {unknown[1]}" if unknown else lines[-1].rstrip(".")
-    raise UsageError(f"{problem}.") from e
+  except run_file.RAISED as e:
+    raise UsageError(run_file.trouble(e, argv, options["config"])) from e
+  try:
+    checks.check(options.config)
+  except (AttributeError, ValueError) as e:
+    raise UsageError(str(e)) from e
   if len(rest) > 1:
     raise UsageError(f"{rest[1]!r} is not a flag; did you mean --data={rest[1]}?")
   for name, least in (("sample", 0), ("images", 1)):
@@ -215,7 +230,7 @@ def _inspect_split(options: flags.FlagValues, split: str, source: Source) -> lis
     with Progress(sum(shard.size or 0 for shard in shards), f"bytes of {split}") as progress:
       differ = checksums.verify(folder, shards, progress.add)
     good = len(shards) - len(differ)
-    print(f"  checksums  {good:,} of {len(shards):,} shards are intact (SHA-256)", flush=True)
+    print(f"  checksums  {good:,} of {counted(len(shards), 'shard')} intact (SHA-256)", flush=True)
     wrong += differ
   elif options.check:
     print(f"  checksums  none; {_count(len(found.sizes), len(read))} records could be read")
@@ -306,14 +321,14 @@ def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]
     sample: how many of these were to be decoded.
   """
   read = len(found.sizes) + len(found.bad)
-  total = f"{len(source):,} records of {source.num_classes:,} classes"
+  total = f"{counted(len(source), 'record')} of {counted(source.num_classes, 'class')}"
   labels: Mapping[int, int] = found.labels
   origin = f" of the {read:,} read" if read < len(source) else ""
   if source.class_counts:
     labels, origin = dict(enumerate(source.class_counts)), ""
   if source.shards and all(shard.size for shard in source.shards):
     size = sum(shard.size or 0 for shard in source.shards)
-    total += f", {size / 2**20:,.1f} MiB in {len(source.shards):,} shards"
+    total += f", {size / 2**20:,.1f} MiB in {counted(len(source.shards), 'shard')}"
   else:
     total += f", {sum(found.sizes) / 2**20:,.1f} MiB of images"
     total += f" in the {read:,} that were read" if read < len(source) else ""
@@ -326,7 +341,14 @@ def _report(split: str, source: Source, found: _Found, sample: int) -> list[str]
   ranked = sorted(range(source.num_classes), key=lambda label: (counts[label], label))
   ends = [ranked] if len(ranked) <= 2 * _SHOWN else [ranked[:_SHOWN], ranked[-_SHOWN:]]
   named = [", ".join(f"{source.class_names[i]} ({i}): {counts[i]:,}" for i in end) for end in ends]
-  lines.append(f"             {' ... '.join(named)}")
+  # A name is not broken.
+  text = " ... ".join(named).replace(" ", _HARD).replace(f",{_HARD}", ", ")
+  lines += [
+    line.replace(_HARD, " ")
+    for line in textwrap.wrap(
+      text, _WIDTH, initial_indent=" " * 13, subsequent_indent=" " * 13, break_long_words=False
+    )
+  ]
   lines.append(f"  file bytes {_spread(found.sizes)}")
   of = f", of {sample:,} that were decoded" if sample < len(source) else ""
   lines.append(f"  height     {_spread(found.heights)} pixels{of}")

@@ -158,7 +158,7 @@ def manifest_of(out):
 def contents(out, split="train"):
   """Return the records of a split by name."""
   classes = manifest_of(out)["classes"]
-  source = sources.open_source(data_config(out), split, len(classes))
+  source = sources.open_source(data_config(out, allow="one_class"), split, len(classes))
   found = [source[i] for i in range(len(source))]
   assert len({r.name for r in found}) == len(found)
   return {r.name: r for r in found}

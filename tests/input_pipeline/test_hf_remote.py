@@ -150,7 +150,9 @@ def test_shards_of_a_stream(parquet, tmp_path, capsys):  # noqa: F811
   assert "13 row groups of train" in failure(
     capsys, "--out", tmp_path / "x", "--from", f"hf:{parquet}", "--shards", 14
   )
-  assert "must begin with hf:" in failure(capsys, "--out", tmp_path / "x", "--from", parquet)
+  assert "parquet begins with hf:, as hf:" in failure(
+    capsys, "--out", tmp_path / "x", "--from", parquet
+  )
   assert "no split 'test'" in failure(
     capsys, "--out", tmp_path / "x", *flags, "--val-split", "test"
   )

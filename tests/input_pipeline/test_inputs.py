@@ -3,6 +3,7 @@
 import io
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_what_is_wrong_with_a_tar_is_named(folder, tmp_path, capsys):
   with tarfile.open(fileobj=compressed, mode="w:gz") as tar:
     add(tar, "train/a/0.JPEG", b"x")
   assert "is compressed with gzip" in says(compressed.getvalue())
-  assert "decompress it first" in says(compressed.getvalue())
+  assert "gunzip it first" in says(compressed.getvalue())
   last = whole.index(b"train/a/3.JPEG")
   assert "ends in the middle of train/a/3.JPEG; fetch it again" in says(whole[: last + 900])
   assert f"is damaged at byte {last:,}; fetch it again" in says(whole[: last + 100])
@@ -87,12 +88,20 @@ def test_what_is_wrong_with_a_tar_is_named(folder, tmp_path, capsys):
   torn[at : at + 20] = b"\x55" * 20
   assert f"is damaged at byte {at:,}; fetch it again" in says(bytes(torn))
   assert "is not an intact tar" in says(b"no tar" * 1000)
-  assert "holds no CLASS/" in says(tar_of({"readme.txt": b"x"}))
+  archive = io.BytesIO()
+  with zipfile.ZipFile(archive, "w") as zipped:
+    zipped.writestr("train/a/0.JPEG", b"x")
+  assert "is a zip archive; unzip it, and give the folder as --folder" in says(archive.getvalue())
+  assert "no CLASS/*.jpg|" in says(tar_of({"readme.txt": b"x"}))
   mixed = files | {"train/a/deeper/9.JPEG": b"x"}
   assert "is not laid out as {train,val}/CLASS/IMAGE" in says(tar_of(mixed))
   assert "the class b, which train lacks" in says(tar_of(files | {"val/b/9.JPEG": b"x"}))
   missing = failure(capsys, "--out", tmp_path / "out", "--tar", tmp_path / "none.tar")
   assert "none.tar cannot be read: No such file" in missing
+  given = failure(capsys, "--out", tmp_path / "out", "--tar", tmp_path)
+  assert "is a folder and no tar; give it as --folder" in given
+  given = failure(capsys, "--out", tmp_path / "out", "--folder", tmp_path / "x.tar")
+  assert "is not a folder: give a tar as --tar" in given
 
 
 _SYNSETS = ["n01440764", "n01443537", "n02084071"]

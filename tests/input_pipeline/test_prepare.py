@@ -31,6 +31,8 @@ from tests.input_pipeline.conftest import (
   run_prepare,
 )
 
+ONE = ("--allow", "one_class")
+
 
 def test_the_untouched_files_come_back_in_another_order(folder, shards):
   made = contents(shards)
@@ -149,7 +151,7 @@ def damaged(data: bytes) -> bytes:
 
 def test_odd_images_are_listed_and_only_undecodable_ones_left_out(odd_folder, tmp_path, capsys):
   root, files = odd_folder
-  assert run_prepare("--out", tmp_path / "out", "--folder", root) == 0
+  assert run_prepare("--out", tmp_path / "out", "--folder", root, *ONE) == 0
   train = manifest_of(tmp_path / "out")["splits"]["train"]
   assert train["problems"] == {
     "cmyk": ["a/cmyk.JPEG"],
@@ -184,7 +186,7 @@ def test_max_size_shrinks_only_what_is_larger(tmp_path, capsys):
   root = make_folder(tmp_path / "f", {"train": {"a": 0}})
   for name, data in files.items():
     (root / "train" / "a" / name).write_bytes(data)
-  assert run_prepare("--out", tmp_path / "out", "--folder", root, "--max-size", 32) == 0
+  assert run_prepare("--out", tmp_path / "out", "--folder", root, *ONE, "--max-size", 32) == 0
   made = contents(tmp_path / "out")
   assert made["a/exact.JPEG"].image == files["exact.JPEG"]
   assert made["a/small.JPEG"].image == files["small.JPEG"]
@@ -207,11 +209,22 @@ def test_max_size_shrinks_only_what_is_larger(tmp_path, capsys):
     (("--imagenet-val", "x", "--val-labels", "y", "--devkit", "z"), "not both"),
     (("--digits", "--max-size", "-1"), "--max-size must not be negative"),
     (("--folder", "/no/such"), "--folder /no/such is not a folder"),
+    (("--folder", "gs://b/x"), "is not a folder: give parquet as --from, and copy images"),
+    (("--from", "photos"), "parquet begins with hf:, as hf:photos. Images are given as --folder"),
     (("--digits", "--shards", "9999"), "9999 shards are more than the 1437 images of train"),
   ],
 )
 def test_flags_that_do_not_fit_are_named(tmp_path, capsys, flags, says):
   assert says in failure(capsys, "--out", tmp_path / "out", *flags)
+
+
+def test_the_folder_of_the_images_is_no_output(folder, capsys):
+  assert "--out is" in failure(capsys, "--out", f"{folder}/", "--folder", folder)
+
+
+def test_a_split_that_is_not_there_is_named_with_the_flag(folder, tmp_path, capsys):
+  said = failure(capsys, "--out", tmp_path / "o", "--folder", folder, "--split", "val=dev")
+  assert "has no split 'dev', only train, val; give one of those to --split val=NAME." in said
 
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):
@@ -222,7 +235,7 @@ def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):
 def test_nothing_but_undecodable_images_is_an_error(tmp_path, capsys):
   root = make_folder(tmp_path / "f", {"train": {"a": 1}})
   (root / "train" / "a" / "a_000.JPEG").write_bytes(b"")
-  message = failure(capsys, "--out", tmp_path / "out", "--folder", root)
+  message = failure(capsys, "--out", tmp_path / "out", "--folder", root, *ONE)
   assert "not one image of train can be decoded" in message
   assert not (tmp_path / "out" / records.MANIFEST).exists()
 
@@ -342,7 +355,7 @@ def test_a_killed_worker_is_a_sentence(tmp_path):
   large = encoded(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
   for i in range(200):
     (root / "train" / "a" / f"{i}.JPEG").write_bytes(large)
-  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 4, "--workers", 2)
+  flags = ("--folder", root, "--out", tmp_path / "out", "--shards", 4, "--workers", 2, *ONE)
   process = subprocess.Popen(
     command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )

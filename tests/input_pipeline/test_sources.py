@@ -120,10 +120,10 @@ def test_the_many_shards_of_imagenet_open_at_once(tmp_path):
   for name in names:
     (tmp_path / name).write_bytes(b"never read")
   shards = [{"file": name, "examples": 1251, "bytes": 10, "sha256": ""} for name in names]
-  manifest = {"format_version": 1, "classes": ["a"], "splits": {"train": {"shards": shards}}}
+  manifest = {"format_version": 1, "classes": ["a", "b"], "splits": {"train": {"shards": shards}}}
   (tmp_path / records.MANIFEST).write_text(json.dumps(manifest))
   start = time.process_time()
-  source = open_source(tmp_path, num_classes=1)
+  source = open_source(tmp_path, num_classes=2)
   assert time.process_time() - start < 1
   assert len(source) == 1024 * 1251
 
@@ -148,7 +148,7 @@ def test_more_shards_than_files_that_may_be_open(shards):
     ({"path": "/no/such"}, "/no/such, which does not exist"),
     ({"path": "ftp://host/imagenet"}, "ftp:// is not supported; it may be gs://"),
     ({"path": "gs://bucket/imagenet", "kind": "folder"}, "give --config.data.kind=stream"),
-    ({"path": __file__}, "which is a file; make shards"),
+    ({"path": __file__}, "which is a file; unpack it if it is an archive"),
     (
       {"path": "", "kind": "lmdb"},
       "config.data.kind is 'lmdb'; there is auto, array_record",
@@ -169,12 +169,14 @@ def test_an_empty_folder_is_named(tmp_path, kind):
 
 def test_a_folder_of_something_else_is_named(tmp_path):
   (tmp_path / "notes.txt").write_text("x")
-  with pytest.raises(DataError, match=r"neither manifest\.json nor .* nor SPLIT/CLASS"):
+  with pytest.raises(DataError, match=r"is not laid out as .*: no CLASS/.* as notes\.txt"):
     open_source(tmp_path)
   with pytest.raises(DataError, match="if prepare was stopped, run the same command again"):
     open_source(tmp_path, kind="array_record")
   (tmp_path / "a.png").write_text("x")
-  with pytest.raises(DataError, match=r"holds a\.png, an image without a class; put the images of"):
+  with pytest.raises(
+    DataError, match=r"images, as a\.png, lie in no folder of a class; put those of"
+  ):
     open_source(tmp_path)
 
 
@@ -336,8 +338,8 @@ def test_what_is_wrong_with_a_tfds_folder_is_named(tmp_path):
 
 
 def test_a_file_that_vanishes_is_a_bad_record(tmp_path):
-  root = make_folder(tmp_path / "f", {"train": {"a": 2}})
-  source = open_source(root, num_classes=1)
+  root = make_folder(tmp_path / "f", {"train": {"a": 2, "b": 1}})
+  source = open_source(root, num_classes=2)
   (root / "train" / "a" / "a_001.JPEG").unlink()
   assert source[0].name == "train/a/a_000.JPEG"
   with pytest.raises(BadRecordError, match=r"a_001\.JPEG: cannot be read \(No such file"):

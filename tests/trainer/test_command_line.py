@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from configs import base, recipes
+from configs import base, checks, recipes
+from input_pipeline.tools import inspect
 from tests.trainer import tiny
 from trainer import __main__ as command
 from trainer import command_line
@@ -21,6 +22,11 @@ RUN_FILES = {
   "raises.py": "def get_config():\n  return 1 / 0\n",
   "none.py": "x = 1\n",
   "dict.py": "def get_config():\n  return {}\n",
+  "ends.py": "import sys\n\ndef get_config():\n  sys.exit('no')\n",
+  "lacks.py": "import no_such_module\n",
+  "chosen.py": "def get_config(depth):\n  return {}\n",
+  "field.py": "from configs import base\n\ndef get_config():\n"
+  "  config = base.get_config('resnet')\n  config.optimizer.learning_rate = 0.1\n  return config\n",
 }
 
 
@@ -71,6 +77,22 @@ WRONG = [
   (("--config=none.py", "--workdir=run"), ["none.py defines no function get_config"]),
   (("--config=dict.py", "--workdir=run"), ["get_config() returned dict", "ConfigDict"]),
   (("--config=imagenet_mlperf:7", "--workdir=run"), ["'7'", "there is 4096, 8192, 32768"]),
+  (("--config=ends.py", "--workdir=run"), ["ends.py line 4: SystemExit: no"]),
+  (("--config=lacks.py", "--workdir=run"), ["lacks.py line 1", "no_such_module"]),
+  (("--config=chosen.py", "--workdir=run"), ["chosen.py needs a variant", "chosen.py:VARIANT"]),
+  (("--config=none.py:x", "--workdir=run"), ["none.py defines no function get_config"]),
+  (("--config=smoke:x", "--workdir=run"), ["smoke.py has no variants; give it without ':x'"]),
+  (("--config=field.py", "--workdir=run"), ["learning_rate is not", "optimizer.lr_per_256?"]),
+  ((*SMOKE, "--epochs=3"), ["flag 'epochs'; did you mean --config.total_epochs?"]),
+  ((*SMOKE, "--batch-size", "64"), ["did you mean --config.global_batch_size?"]),
+  ((*SMOKE, "--data.path=x"), ["did you mean --config.data.path?"]),
+  ((*SMOKE, "--frobnicate"), ["flag 'frobnicate'; --help shows"]),
+  ((*SMOKE, "--config.batch_size=1"), ["did you mean config.global_batch_size?"]),
+  ((*SMOKE, "--config.data.dir=x"), ["did you mean config.data.path?"]),
+  ((*SMOKE, "--config.pretrained=True"), ["did you mean config.init_from?"]),
+  ((*SMOKE, "--config.data.nonsense=1"), ["is not a field of configs/base.py."]),
+  ((*SMOKE, "--config.model=resnet18"), ["section; set a field of it, as --config.model.name="]),
+  ((*SMOKE, "--checkpoint=best"), ["--checkpoint=best is of --mode=eval", "config.init_from"]),
   ((*SMOKE, "--config.optimizer.rl=1"), ["optimizer.rl is not", "mean config.optimizer.lr?"]),
   ((*SMOKE, "--config.lr_per_256=1"), ["did you mean config.optimizer.lr_per_256?"]),
   ((*SMOKE, "--config.model.depht=20"), ["family cifar_resnet", "did you mean config.model.depth"]),
@@ -128,6 +150,23 @@ def test_wrong_input_is_answered_in_one_sentence(typed, flags, words):
   assert code == FAILED and len(errors) == 1
   assert "\n" not in errors[0] and all(word in errors[0] for word in words), errors[0]
   assert not glob.glob("run/checkpoints/[0-9]*")
+
+
+@pytest.mark.parametrize("file", [*RUN_FILES, "none.py:x", "smoke:x", "zzz"])
+def test_inspect_says_of_a_run_file_what_the_trainer_says(typed, capsys, file):
+  code, (said,) = typed(f"--config={file}", "--workdir=run")
+  sys.modules.pop("config_config", None)
+  assert inspect.main(["inspect", "--data=empty", f"--config={file}"]) == code == FAILED
+  assert capsys.readouterr().err.splitlines()[-1] == f"inspect: {said}"
+
+
+def test_names_of_other_trainers_stand_for_fields_and_hide_none():
+  fields = base.all_fields("resnet")
+  assert set(checks.ELSEWHERE) <= set(fields)
+  own = {name.rpartition(".")[2] for name in fields} - {"batch_size"}  # of an evaluation
+  assert not own & {word for words in checks.ELSEWHERE.values() for word in words}
+  for name, words in checks.ELSEWHERE.items():
+    assert all(checks.nearest(word, fields) == name for word in words)
 
 
 WITHOUT_JAX = """
@@ -197,7 +236,7 @@ def test_a_run_file_is_found_by_name_and_a_file_of_ones_own_comes_first(monkeypa
 def test_flags_in_two_words():
   typed = ("plan", "--config", "smoke:x", "--config.augment", "mix(p=1)", "--trial", "-f=1", "2")
   one = ["plan", "--config=smoke:x", "--config.augment=mix(p=1)", "--trial", "-f=1", "2"]
-  assert command_line.joined(typed) == command_line.joined(one) == one
+  assert recipes.joined(typed) == recipes.joined(one) == one
   assert command_line.name_of(list(typed)) == "smoke:x"
 
 

@@ -50,6 +50,8 @@ def test_examples_come_from_the_data_the_command_or_the_recipe(tmp_path):
   with pytest.raises(ConfigError, match=r"nowhere.* Or give --examples\."):
     plan_lib.make(config, "mine")
   assert plan_lib.make(base.get_config(), "imagenet_goyal").examples == 1_281_167
+  # The variant that the run file takes where none is named.
+  assert plan_lib.make(base.get_config(), "imagenet_ffcv").examples == 1_281_167
 
 
 def test_a_picture(tmp_path):

@@ -215,6 +215,19 @@ def test_nothing_to_report(tmp_path, make):
   assert not (tmp_path / "report.html").exists()
 
 
+def test_words_that_are_no_run_are_refused_before_anything_is_written(workdir, tmp_path, capsys):
+  (tmp_path / "file").write_text("x")
+  for words, says in (
+    ([f"{tmp_path}/none"], "There is no folder"),
+    ([f"{tmp_path}/file"], "is a file; give the folder of a run"),
+    ([str(workdir), f"--out={tmp_path}/no/x.html"], "no/x.html cannot be written: there is no"),
+    ([str(workdir), f"--picture={tmp_path}/no/x.png"], "no/x.png cannot be written: there is no"),
+  ):
+    assert report.main(words) == 2
+    said = capsys.readouterr()
+    assert says in said.err and not said.out and said.err.count("\n") == 1
+
+
 def test_command(workdir, tmp_path):
   def run(folder):
     return subprocess.run(

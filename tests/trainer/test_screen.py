@@ -122,6 +122,18 @@ def test_the_row_leaves_out_what_does_not_fit():
   assert len(screen_lib.progress(10**9, 10**9, FACTS, 20, "utf-8")) <= 20
 
 
+def test_what_takes_long_says_so_in_a_log(monkeypatch, caplog):
+  caplog.set_level(logging.INFO, logger="absl")
+  monkeypatch.setattr(screen_lib, "_TICK_SECONDS", 0.01)
+  monkeypatch.setattr(screen_lib, "_LINE_SECONDS", 0.05)
+  with screen_lib.Screen().doing("compiling", "parts") as doing:
+    doing.count(1, 2)
+    time.sleep(0.5)
+  lines = [record.getMessage() for record in caplog.records]
+  assert 2 <= len(lines) <= 4  # at 0.05, 0.1, 0.2 and 0.4 s
+  assert all(line.startswith("Still compiling 1/2 parts, after 0.") for line in lines)
+
+
 TRAINER = """
 import runpy, sys
 sys.argv = ["trainer", *{flags!r}]

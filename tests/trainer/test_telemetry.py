@@ -110,6 +110,16 @@ def test_standing_still_for_a_save_is_no_step_time(run):
   assert scalars["step_seconds_p99"][8] < 0.2
 
 
+def test_steps_that_nobody_has_waited_for_have_no_time(run, caplog):
+  run = run()
+  for step in range(1, 8):
+    run.take(step)
+  run.stand_still(7.0)  # reads the steps 6 and 7 at once, both ready since when is not known
+  run.take(8)
+  assert run.read()["step_seconds_median"][8] == pytest.approx(0.1)
+  assert "step 8/100" in caplog.text and "step 0.0 ms" not in caplog.text
+
+
 def test_a_slow_step_shows_in_the_99th_percentile(run):
   run = run()
   for step in range(1, 11):

@@ -1,6 +1,7 @@
 """What a run has left in its workdir, for those who look at it: the report and the watch."""
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -8,7 +9,9 @@ from etils import epath
 import ml_collections
 import numpy as np
 
+from input_pipeline.remote import has_scheme
 from trainer import models
+from trainer.errors import ConfigError
 from trainer.reporting import events
 from trainer.workdir import files, storage
 from trainer.workdir.paths import Workdir
@@ -111,8 +114,11 @@ def open_run(workdir: str) -> Workdir:
 
   Raises:
     StorageError: if it is a bucket that cannot be used.
+    ConfigError: if it is a file.
   """
   directory = storage.path_of(workdir)
+  if not has_scheme(workdir) and os.path.isfile(directory):
+    raise ConfigError(f"{workdir} is a file; give the folder of a run.")
   trouble = storage.problem(directory)
   if trouble:
     raise trouble.ends(f"{directory} cannot be read")
@@ -129,6 +135,8 @@ def read(workdir: str) -> Recorded:
   run = open_run(workdir)
   found = dataclasses.replace(read_files(run), scalars=_scalars(run.events))
   if not found.scalars and not found.failure:
+    if not run.path.exists():
+      raise ValueError(f"There is no folder {run.path}.")
     raise ValueError(
       f"{run.path} has nothing to report: {run.events} holds no event files with scalars."
     )

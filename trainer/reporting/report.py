@@ -10,14 +10,15 @@ mistakes. --picture also writes a PNG of result, first curves and wall time of o
 to be sent or committed.
 """
 
-import argparse
 from collections.abc import Sequence
 import os
 import sys
 
 from etils import epath
 
+from configs import arguments
 from input_pipeline.errors import DataError
+from input_pipeline.remote import has_scheme
 from trainer.errors import TrainerError
 from trainer.reporting import page, picture, recorded
 from trainer.workdir import storage
@@ -79,22 +80,25 @@ def _place(runs: Sequence[recorded.Recorded]) -> epath.Path:
   return Workdir(storage.path_of(scheme + shared)).report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Write the report of the workdirs named in `arguments`; return the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m trainer.report", description=__doc__.split("\n")[0]
-  )
+def main(words: Sequence[str] | None = None) -> int:
+  """Write the report of the workdirs named in a command line; return the exit code."""
+  parser = arguments.Parser(prog="python -m trainer.report", description=__doc__.split("\n")[0])
   parser.add_argument("workdir", nargs="+", help="folder of a run")
-  parser.add_argument("--out", metavar="FILE.html", default="", help="where the page goes")
-  parser.add_argument("--picture", metavar="FILE.png", help="also write a small picture of it")
+  parser.add_argument(
+    "--out", type=arguments.path, metavar="FILE.html", default="", help="where the page goes"
+  )
+  parser.add_argument(
+    "--picture", type=arguments.path, metavar="FILE.png", help="also write a small picture of it"
+  )
   parser.add_argument(
     "--mistakes", type=int, default=0, metavar="N", help="look for mistakes in N images"
   )
-  options = parser.parse_args(arguments)
+  options = parser.parse_args(words)
   workdirs = [w for w in options.workdir if len(options.workdir) == 1 or not _is_file(w)]
   try:
     if len(workdirs) != 1 and (options.picture or options.mistakes):
       raise ValueError("--picture and --mistakes are for one run; give one workdir.")
+    _check_files(options.out, options.picture)
     if options.mistakes:
       # Imported here: only this needs a model.
       from trainer.reporting import examples
@@ -107,6 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(error, file=sys.stderr)
     return 2
   return 0
+
+
+def _check_files(*paths: str | None) -> None:
+  """Raise ValueError if a file that is asked for has no folder to lie in."""
+  for path in filter(None, paths):
+    if not has_scheme(path) and not os.path.isdir(os.path.dirname(path) or "."):
+      raise ValueError(f"{path} cannot be written: there is no folder {os.path.dirname(path)}.")
 
 
 def _is_file(workdir: str) -> bool:

@@ -24,6 +24,9 @@ _CLEAR = "\r\x1b[K"
 _BAR = (10, 40)  # least and most columns of the bar
 _SECONDS = 0.1  # between two drawings of the row
 _TICK_SECONDS = 1.0  # of the clock in the row, while something is done
+# After so many something that is done has a line in the log, and after each time twice as many. XLA
+# writes "Very slow compile?" between stars by itself after 120 s, without a switch.
+_LINE_SECONDS = 100.0
 
 
 class Screen:
@@ -108,19 +111,21 @@ class Screen:
     doing, ended = Doing(self, what, unit), threading.Event()
 
     def tick() -> None:
+      due = _LINE_SECONDS
       while not ended.wait(_TICK_SECONDS):
         doing.draw()
+        if doing.seconds >= due:
+          due *= 2
+          absl_logging.info("Still %s, after %s.", doing.words(), format_seconds(doing.seconds))
 
-    thread = threading.Thread(target=tick, name="screen", daemon=True) if self.on else None
-    if thread:
-      doing.draw()
-      thread.start()
+    thread = threading.Thread(target=tick, name="screen", daemon=True)
+    doing.draw()
+    thread.start()
     try:
       yield doing
     finally:
       ended.set()
-      if thread:
-        thread.join()
+      thread.join()
       self.waits_for = before
       self.show(self._steps)
 
@@ -141,9 +146,13 @@ class Doing:
     """Note how far it is."""
     self._counted = f" {done:,}/{total:,} {self._unit}"
 
+  def words(self) -> str:
+    """Return what is done, and how far it is."""
+    return f"{self._what}{self._counted}"
+
   def draw(self) -> None:
     """Show it in the row."""
-    self._screen.show(f"{self._what}{self._counted}, {format_seconds(self.seconds)}")
+    self._screen.show(f"{self.words()}, {format_seconds(self.seconds)}")
 
 
 SCREEN = Screen()

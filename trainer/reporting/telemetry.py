@@ -179,6 +179,9 @@ class Telemetry:
       NonFiniteError: as `step` does.
     """
     while self._pending:
+      # Since when it is ready is not known: nobody has waited for it.
+      if self._pending[0][1].is_ready():  # type: ignore[attr-defined]  # arrays of values have it
+        self._last_ready = None
       self._absorb()
     # What comes next, a save or an evaluation, is not part of the step after it.
     self._last_ready = None

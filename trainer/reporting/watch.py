@@ -10,7 +10,6 @@ is, and ends. Ctrl-C leaves at once; the run does not notice.
 A line is as new as the file that it is read from: at most half a minute old in a bucket.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import arguments
 from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, TrainerError
 from trainer.reporting import json_lines, recorded
@@ -208,15 +208,13 @@ def watch(
   return DONE if screen.complete else NOT_COMPLETE
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Watch the workdir named in `arguments`; return the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m trainer.watch", description=__doc__.split("\n")[0]
-  )
+def main(words: Sequence[str] | None = None) -> int:
+  """Watch the workdir named in a command line; return the exit code."""
+  parser = arguments.Parser(prog="python -m trainer.watch", description=__doc__.split("\n")[0])
   parser.add_argument("workdir", help="folder of the run")
   parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds (5)")
   parser.add_argument("--once", action="store_true", help="show what there is, and end")
-  options = parser.parse_args(arguments)
+  options = parser.parse_args(words)
   try:
     return watch(options.workdir, max(_LEAST_SECONDS, options.every), options.once)
   except (TrainerError, OSError) as error:

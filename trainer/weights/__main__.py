@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import logging
 
+from configs import arguments
 from input_pipeline.errors import DataError
 from trainer.errors import DONE, FAILED, TrainerError
 from trainer.weights.errors import WeightsError
@@ -30,23 +31,21 @@ _DIFFERENT = 1
 _EMA = ("ema", "raw")
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+def _parser() -> arguments.Parser:
+  parser = arguments.Parser(
     prog="python -m trainer.weights",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
   )
   verbs = parser.add_subparsers(required=True, metavar="import|export|show|diff", dest="verb")
 
-  def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(
+  def add(name: str, text: str, example: str) -> arguments.Parser:
+    verb: arguments.Parser = verbs.add_parser(
       name,
       help=text,
       description=f"{text[0].upper()}{text[1:]}.",
       epilog=f"example:\n  python -m trainer.weights {name} {example}",
       formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
     )
     verb.add_argument(
       "--weights",
@@ -64,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   verb.add_argument("file", metavar="FILE", help="file of weights, or another workdir")
   verb.add_argument("--workdir", required=True, metavar="DIR", help="new folder, local or gs://")
-  verb.add_argument("--classes", metavar="F", help="file of class names, one a line or as JSON")
+  verb.add_argument(
+    "--classes", type=arguments.path, metavar="F", help="file of class names, one a line or as JSON"
+  )
   verb.add_argument(
     "--config",
     required=True,
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     choices=("timm", "torchvision"),
     help="of tensors in safetensors, for nets whose names differ there",
   )
-  verb.add_argument("--out", required=True, metavar="F", help="file to write")
+  verb.add_argument("--out", type=arguments.path, required=True, metavar="F", help="file to write")
   verb.add_argument(
     "--pixels",
     action="store_true",
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
   verb.add_argument(
     "--size", type=int, default=0, metavar="PX", help="of images of a graph (that of evaluation)"
   )
-  verb.add_argument("--images", default="", metavar="DIR", help="images to compare on (noise)")
+  verb.add_argument(
+    "--images", type=arguments.path, default="", metavar="DIR", help="images to compare on (noise)"
+  )
   verb = add("show", "print leaves, metadata and what the weights look like", "resnet50.pth")
   verb.add_argument("file", metavar="FILE", help="file of weights, or a workdir")
   verb = add("diff", "print the leaves that differ", "runs/r50 resnet50.safetensors")

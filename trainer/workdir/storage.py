@@ -15,6 +15,7 @@ from typing import NamedTuple
 from etils import epath
 
 from input_pipeline.remote import fsspec as remote
+from input_pipeline.remote import has_scheme
 from input_pipeline.remote import tensorstore as bucket
 from trainer.errors import ConfigError, StorageError
 
@@ -36,7 +37,7 @@ def path_of(workdir: str) -> epath.Path:
   Raises:
     ConfigError: if it is neither a folder nor a bucket, or a bucket and gcsfs is not installed.
   """
-  if "://" not in workdir:
+  if not has_scheme(workdir):
     return epath.Path(workdir).expanduser().absolute()
   if not re.match(rf"{_PREFIX}[a-z0-9][-_.a-z0-9]+[a-z0-9](/|$)", workdir):
     raise ConfigError(f"--workdir {workdir} is neither a folder nor gs://BUCKET/FOLDER.")
