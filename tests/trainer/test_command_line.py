@@ -135,7 +135,7 @@ WRONG = [
   ((*TINY, "--config.mesh.data=7"), ["config.mesh.data", "do not make up the"]),
   ((*TINY, "--config.data.kind=auto"), ["config.data.path is empty; give --config.data.path"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=nowhere"), ["nowhere", "not exist"]),
-  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "prepare"]),
+  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "unpack"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=empty"), ["is empty; fill it"]),
   ((*TINY, "--workdir=file"), ["file"]),
   ((*TINY, "--mode=eval"), ["run holds no checkpoint to evaluate; train first"]),
@@ -238,6 +238,18 @@ def test_flags_in_two_words():
   one = ["plan", "--config=smoke:x", "--config.augment=mix(p=1)", "--trial", "-f=1", "2"]
   assert recipes.joined(typed) == recipes.joined(one) == one
   assert command_line.name_of(list(typed)) == "smoke:x"
+
+
+def test_the_run_file_may_stand_anywhere(typed):
+  fields = ["--config.total_epochs=7", "--config.model.depth=34"]
+  for place in range(3):
+    for file in (["--config=smoke"], ["--config", "smoke"]):
+      argv = ["plan", *fields[:place], *file, *fields[place:]]
+      assert recipes.joined(argv) == ["plan", "--config=smoke", *fields]
+      assert command_line.name_of(argv) == "smoke"
+  code, errors = typed("--config.data.path=none", "--workdir=w", "--config", "smoke")
+  assert code == FAILED
+  assert "none" in errors[0] and "before" not in errors[0]
 
 
 def test_the_other_unit_gives_way_to_the_command_line():

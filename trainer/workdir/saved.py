@@ -21,7 +21,7 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 
   Raises:
     ValueError: there is none that can be read; one sentence.
-    TrainerError: likewise, of a storage that cannot be used, or not now.
+    TrainerError: likewise, of a bucket that cannot be used, or not now.
   """
   from trainer.workdir import storage  # here, because it imports TensorStore
 
@@ -38,7 +38,10 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
   except Exception as error:
     if not storage.is_failure(error):
       raise
-    raise storage.failed(f"{path} cannot be read", error) from error
+    if storage.in_bucket(path):
+      raise storage.failed(f"{path} cannot be read", error) from error
+    reason = storage.first_line(error)
+    raise ValueError(f"{path} cannot be read ({reason}); give the --config of the run.") from error
   _fill(config, values)
   return config.lock()
 
