@@ -373,6 +373,8 @@ class TestVerbs:
     ("arguments", "words"),
     [
       ("show {none}", "There is no file or folder {none}."),
+      ("show {config}", "{config} is neither safetensors nor what torch.save writes."),
+      ("export {run} --format=safetensors --out={empty}/x.onnx", "is named as onnx, but --format="),
       (
         "export {empty} --format=safetensors --out={empty}/x",
         "{empty} holds no checkpoint; give the",
