@@ -2,6 +2,7 @@
 
 import glob
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ RUN_FILES = {
   "syntax.py": "def get_config(:\n  pass\n",
   "raises.py": "def get_config():\n  return 1 / 0\n",
   "none.py": "x = 1\n",
+  "called.py": "get_config = None\n",
   "dict.py": "def get_config():\n  return {}\n",
   "ends.py": "import sys\n\ndef get_config():\n  sys.exit('no')\n",
   "lacks.py": "import no_such_module\n",
@@ -79,6 +81,7 @@ WRONG = [
   (("--config=imagenet_mlperf:7", "--workdir=run"), ["'7'", "there is 4096, 8192, 32768"]),
   (("--config=ends.py", "--workdir=run"), ["ends.py line 4: SystemExit: no"]),
   (("--config=lacks.py", "--workdir=run"), ["lacks.py line 1", "no_such_module"]),
+  (("--config=called.py", "--workdir=run"), ["called.py defines no function get_config"]),
   (("--config=chosen.py", "--workdir=run"), ["chosen.py needs a variant", "chosen.py:VARIANT"]),
   (("--config=none.py:x", "--workdir=run"), ["none.py defines no function get_config"]),
   (("--config=smoke:x", "--workdir=run"), ["smoke.py has no variants; give it without ':x'"]),
@@ -135,7 +138,7 @@ WRONG = [
   ((*TINY, "--config.mesh.data=7"), ["config.mesh.data", "do not make up the"]),
   ((*TINY, "--config.data.kind=auto"), ["config.data.path is empty; give --config.data.path"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=nowhere"), ["nowhere", "not exist"]),
-  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "prepare"]),
+  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "give the folder"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=empty"), ["is empty; fill it"]),
   ((*TINY, "--workdir=file"), ["file"]),
   ((*TINY, "--mode=eval"), ["run holds no checkpoint to evaluate; train first"]),
@@ -167,6 +170,20 @@ def test_names_of_other_trainers_stand_for_fields_and_hide_none():
   assert not own & {word for words in checks.ELSEWHERE.values() for word in words}
   for name, words in checks.ELSEWHERE.items():
     assert all(checks.nearest(word, fields) == name for word in words)
+
+
+def test_a_workdir_among_the_images_is_refused_before_it_is_made(typed):
+  for name in ("cat", "dog"):
+    os.makedirs(f"photos/{name}")
+    pathlib.Path(f"photos/{name}/0.jpg").write_bytes(b"x")
+  for workdir in ("photos", "photos/run", "photos/../photos/cat/x"):
+    code, (said,) = typed(
+      "--config=own_images", f"--workdir={workdir}", "--config.data.path=photos"
+    )
+    assert code == FAILED and "is in the folder of the images, photos; give another" in said
+  assert sorted(os.listdir("photos")) == ["cat", "dog"]
+  code, (said,) = typed("--config=own_images", "--workdir=photos2", "--config.data.path=photos")
+  assert code == FAILED and "has one image, of which none can be held out" in said
 
 
 WITHOUT_JAX = """
