@@ -155,6 +155,33 @@ def test_wrong_input_is_answered_in_one_sentence(typed, flags, words):
   assert not glob.glob("run/checkpoints/[0-9]*")
 
 
+@pytest.mark.parametrize("field", ["model.name", "loss", "data.kind", "optimizer.schedule"])
+@pytest.mark.parametrize(
+  ("module", "code", "says"),
+  [
+    ("own_name", "x = undefined\n", "own_name.py line 1: NameError: name 'undefined' is not"),
+    ("own_syntax", "\ndef (:\n", "own_syntax.py line 2: SyntaxError: invalid syntax."),
+    ("own_raises", "raise RuntimeError('two\\nlines.')", "line 1: RuntimeError: two lines."),
+    ("own_ends", "import sys\nsys.exit('no')", "own_ends.py line 2: SystemExit: no."),
+    ("own_lacks", "import no_such_module", "own_lacks.py line 1: ModuleNotFoundError: No module"),
+    ("own_other", "", "module 'own_other' has no attribute 'Mine'."),
+  ],
+)
+def test_a_module_of_ones_own_that_raises(typed, tmp_path, monkeypatch, field, module, code, says):
+  (tmp_path / f"{module}.py").write_text(code)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  code, (said,) = typed(*TINY, f"--config.{field}={module}:Mine")
+  assert code == FAILED and "\n" not in said
+  assert f"config.{field} is '{module}:Mine', which cannot be imported" in said and says in said
+
+
+def test_a_family_that_is_none(typed, tmp_path, monkeypatch):
+  (tmp_path / "own_family.py").write_text("class Net: pass\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  code, (said,) = typed(*TINY, "--config.model.name=own_family:Net")
+  assert code == FAILED and "is no subclass of trainer.models.family.Family" in said
+
+
 @pytest.mark.parametrize("file", [*RUN_FILES, "none.py:x", "smoke:x", "zzz"])
 def test_inspect_says_of_a_run_file_what_the_trainer_says(typed, capsys, file):
   code, (said,) = typed(f"--config={file}", "--workdir=run")
