@@ -1,5 +1,6 @@
 """Model families by name; a family owns its fields, see `trainer.models.family.Family`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from configs import names, own_packages
@@ -43,5 +44,11 @@ def fields(name: str) -> Fields:
     module, _, _ = FAMILIES[name].partition(":")
     own: Fields = names.find({}, f"{module}_fields:{name.upper()}", "config.model.name")
   else:
-    own = find(name).FIELDS
+    found = getattr(find(name), "FIELDS", None)
+    if not isinstance(found, Mapping):
+      raise ValueError(
+        f"config.model.name is {name!r}, which is no subclass of trainer.models.family.Family with "
+        "FIELDS."
+      )
+    own = found
   return own

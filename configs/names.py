@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import re
+import traceback
 from typing import Any
 
 _CALL = re.compile(r"\s*(?P<name>[\w.:]+)\s*(\((?P<arguments>.*)\))?\s*", re.DOTALL)
@@ -34,8 +35,20 @@ def find(table: Mapping[str, Any], name: str, field: str) -> Any:
     raise ValueError(f"{field} is {name!r}; {_there_is(table, name)}")
   try:
     return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise ValueError(f"{field} is {name!r}, which cannot be imported: {error}.") from error
+  except (Exception, SystemExit) as error:  # a module from elsewhere may raise anything
+    raise ValueError(f"{field} is {name!r}, which cannot be imported: {_said(error)}.") from error
+
+
+def _said(error: BaseException) -> str:
+  """Return what an import has raised, in one line; of the code of a module with the line of it."""
+  text = " ".join(str(error).split()).rstrip(".")
+  if isinstance(error, SyntaxError):
+    return f"{error.filename} line {error.lineno}: {type(error).__name__}: {error.msg}"
+  frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+  own = [frame for frame in frames if "importlib" not in frame.filename]
+  if not own:
+    return text
+  return f"{own[-1].filename} line {own[-1].lineno}: {type(error).__name__}: {text}"
 
 
 def find_calls(

@@ -43,9 +43,13 @@ def trouble(error: BaseException, argv: Sequence[str], flag: Any) -> str:
     return f"{file} needs a variant, as in --config={file}:VARIANT."
   if any("get_config() takes" in text for text in texts):
     return f"{file} has no variants; give it without {f':{variant}'!r}."
-  if any("'get_config'" in text for text in texts):
+  if any("'get_config'" in text or "is not callable" in text for text in texts):
     return f"{file} defines no function get_config."
-  if words and (wrong := _wrong_field(argv, flag.parser.parse(words[-1]))):
+  try:
+    config = flag.parser.parse(words[-1]) if words else None
+  except RAISED:  # `error` is of the file, whatever it is
+    config = None
+  if config is not None and (wrong := _wrong_field(argv, config)):
     return wrong
   # The last line says what is wrong; config_flags puts a whole trace in front of it.
   lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]

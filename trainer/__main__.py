@@ -42,6 +42,7 @@ from absl import flags, logging
 
 from configs import recipes
 from input_pipeline.errors import DataError
+from input_pipeline.sources import local
 from trainer import command_line
 from trainer.errors import DONE, Preempted, TrainerError, exit_code
 from trainer.reporting import screen
@@ -63,6 +64,16 @@ def _only_ours(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
+def _check_place(path: str, workdir: str) -> None:
+  """Raise TrainerError if a new run would write among the images: its folders would be classes."""
+  data, place = (os.path.realpath(os.path.expanduser(p)) for p in (path, workdir))
+  inside = place == data or place.startswith(f"{data}{os.sep}")
+  if not path or "://" in path + workdir or not inside or os.path.exists(f"{place}/config.json"):
+    return
+  if os.path.isdir(data) and local.guess_kind(data) == "folder":
+    raise TrainerError(f"--workdir={workdir} is in the folder of the images, {path}; give another.")
+
+
 def main(argv: list[str]) -> int:
   """Run one mode; return the exit code of trainer.errors."""
   sys.unraisablehook = _only_ours
@@ -78,6 +89,7 @@ def main(argv: list[str]) -> int:
         f"--checkpoint={FLAGS.checkpoint} is of --mode=eval. Training resumes the newest "
         "checkpoint of --workdir; --config.init_from=DIR begins another run with its weights."
       )
+    _check_place(FLAGS.config.data.path, FLAGS.workdir)
     # Imported here, so that a wrong flag is told in a moment, and before any device is touched.
     from trainer import train
 

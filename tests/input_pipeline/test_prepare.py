@@ -171,7 +171,7 @@ def test_odd_images_are_listed_and_only_undecodable_ones_left_out(odd_folder, tm
     assert record.image == files[name.removeprefix("a/")]
     assert image.decode(record.image).shape[2] == 3
   out = capsys.readouterr().out
-  assert "ignored 1 files" in out
+  assert "ignored 1 file" in out
   assert "undecodable: 3 (LEFT OUT), for example a/empty.JPEG" in out
   assert "    a/truncated.JPEG: OSError: image file is truncated" in out
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ RUN_FILES = {
   "syntax.py": "def get_config(:\n  pass\n",
   "raises.py": "def get_config():\n  return 1 / 0\n",
   "none.py": "x = 1\n",
+  "called.py": "get_config = None\n",
   "dict.py": "def get_config():\n  return {}\n",
   "ends.py": "import sys\n\ndef get_config():\n  sys.exit('no')\n",
   "lacks.py": "import no_such_module\n",
@@ -79,6 +81,7 @@ WRONG = [
   (("--config=imagenet_mlperf:7", "--workdir=run"), ["'7'", "there is 4096, 8192, 32768"]),
   (("--config=ends.py", "--workdir=run"), ["ends.py line 4: SystemExit: no"]),
   (("--config=lacks.py", "--workdir=run"), ["lacks.py line 1", "no_such_module"]),
+  (("--config=called.py", "--workdir=run"), ["called.py defines no function get_config"]),
   (("--config=chosen.py", "--workdir=run"), ["chosen.py needs a variant", "chosen.py:VARIANT"]),
   (("--config=none.py:x", "--workdir=run"), ["none.py defines no function get_config"]),
   (("--config=smoke:x", "--workdir=run"), ["smoke.py has no variants; give it without ':x'"]),
@@ -135,7 +138,7 @@ WRONG = [
   ((*TINY, "--config.mesh.data=7"), ["config.mesh.data", "do not make up the"]),
   ((*TINY, "--config.data.kind=auto"), ["config.data.path is empty; give --config.data.path"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=nowhere"), ["nowhere", "not exist"]),
-  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "unpack"]),
+  ((*TINY, "--config.data.kind=auto", "--config.data.path=file"), ["is a file", "give the folder"]),
   ((*TINY, "--config.data.kind=auto", "--config.data.path=empty"), ["is empty; fill it"]),
   ((*TINY, "--workdir=file"), ["file"]),
   ((*TINY, "--mode=eval"), ["run holds no checkpoint to evaluate; train first"]),
@@ -150,6 +153,33 @@ def test_wrong_input_is_answered_in_one_sentence(typed, flags, words):
   assert code == FAILED and len(errors) == 1
   assert "\n" not in errors[0] and all(word in errors[0] for word in words), errors[0]
   assert not glob.glob("run/checkpoints/[0-9]*")
+
+
+@pytest.mark.parametrize("field", ["model.name", "loss", "data.kind", "optimizer.schedule"])
+@pytest.mark.parametrize(
+  ("module", "code", "says"),
+  [
+    ("own_name", "x = undefined\n", "own_name.py line 1: NameError: name 'undefined' is not"),
+    ("own_syntax", "\ndef (:\n", "own_syntax.py line 2: SyntaxError: invalid syntax."),
+    ("own_raises", "raise RuntimeError('two\\nlines.')", "line 1: RuntimeError: two lines."),
+    ("own_ends", "import sys\nsys.exit('no')", "own_ends.py line 2: SystemExit: no."),
+    ("own_lacks", "import no_such_module", "own_lacks.py line 1: ModuleNotFoundError: No module"),
+    ("own_other", "", "module 'own_other' has no attribute 'Mine'."),
+  ],
+)
+def test_a_module_of_ones_own_that_raises(typed, tmp_path, monkeypatch, field, module, code, says):
+  (tmp_path / f"{module}.py").write_text(code)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  code, (said,) = typed(*TINY, f"--config.{field}={module}:Mine")
+  assert code == FAILED and "\n" not in said
+  assert f"config.{field} is '{module}:Mine', which cannot be imported" in said and says in said
+
+
+def test_a_family_that_is_none(typed, tmp_path, monkeypatch):
+  (tmp_path / "own_family.py").write_text("class Net: pass\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  code, (said,) = typed(*TINY, "--config.model.name=own_family:Net")
+  assert code == FAILED and "is no subclass of trainer.models.family.Family" in said
 
 
 @pytest.mark.parametrize("file", [*RUN_FILES, "none.py:x", "smoke:x", "zzz"])
@@ -167,6 +197,20 @@ def test_names_of_other_trainers_stand_for_fields_and_hide_none():
   assert not own & {word for words in checks.ELSEWHERE.values() for word in words}
   for name, words in checks.ELSEWHERE.items():
     assert all(checks.nearest(word, fields) == name for word in words)
+
+
+def test_a_workdir_among_the_images_is_refused_before_it_is_made(typed):
+  for name in ("cat", "dog"):
+    os.makedirs(f"photos/{name}")
+    pathlib.Path(f"photos/{name}/0.jpg").write_bytes(b"x")
+  for workdir in ("photos", "photos/run", "photos/../photos/cat/x"):
+    code, (said,) = typed(
+      "--config=own_images", f"--workdir={workdir}", "--config.data.path=photos"
+    )
+    assert code == FAILED and "is in the folder of the images, photos; give another" in said
+  assert sorted(os.listdir("photos")) == ["cat", "dog"]
+  code, (said,) = typed("--config=own_images", "--workdir=photos2", "--config.data.path=photos")
+  assert code == FAILED and "has one image, of which none can be held out" in said
 
 
 WITHOUT_JAX = """

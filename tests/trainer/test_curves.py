@@ -9,6 +9,7 @@ import textwrap
 import time
 
 from etils import epath
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,7 +53,7 @@ def live(workdir, first, last, value, *, every=1, evaluated=EVALUATED, name="oth
   if first and first in evaluated:
     telemetry.evaluated(first, result)
   for step in range(first + 1, last + 1):
-    telemetry.step(step, np.full(len(METRICS), value, np.float32))
+    telemetry.step(step, jnp.full(len(METRICS), value, np.float32))
     if step in evaluated:
       telemetry.flush()
       telemetry.evaluated(step, result)

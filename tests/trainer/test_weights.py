@@ -103,6 +103,7 @@ class TestNames:
     ("theirs", "plain"),
     [
       ("module._orig_mod.fc.bias", "fc.bias"),
+      ("backbone.layer1.0.conv1.weight", "layer1.0.conv1.weight"),
       ("state_dict.layer1.0.conv1.weight", "layer1.0.conv1.weight"),
       ("linear.weight", "fc.weight"),
       ("layer2.0.shortcut.1.running_var", "layer2.0.downsample.1.running_var"),
@@ -372,6 +373,8 @@ class TestVerbs:
     ("arguments", "words"),
     [
       ("show {none}", "There is no file or folder {none}."),
+      ("show {config}", "{config} is neither safetensors nor what torch.save writes."),
+      ("export {run} --format=safetensors --out={empty}/x.onnx", "is named as onnx, but --format="),
       (
         "export {empty} --format=safetensors --out={empty}/x",
         "{empty} holds no checkpoint; give the",

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from configs import base
+from configs.names import counted
 from trainer import config as config_lib
 from trainer import finetune, models
 from trainer import mesh as mesh_lib
@@ -41,7 +42,7 @@ def first_screen(opened: Opened) -> str:
   if lengths.uncut_warmup:
     epochs += f" (cut from {lengths.uncut_warmup:,}, more than the run has)"
   every = f"evaluation every {lengths.eval_every or lengths.total:,}"
-  mesh = f"mesh {dict(program.mesh.shape)}, {jax.process_count()} process(es)"
+  mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
   defaults = base.get_config(config.model.name).to_dict()
   changed = config_lib.differences(defaults, config.to_dict())
   fields = [f"{name}={now!r}" for name, (_, now) in changed.items()]
@@ -51,7 +52,8 @@ def first_screen(opened: Opened) -> str:
     "order": order,
     "length": f"{length}, {epochs}, {every}",
     "decay": _decay(program) + (f"; frozen: {_frozen(program)}" * bool(config.optimizer.freeze)),
-    "devices": f"{len(devices)} x {devices[0].device_kind}, {mesh}",
+    "devices": f"{len(devices)} x {devices[0].device_kind} of "
+    f"{counted(jax.process_count(), 'host')}, mesh {mesh}",
     "config": f"differs from configs/base.py in {_some(fields)}",
     "changed": _since(read_json(opened.workdir.config), config),
     "writes to": f"{opened.workdir.path}, with all parameters and fields in overview.txt",

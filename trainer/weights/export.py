@@ -27,6 +27,8 @@ FORMATS = ("safetensors", "onnx", "stablehlo")
 TOLERANCE = 1e-4  # of logits, relative to the largest
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _NEEDED = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",), "safetensors": ()}
+# What a file is by its suffix.
+_NAMED = {".onnx": "onnx", ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch"}
 _BATCH = 16
 _MOST_IMAGES = 256
 
@@ -90,6 +92,8 @@ def export(
   target = pathlib.Path(out)
   if not target.parent.is_dir():
     raise WeightsError(f"--out={out} cannot be written: there is no folder {target.parent}.")
+  if (named := _NAMED.get(target.suffix, kind)) != kind:
+    raise WeightsError(f"--out={out} is named as {named}, but --format={kind} writes {kind}.")
   net, leaves, facts = read.read_model(origin, averaged)
   size = size or net.config.data.eval_image_size
   try:

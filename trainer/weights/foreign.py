@@ -16,8 +16,8 @@ from trainer.models.family import Family
 from trainer.weights.errors import WeightsError
 
 _SHOWN = 3  # mismatches in a message
-# Put before every name by wrappers of a model: DistributedDataParallel, torch.compile, trainers.
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model)\.)+")
+# Put before names by wrappers of a model: DistributedDataParallel, torch.compile, trainers, MMCV.
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod|state_dict|model|backbone)\.)+")
 # Counters beside the weights, of batch norm and of averaging.
 _COUNTERS = re.compile(r"(?:.*\.)?num_batches_tracked|n_averaged")
 _PARTS = ("bn", "conv")

@@ -226,7 +226,8 @@ class _Machine:
     dtype = module == "torch" and str(name) in _DTYPES
     if path not in _HARMLESS | _TENSORS and not storage and not dtype:
       raise WeightsError(
-        f"holds a pickle that would run {path[:80]!r}, which no weights need; it is not read"
+        f"holds a pickle that would run {path[:80]!r}, which no weights need; it is not read. Save "
+        "the weights alone: torch.save(model.state_dict(), FILE)"
       )
     self._stack.append(Name(path))
 

@@ -90,6 +90,8 @@ def _decode(origin: str, data: np.ndarray, averaged: bool) -> Loaded:
     tensors, metadata = torch_file.decode(data, averaged), dict[str, str]()
   else:
     kind = "safetensors"
+    if data[8:9].tobytes() not in (b"", b"{"):
+      raise WeightsError("is neither safetensors nor what torch.save writes")
     tensors, metadata = safetensors.decode(data)
     if DIGEST in metadata and digest(tensors) != metadata[DIGEST]:
       raise WeightsError(
