@@ -37,11 +37,9 @@ _NETS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
       "model.width": 0.25,
       "model.dropout": 0.2,
       "model.drop_path": 0.1,
-      "optimizer.agc": 0.0,  # NF-ResNets of arXiv:2101.08692 train without it
     },
   ),
-  # Without clipping too: in so few steps it keeps the branches shut.
-  "nfnet": (imagenette_nfnet, (), {"model.width": 0.125, "optimizer.agc": 0.0}),
+  "nfnet": (imagenette_nfnet, (), {"model.width": 0.125}),
   "efficientnet": (
     imagenet_efficientnet,
     ("b0",),

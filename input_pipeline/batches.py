@@ -196,7 +196,7 @@ def substituted(
     count: how many batches all hosts have.
     empty: returns an empty batch in place of one of this number.
     fail: called with the number of the batch that failed, and with the error.
-    stop: whether the process is asked to stop; polled by the thread that waits for a batch.
+    stop: whether the run is asked to stop; polled by the thread that waits for a batch.
   """
   number = 0
   thread, following = Threads(1, "input"), functools.partial(next, iter(batches), None)

@@ -154,12 +154,23 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   where = estimate.pod(devices)
   # What is wrong with it shows before anything compiles.
   found = FLAGS.from_checkpoint and preflight_checks.checkpoint(FLAGS.from_checkpoint, program)
-  with preflight_checks.kept(FLAGS.compiled) as programs:
-    report = _report(program, where, name, screen)
+  try:
+    with preflight_checks.kept(FLAGS.compiled) as programs:
+      report = _report(program, where, name, screen)
+  except DoesNotFitError as error:
+    if not FLAGS.find_batch:
+      raise DoesNotFitError(f"{error} {_ADVICE}") from error
+    most = _find_batch(program, examples, where.chips, screen)
+    raise DoesNotFitError(
+      f"{error} Of a training step {most} images a chip fit"
+      + (f": --config.global_batch_size={most * where.chips}." if most else ".")
+    ) from error
   report |= {"checkpoint": found} if found else {}
   report |= {"programs": programs} if programs else {}
   if FLAGS.find_batch:
-    report["largest_batch_per_chip"] = _find_batch(program, examples, where.chips, screen)
+    report["largest_batch_per_chip"] = _find_batch(
+      program, examples, where.chips, screen, fits_now=True
+    )
   return report
 
 
@@ -264,7 +275,7 @@ def _compile(program: Any, mode: Any, sizes: dict[str, int], screen: TextIO) -> 
       return program.finish(lowered, mode), time.perf_counter() - start
   except jax.errors.JaxRuntimeError as error:
     if over := _too_large(str(error)):
-      raise DoesNotFitError(f"The {what} do not fit: {over}. {_ADVICE}") from error
+      raise DoesNotFitError(f"The {what} do not fit: {over}.") from error
     raise ConfigError(f"The compiler refuses the {what}: {_first_line(error)}") from error
 
 
@@ -289,34 +300,51 @@ def _too_large(message: str) -> str:
   )
 
 
-def _find_batch(program: "program_lib.Program", examples: int, chips: int, screen: TextIO) -> int:
-  """Returns the most images per chip of a training step that fit."""
+def _find_batch(
+  program: "program_lib.Program",
+  examples: int,
+  chips: int,
+  screen: TextIO,
+  fits_now: bool = False,
+) -> int:
+  """Returns the most images per chip of a training step that fit.
+
+  Args:
+    program: of the run.
+    examples: of its training split.
+    chips: of the topology.
+    screen: gets lines of progress.
+    fits_now: whether its own batch is known to fit.
+  """
   from trainer import program as program_lib
 
   config, devices = program.config, list(program.mesh.devices.flat)
-  unit = max(1, config.global_batch_size // chips // 8)
+  unit = max(1, config.global_batch_size // chips // (8 if fits_now else 64))
 
   def fits(units: int) -> bool:
     tried = ml_collections.ConfigDict(config)
     tried.global_batch_size = units * unit * chips
-    candidate = program_lib.build(tried, examples, devices, teacher=program.teacher)
+    # As many steps as the run has: of fewer a warm-up may be too long, and memory asks for none.
+    scaled = -(-examples * tried.global_batch_size // config.global_batch_size)
+    candidate = program_lib.build(tried, scaled, devices, teacher=program.teacher)
     try:
       _compile(candidate, "train", candidate.sizes("train"), screen)
     except DoesNotFitError:
       return False
     return True
 
-  return unit * largest(fits, config.global_batch_size // chips // unit)
+  return unit * largest(fits, config.global_batch_size // chips // unit, known=fits_now)
 
 
-def largest(fits: Callable[[int], bool], start: int) -> int:
+def largest(fits: Callable[[int], bool], start: int, known: bool = False) -> int:
   """Returns the largest n for which `fits`, which holds up to some number; 0 if not even for 1.
 
   Args:
     fits: takes long, so that it is asked seldom.
     start: the first guess.
+    known: whether `fits(start)` is known to hold, and not to be asked.
   """
-  low, high = 0, start
+  low, high = (start, 2 * start) if known else (0, start)
   while fits(high):
     low, high = high, 2 * high
   while high - low > 1:

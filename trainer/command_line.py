@@ -17,8 +17,9 @@ from trainer.errors import TrainerError
 from trainer.workdir import saved
 
 FLAGS = flags.FLAGS
+_typed: list[str] = []  # the command line that `parse` was given, where ml_collections finds fields
 config_flags.DEFINE_config_file(
-  "config", None, "Run file; single fields are set by --config.field=value."
+  "config", None, "Run file; single fields are set by --config.field=value.", sys_argv=_typed
 )
 flags.DEFINE_bool("trial", False, "Shrink the run file to a minute on a CPU; see configs/trial.py.")
 
@@ -52,6 +53,7 @@ def parse(argv: list[str], needed: str, by_workdir: bool = False) -> None:
       argv = _with_saved(argv)
   except ValueError as error:
     raise TrainerError(str(error)) from error
+  _typed[:] = argv
   try:
     _, *rest = FLAGS(argv)
     if rest:

@@ -30,9 +30,15 @@ class CheckpointError(TrainerError):
 
 
 class StorageError(CheckpointError):
-  """The storage of the checkpoints cannot be reached now; the same command may succeed later."""
+  """The storage of a workdir cannot be read or written.
 
-  exit_code = HOST_LOST
+  Where it is silent or busy the same command may succeed later. Where it refuses, for want of a
+  bucket, a right or room, it is `lasting`.
+  """
+
+  def __init__(self, sentence: str, lasting: bool = False):
+    super().__init__(sentence)
+    self.exit_code = FAILED if lasting else HOST_LOST
 
 
 class WorkdirBusy(TrainerError):

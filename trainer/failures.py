@@ -11,7 +11,7 @@ from absl import logging
 import jax
 
 from input_pipeline.errors import DataError, Stopped, UnusableData, first_line, one_line
-from trainer.errors import FAILED, HOST_LOST, CheckpointError, RunFailed, StorageError, TrainerError
+from trainer.errors import FAILED, HOST_LOST, RunFailed, StorageError, TrainerError
 from trainer.run import Run
 from trainer.workdir.files import write_json
 
@@ -78,10 +78,7 @@ def _note(run: Run, step: int | None, words: str) -> bool:
   *before, this = run.clock.noted["history"]
   at = {"step": run.step if step is None else step, "evaluation": step is None}
   this["failure"] = at | {"reason": words}
-  try:
-    write_json(run.workdir.starts, run.clock.noted)
-  except StorageError as error:
-    logging.warning("%s", error)
+  write_json(run.workdir.starts, run.clock.noted, needed=False)
   last: dict[str, Any] = next((s["failure"] for s in reversed(before) if "failure" in s), {})
   return {key: last.get(key) for key in at} == at
 
@@ -89,10 +86,11 @@ def _note(run: Run, step: int | None, words: str) -> bool:
 def _saved(run: Run, code: int, words: str) -> RunFailed:
   try:
     run.save(wait=True)
-    saved = f"Step {run.step} is saved"
-  except CheckpointError as error:
-    saved = str(error).rstrip(".")
-  return RunFailed(f"{words} {saved}{_advice(code)}", code)
+  except StorageError as error:
+    lasting = FAILED in (code, error.exit_code)
+    also = " Mend the cause of the failure as well." if code == FAILED else ""
+    return RunFailed(f"{words} {error}{also}", FAILED if lasting else code)
+  return RunFailed(f"{words} Step {run.step} is saved{_advice(code)}", code)
 
 
 def _advice(code: int) -> str:

@@ -80,7 +80,7 @@ import numpy as np
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
 from input_pipeline.tools import contact_sheet
-from trainer import command_line
+from trainer import command_line, compiler
 from trainer import config as config_lib
 from trainer.errors import DONE, FAILED, TrainerError
 from trainer.weights import about as about_lib
@@ -121,7 +121,8 @@ class Predictor:
     """Read weights; the arguments are those of `trainer.weights.read.read_model`."""
     self._net, leaves, about = read.read_model(origin, averaged, config)
     self._variables = jax.tree.map(jnp.asarray, self._net.variables(leaves))
-    self._logits = jax.jit(self._net.logits_of_pixels)
+    options = compiler.options(jax.default_backend())
+    self._logits = jax.jit(self._net.logits_of_pixels, compiler_options=options)
     self.classes = about.classes or tuple(f"class {i}" for i in range(self.num_classes))
     self._sigmoid = self._net.config.loss.startswith("sigmoid")
 
@@ -150,7 +151,7 @@ class Predictor:
   ) -> Iterator[tuple[Prediction, np.ndarray | None]]:
     """Yield, in the order of the files, what each shows, and the pixels that the model has had.
 
-    Files that are no images have an error and no pixels.
+    Files that are no images, or have no finite logits, have an error and no pixels.
     """
     with futures.ThreadPoolExecutor() as pool:
       for start in range(0, len(files), _BATCH):
@@ -163,6 +164,9 @@ class Predictor:
             yield Prediction(str(file), error=view), None
             continue
           values = next(found)
+          if not np.isfinite(values).all():
+            yield Prediction(str(file), error="the model returns no finite numbers for it"), None
+            continue
           best = np.argsort(-values, kind="stable")[:top]
           labels, shares = map(int, best), map(float, values[best])
           yield Prediction(str(file), tuple(labels), tuple(shares)), view

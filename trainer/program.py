@@ -17,8 +17,8 @@ import optax
 
 from configs import image_sizes
 from input_pipeline.errors import first_line
+from trainer import compiler, distill, evaluate, finetune, models, replicas, schedules
 from trainer import config as config_lib
-from trainer import distill, evaluate, finetune, models, replicas, schedules
 from trainer import mesh as mesh_lib
 from trainer import optimizer as optimizer_lib
 from trainer import step as step_lib
@@ -37,11 +37,6 @@ BATCHES: dict[Mode, tuple[str, ...]] = {
   "replicas": (),
   "recompute": ("image", "label"),
 }
-
-# Without it the compiler computes a gradient that is wanted in shards by one convolution for each
-# shard, in a loop that passes the sums around a ring. With 4 of 64 channels at a time that leaves
-# the matrix units empty.
-_TPU_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +214,8 @@ class Program:
 
   def finish(self, lowered: jax.stages.Lowered, mode: Mode) -> jax.stages.Compiled:
     """Compile what was traced before."""
-    on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-    return lowered.compile(_TPU_OPTIONS if on_tpu and mode == "train" else None)
+    platform = self.mesh.devices.flat[0].platform
+    return lowered.compile(compiler.options(platform, training=mode == "train"))
 
   def empty_batch(
     self, mode: Mode, hosts: int, *, image_size: int, batch_size: int

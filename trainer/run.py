@@ -27,7 +27,6 @@ from trainer import mesh as mesh_lib
 from trainer import program as program_lib
 from trainer.checks import Checks
 from trainer.errors import ConfigError, Preempted
-from trainer.pod import preemption
 from trainer.pod.pod import Pod
 from trainer.pod.requests import FAIL, Requests
 from trainer.program import Program, Steps
@@ -304,7 +303,7 @@ class Run:
         "train", self.pod.hosts, **self.program.sizes_at(first + n)
       ),
       lambda n, error: self.requests.fail(first + n + 1, error),
-      preemption.requested,
+      self.pod.stop_requested,
     )
     self.batches = mesh_lib.prefetch(self.mesh, batches, program_lib.BATCHES["train"])
     exits.callback(self.batches.close)
@@ -410,7 +409,8 @@ class Run:
         tables[name] = class_tables.table(result.pop("confusion"), self._class_names())
       results[name] = result
     if tables:
-      write_json(self.workdir.eval_classes, {"step": self.step, "splits": tables})
+      found = {"step": self.step, "splits": tables}
+      write_json(self.workdir.eval_classes, found, needed=False)
     return evaluate_lib.join(results)
 
   def _allowed(self, split: str) -> np.ndarray:
@@ -462,7 +462,7 @@ class Run:
       count,
       lambda n: self.program.empty_batch(mode, self.pod.hosts, **sizes),
       lambda n, error: self.requests.fail(None, error),
-      preemption.requested,
+      self.pod.stop_requested,
     )
 
   def _one_pass(self, source: sources.Source, numbers: bool = False) -> loader.BatchIterator:

@@ -46,8 +46,10 @@ def train(
     config: the run; see `configs/base.py`.
     workdir: folder of everything the run writes; a workdir with checkpoints resumes from the newest
       valid one.
-    stop: asked at every step; True saves and ends the process, and those of all other hosts. So
-      does Ctrl-C, where the program has no handler of its own.
+    stop: True saves and ends the process, and those of all other hosts. It is asked at every step,
+      and by a thread while a start or a batch is waited for. Ctrl-C does the same, where this is
+      the main thread and the program has no handler of its own; without either, a start is not cut
+      short.
     verbose: whether every parameter and how it is split over the devices is logged, and not only
       written to `overview.txt`.
 
@@ -86,10 +88,10 @@ def train(
 
 @contextlib.contextmanager
 def _in_sight(stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-  """Show the run, and take Ctrl-C as a request to stop, unless the program does so itself."""
+  """Show the run, and take `stop` and Ctrl-C as requests to stop."""
   screen.SCREEN.waits_for = "the start"
-  with screen.shown(), preemption.interrupts(lambda: screen.SCREEN.waits_for) as interrupted:
-    yield lambda: stop() or interrupted()
+  with screen.shown(), preemption.interrupts(lambda: screen.SCREEN.waits_for, stop) as requested:
+    yield lambda: stop() or requested()
 
 
 def _check_wandb(config: ml_collections.ConfigDict, pod: Pod) -> None:

@@ -1,6 +1,7 @@
 """Remote files through fsspec: with time limits and retries, and no secret in a message."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import errno
 import os
 import random
 import re
@@ -22,6 +23,23 @@ _FIRST_PAUSE = 0.5  # seconds; doubled before each further try
 # fsspec's file systems raise the errors of their HTTP libraries, which have no common base class.
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Of a disk that answers: there is no room, no right, or something else of that name.
+_FINAL_NUMBERS = {
+  errno.EACCES,
+  errno.EDQUOT,
+  errno.EEXIST,
+  errno.EISDIR,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+  errno.ENOENT,
+  errno.ENOSPC,
+  errno.ENOTDIR,
+  errno.EPERM,
+  errno.EROFS,
+}
+# As gcsfs (403) and TensorStore say it, whose errors have no class and no number for it.
+_FINAL_WORDS = re.compile(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED")
+_FINAL_IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -76,8 +94,8 @@ def retried(what: str, call: Callable[[], T], stop: threading.Event | None = Non
     except Exception as e:
       if not is_failure(e):
         raise
-      if not _may_pass(e) or attempt == tries - 1:
-        kind = InputLost if _may_pass(e) else DataError
+      if not may_pass(e) or attempt == tries - 1:
+        kind = InputLost if may_pass(e) else DataError
         raise kind(f"{what} cannot be used: {said(e)}.") from e
       (stop or threading.Event()).wait(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))
   raise AssertionError
@@ -88,15 +106,29 @@ def is_failure(error: Exception) -> bool:
   return isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in _NETWORK
 
 
-def _may_pass(error: Exception) -> bool:
-  """Whether another try may succeed."""
-  if isinstance(error, _FINAL):
-    return False
+def may_pass(error: BaseException) -> bool:
+  """Whether a later try may succeed: the storage was silent or busy, and has not refused."""
+  return not any(map(_is_final, _chain(error)))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__
+
+
+def _is_final(error: BaseException) -> bool:
+  if isinstance(error, _FINAL) or _FINAL_WORDS.search(str(error)):
+    return True
+  numbers = {int(number) for number in _FINAL_IN_TENSORSTORE.findall(str(error))}
+  if isinstance(error, OSError):
+    numbers.add(error.errno or 0)
   status = _status(error)
-  return status is None or status in (408, 429) or status >= 500
+  passing = status is None or status in (408, 429) or status >= 500
+  return bool(numbers & _FINAL_NUMBERS) or not passing
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
   """Return the HTTP status in an error, wherever its library keeps it."""
   response = getattr(error, "response", None)
   for value in (getattr(error, name, None) for name in ("status", "code")):

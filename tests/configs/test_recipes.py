@@ -1,6 +1,5 @@
 """Every recipe: its fields, and a trial run of two steps, a resume and an evaluation."""
 
-import itertools
 import pathlib
 import re
 
@@ -8,6 +7,7 @@ import pytest
 
 from configs import recipes, trial
 from tests.configs import golden
+from tests.trainer.test_run import StopAt
 from trainer import command_line
 from trainer import config as config_lib
 from trainer.errors import Preempted
@@ -80,9 +80,8 @@ def test_a_trial_takes_some_steps_resumes_and_evaluates(name, shards, tmp_path):
   config_lib.validate(config)
   steps = []
   for _ in range(2):
-    asked = itertools.count()
     with pytest.raises(Preempted) as stopped:
-      train(config, str(tmp_path), stop=lambda asked=asked: next(asked) >= 2)
+      train(config, str(tmp_path), StopAt(3))
     steps.append(int(re.search(r"saved at step (\d+) of", str(stopped.value))[1]))
   assert 0 < steps[0] < steps[1] <= 8
   result = evaluate_only(config, str(tmp_path))

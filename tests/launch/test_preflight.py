@@ -12,6 +12,7 @@ from etils import epath
 import jax
 import pytest
 
+from configs import smoke
 from launch import preflight as preflight_lib
 from launch import preflight_checks, preflight_table, preflight_text
 from tests.trainer import tiny
@@ -264,6 +265,40 @@ def test_largest_that_fits(most):
 
   assert preflight_lib.largest(fits, 8) == most
   assert len(asked) == len(set(asked)) <= 11
+  if most >= 8:
+    asked.clear()
+    assert preflight_lib.largest(fits, 8, known=True) == most and 8 not in asked
+
+
+@pytest.mark.parametrize("most, fits_now", [(1000, True), (100_000, True), (96, False), (1, False)])
+def test_no_batch_is_compiled_twice_and_none_is_longer_than_the_run(monkeypatch, most, fits_now):
+  """A batch of which the run has one step only is tried as any other: its warm-up is scaled."""
+  config, asked = smoke.get_config(), []
+  config.global_batch_size = 128
+
+  def compiled(program, mode, sizes, screen):
+    asked.append(sizes["batch_size"])
+    if sizes["batch_size"] > most:
+      raise preflight_lib.DoesNotFitError("They do not fit.")
+
+  monkeypatch.setattr(preflight_lib, "_compile", compiled)
+  program = program_lib.build(config, smoke.EXAMPLES)
+  found = preflight_lib._find_batch(program, smoke.EXAMPLES, 1, sys.stderr, fits_now)
+  assert most - (16 if fits_now else 2) < found <= most and len(asked) == len(set(asked))
+  assert (128 in asked) == (not fits_now)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_largest_batch_of_a_config_that_does_not_fit():
+  result = preflight(
+    *("--topology=v5e:1x1", TINY, "--find_batch"),
+    *("--config.data.image_size=1024", "--config.global_batch_size=4096"),
+  )
+  assert_refused(result, "do not fit", "images a chip fit", code=preflight_lib.DOES_NOT_FIT)
+  assert "--find_batch finds" not in result.stderr
+  most = int(result.stderr.split("--config.global_batch_size=")[1].split(".")[0])
+  assert 0 < most < 4096
 
 
 OVER = "Ran out of memory on HBM, the total memory required for HLO temporaries"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+import types
 
 from etils import epath
 import jax
@@ -16,7 +17,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
 
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import ENVIRONMENT, fingerprints, run, running, trainer
+from tests.trainer.shared import ENVIRONMENT, Process, fingerprints, run, running, trainer
 from tests.trainer.test_curves import READERS, check, draw, live
 from tests.trainer.test_run import StopAt
 from trainer import program as program_lib
@@ -29,11 +30,10 @@ from trainer.errors import (
   ConfigError,
   Preempted,
   StorageError,
-  TrainerError,
 )
 from trainer.pod.pod import Pod
-from trainer.reporting import events, report
-from trainer.workdir import files, storage
+from trainer.reporting import events, json_lines, report
+from trainer.workdir import files, lease, saved, storage
 from trainer.workdir.checkpoint import Checkpointer
 
 ALONE = Pod(tiny.get_config().pod)
@@ -241,47 +241,70 @@ def test_a_server_that_is_busy_for_longer_fails_the_save_which_is_tried_again(
   checkpointer.close()
 
 
+CODES = {403: FAILED, 503: HOST_LOST}  # by the answers of a bucket
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+  """Requests of gcsfs and of the lease that are retried at once, or for half a second."""
+  import gcsfs.retry
+
+  monkeypatch.setattr(gcsfs.retry, "random", types.SimpleNamespace(random=lambda: -100.0))
+  monkeypatch.setattr(lease, "_REQUEST_SECONDS", 0.5)
+  monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, program):
   checkpointer = open_checkpointer(workdir, program)
   save(checkpointer, program, 1, 2)
   checkpointer.close()
   checkpointer = open_checkpointer(workdir, program)
   server.refuse("^GET .*checkpoints.*(ocdbt|manifest)", 403)
-  with pytest.raises(StorageError, match="checkpoints/2 cannot be read now"):
-    checkpointer.restore_newest(program[1].abstract_state)
-  server.refuse("^GET .*checkpoints", 403)
-  with pytest.raises(StorageError, match="cannot be read now") as raised:
-    open_checkpointer(workdir, program)
-  assert raised.value.exit_code == HOST_LOST
+  for which in ("newest", "2"):
+    with pytest.raises(StorageError, match=r"checkpoints/2 cannot be read .*mend that") as raised:
+      checkpointer.restore(program[1].abstract_state, which)
+    assert raised.value.exit_code == FAILED
+  for status, code in CODES.items():
+    server.refuse("^GET .*checkpoints", status)
+    with pytest.raises(StorageError, match=r"cannot be read .*the same command again") as raised:
+      open_checkpointer(workdir, program)
+    assert raised.value.exit_code == code
+    with pytest.raises(StorageError, match="cannot be read") as raised:
+      checkpointer.restore(program[1].abstract_state, "best")
+    assert raised.value.exit_code == code
   server.answer()
   assert whole(workdir) == [1, 2] and not (workdir / "damaged").exists()
   checkpointer.close()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-  "name, match, status, words",
+  "name, match, status, words, code",
   [
-    ("gs://no-such-bucket/run", "^$", 200, "there is no bucket no-such-bucket"),
+    ("gs://no-such-bucket/run", "^$", 200, "there is no bucket no-such-bucket", FAILED),
     (
       "gs://bucket/run",
       "/b/bucket[?]",
       403,
       "closed to these credentials, which need storage.buckets.get",
+      FAILED,
     ),
-    ("gs://bucket/run", ANY_WRITE, 403, "cannot be written by host 0: OSError: Forbidden"),
-    ("gs://bucket/run", "/b/bucket[?]", 503, "bucket bucket cannot be reached"),
-    ("gs://B/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
-    ("s3://bucket/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER"),
+    ("gs://bucket/run", ANY_WRITE, 403, "cannot be written by host 0 (OSError: Forbidden", FAILED),
+    ("gs://bucket/run", ANY_WRITE, 503, "cannot be written by host 0 (HttpError", HOST_LOST),
+    ("gs://bucket/run", "/b/bucket[?]", 503, "bucket bucket cannot be reached", HOST_LOST),
+    ("gs://B/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER", FAILED),
+    ("s3://bucket/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER", FAILED),
   ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_sentence(
-  server, config, monkeypatch, name, match, status, words
+  server, config, name, match, status, words, code
 ):
-  monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
   server.refuse(match, status)
-  with pytest.raises(ConfigError) as refusal:
+  with pytest.raises((ConfigError, StorageError)) as refusal:
     train_lib.train(config, name)
   server.answer()
+  assert refusal.value.exit_code == code
   assert (
     words in str(refusal.value) and name in str(refusal.value) and "\n" not in str(refusal.value)
   )
@@ -291,8 +314,9 @@ def test_a_silent_server_is_not_waited_for(server, config, monkeypatch):
   monkeypatch.setattr(storage, "_PROBE_SECONDS", 0.5)
   with socket.create_server(("127.0.0.1", 0)) as silent:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
-    with pytest.raises(ConfigError, match="bucket bucket cannot be reached"):
+    with pytest.raises(StorageError, match="bucket bucket cannot be reached") as refusal:
       train_lib.train(config, "gs://bucket/run")
+    assert refusal.value.exit_code == HOST_LOST
 
 
 def test_a_missing_extra_is_named(config, monkeypatch):
@@ -304,10 +328,41 @@ def test_a_missing_extra_is_named(config, monkeypatch):
     train_lib.train(config, "gs://bucket/run")
 
 
-def test_a_result_that_cannot_be_written_is_one_sentence(server, workdir):
-  server.refuse(ANY_WRITE, 403)
-  with pytest.raises(TrainerError, match=r"final\.json could not be written .*Forbidden"):
-    files.write_json(workdir / "final.json", {})
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("status", CODES)
+def test_small_files_that_cannot_be_written_or_read(server, workdir, status, caplog):
+  path = workdir / "final.json"
+  files.write_json(path, {})
+  path.with_name("broken.json").write_text("{")
+  curves = workdir / "metrics.jsonl"
+  curves.write_text("")
+
+  def owned():
+    with lease.hold(workdir / "owner.json", workdir, seconds=60):
+      pass
+
+  writing = {
+    r"final\.json could not be written": lambda: files.write_json(path, {}),
+    r"owner\.json could not be written": owned,
+    r"broken\.json could not be set aside": lambda: files.read_json(
+      path.with_name("broken.json"), set_aside=True
+    ),
+  }
+  reading = {
+    r"final\.json could not be read": lambda: files.read_json(path),
+    r"metrics\.jsonl could not be read": json_lines.Tail(curves).read,
+    r"config\.json cannot be read": lambda: saved.get_config(str(workdir)),
+  }
+  for kind, calls in {ANY_WRITE: writing, "^GET": reading}.items():
+    server.refuse(kind, status)
+    for words, call in calls.items():
+      with pytest.raises(StorageError, match=rf"{words} .*run the same command again\.") as raised:
+        call()
+      assert raised.value.exit_code == CODES[status], words
+      assert ("mend that" in str(raised.value)) == (status == 403) and "\n" not in str(raised.value)
+  server.refuse(ANY_WRITE, status)
+  files.write_json(path, {}, needed=False)
+  assert "final.json could not be written" in caplog.text
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):
@@ -390,13 +445,35 @@ def test_a_server_that_is_gone_for_good_ends_the_run_after_its_last_step(tmp_pat
         server.process.kill()
         break
     log += process.communicate(timeout=300)[1]
-  assert process.returncode == FAILED, log
+  assert process.returncode == HOST_LOST, log
   assert "could not be saved" in log and "Training goes on" in log and "step 600/600" in log
   assert "Traceback" not in log
   assert (
     "The checkpoint of step 600 could not be written to gs://bucket/run/checkpoints"
     in log.splitlines()[-1]
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", CODES)
+def test_a_stop_that_a_bucket_does_not_let_save(server, workdir, tmp_path, status):
+  """A rerun mends one that is busy, and not one that refuses to be written."""
+  (tmp_path / "config.py").write_text(IMPATIENT)
+  overrides = "total_steps=100000", "log.every_steps=10", "optimizer.schedule=constant"
+  command = trainer(workdir, *overrides, config=tmp_path / "config.py")
+  process = Process(command, env=ENVIRONMENT)
+  process.wait_for("step 20/")
+  server.refuse(ANY_WRITE, status)
+  process.send(signal.SIGTERM)
+  assert process.finish() == CODES[status], process.log
+  last = process.log.splitlines()[-1]
+  assert "Traceback" not in process.log and "There is no whole checkpoint" in last
+  assert ("Mend that" in last) == (status == 403) and last.endswith("the same command again.")
+  server.answer()
+  process = Process(command, env=ENVIRONMENT)
+  process.wait_for("step 20/")
+  process.send(signal.SIGTERM)
+  assert process.finish() == PREEMPTED, process.log
 
 
 def test_a_wrong_bucket_on_the_command_line(server):

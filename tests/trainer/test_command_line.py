@@ -284,6 +284,18 @@ def test_flags_in_two_words():
   assert command_line.name_of(list(typed)) == "smoke:x"
 
 
+def test_the_run_file_may_stand_anywhere(typed):
+  fields = ["--config.total_epochs=7", "--config.model.depth=34"]
+  for place in range(3):
+    for file in (["--config=smoke"], ["--config", "smoke"]):
+      argv = ["plan", *fields[:place], *file, *fields[place:]]
+      assert recipes.joined(argv) == ["plan", "--config=smoke", *fields]
+      assert command_line.name_of(argv) == "smoke"
+  code, errors = typed("--config.data.path=none", "--workdir=w", "--config", "smoke")
+  assert code == FAILED
+  assert "none" in errors[0] and "before" not in errors[0]
+
+
 def test_the_other_unit_gives_way_to_the_command_line():
   config = base.get_config()
   config.total_steps = 20

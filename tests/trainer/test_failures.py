@@ -1,7 +1,10 @@
 """A failure of input, memory or a library: the last good state is saved, all leave alike."""
 
+import errno
 import json
 import multiprocessing
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from tests.trainer.shared import fingerprints, run, trainer
 from trainer import train as train_lib
 from trainer.errors import FAILED, HOST_LOST, RunFailed, exit_code
 from trainer.reporting import events
+from trainer.workdir import storage
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,31 @@ def test_an_error_out_of_the_loop_saves_what_is_whole(tmp_path, config, monkeypa
   code, words = refused(config, tmp_path)
   assert code == HOST_LOST and "OSError: [Errno 28] No space left on device" in words
   assert saved(tmp_path) == [3]
+
+
+def test_a_failure_on_a_full_disk_is_mended_by_no_rerun(tmp_path, config, fail_at, monkeypatch):
+  full = shutil.disk_usage(tmp_path)._replace(free=0)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+  for number, (error, last) in enumerate(
+    ((MemoryError(), "the same command again."), (UnusableData("Bad."), "the failure as well."))
+  ):
+    fail_at(1, error)
+    code, words = refused(config, tmp_path / str(number))
+    assert code == FAILED and "step 1 could not be written" in words and words.endswith(last), words
+
+
+def test_a_table_that_cannot_be_written_does_not_end_a_run(tmp_path, config, monkeypatch, caplog):
+  original = storage.write_whole
+
+  def full(path, text):
+    if path.name == "eval_classes.json":
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    original(path, text)
+
+  monkeypatch.setattr(storage, "write_whole", full)
+  config.eval.per_class = True
+  assert train_lib.train(config, str(tmp_path))["step"] == 6
+  assert "eval_classes.json could not be written" in caplog.text
 
 
 def test_killed_decoding_processes(tmp_path, config, shards, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.trainer import tiny
 from tests.trainer.shared import ENVIRONMENT, Process, trainer
+from tests.trainer.test_run import StopAt
 from trainer import train as train_lib
 from trainer.errors import DONE, FAILED, PREEMPTED, ConfigError, Preempted
 
@@ -168,9 +169,8 @@ def _refusal(command):
 
 def _stopped(config, workdir):
   """Train one step and stop."""
-  steps = iter([False, True, True, True])
   with pytest.raises(Preempted):
-    train_lib.train(config, str(workdir), stop=lambda: next(steps))
+    train_lib.train(config, str(workdir), StopAt(2))
 
 
 def _wait_for(path, process):

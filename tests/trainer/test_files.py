@@ -1,12 +1,19 @@
 """The small files of a workdir: whole, absent, or refused with one sentence."""
 
+import errno
+import os
+
+import aiohttp
 from etils import epath
+import gcsfs.retry
+from google.api_core import exceptions
 import pytest
+import requests
 
 from configs import base
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import FAILED, HOST_LOST, StorageError
 from trainer.pod.pod import Pod
-from trainer.workdir import files
+from trainer.workdir import files, storage
 
 
 def test_json_comes_back_and_absent_is_none(tmp_path):
@@ -28,7 +35,7 @@ def test_a_file_that_is_cut_off_is_named_and_set_aside(tmp_path, caplog):
 
 def test_a_file_is_no_workdir(tmp_path):
   (tmp_path / "run").write_text("")
-  with pytest.raises(ConfigError, match=r"run cannot be written by host 0: it is a file\."):
+  with pytest.raises(StorageError, match=r"cannot be written by host 0 \(it is a file\); mend"):
     files.open_workdir(str(tmp_path / "run"), Pod(base.get_config().pod))
 
 
@@ -38,3 +45,47 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
     files.read_json(epath.Path(tmp_path) / "final.json")
   with pytest.raises(StorageError, match=r"final\.json could not be written .*same command again"):
     files.write_json(epath.Path(tmp_path) / "final.json", {})
+
+
+def _gcsfs(status):
+  with pytest.raises(Exception) as raised:
+    gcsfs.retry.validate_response(status, b'{"error": {"code": %d}}' % status, "bucket/x")
+  return raised.value
+
+
+def _wrapped(error):
+  outer = Exception("Failed to write array")
+  outer.__cause__ = error
+  return outer
+
+
+# What errors of storage look like, as their libraries raise them.
+REFUSALS = [
+  *[OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EEXIST)],
+  *[_gcsfs(status) for status in (401, 403, 404)],
+  exceptions.Forbidden("no"),
+  exceptions.NotFound("no"),
+  ValueError("PERMISSION_DENIED: Error writing object"),
+  ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left [os_error_code='28']"),
+  _wrapped(ValueError("PERMISSION_DENIED: Error writing object")),
+]
+SILENCES = [
+  *[OSError(n, os.strerror(n)) for n in (errno.EIO, errno.ETIMEDOUT, errno.ESTALE)],
+  *[_gcsfs(status) for status in (429, 500, 502, 503)],
+  exceptions.ServiceUnavailable("busy"),
+  exceptions.TooManyRequests("busy"),
+  ValueError("UNAVAILABLE: CURL error"),
+  ValueError("DEADLINE_EXCEEDED: HTTP response code: 504"),
+  ConnectionResetError(errno.ECONNRESET, "reset"),
+  TimeoutError(),
+  requests.ConnectionError("no route"),
+  aiohttp.ServerDisconnectedError(),
+  _wrapped(ValueError("UNAVAILABLE: CURL error")),
+]
+
+
+@pytest.mark.parametrize(
+  "error, code", [*[(e, FAILED) for e in REFUSALS], *[(e, HOST_LOST) for e in SILENCES]], ids=repr
+)
+def test_a_rerun_mends_a_storage_that_was_silent_and_not_one_that_refused(error, code):
+  assert storage.failed("x could not be written", error).exit_code == code

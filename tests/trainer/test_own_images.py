@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 
 import ml_collections
 import numpy as np
@@ -18,6 +19,7 @@ from input_pipeline.prepare import __main__ as prepare
 from input_pipeline.sources import layout
 from tests.trainer import tiny
 from tests.trainer.shared import call
+from tests.trainer.test_run import StopAt
 from trainer import __main__ as command
 from trainer import command_line
 from trainer import config as config_lib
@@ -171,7 +173,7 @@ def test_a_batch_that_is_larger_than_the_data_gets_a_word(images, tmp_path, capl
   config = own_config(images)
   config.global_batch_size = 64
   with pytest.raises(Preempted, match="before the first step"):
-    train_lib.train(config, str(tmp_path), stop=lambda: True)
+    train_lib.train(config, str(tmp_path), StopAt(1))
   assert "global_batch_size is 64, more than the 54 examples of train" in caplog.text
 
 
@@ -222,6 +224,8 @@ def test_interrupted_in_a_notebook_it_saves_and_a_second_run_works(images, finis
   asked = []
 
   def stop():
+    if threading.current_thread() is not threading.main_thread():
+      return False
     asked.append(1)
     if len(asked) == 4:
       signal.raise_signal(signal.SIGINT)

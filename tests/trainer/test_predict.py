@@ -101,6 +101,21 @@ def test_a_table_with_other_names_for_weights_of_another_tool(folder, tmp_path, 
   assert lines[0].startswith(str(file)) and lines[0].endswith(f"{'uvwxyz'[best]} ({best})")
 
 
+def test_logits_that_are_not_finite_are_no_prediction(tmp_path, capsys):
+  config = tiny.get_config()
+  config.data.kind = "synthetic"
+  net = net_lib.build(config)
+  leaves = net_lib.random_leaves(net)
+  (head,) = (name for name in leaves if name.endswith("head/kernel"))
+  leaves[head] = np.full_like(leaves[head], 3e38)  # finite, as files of weights must be
+  run_folder.write(str(tmp_path / "run"), config, net, leaves, tuple(NAMES))
+  Image.new("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "red.png")
+  assert main(tmp_path / "run", tmp_path / "red.png", "--json") == predict.SKIPPED
+  printed = capsys.readouterr()
+  assert "red.png is skipped: the model returns no finite numbers for it." in printed.err
+  assert "labels" not in printed.out
+
+
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [

@@ -43,15 +43,16 @@ def interrupts():
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_a_batch_that_never_comes(tmp_path, config, monkeypatch):
-  """An interrupt saves the state, be it a step or an evaluation that waits for its third batch."""
+@pytest.mark.parametrize("by", ["Ctrl-C", "stop"])
+def test_a_batch_that_never_comes(tmp_path, config, monkeypatch, by):
+  """A stop saves the state, be it a step or an evaluation that waits for its third batch."""
   original, main = loader.BatchIterator.__next__, threading.main_thread().ident
-  made, training = collections.Counter(), True
+  made, training, asked = collections.Counter(), True, threading.Event()
 
   def following(self):
     made[self] += 1
     if made[self] == 3 and (self.count > 1000) == training:
-      signal.pthread_kill(main, signal.SIGINT)
+      asked.set() if by == "stop" else signal.pthread_kill(main, signal.SIGINT)
       threading.Event().wait()
     return original(self)
 
@@ -59,10 +60,25 @@ def test_a_batch_that_never_comes(tmp_path, config, monkeypatch):
   monkeypatch.setattr(batches, "STOP_SECONDS", 0.2)
   for step in (2, 10):
     with pytest.raises(Preempted, match=rf"Stopped and saved at step {step} of 10"):
-      train_lib.train(config, str(tmp_path))
+      train_lib.train(config, str(tmp_path), asked.is_set)
     training = False
+    asked.clear()
   with pytest.raises(Preempted, match="Stopped during the evaluation"):
-    train_lib.evaluate_only(config, str(tmp_path))
+    train_lib.evaluate_only(config, str(tmp_path), asked.is_set)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize("mode", [train_lib.train, train_lib.evaluate_only])
+def test_a_program_that_stops_a_start_which_waits(tmp_path, config, silent, mode):
+  """Its function is asked while a silent server is waited for, and ends the wait."""
+  silent.delay = SILENT
+  config.data.kind, config.data.path = "auto", silent.url
+  config.data.stream_give_up_seconds = config.data.stream_timeout_seconds = 1e5
+  start = time.monotonic()
+  with pytest.raises(Preempted, match="Stopped before the"):
+    mode(config, str(tmp_path), lambda: silent.counts["requests"] > 0)
+  assert time.monotonic() - start < 60
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -85,6 +101,40 @@ def test_what_has_nothing_to_save_ends_at_once():
       pass
     signal.raise_signal(signal.SIGINT)
   assert ended == ["cleaned up"]
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_function_stops_as_a_signal_does_and_ctrl_c_still_counts():
+  asked, ended = threading.Event(), []
+  with preemption.interrupts(lambda: "a step", asked.is_set) as request:
+    with pytest.raises(Preempted, match="as it was"), preemption.at_once("as it was"):
+      try:
+        asked.set()
+        threading.Event().wait()  # in C: only a signal ends it
+      finally:
+        time.sleep(0.5)  # nothing is raised here again
+        ended.append("cleaned up")
+    assert ended and request.reason == "stop" and preemption.requested()
+    signal.raise_signal(signal.SIGINT)  # the first one, which is not impatient yet
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert not preemption.requested()
+
+
+def test_a_function_that_is_asked_outside_of_the_main_thread():
+  """There is no signal to end a wait by; batches are not waited for all the same."""
+  found = []
+
+  def run():
+    with preemption.interrupts(lambda: "", lambda: True), preemption.at_once("not here"):
+      while not preemption.requested():
+        time.sleep(0.01)
+      found.append("asked")
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join(60)
+  assert found == ["asked"] and not preemption.requested()
 
 
 def _trainer(workdir, path, *overrides):
@@ -169,6 +219,50 @@ def test_a_server_that_is_silent_at_the_start_and_a_stop_of_one_of_two_hosts(tmp
     os.kill(pod.pids()[1], signal.SIGTERM)
     assert pod.finish() == PREEMPTED and "Traceback" not in pod.log, pod.log
   assert pod.codes() == {0: PREEMPTED, 1: PREEMPTED}
+
+
+HUNG_ON_HOST_1 = """
+import os, pathlib, threading
+from input_pipeline import loader
+from tests.trainer import tiny
+
+original, made = loader.BatchIterator.__next__, {{}}
+
+def following(self):
+  at = made[id(self)] = made.get(id(self), -1) + 1
+  if (self.count > 1000) == {training} and at == {number}:
+    pathlib.Path({mark!r}).touch()
+    threading.Event().wait()
+  return original(self)
+
+if os.environ["JAX_PROCESS_ID"] == "1":
+  loader.BatchIterator.__next__ = following
+
+get_config = tiny.get_config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training, number", [(True, 25), (False, 1)])
+def test_a_stop_of_one_host_while_the_input_of_the_other_hangs(tmp_path, training, number):
+  """Host 1 gets no signal: it learns of the stop of host 0, which waits for it in a step."""
+  mark, file, workdir, quiet = (tmp_path / n for n in ("mark", "mine.py", "run", "quiet"))
+  file.write_text(HUNG_ON_HOST_1.format(training=training, number=number, mark=str(mark)))
+  overrides = *PATIENT, "total_steps=40", "pod.timeout_seconds=100", "pod.stuck_seconds=1000"
+  with running(2, 1, trainer(workdir, *overrides, config=file)) as pod:
+    while not mark.exists():
+      assert not pod.ended, pod.log
+      time.sleep(0.05)
+    time.sleep(1)  # host 0 is in the collectives of the step
+    start = time.monotonic()
+    os.kill(pod.pids()[0], signal.SIGTERM)
+    assert pod.finish() == PREEMPTED and "Traceback" not in pod.log, pod.log
+    assert time.monotonic() - start < 30  # what a machine has that is taken away
+  assert pod.codes() == {0: PREEMPTED, 1: PREEMPTED}
+  assert _saved(pod, workdir) == (25 if training else 40)
+  run(2, 1, trainer(quiet, *overrides))
+  run(2, 1, trainer(workdir, *overrides))  # to the end
+  assert fingerprints(workdir, 40) == fingerprints(quiet, 40)
 
 
 @pytest.mark.slow

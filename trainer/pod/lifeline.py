@@ -122,6 +122,7 @@ class Lifeline:
     self._heard: dict[int, tuple[float, str]] = {}
     self._ended: set[int] = set()
     self._verdict: tuple[int, str, int] | None = None
+    self._stop = False  # whether any host was asked to stop
     self._given: dict[tuple[int, str], _Gather] = {}
     self._notes: dict[int, dict[int, float]] = {}
     self._newest, self._newest_json = -1, "{}"  # window that all hosts have reported, its notes
@@ -280,16 +281,22 @@ class Lifeline:
     self._heard[host] = time.monotonic(), "start"
     return _line({})
 
-  def _alive(self, host: int, point: str, note: list[Any] | None, seen: int) -> bytes:
+  def _alive(
+    self, host: int, point: str, note: list[Any] | None, seen: int, stop: bool = False
+  ) -> bytes:
     """Note where a host is and what it measured; return what is wrong, the time, and new notes.
+
+    Returned as well is whether any host was asked to stop.
 
     Args:
       host: number of the host.
       point: where it is.
       note: [last step of a window, time]; None before the first.
       seen: the last window whose notes the host has received; -1 before the first.
+      stop: whether the host was asked to stop.
     """
     self._heard[host] = time.monotonic(), point
+    self._stop |= stop
     if note:
       window = self._notes.setdefault(note[0], {})
       window[host] = note[1]
@@ -297,7 +304,14 @@ class Lifeline:
         self._newest, self._newest_json = note[0], json.dumps(window)
       for old in sorted(self._notes)[:-_WINDOWS]:
         del self._notes[old]
-    head = json.dumps({"verdict": self._verdict, "now": time.time(), "window": self._newest})
+    head = json.dumps(
+      {
+        "verdict": self._verdict,
+        "stop": self._stop,
+        "now": time.time(),
+        "window": self._newest,
+      }
+    )
     notes = self._newest_json if self._newest > seen else "null"
     return f'{head[:-1]}, "notes": {notes}}}\n'.encode()
 

@@ -34,9 +34,11 @@ from trainer.errors import (
   TrainerError,
   exit_code,
 )
+from trainer.pod import preemption
 from trainer.pod.lifeline import Lifeline, Line, expand
 
 _TICKS = 10  # reports to host 0 within a timeout
+_LOOK_SECONDS = 0.25  # between two looks at whether this host is asked to stop, which it reports
 
 
 class Pod:
@@ -55,6 +57,7 @@ class Pod:
     self._point, self._since = "start", time.monotonic()
     self._note: tuple[int, float] | None = None
     self._notes: dict[int, float] = {}
+    self._stop_reported = False  # by any host
     self._gathers = 0
     self._left = threading.Event()
     self._dying = threading.Lock()
@@ -203,6 +206,13 @@ class Pod:
     self._note = step, seconds
     return self._notes if self.hosts > 1 else {0: seconds}
 
+  def stop_requested(self) -> bool:
+    """Whether any host was asked to stop, as far as this one knows; never waits.
+
+    Hosts learn it at different moments, so what depends on it is to be agreed in the step.
+    """
+    return self._stop_reported or preemption.requested()
+
   def _watch(self, line: Line) -> None:
     """Report where this host is and receive what is wrong elsewhere, until `leave`."""
     seen = -1  # the last window whose notes were received
@@ -211,7 +221,8 @@ class Pod:
       note = self._note and (self._note[0], self._note[1] + offset)
       asked = time.time()
       try:
-        reply = line.ask("alive", point=self._point, note=note, seen=seen)
+        stop = preemption.requested()
+        reply = line.ask("alive", point=self._point, note=note, seen=seen, stop=stop)
       except OSError as error:
         if self._left.is_set():
           return
@@ -222,6 +233,7 @@ class Pod:
       if reply["notes"] is not None:
         seen = reply["window"]
         self._notes = {int(host): seconds for host, seconds in reply["notes"].items()}
+      self._stop_reported = reply["stop"]
       if self._left.is_set():
         line.ask("bye")
         return
@@ -233,7 +245,11 @@ class Pod:
           f"host {self.host} has been at '{self._point}' for {stuck:.0f} s", HOST_LOST, line
         )
         self._give_up(f"this host has been at '{self._point}' for {stuck:.0f} s", HOST_LOST)
-      self._left.wait(min(5.0, self._limits.timeout_seconds / _TICKS))
+      pause = min(5.0, self._limits.timeout_seconds / _TICKS)
+      due = time.monotonic() + pause
+      while time.monotonic() < due and preemption.requested() == stop:
+        if self._left.wait(min(pause, _LOOK_SECONDS)):
+          break
 
   def _farewell(self, reason: str, code: int) -> str:
     advice = "" if code == FAILED else " Run the same command again on all hosts."

@@ -17,7 +17,6 @@ from etils import epath
 import numpy as np
 
 from input_pipeline.remote import fsspec as remote
-from trainer.errors import StorageError
 from trainer.reporting.clu import metric_writers
 from trainer.reporting.events import FLUSH_SECONDS, BucketFile, UntilItFails
 from trainer.workdir import storage
@@ -160,9 +159,7 @@ class Tail:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise StorageError(
-        f"{self._path} could not be read ({storage.first_line(error)})."
-      ) from error
+      raise storage.failed(f"{self._path} could not be read", error) from error
     return self._found
 
   def _add(self, new: bytes) -> None:

@@ -113,14 +113,15 @@ def open_run(workdir: str) -> Workdir:
   """Return the folder of a run.
 
   Raises:
-    ConfigError: if it is a bucket that cannot be used, or a file.
+    StorageError: if it is a bucket that cannot be used.
+    ConfigError: if it is a file.
   """
   directory = storage.path_of(workdir)
   if not has_scheme(workdir) and os.path.isfile(directory):
     raise ConfigError(f"{workdir} is a file; give the folder of a run.")
   trouble = storage.problem(directory)
   if trouble:
-    raise ConfigError(f"{directory} cannot be read: {trouble}.")
+    raise trouble.ends(f"{directory} cannot be read")
   return Workdir(directory)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from configs.names import natural
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
-from trainer import models
+from trainer import compiler, models
 from trainer.state import Variables
 from trainer.weights import images as image_files
 from trainer.weights import net as net_lib
@@ -204,7 +204,8 @@ def _stablehlo(
 
 def _own(net: net_lib.Net, variables: Variables) -> Predict:
   """Return what the trainer itself makes of images, compiled for one size of batch."""
-  compiled = jax.jit(net.logits_of_pixels)
+  options = compiler.options(jax.default_backend())
+  compiled = jax.jit(net.logits_of_pixels, compiler_options=options)
 
   def predict(images: np.ndarray) -> np.ndarray:
     padded = np.zeros((_BATCH, *images.shape[1:]), np.uint8)

@@ -85,16 +85,17 @@ class Checkpointer:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      # Also if host 0 removes the only save, a torn one, from a bucket while this host lists it.
-      raise StorageError(
-        f"{self._directory} cannot be read now ({storage.first_line(error)}); run the same command "
-        "again."
-      ) from error
+      # A later try finds what is left: host 0 may remove the only save, a torn one, from a bucket
+      # while this host lists it.
+      trouble = storage.Problem.of(error)
+      lasting = trouble.lasting and not isinstance(error, _LOST)
+      raise trouble._replace(lasting=lasting).ends(f"{self._directory} cannot be read") from error
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
     self._in_flight: tuple[int, futures.Future[float]] | None = None
     self._broken = False  # whether the manager has failed, and with it the last save
     self._failed = False  # whether any save has failed
+    self._problem: storage.Problem | None = None  # of the last save that has failed
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
 
@@ -183,12 +184,7 @@ class Checkpointer:
       if self._broken:
         problem = storage.problem(self._directory)
     else:
-      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
-      free = shutil.disk_usage(self._directory).free
-      if free < needed:
-        problem = (
-          f"{os.strerror(errno.ENOSPC)}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
-        )
+      problem = self._want_of_room(items)
     hosts = self._pod.gather(f"save of step {step}", [self._broken, problem])
     problem = _first_problem({host: theirs for host, (_, theirs) in hosts.items()})
     if any(broken for broken, _ in hosts.values()) and not problem:
@@ -198,7 +194,7 @@ class Checkpointer:
         self._manager = self._open_manager()
         self._newest = self._manager.latest_step()
       except Exception as error:
-        mine = storage.first_line(error)
+        mine = storage.Problem.of(error)
       problem = _first_problem(self._pod.gather(f"checkpoints reopened for step {step}", mine))
       self._broken = bool(problem)
     if step in self._manager.all_steps():
@@ -209,6 +205,18 @@ class Checkpointer:
     if problem:
       self._save_failed(step, problem)
     return not problem
+
+  def _want_of_room(self, items: dict[str, Tree]) -> storage.Problem | None:
+    """Return why the disk cannot take a checkpoint, if it cannot."""
+    try:
+      free = shutil.disk_usage(self._directory).free
+    except OSError as error:
+      return storage.Problem.of(error)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
+    if free >= needed:
+      return None
+    sizes = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
+    return storage.Problem(f"{os.strerror(errno.ENOSPC)}: {sizes}", True)
 
   def poll(self, wait: bool = False) -> None:
     """Note how the save in flight ended, if it has; with `wait`, wait until it has."""
@@ -221,15 +229,16 @@ class Checkpointer:
       logging.info("Checkpoint %d is saved, in %.1f s beside the steps.", step, seconds)
     except Exception as error:  # errors of buckets are of many kinds
       self._broken = self._failed = True
-      self._save_failed(step, storage.first_line(error))
+      self._save_failed(step, storage.Problem.of(error))
 
-  def _save_failed(self, step: int, reason: str) -> None:
+  def _save_failed(self, step: int, problem: storage.Problem) -> None:
+    self._problem = problem
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
     logging.error(
       "The checkpoint of step %d could not be saved (%s). Training goes on; the next try is in "
       "%g s. %s",
       step,
-      reason,
+      problem.words,
       self._config.checkpoint.retry_seconds,
       self._in_words(),
     )
@@ -268,16 +277,21 @@ class Checkpointer:
     """Save this step unless it is saved already, and return once the checkpoint is whole.
 
     Raises:
-      CheckpointError: if it could not be written.
+      StorageError: if it could not be written.
     """
     with SCREEN.doing(f"saving checkpoint {step}"):
       for _ in range(2):  # a save that has just failed is worth another try: none will come later
         self.save(step, state, meta)
         self.poll(wait=True)
-    if self._newest != step:
-      raise CheckpointError(
-        f"The checkpoint of step {step} could not be written to {self._directory}. "
-        f"{self._in_words()} Make room or repair the folder, then run again."
+    assert self._newest == step or self._problem
+    mine = None if self._newest == step else self._problem
+    problem = _first_problem(self._pod.gather(f"step {step} is saved", mine))
+    if problem:
+      advice = "Mend that, then run the same command" if problem.lasting else "Run the same command"
+      raise StorageError(
+        f"The checkpoint of step {step} could not be written to {self._directory} "
+        f"({problem.words}). {self._in_words()} {advice} again.",
+        problem.lasting,
       )
 
   def restore_newest(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -299,20 +313,8 @@ class Checkpointer:
       damage = ""
       try:
         state, meta = self._restore(step, abstract_state)
-      except ConfigError:
-        raise
       except Exception as error:
-        # Orbax wraps errors of TensorStore in a bare Exception.
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        unreachable = storage.is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
-        if not isinstance(cause, _DAMAGE) and not unreachable:
-          raise
-        if unreachable and not isinstance(cause, _LOST):
-          raise StorageError(
-            f"Checkpoint {self._directory / str(step)} cannot be read now: "
-            f"{storage.first_line(cause)}."
-          ) from error
-        damage = storage.first_line(cause)
+        damage = self._damage(step, error)
       # All hosts resume from the same step, so if any host found damage, none uses this one.
       damage = next(filter(None, self._pod.gather(f"step {step} is restored", damage).values()), "")
       if damage:
@@ -330,6 +332,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: if there is no such checkpoint, or it is damaged.
+      StorageError: if the storage cannot be read.
     """
     if which == "newest":
       return self.restore_newest(abstract_state)
@@ -344,18 +347,36 @@ class Checkpointer:
       )
     try:
       return self._restore(step, abstract_state)
-    except _DAMAGE as error:
+    except Exception as error:
       raise CheckpointError(
-        f"Checkpoint {self._directory / str(step)} is damaged: {storage.first_line(error)}; choose "
+        f"Checkpoint {self._directory / str(step)} is damaged: {self._damage(step, error)}; choose "
         "another by --checkpoint=STEP."
       ) from error
+
+  def _damage(self, step: int, error: Exception) -> str:
+    """Return how a checkpoint is damaged, by the error of reading it; raise any other error."""
+    # Orbax wraps errors of TensorStore in a bare Exception.
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    unreachable = storage.is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
+    if not isinstance(cause, _DAMAGE) and not unreachable:
+      raise error
+    if unreachable and not isinstance(cause, _LOST):
+      what = f"Checkpoint {self._directory / str(step)} cannot be read"
+      raise storage.failed(what, cause) from error
+    return storage.first_line(cause)
 
   def _best(self, steps: Sequence[int]) -> int | None:
     """Return the step of the best evaluation that the newest checkpoint has in its meta."""
     if not steps:
       return None
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    best = self._manager.restore(steps[-1], args=args)["meta"].get("best")
+    try:
+      best = self._manager.restore(steps[-1], args=args)["meta"].get("best")
+    except Exception as error:
+      raise CheckpointError(
+        f"Which checkpoint is the best stands in {self._directory / str(steps[-1])}, which is "
+        f"damaged: {self._damage(steps[-1], error)}; choose one by --checkpoint=STEP."
+      ) from error
     # The evaluation of the newest step comes after its checkpoint.
     best = (read_json(self._workdir.final) or {}).get("best") or best
     return best["step"] if best else None
@@ -397,7 +418,13 @@ class Checkpointer:
       self._workdir.damaged / f"{step}-{int(time.time())}",
     )
     if self._pod.host == 0:
-      storage.move_folder(source, target)
+      try:
+        storage.move_folder(source, target)
+      except Exception as error:
+        if not storage.is_failure(error):
+          raise
+        what = f"Checkpoint {source} is damaged ({reason}) and could not be set aside as {target}"
+        raise storage.failed(what, error) from error
     self._pod.gather(f"step {step} set aside", "")
     self._manager.reload()
     self._newest = self._manager.latest_step()
@@ -436,6 +463,10 @@ def _digest(meta: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _first_problem(by_host: dict[int, str | None]) -> str | None:
-  host, problem = next(((host, problem) for host, problem in by_host.items() if problem), (0, None))
-  return f"host {host}: {problem}" if problem and len(by_host) > 1 else problem
+def _first_problem(by_host: dict[int, list[Any] | None]) -> storage.Problem | None:
+  """Return the problem of the first host that has one, as JSON brings them."""
+  for host, found in by_host.items():
+    if found:
+      words, lasting = found
+      return storage.Problem(f"host {host}: {words}" if len(by_host) > 1 else words, lasting)
+  return None

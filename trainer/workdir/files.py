@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 import jax
 
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import ConfigError
 from trainer.pod.pod import Pod
 from trainer.workdir import storage
 from trainer.workdir.paths import Workdir
@@ -23,13 +23,14 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     pod: this host among the others, all of which call this.
 
   Raises:
-    ConfigError: if it cannot be written, or is another folder than that of host 0.
+    StorageError: if it cannot be written.
+    ConfigError: if it is another folder than that of host 0.
   """
   path = storage.path_of(workdir)
   probe, first = Workdir(path).probe(pod.host), Workdir(path).probe(0)
   trouble = storage.problem(path)
   if trouble:
-    raise ConfigError(f"--workdir {path} cannot be used by host {pod.host}: {trouble}.")
+    raise trouble.ends(f"--workdir {path} cannot be used by host {pod.host}")
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text(str(time.time()))
@@ -43,9 +44,8 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     reason = getattr(error, "strerror", None) or storage.first_line(error)
     if isinstance(error, FileExistsError):
       reason = "it is a file"
-    raise ConfigError(
-      f"--workdir {path} cannot be written by host {pod.host}: {reason}."
-    ) from error
+    trouble = storage.Problem(reason, not storage.may_pass(error))
+    raise trouble.ends(f"--workdir {path} cannot be written by host {pod.host}") from error
   if seen != written:
     raise ConfigError(
       f"--workdir {path} is not the same folder on host {pod.host} as on host 0; give a bucket, or "
@@ -54,11 +54,16 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
   return path
 
 
-def write_json(path: epath.Path, value: dict[str, Any]) -> None:
+def write_json(path: epath.Path, value: dict[str, Any], *, needed: bool = True) -> None:
   """Write a file that is whole or absent, on process 0 only.
 
+  Args:
+    path: the file.
+    value: what it holds.
+    needed: whether a run cannot go on without it; if not, a warning is all.
+
   Raises:
-    StorageError: if it cannot be written.
+    StorageError: if it is needed and cannot be written.
   """
   if jax.process_index() == 0:
     text = json.dumps(value, indent=2) + "\n"
@@ -67,9 +72,9 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     except Exception as error:
       if not storage.is_failure(error):
         raise
-      raise StorageError(
-        f"{path} could not be written ({storage.first_line(error)}); run the same command again."
-      ) from error
+      if needed:
+        raise storage.failed(f"{path} could not be written", error) from error
+      logging.warning("%s could not be written (%s).", path, storage.first_line(error))
 
 
 def read_json(
@@ -83,7 +88,7 @@ def read_json(
     set_aside: whether process 0 moves a damaged file to NAME.damaged.
 
   Raises:
-    StorageError: if it cannot be read.
+    StorageError: if it cannot be read, or a damaged one not be set aside.
   """
   try:
     content = path.read_bytes()
@@ -92,9 +97,7 @@ def read_json(
   except Exception as error:
     if not storage.is_failure(error):
       raise
-    raise StorageError(
-      f"{path} could not be read ({storage.first_line(error)}); run the same command again."
-    ) from error
+    raise storage.failed(f"{path} could not be read", error) from error
   trouble = ""
   try:
     value = json.loads(content)
@@ -109,8 +112,14 @@ def read_json(
     return value
   logging.warning("%s is damaged (%s) and is not used.", path, trouble)
   if set_aside and jax.process_index() == 0:
-    (path.parent / f"{path.name}.damaged").write_bytes(content)
-    path.unlink()
+    aside = path.parent / f"{path.name}.damaged"
+    try:
+      aside.write_bytes(content)
+      path.unlink()
+    except Exception as error:
+      if not storage.is_failure(error):
+        raise
+      raise storage.failed(f"{path} could not be set aside as {aside}", error) from error
   return None
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from absl import logging
 from etils import epath
 
-from trainer.errors import StorageError, WorkdirBusy
+from trainer.errors import WorkdirBusy
 from trainer.workdir import storage
 
 _POLL = 0.5  # seconds between two looks at the lease of another
@@ -226,7 +226,7 @@ class Lease:
       if found and self._is_own(found[0]):
         self.store.remove(found[1])
     except Exception as error:  # the next run takes it over after a while
-      if not _is_failure(error):
+      if not storage.is_failure(error):
         raise
       logging.warning("The lease could not be removed (%s).", storage.first_line(error))
 
@@ -270,22 +270,13 @@ def hold(path: epath.Path, workdir: epath.Path, seconds: float) -> Iterator[Leas
     lease = Lease(store, _owner(), seconds)
     lease.take(workdir)
   except Exception as error:
-    if not _is_failure(error):
+    if not storage.is_failure(error):
       raise
-    raise StorageError(
-      f"{path} could not be written ({storage.first_line(error)}); run the same command again."
-    ) from error
+    raise storage.failed(f"{path} could not be written", error) from error
   try:
     yield lease
   finally:
     lease.release()
-
-
-def _is_failure(error: Exception) -> bool:
-  if storage.is_failure(error):
-    return True
-  module = type(error).__module__
-  return module.startswith(("google.", "requests."))
 
 
 def _owner() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import ml_collections
 
 from configs import base
-from trainer.errors import StorageError
 
 _CONFIG = "config.json"  # as trainer.workdir.paths.Workdir has it
 
@@ -39,10 +38,10 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
   except Exception as error:
     if not storage.is_failure(error):
       raise
-    said = f"{path} cannot be read ({storage.first_line(error)})"
     if storage.in_bucket(path):
-      raise StorageError(f"{said}; run the same command again.") from error
-    raise ValueError(f"{said}; give the --config of the run.") from error
+      raise storage.failed(f"{path} cannot be read", error) from error
+    reason = storage.first_line(error)
+    raise ValueError(f"{path} cannot be read ({reason}); give the --config of the run.") from error
   _fill(config, values)
   return config.lock()
 

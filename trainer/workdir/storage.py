@@ -2,21 +2,26 @@
 
 Buckets are reached through etils, gcsfs and TensorStore. Nothing here waits for ever: requests that
 fail are retried for a minute or two, then the error is raised.
+
+Of all errors of a storage, one rule says how a run ends: one that has refused (no such bucket, no
+right, no room) ends it with 2, one that was silent or busy with 76.
 """
 
 import importlib.util
 import os
 import re
+from typing import NamedTuple
 
 from etils import epath
 
 from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
 from input_pipeline.remote import tensorstore as bucket
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 
-# The same for workdirs as for data: whether an error is the storage's, and its first line.
-is_failure, first_line = remote.is_failure, remote.said
+# The same for workdirs as for data: whether an error is the storage's, whether a later try may
+# succeed, and its first line.
+is_failure, may_pass, first_line = remote.is_failure, remote.may_pass, remote.said
 
 _PREFIX = "gs://"
 _SILENCE_SECONDS = 30.0  # after which TensorStore gives up a connection
@@ -59,7 +64,34 @@ def in_bucket(path: epath.Path) -> bool:
   return str(path).startswith(_PREFIX)
 
 
-def problem(path: epath.Path) -> str | None:
+class Problem(NamedTuple):
+  """Why a storage cannot be used; JSON-able.
+
+  Attributes:
+    words: the reason.
+    lasting: whether a later try meets the same.
+  """
+
+  words: str
+  lasting: bool
+
+  @classmethod
+  def of(cls, error: Exception) -> "Problem":
+    """Return what an error says."""
+    return cls(first_line(error), not may_pass(error))
+
+  def ends(self, what: str) -> StorageError:
+    """Return the error that ends a run; `what` says what could not be done."""
+    advice = "mend that, then run" if self.lasting else "run"
+    return StorageError(f"{what} ({self.words}); {advice} the same command again.", self.lasting)
+
+
+def failed(what: str, error: Exception) -> StorageError:
+  """Return the error that ends a run after `error`; `what` says what could not be done."""
+  return Problem.of(error).ends(what)
+
+
+def problem(path: epath.Path) -> Problem | None:
   """Return what is wrong with the bucket of a path, within half a minute; None for a folder."""
   if not in_bucket(path):
     return None
@@ -76,16 +108,20 @@ def problem(path: epath.Path) -> str | None:
     )
     return None
   except exceptions.NotFound:
-    return f"there is no bucket {name}"
+    return Problem(f"there is no bucket {name}", True)
   except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-    return (
+    return Problem(
       f"bucket {name} is closed to these credentials, which need storage.buckets.get on it besides "
-      f"roles/storage.objectUser ({first_line(error)})"
+      f"roles/storage.objectUser ({first_line(error)})",
+      True,
     )
   except auth_exceptions.DefaultCredentialsError:
-    return "no Google credentials were found; run: gcloud auth application-default login"
+    return Problem(
+      "no Google credentials were found; run: gcloud auth application-default login", True
+    )
   except (exceptions.GoogleAPIError, auth_exceptions.GoogleAuthError, OSError) as error:
-    return f"bucket {name} cannot be reached ({first_line(getattr(error, 'cause', None) or error)})"
+    error = getattr(error, "cause", None) or error
+    return Problem(f"bucket {name} cannot be reached ({first_line(error)})", not may_pass(error))
 
 
 def write_whole(path: epath.Path, text: str) -> None:

@@ -1,0 +1,40 @@
+"""What the compiler of CPUs makes of bfloat16 is near what it makes of float32."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import compiler
+from trainer.models.convolution import convolve
+
+
+def _two_branches(x, y, kernel, moments, dtype):
+  """The end of a residual net: two norms with ReLU, a 1x1 convolution of their sum, norm, mean."""
+  first, second, last = moments
+
+  def normalised(x, moments):
+    mean, scale = moments
+    return nnx.relu(((x.astype(jnp.float32) - mean) * scale).astype(dtype))
+
+  total = normalised(x, first) + normalised(y, second)
+  out = normalised(convolve(total, kernel.astype(dtype), 1, [(0, 0)] * 2), last)
+  return jnp.mean(out, axis=(1, 2), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(("size", "channels", "outputs"), [(16, 16, 50), (7, 64, 64), (4, 32, 10)])
+def test_the_end_of_a_residual_net_in_bfloat16(size, channels, outputs):
+  rng = np.random.default_rng(0)
+  x, y = (jnp.asarray(rng.normal(size=(8, size, size, channels)), jnp.bfloat16) for _ in range(2))
+  kernel = jnp.asarray(rng.normal(size=(1, 1, channels, outputs)), jnp.float32)
+  moments = [
+    (jnp.asarray(rng.normal(size=c), jnp.float32), jnp.asarray(rng.uniform(0.5, 2, c), jnp.float32))
+    for c in (channels, channels, outputs)
+  ]
+  options = compiler.options("cpu")
+  step = jax.jit(_two_branches, static_argnums=4, compiler_options=options)
+  found = np.asarray(step(x, y, kernel, moments, jnp.bfloat16))
+  wide = [array.astype(jnp.float32) for array in (x, y)]
+  exact = np.asarray(_two_branches(*wide, kernel, moments, jnp.float32))
+  np.testing.assert_allclose(found, exact, rtol=0, atol=0.02 * np.abs(exact).max())
