@@ -14,7 +14,7 @@ import pytest
 from tests.trainer import tiny
 from trainer import config as config_lib
 from trainer import program as program_lib
-from trainer.errors import ConfigError
+from trainer.errors import FAILED, ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.state import fingerprints
 from trainer.workdir.checkpoint import Checkpointer
@@ -148,6 +148,21 @@ def test_a_step_that_exists_is_left_alone(tmp_path, program):
   save(checkpointer, program, [3])
   checkpointer.close()
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("ended", [shutil.rmtree, lambda folder: folder.rename(f"{folder}.old")])
+def test_a_workdir_that_goes_away_under_a_run_is_said_as_it_is(tmp_path, program, caplog, ended):
+  checkpointer = open_checkpointer(tmp_path / "run", program)
+  save(checkpointer, program, [3])
+  ended(tmp_path / "run")
+  checkpointer.save(4, make_state(program, 4), {"best": None, "wall_seconds": {}})
+  assert "removed, renamed or unmounted under this run). Training goes on" in caplog.text
+  caplog.clear()
+  with pytest.raises(StorageError, match=r"unmounted.*There is no whole checkpoint\.") as raised:
+    save(checkpointer, program, [5])
+  assert raised.value.exit_code == FAILED and "Training goes on" not in caplog.text
+  assert not (tmp_path / "run").exists()  # a path that is no mount any more is not filled
+  checkpointer.close()
 
 
 def test_saves_are_due_by_steps_and_by_the_clock(tmp_path, program, monkeypatch):

@@ -72,7 +72,7 @@ def failure_kept(run: Workdir) -> Iterator[None]:
     raise
   except TrainerError as error:
     reason = {"time": time.time(), "code": error.exit_code, "reason": str(error)}
-    _chief_tries(lambda: write_json(run.ended, reason))
+    _chief_tries(lambda: write_json(run.ended, reason, needed=False))
     raise
 
 

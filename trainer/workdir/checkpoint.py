@@ -96,6 +96,7 @@ class Checkpointer:
     self._broken = False  # whether the manager has failed, and with it the last save
     self._failed = False  # whether any save has failed
     self._problem: storage.Problem | None = None  # of the last save that has failed
+    self._waits = False  # whether the run ends with the save under way
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
 
@@ -210,6 +211,9 @@ class Checkpointer:
     """Return why the disk cannot take a checkpoint, if it cannot."""
     try:
       free = shutil.disk_usage(self._directory).free
+    except FileNotFoundError:
+      self._newest = None
+      return storage.Problem("the folder was removed, renamed or unmounted under this run", True)
     except OSError as error:
       return storage.Problem.of(error)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
@@ -234,14 +238,17 @@ class Checkpointer:
   def _save_failed(self, step: int, problem: storage.Problem) -> None:
     self._problem = problem
     self._retry_time = time.monotonic() + self._config.checkpoint.retry_seconds
-    logging.error(
-      "The checkpoint of step %d could not be saved (%s). Training goes on; the next try is in "
-      "%g s. %s",
-      step,
-      problem.words,
-      self._config.checkpoint.retry_seconds,
-      self._in_words(),
-    )
+    if self._waits:  # it is tried once more, or is the error that ends the run
+      logging.warning("The checkpoint of step %d could not be saved (%s).", step, problem.words)
+    else:
+      logging.error(
+        "The checkpoint of step %d could not be saved (%s). Training goes on; the next try is in "
+        "%g s. %s",
+        step,
+        problem.words,
+        self._config.checkpoint.retry_seconds,
+        self._in_words(),
+      )
 
   def _in_words(self) -> str:
     """Return which checkpoint a resume would take, as a sentence."""
@@ -279,10 +286,12 @@ class Checkpointer:
     Raises:
       StorageError: if it could not be written.
     """
+    self._waits = True
     with SCREEN.doing(f"saving checkpoint {step}"):
       for _ in range(2):  # a save that has just failed is worth another try: none will come later
         self.save(step, state, meta)
         self.poll(wait=True)
+    self._waits = False
     assert self._newest == step or self._problem
     mine = None if self._newest == step else self._problem
     problem = _first_problem(self._pod.gather(f"step {step} is saved", mine))
