@@ -226,7 +226,7 @@ RUN: Fields = {
     1e-3, "Of rmsprop: inside the root, as in TensorFlow's EfficientNet.", "", POSITIVE, ASK
   ),
   "optimizer.weight_decay": Field(
-    1e-4, "Share of the parameters; optimizer.decay says of what.", "", at_least(0), ASK
+    1e-4, "Share of the parameters; optimizer.decay says how it is taken off.", "", at_least(0), ASK
   ),
   "optimizer.decay": Field(
     "own",

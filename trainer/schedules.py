@@ -201,14 +201,15 @@ def exponential(
   Args:
     span: of the run.
     every: epochs.
-    factor: of so many epochs.
+    factor: of so many epochs, below 1.
     staircase: whether t / every is rounded down.
     from_start: whether t counts from step 0, as TensorFlow's EfficientNet does, or from the end of
       the warm-up.
     per_epoch: see Span.after_warmup.
   """
   _require(every > 0, f"every of exponential must be positive; it is {every!r}")
-  _require(factor > 0, f"factor of exponential must be positive; it is {factor!r}")
+  # From 1 on optax takes the end as a ceiling: at the default, 0, no step would change a weight.
+  _require(0 < factor < 1, f"factor of exponential must be in (0, 1); it is {factor!r}")
   decay = optax.exponential_decay(
     span.peak, every * span.per_epoch, factor, staircase=staircase, end_value=span.end
   )
@@ -246,7 +247,7 @@ def make_schedule(
 
   Args:
     config: a validated config.
-    warmup_steps: steps from 0 to the peak.
+    warmup_steps: steps from `config.optimizer.warmup_start` of the peak to the peak.
     total_steps: steps of the run, those of the warm-up among them.
     per_epoch: steps of an epoch.
     offset: added to the step; see trainer.config.Durations.

@@ -109,6 +109,15 @@ def test_each_example_stops_by_itself(name, stop):
   assert np.asarray(again.iterations)[0] == iterations[0]
 
 
+@pytest.mark.parametrize("name", ["broyden", "anderson"])
+def test_a_float32_state_stays_so_where_jax_has_64_bits(name):
+  with jax.enable_x64(True):
+    z0 = (jnp.zeros((2, 3), jnp.float32),)
+    found = equilibrium.solve(lambda z: (0.5 * jnp.cos(z[0]),), z0, Solver(name, 20))
+  assert found.z[0].dtype == found.residual.dtype == jnp.float32
+  assert (found.residual < 1e-3).all()
+
+
 def test_an_example_that_is_not_finite_harms_no_other():
   inputs = INPUTS.copy()
   inputs[1, 3] = np.nan

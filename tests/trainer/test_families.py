@@ -2,26 +2,28 @@
 
 import pytest
 
+from configs import families as families_lib
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints
 from tests.trainer.test_run import StopAt
 from trainer import train as train_lib
 from trainer.errors import Preempted
 
-# Family: fields that make it draw at random, and use all of its parts. The first family of the
-# project is that of most other tests.
+# What makes a net draw at random, and use all of its parts, where its family has the field.
+_FIELDS = {
+  "dropout": 0.1,
+  "drop_path": 0.3,
+  "scan": True,
+  "layer_scale": 0.1,
+  "unrolled_steps": 3,
+  "jacobian_weight": 0.1,
+  "jacobian_share": 0.5,
+}
+# Residual nets are those of most other tests.
 FAMILIES = {
-  "vit": {"dropout": 0.1, "drop_path": 0.3, "scan": True, "layer_scale": 0.1},
-  "efficientnet": {"dropout": 0.1, "drop_path": 0.3},
-  "nfnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
-  "nf_resnet": {"dropout": 0.1, "drop_path": 0.3, "scan": True},
-  "mdeq": {
-    "dropout": 0.1,
-    "unrolled_steps": 3,
-    "jacobian_weight": 0.1,
-    "jacobian_share": 0.5,
-  },
-  "convnext": {"dropout": 0.1, "drop_path": 0.3, "scan": True, "layer_scale": 0.1},
+  name: {field: value for field, value in _FIELDS.items() if field in families_lib.fields(name)}
+  for name, place in families_lib.FAMILIES.items()
+  if not place.startswith("trainer.models.resnet:")
 }
 QUICK = ("vit",)
 

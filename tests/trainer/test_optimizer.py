@@ -54,7 +54,11 @@ from trainer.errors import ConfigError
     ({"schedule": "step(at=(30), factor=0.1)"}, ["at of step", "a tuple"]),
     ({"schedule": "step(at=(30,), factor=0)"}, ["factor of step must be positive"]),
     ({"schedule": "exponential(every=0, factor=0.9)"}, ["every of exponential", "positive"]),
-    ({"schedule": "exponential(every=1, factor=-1)"}, ["factor of exponential", "positive"]),
+    ({"schedule": "exponential(every=1, factor=-1)"}, ["factor of exponential", "in (0, 1)", "-1"]),
+    (
+      {"schedule": "exponential(every=1, factor=1)"},
+      ["factor of exponential", "in (0, 1)", "is 1"],
+    ),
     ({"schedule": "one_cycle"}, ["one_cycle has a rise of its own", "warmup_epochs"]),
     ({"schedule": "piecewise(points=((0, 1), (9, 0)))"}, ["piecewise has a rise of its own"]),
   ],

@@ -5,7 +5,7 @@ Sources: Tan and Le, arXiv:1905.11946 (blocks of MobileNetV2 and MnasNet, arXiv:
 fused blocks: one dense kxk convolution for the first 1x1 and the depthwise one).
 
 TensorFlow's nets and torch's have the same leaves and other numbers. `padding` is "same", which
-under stride 2 pads an even size at its end only, or "torch", half of the kernel on all sides; the
+under stride 2 pads an even size more at its end, or "torch", half of the kernel on all sides; the
 epsilon of batch norm is 1e-3 in TensorFlow's and in torchvision's from B5 on, else 1e-5.
 """
 

@@ -120,7 +120,7 @@ def _broyden(solver: Solver, z0: State) -> tuple[_Advance, Any]:
 
   def advance(memory: Any, z: State, g: State, step: jax.Array) -> tuple[State, Any]:
     left, right, z_before, g_before = memory
-    # In the first step there is nothing to learn yet: both differences are 0, and so is the column.
+    # In the first step dz is 0, and with it the row: there is nothing to learn yet.
     dz, dg = subtract(z, z_before), subtract(g, g_before)
     row = subtract(_combine(_products(left, dz), right), dz)  # dz^T (-I + U V^T)
     change = subtract(_combine(_products(right, dg), left), dg)  # (-I + U V^T) dg
@@ -154,7 +154,9 @@ def _anderson(solver: Solver, z0: State) -> tuple[_Advance, Any]:
     ).transpose(2, 0, 1)
     mean = jnp.trace(gram, axis1=1, axis2=2) / jnp.sum(known)
     ridge = solver.ridge * jnp.where(mean > 0, mean, 1)
-    weights = _solve_symmetric(gram + ridge[:, None, None] * jnp.eye(history), known)
+    weights = _solve_symmetric(
+      gram + ridge[:, None, None] * jnp.eye(history, dtype=gram.dtype), known
+    )
     weights = (weights / jnp.sum(weights, axis=1, keepdims=True)).T
     step_by = _combine(solver.damping * weights, residuals)
     return add(_combine(weights, iterates), step_by), (iterates, residuals)
