@@ -1,5 +1,6 @@
 """Residual nets by field: published sizes, names, scan and remat, stochastic depth, blur."""
 
+import functools
 import math
 import os
 import re
@@ -355,6 +356,60 @@ def test_features_of_each_stage():
     "stage3": (2, 4, 6, 256),
     "stage4": (2, 2, 3, 512),
   }
+
+
+@pytest.mark.parametrize(
+  "group, shards, shifted, pooled, affine",
+  [
+    ("global", 1, False, False, True),
+    ("global", 2, True, True, True),
+    ("device", 2, False, True, True),
+    ("device", 2, True, False, False),
+    ("2", 2, True, False, True),
+    ("4", 8, False, True, True),
+  ],
+)
+def test_vectors_of_a_norm_computed_together_are_the_same(group, shards, shifted, pooled, affine):
+  draw = np.random.default_rng(0).normal
+
+  def pool(x):
+    return nnx.max_pool(x, (2, 2), (2, 2))
+
+  with jax.enable_x64(True):
+    images, weights = draw(1.0, 2.0, (8, 4, 6, 3)), draw(size=(8, 4, 6, 3))
+    scale, bias, mean = np.array([0.5, -1.5, 2.0]), np.array([1.0, 2.0, -3.0]), draw(size=3)
+
+    def run(together, images, scale, bias):
+      norm = BatchNorm(
+        3,
+        momentum=0.75,
+        epsilon=1e-5,
+        dtype=jnp.float64,
+        zero_scale=False,
+        affine=affine,
+        unbiased=True,
+        shifted=shifted,
+        together=together,
+        group=group,
+        shards=shards,
+      )
+      norm.mean.set_value(jnp.asarray(mean))
+      if affine:
+        norm.scale.set_value(scale)
+        norm.bias.set_value(bias)
+      y = norm(images * norm.directions(), pool) if pooled else norm(images)
+      loss = jnp.sum(jnp.sin(y) * weights[:, : y.shape[1], : y.shape[2]])
+      return loss, (y, norm.mean.get_value(), norm.var.get_value())
+
+    together, apart = (
+      jax.value_and_grad(functools.partial(run, each), (0, 1, 2), has_aux=True)(images, scale, bias)
+      for each in (True, False)
+    )
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), together, apart
+    )
+  (of_images, of_scale, of_bias) = apart[1]
+  assert of_images.any() and (of_scale.all() and of_bias.all() if affine else True)
 
 
 def test_pool_before_the_norm_and_pairs_of_rows_change_neither_outputs_nor_gradients():

@@ -49,6 +49,7 @@ EFFICIENTNET: Fields = {
       ("bn_epsilon", 1e-3),
       ("bn_unbiased", False),
       ("bn_shifted", False),
+      ("bn_together", False),
       ("bn_group", "global"),
       ("scan", False),
       ("remat", "none"),

@@ -123,6 +123,13 @@ MDEQ: Fields = {
   ),
   **{
     name: COMMON[name]
-    for name in ("bn_momentum", "bn_epsilon", "bn_unbiased", "bn_shifted", "bn_group")
+    for name in (
+      "bn_momentum",
+      "bn_epsilon",
+      "bn_unbiased",
+      "bn_shifted",
+      "bn_together",
+      "bn_group",
+    )
   },
 }

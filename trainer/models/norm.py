@@ -8,6 +8,7 @@ square of depth. And it has no groups.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 from flax import nnx
@@ -40,6 +41,9 @@ class BatchNorm(nnx.Module):
     unbiased: whether the running variance averages n/(n - 1) times the variance of the n values of
       a channel in its group, as torch's does.
     shifted: whether variances are computed from distances to the running mean.
+    together: whether barriers keep what training computes of vectors in few operations. Without,
+      the compiler of TPUs makes about six of it, among them some that only change between the forms
+      [C] and [1, C] of a vector.
     group: "global" for one group, "device" for one in each shard, or the examples of a group.
     shards: number of equal parts that the examples are split in over devices. It divides the number
       of groups, or the other way round.
@@ -56,6 +60,7 @@ class BatchNorm(nnx.Module):
     affine: bool = True,
     unbiased: bool = False,
     shifted: bool = False,
+    together: bool = False,
     group: str = "global",
     shards: int = 1,
   ):
@@ -64,6 +69,7 @@ class BatchNorm(nnx.Module):
     self.dtype = jnp.dtype(dtype)
     self.unbiased = unbiased
     self.shifted = shifted
+    self.together = together
     self.group = group
     self.shards = shards
     self.use_running_average = False  # the name that nnx.Module.train() and eval() look for
@@ -96,6 +102,8 @@ class BatchNorm(nnx.Module):
       x, pooled = x * directions, pool(x) * directions
     examples, shape = x.shape[0], x.shape if pooled is None else pooled.shape
     x = x.astype(self.mean.dtype)
+    scale = self.scale.get_value() if self.affine else None
+    bias = self.bias.get_value() if self.affine else None
     if self.use_running_average:
       mean, var = self.mean.get_value(), self.var.get_value()
     else:
@@ -116,13 +124,31 @@ class BatchNorm(nnx.Module):
       if self.shifted:
         origin = self.mean.get_value()  # of each cell, from the second micro-batch on
         y = x - spread(origin)
-      mean, square = jnp.mean(y, axes), jnp.mean(jnp.square(y), axes)
-      if 1 < groups < self.shards:
-        # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-        mean, square = _share(mean, groups), _share(square, groups)
-      var = jnp.maximum(0.0, square - jnp.square(mean))
-      if self.shifted:
-        mean += origin
+
+      def moments(mean: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return mean and variance of each group, by the moments of each cell of y."""
+        if 1 < groups < self.shards:
+          # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
+          mean, square = _share(mean, groups), _share(square, groups)
+        var = jnp.maximum(0.0, square - jnp.square(mean))
+        return mean + origin if self.shifted else mean, var
+
+      @jax.checkpoint
+      def vectors(
+        sums: tuple[jax.Array, jax.Array], scale: jax.Array | None, bias: jax.Array | None
+      ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        """Return what y needs of each cell: -mean, factor and bias; and the moments."""
+        mean, var = moments(*(each / (y.size // each.size) for each in sums))
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if scale is not None and bias is not None:
+          factor, bias = factor * scale, jnp.broadcast_to(bias, mean.shape)
+        return (-mean, factor, bias), (mean, var)
+
+      if self.together:
+        own, (mean, var) = vectors(_sums(y, axes), scale, bias)
+        opposite, factor, bias = jax.tree.map(spread, jax.lax.optimization_barrier(own))
+      else:
+        mean, var = moments(jnp.mean(y, axes), jnp.mean(jnp.square(y), axes))
       values = x.size // x.shape[-1] // groups
       correction = values / max(1, values - 1) if self.unbiased else 1
       for average, new in ((self.mean, mean), (self.var, var * correction)):
@@ -130,15 +156,43 @@ class BatchNorm(nnx.Module):
           self.momentum * average.get_value() + (1 - self.momentum) * jax.lax.stop_gradient(new)
         )
       mean, var = spread(mean), spread(var)
-    factor = jax.lax.rsqrt(var + self.epsilon)
-    if self.affine:
-      factor = factor * self.scale.get_value()
     if pooled is not None:
       x = pooled.astype(x.dtype).reshape(*x.shape[: x.ndim - pooled.ndim + 1], *pooled.shape[1:])
-    y = (x - mean) * factor
-    if self.affine:
-      y = y + self.bias.get_value()
+    if self.together and not self.use_running_average:
+      y = (x + opposite) * factor
+    else:
+      factor = jax.lax.rsqrt(var + self.epsilon)
+      if scale is not None:
+        factor = factor * scale
+      y = (x - mean) * factor
+    if bias is not None:
+      y = y + bias
     return y.astype(self.dtype).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sums(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """Return the sums of x and of its squares over axes, behind a barrier.
+
+  The factor 2 of the gradient of a square is applied to vectors, in front of a barrier.
+  """
+  return jax.lax.optimization_barrier((jnp.sum(x, axes), jnp.sum(jnp.square(x), axes)))
+
+
+def _sums_forward(
+  x: jax.Array, axes: tuple[int, ...]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+  return _sums(x, axes), x
+
+
+def _sums_backward(
+  axes: tuple[int, ...], x: jax.Array, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array]:
+  of_sum, of_squares = jax.lax.optimization_barrier((gradients[0], 2 * gradients[1]))
+  return (jnp.expand_dims(of_sum, axes) + jnp.expand_dims(of_squares, axes) * x,)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def options(fields: Mapping[str, Any], shards: int) -> dict[str, Any]:
@@ -148,7 +202,7 @@ def options(fields: Mapping[str, Any], shards: int) -> dict[str, Any]:
     fields: values of `config.model`, among them those that begin with bn_.
     shards: see BatchNorm.
   """
-  names = ("momentum", "epsilon", "unbiased", "shifted", "group")
+  names = ("momentum", "epsilon", "unbiased", "shifted", "together", "group")
   return {name: fields[f"bn_{name}"] for name in names} | {"shards": shards}
 
 

@@ -116,6 +116,12 @@ COMMON: Fields = {
     "where a mean is 100 deviations and 13 % at 1,000, of which evaluations warn in the log.",
     resume=ASK,
   ),
+  "bn_together": Field(
+    False,
+    "Whether barriers keep what training computes of a BN's sums in few operations, of which a TPU "
+    "needs as long for a few numbers as for thousands. The same but for rounding.",
+    resume=ASK,
+  ),
   "bn_group": Field(
     "global",
     "Whose examples share BN statistics: global (the whole batch, or micro-batch) | device (each "
