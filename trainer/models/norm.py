@@ -9,7 +9,7 @@ square of depth. And it has no groups.
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -104,61 +104,32 @@ class BatchNorm(nnx.Module):
     x = x.astype(self.mean.dtype)
     scale = self.scale.get_value() if self.affine else None
     bias = self.bias.get_value() if self.affine else None
+    together = self.together and not self.use_running_average
     if self.use_running_average:
       mean, var = self.mean.get_value(), self.var.get_value()
     else:
       groups = {"global": 1, "device": self.shards}.get(self.group) or examples // int(self.group)
       # A cell lies on one device and in one group, so that its sums cross no device.
-      cells = max(groups, self.shards)
+      cells = _Cells(max(groups, self.shards) if groups > 1 else 1, groups, self.shards)
       if groups > 1:
-        x = x.reshape(cells, examples // cells, *x.shape[1:])
-
-      def spread(moments: jax.Array) -> jax.Array:
-        """Give moments [cells, C] the axes of x; [C] fit as they are."""
-        return moments if moments.ndim == 1 else moments.reshape(cells, *[1] * (x.ndim - 2), -1)
-
-      axes = tuple(range(int(groups > 1), x.ndim - 1))
-      # E[x^2] - E[x]^2 reads the activations once, not twice. In float32 it loses what `lost` says.
-      # Distances from any point have the same variance; those from the running mean are small.
-      y = x
-      if self.shifted:
-        origin = self.mean.get_value()  # of each cell, from the second micro-batch on
-        y = x - spread(origin)
-
-      def moments(mean: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return mean and variance of each group, by the moments of each cell of y."""
-        if 1 < groups < self.shards:
-          # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-          mean, square = _share(mean, groups), _share(square, groups)
-        var = jnp.maximum(0.0, square - jnp.square(mean))
-        return mean + origin if self.shifted else mean, var
-
-      @jax.checkpoint
-      def vectors(
-        sums: tuple[jax.Array, jax.Array], scale: jax.Array | None, bias: jax.Array | None
-      ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        """Return what y needs of each cell: -mean, factor and bias; and the moments."""
-        mean, var = moments(*(each / (y.size // each.size) for each in sums))
-        factor = jax.lax.rsqrt(var + self.epsilon)
-        if scale is not None and bias is not None:
-          factor, bias = factor * scale, jnp.broadcast_to(bias, mean.shape)
-        return (-mean, factor, bias), (mean, var)
-
-      if self.together:
-        own, (mean, var) = vectors(_sums(y, axes), scale, bias)
-        opposite, factor, bias = jax.tree.map(spread, jax.lax.optimization_barrier(own))
+        x = x.reshape(cells.number, examples // cells.number, *x.shape[1:])
+      # Of each cell, from the second micro-batch on.
+      origin = self.mean.get_value() if self.shifted else None
+      if together:
+        vectors, (mean, var) = _vectors(x, origin, scale, bias, cells, self.epsilon)
+        opposite, factor, bias = jax.tree.map(lambda vector: cells.spread(vector, x), vectors)
       else:
-        mean, var = moments(jnp.mean(y, axes), jnp.mean(jnp.square(y), axes))
+        mean, var = cells.moments(x, origin)
       values = x.size // x.shape[-1] // groups
       correction = values / max(1, values - 1) if self.unbiased else 1
       for average, new in ((self.mean, mean), (self.var, var * correction)):
         average.set_value(
           self.momentum * average.get_value() + (1 - self.momentum) * jax.lax.stop_gradient(new)
         )
-      mean, var = spread(mean), spread(var)
+      mean, var = cells.spread(mean, x), cells.spread(var, x)
     if pooled is not None:
       x = pooled.astype(x.dtype).reshape(*x.shape[: x.ndim - pooled.ndim + 1], *pooled.shape[1:])
-    if self.together and not self.use_running_average:
+    if together:
       y = (x + opposite) * factor
     else:
       factor = jax.lax.rsqrt(var + self.epsilon)
@@ -170,29 +141,115 @@ class BatchNorm(nnx.Module):
     return y.astype(self.dtype).reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sums(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  """Return the sums of x and of its squares over axes, behind a barrier.
+class _Cells(NamedTuple):
+  """How the examples of a batch norm are split; each cell is on one device and in one group.
 
-  The factor 2 of the gradient of a square is applied to vectors, in front of a barrier.
+  Attributes:
+    number: of cells; with 1, arrays have no axis of cells.
+    groups: sets of cells with the same moments.
+    shards: parts of the examples over devices.
   """
-  return jax.lax.optimization_barrier((jnp.sum(x, axes), jnp.sum(jnp.square(x), axes)))
+
+  number: int
+  groups: int
+  shards: int
+
+  def axes(self, x: jax.Array) -> tuple[int, ...]:
+    """Return the axes of x that sums are over."""
+    return tuple(range(int(self.number > 1), x.ndim - 1))
+
+  def spread(self, vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Give a vector [cells, C] the axes of x; [C] fits as it is."""
+    if vector.ndim == 1:
+      return vector
+    return vector.reshape(self.number, *[1] * (x.ndim - 2), -1)
+
+  def share(self, mean: jax.Array) -> jax.Array:
+    """Return the mean over the cells of each group, to each cell."""
+    return _share(mean, self.groups) if 1 < self.groups < self.shards else mean
+
+  def moments(self, x: jax.Array, origin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return mean and variance of each cell's group.
+
+    E[x^2] - E[x]^2 reads the activations once, not twice. In float32 it loses what `lost` says.
+    Distances from any point, `origin`, have the same variance; those from the running mean are
+    small.
+    """
+    y = x if origin is None else x - self.spread(origin, x)
+    # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
+    mean, square = (self.share(jnp.mean(each, self.axes(x))) for each in (y, jnp.square(y)))
+    var = jnp.maximum(0.0, square - jnp.square(mean))
+    return mean if origin is None else mean + origin, var
 
 
-def _sums_forward(
-  x: jax.Array, axes: tuple[int, ...]
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-  return _sums(x, axes), x
+_Vectors = tuple[jax.Array, jax.Array, jax.Array | None]
+_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def _sums_backward(
-  axes: tuple[int, ...], x: jax.Array, gradients: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array]:
-  of_sum, of_squares = jax.lax.optimization_barrier((gradients[0], 2 * gradients[1]))
-  return (jnp.expand_dims(of_sum, axes) + jnp.expand_dims(of_squares, axes) * x,)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _vectors(
+  x: jax.Array,
+  origin: jax.Array | None,
+  scale: jax.Array | None,
+  bias: jax.Array | None,
+  cells: _Cells,
+  epsilon: float,
+) -> tuple[_Vectors, tuple[jax.Array, jax.Array]]:
+  """Return -mean, factor and bias of each cell; and mean and variance, which have no gradient.
+
+  Barriers keep what is computed of vectors in one operation forward and one backward. For that
+  all that the backward one returns is computed of what it is given: the gradient of x is that of
+  the variance by distances from the mean, not by squares, and that of the mean.
+  """
+  return _vectors_forward(x, origin, scale, bias, cells, epsilon)[0]
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+def _vectors_forward(
+  x: jax.Array,
+  origin: jax.Array | None,
+  scale: jax.Array | None,
+  bias: jax.Array | None,
+  cells: _Cells,
+  epsilon: float,
+) -> tuple[tuple[_Vectors, tuple[jax.Array, jax.Array]], _Kept]:
+  y = x if origin is None else x - cells.spread(origin, x)
+  axes = cells.axes(x)
+  sums = jax.lax.optimization_barrier((jnp.sum(y, axes), jnp.sum(jnp.square(y), axes)))
+  mean, square = (cells.share(each * each.size / x.size) for each in sums)
+  var = jnp.maximum(0.0, square - jnp.square(mean))
+  mean = mean if origin is None else mean + origin
+  root = jax.lax.rsqrt(var + epsilon)
+  factor = root if scale is None else root * scale
+  spread_bias = None if bias is None else jnp.broadcast_to(bias, mean.shape)
+  # Negative, since the sign of a sum behind the barrier would be an operation of its own.
+  *vectors, root = jax.lax.optimization_barrier((-mean, factor, spread_bias, root))
+  opposite, factor, spread_bias = vectors
+  return ((opposite, factor, spread_bias), (mean, var)), (x, opposite, factor, root)
+
+
+def _vectors_backward(
+  cells: _Cells, epsilon: float, kept: _Kept, gradients: tuple[_Vectors, Any]
+) -> tuple[jax.Array, None, jax.Array | None, jax.Array | None]:
+  del epsilon
+  x, opposite, factor, root = kept
+  (of_opposite, of_factor, of_bias), _ = gradients
+  share = root.size / x.size  # of a value in the mean of its cell
+  slope, constant, of_scale = jax.lax.optimization_barrier(
+    (
+      -share * cells.share(root * root * factor * of_factor),
+      -share * cells.share(of_opposite),
+      root * of_factor,
+    )
+  )
+  of_x = cells.spread(slope, x) * (x + cells.spread(opposite, x)) + cells.spread(constant, x)
+  if of_bias is None:  # there are no scale and bias
+    return of_x, None, None, None
+  if cells.number > 1:
+    of_scale, of_bias = jnp.sum(of_scale, 0), jnp.sum(of_bias, 0)
+  return of_x, None, of_scale, of_bias
+
+
+_vectors.defvjp(_vectors_forward, _vectors_backward)
 
 
 def options(fields: Mapping[str, Any], shards: int) -> dict[str, Any]:
