@@ -118,15 +118,17 @@ class Process:
       self._lines.wait_for(
         lambda: re.search(pattern, self.log) or self.ended, timeout=limit or self.limit
       )
-      assert re.search(pattern, self.log), f"{pattern!r} did not come:\n{self.log[-5000:]}"
+      if not re.search(pattern, self.log):
+        self._process.kill()
+        raise AssertionError(f"{pattern!r} did not come:\n{self.log[-5000:]}")
 
   def finish(self, limit: float | None = None) -> int:
     """Return the exit code once it has ended; fail after `limit` seconds."""
     limit = limit or self.limit
     with self._lines:
-      assert self._lines.wait_for(lambda: self.ended, timeout=limit), (
-        f"no end within {limit} s:\n{self.log[-5000:]}"
-      )
+      if not self._lines.wait_for(lambda: self.ended, timeout=limit):
+        self._process.kill()
+        raise AssertionError(f"no end within {limit} s:\n{self.log[-5000:]}")
     return self._process.wait()
 
 

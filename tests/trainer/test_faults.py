@@ -54,7 +54,13 @@ def test_a_stop_that_cannot_be_printed_saves_all_the_same(tmp_path):
 
 
 def test_a_closed_terminal_saves_and_leaves(tmp_path):
-  process = Process(trainer(tmp_path, "total_steps=100000"), env=ENVIRONMENT)
+  # Where the tests run under nohup, the signal is ignored in what they start.
+  heed = (
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+  )
+  command = [sys.executable, "-c", heed, *trainer(tmp_path, "total_steps=100000")]
+  process = Process(command, env=ENVIRONMENT)
   process.wait_for("step 2/")
   process.send(signal.SIGHUP)
   assert process.finish() == PREEMPTED
