@@ -18,6 +18,7 @@ from configs.fields import Field
 RAISED = (Exception, SystemExit)
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple"}
+_OWN_PACKAGES = os.path.join(os.path.dirname(__file__), "own_packages.py")
 _UNKNOWN = re.compile(r"Unknown command line flag '(?P<name>[^']+)'")
 
 
@@ -28,7 +29,14 @@ def trouble(error: BaseException, argv: Sequence[str], flag: Any) -> str:
     error: what parsing it, or loading the file, has raised; one of RAISED.
     argv: the command line, each flag in one word and the run file by its path.
     flag: the flag --config of `config_flags`.
+
+  Raises:
+    SystemExit: the error, if it is of own_packages.py, which has said why.
   """
+  if isinstance(error, SystemExit):
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if _same(last.filename, _OWN_PACKAGES):
+      raise error
   words = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
   file, _, variant = words[-1].partition(":") if words else ("", "", "")
   if file and (where := _line_of(file, error)):

@@ -7,7 +7,7 @@ import pytest
 
 from configs import recipes, trial
 from tests.configs import golden
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import StopAt
 from trainer import command_line
 from trainer import config as config_lib
 from trainer.errors import Preempted

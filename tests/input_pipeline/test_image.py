@@ -57,7 +57,7 @@ def test_16_bits_are_scaled_and_not_clipped():
   ("data", "says"),
   [
     pytest.param(b"", "zero bytes", id="empty"),
-    pytest.param(b"not an image", "is no JPEG, PNG, GIF or BMP", id="text"),
+    pytest.param(b"not an image", "is no JPEG, PNG, GIF, BMP or WebP", id="text"),
     pytest.param(encoded(picture(0), "TIFF"), "is no JPEG", id="a format that is not read"),
     pytest.param(encoded(picture(0), "EPS"), "is no JPEG", id="a format that starts a program"),
     pytest.param(encoded(picture(0))[:-200], "truncated", id="the end is missing"),

@@ -75,6 +75,20 @@ def call(main, program, *arguments):
     return main(argv)
 
 
+class StopAt:
+  """A stop at the n-th time of asking: between steps, and between batches of an evaluation.
+
+  How often a thread asks meanwhile depends on the clock, and does not count.
+  """
+
+  def __init__(self, n):
+    self.left = n
+
+  def __call__(self):
+    self.left -= threading.current_thread() is threading.main_thread()
+    return self.left <= 0
+
+
 class Process:
   """A process under way, whose output is followed by a thread.
 

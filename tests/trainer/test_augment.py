@@ -224,9 +224,8 @@ def test_stops_and_the_end_of_mixing_change_no_bit(tmp_path):
     return config
 
   train_lib.train(config(2.0), str(tmp_path / "quiet"))
-  calls = iter(range(100))
   with pytest.raises(Preempted):
-    train_lib.train(config(2.0), str(tmp_path / "stopped"), lambda: next(calls) > 8)
+    train_lib.train(config(2.0), str(tmp_path / "stopped"), shared.StopAt(10))
   train_lib.train(config(2.0), str(tmp_path / "stopped"))
   quiet, stopped = (shared.fingerprints(tmp_path / name, 12) for name in ("quiet", "stopped"))
   assert quiet == stopped

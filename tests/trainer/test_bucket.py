@@ -17,9 +17,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 import pytest
 
 from tests.trainer import bucket_server, tiny
-from tests.trainer.shared import ENVIRONMENT, Process, fingerprints, run, running, trainer
+from tests.trainer.shared import ENVIRONMENT, Process, StopAt, fingerprints, run, running, trainer
 from tests.trainer.test_curves import READERS, check, draw, live
-from tests.trainer.test_run import StopAt
 from trainer import program as program_lib
 from trainer import train as train_lib
 from trainer.errors import (

@@ -15,8 +15,7 @@ import pytest
 from configs import smoke
 from input_pipeline.prepare import __main__ as prepare
 from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import StopAt, fingerprints
 from trainer import augment, distill
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib

@@ -11,7 +11,7 @@ import pytest
 
 from configs import base, names, page
 from tests.trainer import outside
-from tests.trainer.shared import fingerprints
+from tests.trainer.shared import StopAt, fingerprints
 from trainer import augment, losses
 from trainer import config as config_lib
 from trainer import program as program_lib
@@ -121,9 +121,8 @@ def test_all_collections_and_no_random_state_travel(tmp_path, config):
   quiet = fingerprints(tmp_path / "quiet", 12)
   assert "others/seen" in quiet and not any("drop" in name or "rngs" in name for name in quiet)
   assert not any(name.startswith("batch_stats") for name in quiet)
-  calls = iter(range(100))
   with pytest.raises(Preempted):
-    train_lib.train(config, str(tmp_path / "stopped"), lambda: next(calls) > 4)
+    train_lib.train(config, str(tmp_path / "stopped"), StopAt(6))
   train_lib.train(config, str(tmp_path / "stopped"))
   assert fingerprints(tmp_path / "stopped", 12) == quiet
 

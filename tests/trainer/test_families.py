@@ -4,8 +4,7 @@ import pytest
 
 from configs import families as families_lib
 from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import StopAt, fingerprints
 from trainer import train as train_lib
 from trainer.errors import Preempted
 

@@ -9,8 +9,7 @@ import time
 import pytest
 
 from tests.trainer import tiny
-from tests.trainer.shared import ENVIRONMENT, Process, trainer
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import ENVIRONMENT, Process, StopAt, trainer
 from trainer import train as train_lib
 from trainer.errors import DONE, FAILED, PREEMPTED, ConfigError, Preempted
 

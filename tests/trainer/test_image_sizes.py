@@ -11,8 +11,7 @@ import pytest
 from configs import base, image_sizes
 from input_pipeline import loader, sources
 from tests.trainer import outside, tiny
-from tests.trainer.shared import fingerprints, run, trainer
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import StopAt, fingerprints, run, trainer
 from trainer import config as config_lib
 from trainer import program as program_lib
 from trainer import train as train_lib

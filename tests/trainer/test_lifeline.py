@@ -58,7 +58,7 @@ def test_every_host_receives_the_value_of_every_host(lines, values):
 
 
 def test_who_is_missing_is_named_and_may_still_come(lines):
-  for reply in gather(lines, 0, {1: "a", 3: "b"}):
+  for reply in gather(lines, 0, {1: "c", 3: "c"}):
     assert expand(reply["missing"]) == [0, 2, 4] and reply["verdict"] is None
   replies = gather(lines, 0, dict.fromkeys(range(HOSTS), "c"))
   assert [reply["values"] for reply in replies] == [[["c", [[0, 4]]]]] * HOSTS

@@ -18,8 +18,7 @@ from input_pipeline.errors import DataError
 from input_pipeline.prepare import __main__ as prepare
 from input_pipeline.sources import layout
 from tests.trainer import tiny
-from tests.trainer.shared import call
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import StopAt, call
 from trainer import __main__ as command
 from trainer import command_line
 from trainer import config as config_lib
@@ -218,9 +217,17 @@ def test_the_saved_config_is_that_of_the_run(finished, images, tmp_path):
   assert isinstance(config, ml_collections.ConfigDict) and isinstance(config.data.mean, tuple)
 
 
+@pytest.fixture
+def python_interrupts():
+  """SIGINT has Python's own handler, also where the tests run behind an &."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_interrupts")
 def test_interrupted_in_a_notebook_it_saves_and_a_second_run_works(images, finished, tmp_path):
   """Ctrl-C as a kernel sends it: SIGINT, where the handler is Python's own."""
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
   asked = []
 
   def stop():

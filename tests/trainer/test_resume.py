@@ -10,7 +10,7 @@ import pytest
 
 from configs import base
 from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
+from tests.trainer.shared import StopAt, fingerprints
 from trainer import config as config_lib
 from trainer import train as train_lib
 from trainer.errors import ConfigError, Preempted
@@ -30,8 +30,7 @@ def run_config(shards):
 
 def stop_after(calls):
   """Returns a stop that is asked for after so many calls."""
-  asked = iter(range(1000))
-  return lambda: next(asked) >= calls
+  return StopAt(calls + 1)
 
 
 @pytest.mark.parametrize(

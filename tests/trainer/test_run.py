@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 from etils import epath
@@ -19,7 +18,7 @@ import pytest
 
 from input_pipeline.errors import DataError
 from tests.trainer import tiny
-from tests.trainer.shared import fingerprints
+from tests.trainer.shared import StopAt, fingerprints
 from trainer import program as program_lib
 from trainer import train as train_lib
 from trainer.errors import (
@@ -98,20 +97,6 @@ def test_run_learns_and_writes_what_it_promises(tmp_path, run_config):
   assert {name: evaluated[name] for name in ("top1", "top5", "loss", "examples")} == pytest.approx(
     {name: final[name] for name in ("top1", "top5", "loss", "examples")}
   )
-
-
-class StopAt:
-  """A stop at the n-th time of asking: between steps, and between batches of an evaluation.
-
-  How often a thread asks meanwhile depends on the clock, and does not count.
-  """
-
-  def __init__(self, n):
-    self.left = n
-
-  def __call__(self):
-    self.left -= threading.current_thread() is threading.main_thread()
-    return self.left <= 0
 
 
 def test_stopped_anywhere_the_result_is_bitwise_the_same(tmp_path, run_config):

@@ -9,8 +9,7 @@ import pytest
 
 from configs import base
 from tests.trainer import tiny
-from tests.trainer.shared import ENVIRONMENT, fingerprints, run, trainer
-from tests.trainer.test_run import StopAt
+from tests.trainer.shared import ENVIRONMENT, StopAt, fingerprints, run, trainer
 from tests.trainer.test_sparse import flat, take
 from trainer import program as program_lib
 from trainer import train as train_lib

@@ -183,7 +183,7 @@ class _Cells(NamedTuple):
 
 
 _Vectors = tuple[jax.Array, jax.Array, jax.Array | None]
-_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_Sums = tuple[jax.Array, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -197,11 +197,21 @@ def _vectors(
 ) -> tuple[_Vectors, tuple[jax.Array, jax.Array]]:
   """Return -mean, factor and bias of each cell; and mean and variance, which have no gradient.
 
-  Barriers keep what is computed of vectors in one operation forward and one backward. For that
-  all that the backward one returns is computed of what it is given: the gradient of x is that of
-  the variance by distances from the mean, not by squares, and that of the mean.
+  Barriers keep what is computed of vectors in one operation forward and two backward, of which the
+  second adds gradients of scale and bias to those of other micro-batches. No vector that leaves an
+  operation is needed for another: the backward pass begins at the sums again, and the gradient of
+  x is that of the variance by distances from the mean, not by squares, and that of the mean.
   """
   return _vectors_forward(x, origin, scale, bias, cells, epsilon)[0]
+
+
+def _of_sums(
+  sums: _Sums, values: int, cells: _Cells, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return mean, variance, and 1 over the deviation, by the sums of so many values in each cell."""
+  mean, square = (cells.share(each / values) for each in sums)
+  var = jnp.maximum(0.0, square - jnp.square(mean))
+  return mean, var, jax.lax.rsqrt(var + epsilon)
 
 
 def _vectors_forward(
@@ -211,39 +221,44 @@ def _vectors_forward(
   bias: jax.Array | None,
   cells: _Cells,
   epsilon: float,
-) -> tuple[tuple[_Vectors, tuple[jax.Array, jax.Array]], _Kept]:
+) -> tuple[tuple[_Vectors, tuple[jax.Array, jax.Array]], tuple[Any, ...]]:
   y = x if origin is None else x - cells.spread(origin, x)
   axes = cells.axes(x)
   sums = jax.lax.optimization_barrier((jnp.sum(y, axes), jnp.sum(jnp.square(y), axes)))
-  mean, square = (cells.share(each * each.size / x.size) for each in sums)
-  var = jnp.maximum(0.0, square - jnp.square(mean))
+  mean, var, factor = _of_sums(sums, x.size // sums[0].size, cells, epsilon)
   mean = mean if origin is None else mean + origin
-  root = jax.lax.rsqrt(var + epsilon)
-  factor = root if scale is None else root * scale
-  spread_bias = None if bias is None else jnp.broadcast_to(bias, mean.shape)
+  if scale is not None and bias is not None:
+    factor, bias = factor * scale, jnp.broadcast_to(bias, mean.shape)
   # Negative, since the sign of a sum behind the barrier would be an operation of its own.
-  *vectors, root = jax.lax.optimization_barrier((-mean, factor, spread_bias, root))
-  opposite, factor, spread_bias = vectors
-  return ((opposite, factor, spread_bias), (mean, var)), (x, opposite, factor, root)
+  vectors = jax.lax.optimization_barrier((-mean, factor, bias))
+  return (vectors, (mean, var)), (x, vectors[0], sums, scale)
 
 
 def _vectors_backward(
-  cells: _Cells, epsilon: float, kept: _Kept, gradients: tuple[_Vectors, Any]
+  cells: _Cells, epsilon: float, kept: tuple[Any, ...], gradients: tuple[_Vectors, Any]
 ) -> tuple[jax.Array, None, jax.Array | None, jax.Array | None]:
-  del epsilon
-  x, opposite, factor, root = kept
+  x, opposite, sums, scale = kept
   (of_opposite, of_factor, of_bias), _ = gradients
-  share = root.size / x.size  # of a value in the mean of its cell
-  slope, constant, of_scale = jax.lax.optimization_barrier(
+  # Else the compiler takes what the forward pass has computed of the sums.
+  sums, of_opposite, of_factor, of_bias = jax.lax.optimization_barrier(
+    (sums, of_opposite, of_factor, of_bias)
+  )
+  values = x.size // sums[0].size
+  *_, root = _of_sums(sums, values, cells, epsilon)
+  factor = root if scale is None else root * scale
+  if of_bias is not None:
+    # The same, computed of the sums too; and one sum over the activations less.
+    of_opposite = factor * of_bias
+  slope, constant = jax.lax.optimization_barrier(
     (
-      -share * cells.share(root * root * factor * of_factor),
-      -share * cells.share(of_opposite),
-      root * of_factor,
+      cells.share(root * root * factor * of_factor) / -values,
+      cells.share(of_opposite) / -values,
     )
   )
   of_x = cells.spread(slope, x) * (x + cells.spread(opposite, x)) + cells.spread(constant, x)
-  if of_bias is None:  # there are no scale and bias
+  if scale is None or of_bias is None:
     return of_x, None, None, None
+  of_scale = root * of_factor
   if cells.number > 1:
     of_scale, of_bias = jnp.sum(of_scale, 0), jnp.sum(of_bias, 0)
   return of_x, None, of_scale, of_bias
