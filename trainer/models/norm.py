@@ -177,7 +177,8 @@ class _Cells(NamedTuple):
     """
     y = x if origin is None else x - self.spread(origin, x)
     # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-    mean, square = (self.share(jnp.mean(each, self.axes(x))) for each in (y, jnp.square(y)))
+    mean, square = jnp.mean(y, self.axes(x)), jnp.mean(jnp.square(y), self.axes(x))
+    mean, square = self.share(mean), self.share(square)
     var = jnp.maximum(0.0, square - jnp.square(mean))
     return mean if origin is None else mean + origin, var
 
