@@ -1,5 +1,9 @@
 """Options of XLA without which a program is slow, or wrong."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jaxlib.version
 
 Options = dict[str, str | bool]
@@ -25,3 +29,8 @@ def options(platform: str, *, training: bool = False) -> Options | None:
   if platform == "tpu" and training:
     return _TPU_TRAINING
   return _CPU if platform == "cpu" and _FUSES else None
+
+
+def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:
+  """Return `jax.jit` of a function, with the options for the devices of this process."""
+  return jax.jit(function, compiler_options=options(jax.default_backend()))

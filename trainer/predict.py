@@ -121,8 +121,7 @@ class Predictor:
     """Read weights; the arguments are those of `trainer.weights.read.read_model`."""
     self._net, leaves, about = read.read_model(origin, averaged, config)
     self._variables = jax.tree.map(jnp.asarray, self._net.variables(leaves))
-    options = compiler.options(jax.default_backend())
-    self._logits = jax.jit(self._net.logits_of_pixels, compiler_options=options)
+    self._logits = compiler.jit(self._net.logits_of_pixels)
     self.classes = about.classes or tuple(f"class {i}" for i in range(self.num_classes))
     self._sigmoid = self._net.config.loss.startswith("sigmoid")
 

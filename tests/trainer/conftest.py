@@ -1,3 +1,5 @@
+import signal
+
 import numpy as np
 import pytest
 
@@ -33,3 +35,11 @@ def batch():
     "image": rng.integers(0, 256, (8, 16, 16, 3), np.uint8),
     "label": rng.integers(0, 6, 8, np.int32),
   }
+
+
+@pytest.fixture
+def python_interrupts():
+  """Python's own handler of SIGINT, which a process in the background may lack."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)

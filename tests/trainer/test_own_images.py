@@ -217,14 +217,6 @@ def test_the_saved_config_is_that_of_the_run(finished, images, tmp_path):
   assert isinstance(config, ml_collections.ConfigDict) and isinstance(config.data.mean, tuple)
 
 
-@pytest.fixture
-def python_interrupts():
-  """SIGINT has Python's own handler, also where the tests run behind an &."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("python_interrupts")
 def test_interrupted_in_a_notebook_it_saves_and_a_second_run_works(images, finished, tmp_path):
   """Ctrl-C as a kernel sends it: SIGINT, where the handler is Python's own."""

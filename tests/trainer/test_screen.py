@@ -203,14 +203,6 @@ def test_what_libraries_print_by_themselves_goes_nowhere():
   assert ended.stdout == b"1\n" and not ended.stderr
 
 
-@pytest.fixture
-def python_interrupts():
-  """Python's own handler of SIGINT, which a process in the background may lack."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("python_interrupts")
 def test_the_first_interrupt_asks_and_the_second_raises(capsys):
   with preemption.interrupts(lambda: "the compiler") as request:

@@ -176,11 +176,14 @@ class _Cells(NamedTuple):
     small.
     """
     y = x if origin is None else x - self.spread(origin, x)
-    # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-    mean, square = jnp.mean(y, self.axes(x)), jnp.mean(jnp.square(y), self.axes(x))
-    mean, square = self.share(mean), self.share(square)
-    var = jnp.maximum(0.0, square - jnp.square(mean))
+    mean, var = self.of_group(jnp.mean(y, self.axes(x)), jnp.mean(jnp.square(y), self.axes(x)))
     return mean if origin is None else mean + origin, var
+
+  def of_group(self, mean: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return mean and variance of each cell's group, by the moments of each cell."""
+    # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
+    mean, square = self.share(mean), self.share(square)
+    return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
 _Vectors = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -210,8 +213,7 @@ def _of_sums(
   sums: _Sums, values: int, cells: _Cells, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Return mean, variance, and 1 over the deviation, by the sums of so many values in each cell."""
-  mean, square = (cells.share(each / values) for each in sums)
-  var = jnp.maximum(0.0, square - jnp.square(mean))
+  mean, var = cells.of_group(*(each / values for each in sums))
   return mean, var, jax.lax.rsqrt(var + epsilon)
 
 
@@ -231,8 +233,8 @@ def _vectors_forward(
   if scale is not None and bias is not None:
     factor, bias = factor * scale, jnp.broadcast_to(bias, mean.shape)
   # Negative, since the sign of a sum behind the barrier would be an operation of its own.
-  vectors = jax.lax.optimization_barrier((-mean, factor, bias))
-  return (vectors, (mean, var)), (x, vectors[0], sums, scale)
+  opposite, factor = jax.lax.optimization_barrier((-mean, factor))
+  return ((opposite, factor, bias), (mean, var)), (x, opposite, sums, scale)
 
 
 def _vectors_backward(

@@ -204,8 +204,7 @@ def _stablehlo(
 
 def _own(net: net_lib.Net, variables: Variables) -> Predict:
   """Return what the trainer itself makes of images, compiled for one size of batch."""
-  options = compiler.options(jax.default_backend())
-  compiled = jax.jit(net.logits_of_pixels, compiler_options=options)
+  compiled = compiler.jit(net.logits_of_pixels)
 
   def predict(images: np.ndarray) -> np.ndarray:
     padded = np.zeros((_BATCH, *images.shape[1:]), np.uint8)
