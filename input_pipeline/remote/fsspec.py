@@ -15,6 +15,7 @@ from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
 
+CHAIN = "::"
 # Limit of one request; gcsfs tries six times, with pauses of half a minute in all.
 _REQUEST_SECONDS = 60.0
 # fsspec itself tries once over HTTP. Other file systems retry by themselves, and get two tries.
@@ -47,11 +48,14 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
   """Return the file system of a URL or local path, and the path in it.
 
   Raises:
-    DataError: nothing is installed for its scheme.
+    DataError: nothing is installed for its scheme, or it holds "::".
   """
+  if not has_scheme(url):
+    return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(url))
+  if CHAIN in url:
+    raise DataError(f"{url} cannot be read: {CHAIN!r} in a URL is what fsspec joins two by.")
   try:
-    if has_scheme(url):
-      limit_requests()
+    limit_requests()
     return fsspec.core.url_to_fs(url)
   except (ImportError, ValueError) as e:  # the latter for an unknown scheme
     raise DataError(

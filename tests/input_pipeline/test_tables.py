@@ -45,19 +45,20 @@ def relabelled(change):
   return [row | {"label": change(row["label"])} for row in ROWS]
 
 
-def check(tmp_path, wanted, flags=(), **fields):
-  path = f"hf:{tmp_path / 'set'}"
+def check(tmp_path, wanted, flags=(), name="set", **fields):
+  path = f"hf:{tmp_path / name}"
   all_ways(tmp_path / "out", path, ("--from", path, *flags), wanted, **fields)
 
 
-def test_plain_and_with_hashes_and_junk(tmp_path):
-  folder = both(tmp_path / "set")
+@pytest.mark.parametrize("name", ["set", "a::b #c"])
+def test_plain_and_with_hashes_and_junk(name, tmp_path):
+  folder = both(tmp_path / name)
   (folder / "._train-00000-of-00001.parquet").write_bytes(b"\0\5\x16\7")
   (folder / "README.md").write_text("x")
   (folder / "train-00000-of-00001.parquet").rename(
     folder / f"train-00000-of-00001-{'0123456789abcdef'}.parquet"
   )
-  check(tmp_path, BOTH)
+  check(tmp_path, BOTH, name=name)
   left_out = json.loads((tmp_path / "out" / "left_out.json").read_text())
   assert left_out == {"no_parquet": ["README.md"], "system": ["._train-00000-of-00001.parquet"]}
 

@@ -1,11 +1,13 @@
 """A workdir in a bucket, on a loopback server: what a run writes, and what a refusal does."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import types
 
@@ -293,6 +295,7 @@ def test_a_bucket_that_cannot_be_read_sets_nothing_aside(server, workdir, progra
     ("gs://bucket/run", ANY_WRITE, 503, "cannot be written by host 0 (HttpError", HOST_LOST),
     ("gs://bucket/run", "/b/bucket[?]", 503, "bucket bucket cannot be reached", HOST_LOST),
     ("gs://B/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER", FAILED),
+    ("gs://bucket/a::b", "^$", 200, "holds '::', which fsspec joins two URLs by", FAILED),
     ("s3://bucket/run", "^$", 200, "neither a folder nor gs://BUCKET/FOLDER", FAILED),
   ],
 )
@@ -362,6 +365,27 @@ def test_small_files_that_cannot_be_written_or_read(server, workdir, status, cap
   server.refuse(ANY_WRITE, status)
   files.write_json(path, {}, needed=False)
   assert "final.json could not be written" in caplog.text
+
+
+def test_a_small_file_that_is_replaced_while_it_is_read_is_whole(server, workdir, caplog):
+  """As owner.json is, of which only the time of its renewal changes, and its length with it."""
+  path, done = workdir / "owner.json", threading.Event()
+  storage.write_whole(path, "{}")
+
+  def replace():
+    for number in itertools.count():
+      storage.write_whole(path, json.dumps({"renewed": "1" * (1 + 40 * (number % 2))}))
+      if done.is_set():
+        return
+
+  writer = threading.Thread(target=replace)
+  writer.start()
+  try:
+    for _ in range(50):
+      assert files.read_json(path) is not None, caplog.text
+  finally:
+    done.set()
+    writer.join()
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):

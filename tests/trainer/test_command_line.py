@@ -330,17 +330,9 @@ def test_the_warmup_of_a_trial_is_cut():
   assert (lengths.warmup, lengths.uncut_warmup) == (6256, 0)
 
 
-class Silent:
-  """The path of a bucket that does not answer."""
-
-  def __truediv__(self, name):
-    return self
-
-  def __str__(self):
-    return "gs://bucket/run/config.json"
-
-  def read_text(self):
-    raise TimeoutError("no answer")
+def silent(path):
+  """Read a file of a bucket that does not answer."""
+  raise TimeoutError("no answer")
 
 
 def test_a_saved_config_that_cannot_be_read(typed, tmp_path, monkeypatch):
@@ -349,6 +341,6 @@ def test_a_saved_config_that_cannot_be_read(typed, tmp_path, monkeypatch):
   assert code == FAILED and "Is a directory" in said and "give the --config of the run" in said
   code, (said,) = typed("--mode=eval", "--workdir=ftp://run")
   assert code == FAILED and "neither a folder nor gs://" in said
-  monkeypatch.setattr(storage, "path_of", lambda workdir: Silent())
+  monkeypatch.setattr(storage, "read_whole", silent)
   code, (said,) = typed("--mode=eval", "--workdir=gs://bucket/run")
   assert code == HOST_LOST and "config.json cannot be read (TimeoutError: no answer); run" in said

@@ -39,9 +39,9 @@ def _elsewhere(monkeypatch):
 
 def test_it_is_held_renewed_and_given_back(path):
   with _hold(path) as held:
-    first = json.loads(path.read_text())
+    first = json.loads(storage.read_whole(path))
     assert first["pid"] == os.getpid()
-    while json.loads(path.read_text())["renewed"] == first["renewed"]:
+    while json.loads(storage.read_whole(path))["renewed"] == first["renewed"]:
       time.sleep(0.05)
     held.check()
   assert not path.exists()

@@ -143,7 +143,9 @@ def test_a_silent_bucket_is_waited_for_unless_at_the_first_look(tmp_path, capsys
 def test_a_look_reads_what_is_new(place, tmp_path, request, monkeypatch):
   if place == "bucket":
     request.getfixturevalue("server")
-  path = storage.path_of(str(tmp_path) if place == "folder" else "gs://bucket/tail") / "metrics"
+  folder = str(tmp_path / "a::b") if place == "folder" else "gs://bucket/tail"
+  path = storage.path_of(folder) / "metrics"
+  path.parent.mkdir(parents=True)
   files, _ = remote.filesystem(str(path))
   read, cat_file = [], files.cat_file
 

@@ -318,7 +318,7 @@ def read_scalars(
 
 def _events(path: epath.Path) -> Iterator[event_pb2.Event]:
   """Yield the events of a file up to its end or the first record that is not whole."""
-  data, start = path.read_bytes(), 0
+  data, start = storage.read_whole(path), 0
   while start < len(data):
     record = _record(data, start)
     if record is None:

@@ -115,7 +115,7 @@ class JsonWriter(ScalarWriter):
 def read(path: epath.Path) -> Iterator[dict[str, Any]]:
   """Yield the lines of a file, without those that a killed run left torn; none if it is absent."""
   try:
-    content = path.read_bytes()
+    content = storage.read_whole(path)
   except FileNotFoundError:
     return
   yield from _lines(content)

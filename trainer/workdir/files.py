@@ -91,7 +91,7 @@ def read_json(
     StorageError: if it cannot be read, or a damaged one not be set aside.
   """
   try:
-    content = path.read_bytes()
+    content = storage.read_whole(path)
   except FileNotFoundError:
     return None
   except Exception as error:

@@ -27,7 +27,7 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 
   path = storage.path_of(workdir) / _CONFIG
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(storage.read_whole(path))
     config = base.get_config(values["model"]["name"]).unlock()
   except FileNotFoundError as error:
     raise ValueError(

@@ -35,12 +35,17 @@ def path_of(workdir: str) -> epath.Path:
   """Return the path of a workdir, and set up its kind of storage in this process.
 
   Raises:
-    ConfigError: if it is neither a folder nor a bucket, or a bucket and gcsfs is not installed.
+    ConfigError: if it is neither a folder nor a bucket that can be used, or gcsfs is missing.
   """
   if not has_scheme(workdir):
     return epath.Path(workdir).expanduser().absolute()
   if not re.match(rf"{_PREFIX}[a-z0-9][-_.a-z0-9]+[a-z0-9](/|$)", workdir):
     raise ConfigError(f"--workdir {workdir} is neither a folder nor gs://BUCKET/FOLDER.")
+  if remote.CHAIN in workdir:
+    raise ConfigError(
+      f"--workdir {workdir} holds {remote.CHAIN!r}, which fsspec joins two URLs by; give another "
+      "name."
+    )
   if importlib.util.find_spec("gcsfs") is None:
     raise ConfigError(
       f"--workdir {workdir} is a bucket, for which gcsfs is missing; run: pip install -e '.[gcs]'"
@@ -140,6 +145,15 @@ def write_whole(path: epath.Path, text: str) -> None:
       os.fsync(folder)
     finally:
       os.close(folder)
+
+
+def read_whole(path: epath.Path) -> bytes:
+  """Return a file of one moment, though its owner may replace it meanwhile.
+
+  An open file of gcsfs asks for the size first, and cuts a longer one that comes between.
+  """
+  files, name = remote.filesystem(str(path))
+  return files.cat_file(name)
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
