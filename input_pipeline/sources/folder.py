@@ -70,6 +70,8 @@ class FolderSource(Source):
       with open(os.path.join(self._root, name), "rb") as f:
         return Record(f.read(), label, name)
     except OSError as e:
+      local.check_this_process(os.path.join(self._root, name), e)
+      local.check_there(os.path.join(self._root, name.split("/")[0]))
       raise BadRecordError(f"{name}: cannot be read ({e.strerror})") from e
 
 
