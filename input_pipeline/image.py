@@ -55,6 +55,7 @@ def decode(data: bytes, reduction: int = 1) -> np.ndarray:
 
   Raises:
     BadRecordError: the file is empty, truncated, of another format, or larger than MAX_PIXELS.
+    MemoryError: this host has none left, which is no fault of the file.
   """
   rgb = decode_plain_jpeg(data, reduction)
   if rgb is None:
@@ -128,11 +129,13 @@ def decode_with_pillow(data: bytes) -> np.ndarray:
         grey = (np.asarray(opened) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
       return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
-  except BadRecordError:
+  except (BadRecordError, MemoryError):
     raise
   except UnidentifiedImageError as e:  # its text holds an address, so it is never the same
     raise BadRecordError("is no JPEG, PNG, GIF, BMP or WebP") from e
   except Exception as e:  # Pillow's plugins raise anything for a malformed file
+    if str(e).startswith("out of memory"):  # what its decoders in C return as an OSError
+      raise MemoryError(str(e)) from e
     raise BadRecordError(f"{type(e).__name__}: {e}") from e
 
 

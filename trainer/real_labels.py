@@ -22,17 +22,20 @@ def read(path: str, classes: int) -> np.ndarray:
     classes: of the model.
 
   Raises:
-    ConfigError: if it cannot be read, or holds something else.
+    ConfigError: if there is none, or it holds something else.
+    StorageError: if it cannot be read.
   """
   field = f"config.eval.real_labels={path}"
   try:
     labels = json.loads(storage.path_of(path).read_text())
   except FileNotFoundError as error:
     raise ConfigError(f"{field}: there is no such file.") from error
-  except Exception as error:
-    if not (storage.is_failure(error) or isinstance(error, (ValueError, RecursionError))):
-      raise
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f"{field} cannot be read ({storage.first_line(error)}).") from error
+  except Exception as error:
+    if not storage.is_failure(error):
+      raise
+    raise storage.failed(f"{field} cannot be read", error) from error
   if not (isinstance(labels, list) and labels and all(isinstance(own, list) for own in labels)):
     raise ConfigError(f"{field} is no list of lists of labels, such as real.json.")
   table = np.zeros((len(labels), classes), np.bool_)

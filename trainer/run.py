@@ -258,6 +258,7 @@ class Run:
       self.train_step = self.steps.get("train", **first)
       self._sizes = first
       jax.block_until_ready(self.state)
+      self.pod.gather("compiled", None)  # a collective would wait for 30 s, and name nobody
     logging.info("Compiled in %.1f s.", self.clock.read()["compile"] - before)
 
   def start_input(self, exits: contextlib.ExitStack) -> None:

@@ -56,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except OSError as e:
     print(f"prepare: {e.filename or args.out}: {e.strerror}.", file=sys.stderr)
     return 1
+  except MemoryError:
+    print(
+      "prepare: there is no memory left; the same command resumes from the finished shards, with "
+      "fewer --workers.",
+      file=sys.stderr,
+    )
+    return 1
   except KeyboardInterrupt:
     print(
       "prepare: interrupted; the same command resumes from the finished shards.", file=sys.stderr

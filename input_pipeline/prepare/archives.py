@@ -120,9 +120,16 @@ class HeldOut(NamedTuple):
   fraction: float = 0.0
   seed: int = 0
 
-  def of(self, contents: layout.Contents) -> layout.Contents:
-    """Hold it out, and say where that does nothing because there is a val."""
-    held = layout.hold_out(contents, *self)
+  def of(self, contents: layout.Contents, asked: Mapping[str, str]) -> layout.Contents:
+    """Hold it out, and say where that does nothing because there is a val, or none is made.
+
+    Args:
+      contents: of a folder or tar.
+      asked: see `splits.choose`.
+    """
+    held, named = contents, asked.get("val")
+    if named is None or (named and named not in contents.splits):
+      held = layout.hold_out(contents, *self)
     if self.fraction and held is contents:
       note = "nothing is held out, as --val-fraction asks: there is a val of its own, or no train"
       return held._replace(notes=[*held.notes, note])
@@ -166,7 +173,7 @@ def from_folder(
       raise DataError(f"{path} cannot be read: {e.strerror}.") from e
 
   contents = layout.arrange(local.walk(folder), folder, allow)
-  contents = held_out.of(contents)
+  contents = held_out.of(contents, asked)
   chosen, left = splits.choose(list(contents.splits), asked, folder)
   origin = {"kind": "folder", "name": os.path.basename(os.path.abspath(folder))}
   return inputs_of(contents, chosen, left, member, origin, allow)
@@ -195,7 +202,7 @@ def from_tar(
     return Member(path, image.entry.offset, image.entry.size, label, image.name)
 
   contents = layout.arrange(tars.list_tar(path, allow=allow), path, allow)
-  contents = held_out.of(contents)
+  contents = held_out.of(contents, asked)
   chosen, left = splits.choose(list(contents.splits), asked, path)
   origin = {"kind": "tar", "name": os.path.basename(path)}
   return inputs_of(contents, chosen, left, member, origin, allow)

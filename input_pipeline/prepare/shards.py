@@ -144,6 +144,8 @@ def inspect(data: bytes, name: str) -> tuple[np.ndarray | None, list[str], str]:
   try:
     with Image.open(io.BytesIO(data)) as opened:  # reads the header only
       found, mode, rotation = opened.format, opened.mode, opened.getexif().get(_EXIF_ORIENTATION, 1)
+  except MemoryError:
+    raise
   except Exception:  # as in image.py: the pixels are fine, but Pillow fails at the rest
     return rgb, ["damaged_but_decodable"], ""
   expected = _FORMATS.get(os.path.splitext(name)[1].lower(), (found,))

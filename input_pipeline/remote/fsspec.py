@@ -24,13 +24,16 @@ _FIRST_PAUSE = 0.5  # seconds; doubled before each further try
 # fsspec's file systems raise the errors of their HTTP libraries, which have no common base class.
 _NETWORK = ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "httpcore", "httpcore2", "requests")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# Of a disk that answers: there is no room, no right, or something else of that name.
+# Of a disk that answers: there is no room, no right, or something else of that name; or of a limit
+# that the next start has as well.
 _FINAL_NUMBERS = {
   errno.EACCES,
   errno.EDQUOT,
   errno.EEXIST,
+  errno.EFBIG,
   errno.EISDIR,
   errno.ELOOP,
+  errno.EMFILE,
   errno.ENAMETOOLONG,
   errno.ENOENT,
   errno.ENOSPC,
@@ -40,7 +43,7 @@ _FINAL_NUMBERS = {
 }
 # As gcsfs (403) and TensorStore say it, whose errors have no class and no number for it.
 _FINAL_WORDS = re.compile(r"^Forbidden|PERMISSION_DENIED|UNAUTHENTICATED")
-_FINAL_IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
+_NUMBER_IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -112,7 +115,17 @@ def is_failure(error: Exception) -> bool:
 
 def may_pass(error: BaseException) -> bool:
   """Whether a later try may succeed: the storage was silent or busy, and has not refused."""
-  return not any(map(_is_final, _chain(error)))
+  return not numbers(error) & _FINAL_NUMBERS and not any(map(_is_final, _chain(error)))
+
+
+def numbers(error: BaseException) -> set[int]:
+  """Return the numbers of the system's errors that an error and its causes name."""
+  found = set()
+  for one in _chain(error):
+    found |= {int(number) for number in _NUMBER_IN_TENSORSTORE.findall(str(one))}
+    if isinstance(one, OSError) and one.errno is not None:
+      found.add(one.errno)
+  return found
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -124,12 +137,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_final(error: BaseException) -> bool:
   if isinstance(error, _FINAL) or _FINAL_WORDS.search(str(error)):
     return True
-  numbers = {int(number) for number in _FINAL_IN_TENSORSTORE.findall(str(error))}
-  if isinstance(error, OSError):
-    numbers.add(error.errno or 0)
   status = _status(error)
-  passing = status is None or status in (408, 429) or status >= 500
-  return bool(numbers & _FINAL_NUMBERS) or not passing
+  return not (status is None or status in (408, 429) or status >= 500)
 
 
 def _status(error: BaseException) -> int | None:

@@ -142,6 +142,7 @@ class ArrayRecordSource(ShardedSource):
     try:
       data = self._reader(shard).read([position])[0]
     except (RuntimeError, ValueError, IndexError) as e:  # a wrong checksum, or the disk
+      local.check_there(self.folder.path_of(self.shards[shard].name))
       name = f"{self.shards[shard].name}[{position}]"
       raise BadRecordError(f"{name}: cannot be read ({e})") from e
     return self._decode(data, shard, position)
@@ -160,6 +161,7 @@ class ArrayRecordSource(ShardedSource):
       with open(path, "rb"):  # the library takes any failure to open a file for an empty one
         pass
     except OSError as e:
+      local.check_this_process(path, e)
       raise DataError(f"{path} cannot be opened ({e.strerror}); {self._mend}.") from e
     reader = array_record_module.ArrayRecordReader(
       path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER

@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import ml_collections
 
-from input_pipeline.errors import BadRecordError
+from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.records import Record
-from input_pipeline.sources import layout, local, splits
+from input_pipeline.sources import layout, local, slices, splits
 from input_pipeline.sources.base import Source
 
 _SIZES = 1000  # files whose size counts: asking for a million takes long on a network
@@ -41,8 +41,7 @@ class FolderSource(Source):
     del num_classes
     path = local.checked_folder(data.path)
     allow, by_text = layout.words(data.allow), data.class_order == layout.TEXT
-    contents = layout.arrange(local.walk(path), path, allow)
-    contents = layout.hold_out(contents, data.val_fraction, data.val_seed)
+    contents = _held_out(layout.arrange(local.walk(path), path, allow), data)
     split = splits.find(split, list(contents.splits), path)
     # One numbering for the splits of a run: that of train, whichever is opened.
     others = [n for n in contents.splits if splits.canonical(n) in ("train", "val") and n != split]
@@ -71,7 +70,30 @@ class FolderSource(Source):
       with open(os.path.join(self._root, name), "rb") as f:
         return Record(f.read(), label, name)
     except OSError as e:
+      local.check_this_process(os.path.join(self._root, name), e)
+      local.check_there(os.path.join(self._root, name.split("/")[0]))
       raise BadRecordError(f"{name}: cannot be read ({e.strerror})") from e
+
+
+def _held_out(contents: layout.Contents, data: ml_collections.ConfigDict) -> layout.Contents:
+  """Hold `config.data.val_fraction` out of train.
+
+  Raises:
+    DataError: another split may be the val that it is held out for; `prepare` asks as well.
+  """
+  held = layout.hold_out(contents, data.val_fraction, data.val_seed)
+  used = [data.train_split, *slices.several(data.eval_split, "config.data.eval_split")]
+  known = {*splits.SYNONYMS, *(slices.parse(name).name for name in used)}
+  unknown = [name for name in contents.splits if not {name, splits.canonical(name)} & known]
+  if held is not contents and unknown:
+    name = unknown[0]
+    raise DataError(
+      f"{contents.where} has the split {name}, which is none of train, val and test, and "
+      f"config.data.val_fraction={data.val_fraction:g} would hold images out of train beside it; "
+      f"give --config.data.eval_split={name} --config.data.val_fraction=0, or move {name} "
+      "elsewhere if it is no validation."
+    )
+  return held
 
 
 def _unused(contents: layout.Contents, names: Sequence[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Local folders: whether a path is one, what kind of data it holds, and all that is below it."""
 
 from collections.abc import Iterator
+import errno
 import os
 
 from input_pipeline import records
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, InputLost
 from input_pipeline.remote import has_scheme
 from input_pipeline.sources import catalog, layout
 from input_pipeline.sources.base import HF_PREFIX
@@ -39,6 +40,29 @@ def checked_folder(path: str) -> str:
   except PermissionError as e:
     raise DataError(f"config.data.path is {path}, which cannot be read ({e.strerror}).") from e
   return path
+
+
+def check_there(path: str) -> None:
+  """Raise InputLost if what was there at the start is not; a record of it is not to blame."""
+  try:
+    os.stat(path)
+  except OSError as e:
+    raise InputLost(
+      f"{path} was removed, renamed or unmounted under this run ({e.strerror}); put it back."
+    ) from e
+
+
+def check_this_process(path: str, error: OSError) -> None:
+  """Raise InputLost if a file cannot be opened for want of something that this process lacks."""
+  remedies = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "this machine has too many open files",
+    errno.ENOMEM: "this machine is out of memory",
+  }
+  if error.errno in remedies:
+    raise InputLost(
+      f"{path} cannot be opened ({error.strerror}); {remedies[error.errno]}."
+    ) from error
 
 
 def _of_a_file(path: str) -> str:

@@ -11,18 +11,14 @@ from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
 from input_pipeline.sources import layout
 from input_pipeline.sources.base import HF_PREFIX
-from input_pipeline.sources.splits import canonical
+from input_pipeline.sources.splits import SYNONYMS, canonical
 
 if TYPE_CHECKING:
   import datasets
 
 MISSING_FILE = "missing_file"  # a fault that may be allowed
 _DEPTH = 4  # of folders below the one that is given
-_SPLITS = {
-  "train": ("train", "training"),
-  "validation": ("validation", "valid", "dev", "val"),
-  "test": ("test", "testing", "eval", "evaluation"),
-}
+_NAMES = {"train": "train", "val": "validation", "test": "test"}  # of splits, as on the hub
 _OTHER = "other"
 _NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 _NUMBERED = re.compile(
@@ -189,7 +185,7 @@ def split_of(name: str) -> str:
 
 def _splits_in(part: str) -> list[str]:
   words = set(re.split(r"[-._ 0-9]+", part.lower()))
-  return [split for split, synonyms in _SPLITS.items() if words & set(synonyms)]
+  return [_NAMES[split] for split, synonyms in SYNONYMS.items() if words & set(synonyms)]
 
 
 def _folders_around(name: str) -> str:

@@ -7,8 +7,8 @@ from input_pipeline.errors import DataError
 # Case does not count.
 SYNONYMS = {
   "train": ("train", "training"),
-  "val": ("val", "valid", "validation"),
-  "test": ("test", "testing"),
+  "val": ("val", "valid", "validation", "dev"),
+  "test": ("test", "testing", "eval", "evaluation"),
 }
 _CANONICAL = {word: name for name, words in SYNONYMS.items() for word in words}
 

@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_one_sentence(parquet, tmp_path):
 
   refused("/nowhere/at/all", "neither a folder nor NAME")
   refused("s9://bucket/folder", "s9://bucket/folder cannot be read")
-  refused(parquet, "no split 'dev'", "train, validation", split="dev")
+  refused(parquet, "no split 'more'", "train, validation", split="more")
   refused(parquet, "61 classes", "--config.model.num_classes=61", classes=10)
   (tmp_path / "empty").mkdir()
   refused(tmp_path / "empty", "holds no parquet files")

@@ -70,6 +70,22 @@ def test_what_is_no_image_is_a_bad_record(data, says):
     image.decode(data)
 
 
+@pytest.mark.parametrize(
+  "error", [MemoryError(), OSError("out of memory error when reading image file")]
+)
+def test_a_host_without_memory_is_no_fault_of_an_image(monkeypatch, error):
+  """Else its neighbour would take its place, and a batch would depend on the host."""
+
+  def full(*unused):
+    raise error
+
+  file = io.BytesIO()
+  Image.new("L", (8, 8)).save(file, "PNG")
+  monkeypatch.setattr(Image.Image, "convert", full)
+  with pytest.raises(MemoryError):
+    image.decode(file.getvalue())
+
+
 def test_an_enormous_image_is_refused_before_it_fills_the_memory(monkeypatch):
   monkeypatch.setattr(image, "MAX_PIXELS", 40 * 50 - 1)
   for kind in ("JPEG", "PNG"):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from input_pipeline import sources
+from input_pipeline.sources import parquet_files, splits
 from tests.input_pipeline.conftest import failure, run_prepare
 from tests.input_pipeline.test_cases import PETS, files, tree
 from tests.input_pipeline.ways import all_ways, by_inspect, by_prepare, by_training, picture
@@ -91,3 +92,47 @@ def test_a_share_that_is_held_out_of_nothing_is_said(tmp_path, capsys):
   path = tree(tmp_path / "data", files())
   assert run_prepare("--out", tmp_path / "out", "--folder", path, "--val-fraction", 0.2) == 0
   assert "nothing is held out, as --val-fraction asks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("held", "train"), [("Dev", "Train"), ("valid", "train"), ("VALIDATION", "training")]
+)
+def test_nothing_is_held_out_beside_a_val_of_any_name(tmp_path, held, train):
+  path = tree(tmp_path / "data", files((train, held)))
+  all_ways(
+    tmp_path / "out",
+    path,
+    ("--folder", path, "--val-fraction=0.34"),
+    {"train": {"cat": 3, "dog": 3}, "val": {"cat": 3, "dog": 3}},
+    val_fraction=0.34,
+  )
+
+
+def test_a_split_of_no_known_name_may_be_the_val_that_is_wanted(tmp_path):
+  path = tree(tmp_path / "data", files(("train", "extra")))
+  flags, said = ("--folder", path, "--val-fraction=0.34"), "the split extra, which is none of train"
+  assert said in by_prepare(tmp_path / "out", *flags)
+  for split in ("train", "val"):
+    assert said in by_training(path, split, val_fraction=0.34)
+  # What the sentences advise.
+  val = {("cat", "cat"): 3, ("dog", "dog"): 3}
+  assert by_prepare(tmp_path / "out", *flags, "--split", "val=extra") == {"train": val, "val": val}
+  assert by_training(path, "extra", eval_split="extra", val_fraction=0.0) == val
+  # It is known what extra is, and both are asked for.
+  left = by_prepare(tmp_path / "left", *flags, "--split", "extra=")
+  assert left["val"] == by_training(path, "val", eval_split="val, extra", val_fraction=0.34)
+  assert by_prepare(tmp_path / "none", *flags, "--split", "extra=", "--split", "val=") == {
+    "train": val
+  }
+
+
+@pytest.mark.parametrize(
+  ("word", "name"),
+  [("dev", "val"), ("valid", "val"), ("eval", "test"), ("evaluation", "test"), ("Testing", "test")],
+)
+def test_folders_and_parquet_know_the_same_words(tmp_path, word, name):
+  assert splits.canonical(parquet_files.split_of(f"data/{word}/0.parquet")) == name
+  assert splits.canonical(parquet_files.split_of(f"{word}-00000-of-00001.parquet")) == name
+  path = tree(tmp_path / "data", files(("train", word)))
+  assert name in by_prepare(tmp_path / "out", "--folder", path)
+  assert by_training(path, name) == {("cat", "cat"): 3, ("dog", "dog"): 3}

@@ -223,8 +223,8 @@ def test_the_folder_of_the_images_is_no_output(folder, capsys):
 
 
 def test_a_split_that_is_not_there_is_named_with_the_flag(folder, tmp_path, capsys):
-  said = failure(capsys, "--out", tmp_path / "o", "--folder", folder, "--split", "val=dev")
-  assert "has no split 'dev', only train, val; give one of those to --split val=NAME." in said
+  said = failure(capsys, "--out", tmp_path / "o", "--folder", folder, "--split", "val=more")
+  assert "has no split 'more', only train, val; give one of those to --split val=NAME." in said
 
 
 def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):

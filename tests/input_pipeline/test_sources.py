@@ -1,6 +1,8 @@
 """Opening data of each kind, and every sentence that says why they cannot be opened."""
 
+import contextlib
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -9,7 +11,7 @@ import time
 import pytest
 
 from input_pipeline import records, sources
-from input_pipeline.errors import BadRecordError, DataError
+from input_pipeline.errors import BadRecordError, DataError, InputLost
 from input_pipeline.sources import array_record, catalog
 from tests.input_pipeline.conftest import data_config, make_folder, tfds_folder, write_shard
 
@@ -344,3 +346,46 @@ def test_a_file_that_vanishes_is_a_bad_record(tmp_path):
   assert source[0].name == "train/a/a_000.JPEG"
   with pytest.raises(BadRecordError, match=r"a_001\.JPEG: cannot be read \(No such file"):
     source[1]
+
+
+@pytest.mark.parametrize("gone", ["", "train"])
+def test_a_folder_that_vanishes_is_no_fault_of_its_files(tmp_path, gone):
+  """As where it is unmounted: not one bad record after the other, which no rerun would mend."""
+  root = make_folder(tmp_path / "f", {"train": {"a": 2, "b": 1}})
+  source = open_source(root, num_classes=2)
+  (root / gone).rename(tmp_path / "elsewhere")
+  with pytest.raises(InputLost, match=r"train was removed, renamed or unmounted under this run"):
+    source[1]
+  (tmp_path / "elsewhere").rename(root / gone)
+  assert source[1].name == "train/a/a_001.JPEG"
+
+
+def test_a_disk_that_fails_under_an_open_shard_is_no_fault_of_its_records(copied, monkeypatch):
+  class Reader:
+    def read(self, positions):
+      raise RuntimeError("Transport endpoint is not connected; pread() failed")
+
+  source, shard = open_source(copied), copied / records.shard_name("train", 0, 3)
+  monkeypatch.setattr(source, "_readers", [Reader()] * 3)
+  with pytest.raises(BadRecordError):
+    source[0]
+  shard.unlink()
+  with pytest.raises(InputLost, match=r"train-00000-of-00003.* was removed, renamed or unmounted"):
+    source[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "array_record"])
+def test_a_process_without_files_to_open_blames_no_record(kind, folder, copied):
+  source = open_source(folder if kind == "folder" else copied)
+  before, opened = resource.getrlimit(resource.RLIMIT_NOFILE), []
+  resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+  try:
+    with contextlib.suppress(OSError):
+      while True:
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+    with pytest.raises(InputLost, match=r"Too many open files.*ulimit -n"):
+      source[0]
+  finally:
+    for number in opened:
+      os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -183,6 +183,8 @@ def chaos(
   Raises:
     AssertionError: with what went wrong.
   """
+  # Under nohup it is ignored, and so it would be in what is started here.
+  signal.signal(signal.SIGHUP, lambda *unused: None)
   rng, workdir, total = random.Random(seed), folder / "run", STEPS_PER_EVENT * (len(events) + 2)
   limits = Limits(LIMIT * patience, START * patience, SILENCE * patience, HANGS * patience)
   data, others = make_data(folder / "data"), make_data(folder / "others", ("cat", "fox"))

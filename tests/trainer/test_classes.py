@@ -10,7 +10,7 @@ from input_pipeline import image
 from tests.trainer import tiny
 from trainer import config as config_lib
 from trainer import real_labels, train, weights
-from trainer.errors import ConfigError
+from trainer.errors import FAILED, HOST_LOST, ConfigError, StorageError
 from trainer.reporting import classes
 from trainer.weights import net as net_lib
 from trainer.weights import run_folder
@@ -126,13 +126,15 @@ def test_real_labels_that_are_none(tmp_path, text, words):
     real_labels.read(str(tmp_path / "real.json"), 6)
 
 
-def test_real_labels_in_a_bucket_that_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("status", "code"), [(503, HOST_LOST), (403, FAILED)])
+def test_real_labels_in_a_bucket_that_fails(monkeypatch, status, code):
   def path_of(path):
-    raise type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503")
+    raise type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": status})(status)
 
   monkeypatch.setattr(storage, "path_of", path_of)
-  with pytest.raises(ConfigError, match=r"cannot be read .*503"):
+  with pytest.raises(StorageError, match=rf"cannot be read .*{status}.* again\.$") as error:
     real_labels.read("gs://bucket/real.json", 6)
+  assert error.value.exit_code == code
 
 
 def test_images_without_a_number_have_no_real_labels():

@@ -49,6 +49,16 @@ def test_causes_of_one_process(now):
   assert clock.goodput() == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize("hours", [-10, 10])
+def test_a_clock_that_is_set_meanwhile_is_no_restart(now, monkeypatch, hours):
+  clock = clock_lib.WallClock()
+  clock.start(None)
+  clock.switch("step")
+  now[0] += 60
+  monkeypatch.setattr(clock_lib.time, "time", lambda: now[0] + 1e9 + 3600 * hours)
+  assert clock.since_first_start()["restart"] == 0 and clock.goodput() == 1.0
+
+
 def test_what_is_done_again_does_not_count(now):
   first = clock_lib.WallClock()
   starts = first.start(None)

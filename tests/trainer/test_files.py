@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import aiohttp
 from etils import epath
@@ -11,7 +12,7 @@ import pytest
 import requests
 
 from configs import base
-from trainer.errors import FAILED, HOST_LOST, StorageError
+from trainer.errors import FAILED, HOST_LOST, StorageError, TrainerError
 from trainer.pod.pod import Pod
 from trainer.workdir import files, storage
 
@@ -62,11 +63,13 @@ def _wrapped(error):
 # What errors of storage look like, as their libraries raise them.
 REFUSALS = [
   *[OSError(n, os.strerror(n)) for n in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EEXIST)],
+  *[OSError(n, os.strerror(n)) for n in (errno.EDQUOT, errno.EFBIG, errno.EMFILE)],
   *[_gcsfs(status) for status in (401, 403, 404)],
   exceptions.Forbidden("no"),
   exceptions.NotFound("no"),
   ValueError("PERMISSION_DENIED: Error writing object"),
   ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left [os_error_code='28']"),
+  ValueError("UNKNOWN: Error writing local file: File too large [os_error_code='27']"),
   _wrapped(ValueError("PERMISSION_DENIED: Error writing object")),
 ]
 SILENCES = [
@@ -89,3 +92,36 @@ SILENCES = [
 )
 def test_a_rerun_mends_a_storage_that_was_silent_and_not_one_that_refused(error, code):
   assert storage.failed("x could not be written", error).exit_code == code
+
+
+@pytest.mark.parametrize(
+  "error, remedy",
+  [
+    (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+    (_wrapped(ValueError("UNKNOWN: File too large [os_error_code='27']")), "ulimit -f"),
+    (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+  ],
+)
+def test_a_limit_of_the_process_is_said_with_what_raises_it(error, remedy):
+  said = str(storage.failed("x could not be written", error))
+  assert remedy in said and said.endswith("mend that, then run the same command again.")
+
+
+def test_starts_at_the_same_time_do_not_disturb_each_other(tmp_path):
+  """The workdir has an owner only after this: each start reads what it has written itself."""
+  failed, together = [], threading.Barrier(4)
+
+  def start():
+    together.wait()
+    for _ in range(50):
+      try:
+        files.open_workdir(str(tmp_path), Pod(base.get_config().pod))
+      except TrainerError as error:
+        failed.append(str(error))
+
+  threads = [threading.Thread(target=start) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not failed and not list(tmp_path.iterdir())

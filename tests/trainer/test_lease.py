@@ -80,6 +80,26 @@ def test_an_owner_elsewhere_that_is_silent_loses_it(path, monkeypatch):
         held.check()
 
 
+def test_an_owner_that_was_suspended_asks_before_it_saves(path, monkeypatch):
+  """All of it was, also the thread that renews: a save may be the first that it does again."""
+  with _hold(path, 0.5) as held, pytest.MonkeyPatch.context() as patch:
+    held._done.set()
+    held._thread.join()
+    _elsewhere(patch)
+    with _hold(path, 0.5), pytest.raises(WorkdirBusy, match=f"taken over by process {os.getpid()}"):
+      held.check()
+
+
+def test_an_owner_that_was_suspended_and_is_still_the_owner_goes_on(path):
+  with _hold(path, 0.5) as held:
+    held._done.set()
+    held._thread.join()
+    path.unlink()
+    time.sleep(0.6)
+    held.check()
+    assert json.loads(storage.read_whole(path))["token"] == held.owner["token"]
+
+
 def test_an_owner_that_is_known_to_be_gone_loses_it_at_once(path):
   code = f"""
 import os

@@ -5,6 +5,7 @@ import concurrent.futures
 import resource
 import socket
 import threading
+import time
 
 import pytest
 
@@ -92,6 +93,12 @@ def test_notes_are_sent_once_when_all_hosts_have_reported(lines):
   assert reply["notes"] == {str(host): 0.5 for host in range(HOSTS)}
   assert lines[0].ask("alive", point="step 11", note=[10, 0.5], seen=-1)["notes"] == reply["notes"]
   assert lines[0].ask("alive", point="step 11", note=[10, 0.5], seen=10)["notes"] is None
+
+
+def test_hosts_compare_times_of_a_clock_that_nobody_sets(lines):
+  asked = time.monotonic()
+  now = lines[0].ask("alive", point="step 1", note=None, seen=-1)["now"]
+  assert asked <= now <= time.monotonic()
 
 
 def test_hosts_that_contradict_are_refused(lines):

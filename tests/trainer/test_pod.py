@@ -85,6 +85,22 @@ def test_a_lost_host_is_named_and_the_others_leave(tmp_path, host, number, secon
   assert saved >= 20 and not (tmp_path / "damaged").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_host_that_was_suspended_leaves_and_says_so(tmp_path, host):
+  """The others have left meanwhile. Its devices may wait for them without an end."""
+  with running(2, 1, trainer(tmp_path, *ENDLESS, "pod.timeout_seconds=8")) as pod:
+    pod.wait_for("step 60/")
+    os.kill(pod.pids()[host], signal.SIGSTOP)
+    pod.wait_for(rf"\[{1 - host}\] ended with code")
+    os.kill(pod.pids()[host], signal.SIGCONT)
+    assert pod.finish() == HOST_LOST
+  assert pod.codes() == {0: HOST_LOST, 1: HOST_LOST} and "Traceback" not in pod.log, pod.log
+  said = [line for line in pod.log.splitlines() if f"[{host}]" in line and "gives up" in line]
+  reason = "host 0 was last heard from" if host == 0 else "cannot be reached"
+  assert said and reason in said[0], pod.log
+
+
 def alone(host, hosts, command, port):
   return subprocess.run(
     command,

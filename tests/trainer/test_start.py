@@ -1,10 +1,13 @@
 """`config.init_from`: what a new run begins with, and what is refused before anything compiles."""
 
+import http.client
 import json
 import os
 import subprocess
 import sys
 import types
+import urllib.error
+import urllib.request
 
 import jax
 import numpy as np
@@ -14,9 +17,11 @@ from tests.trainer import tiny
 from tests.trainer.shared import running
 from trainer import program as program_lib
 from trainer import train
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import DONE, FAILED, HOST_LOST, ConfigError, TrainerError
 from trainer.weights import export, foreign, read, run_folder, safetensors, start
 from trainer.weights import net as net_lib
+from trainer.weights.errors import WeightsError
+from trainer.workdir import storage
 
 ALONE = types.SimpleNamespace(host=0, hosts=1, gather=lambda name, value: {0: value})
 
@@ -135,12 +140,65 @@ def test_hosts_that_read_other_weights_end_together(config, donor):
     return types.SimpleNamespace(host=0, hosts=2, gather=lambda name, own: {0: own, 1: answer})
 
   with pytest.raises(ConfigError, match=r"Host 1 reads other weights at config\.init_from"):
-    start.read_start(program, pod(["", "another digest"]))
-  with pytest.raises(TrainerError, match=r"Host 1: config\.init_from: There is no"):
-    start.read_start(program, pod(["config.init_from: There is no x.", ""]))
+    start.read_start(program, pod(["", "another digest", DONE]))
+  for code in (FAILED, HOST_LOST):
+    with pytest.raises(TrainerError, match=r"Host 1: config\.init_from: There is no") as error:
+      start.read_start(program, pod(["config.init_from: There is no x.", "", code]))
+    assert error.value.exit_code == code
   assert start.read_start(
-    program, pod(["", read.digest(start.read_start(program, ALONE).leaves)])
+    program, pod(["", read.digest(start.read_start(program, ALONE).leaves), DONE])
   ).leaves
+
+
+class Silent(Exception):
+  """As gcsfs raises it."""
+
+  __module__ = "gcsfs.retry"
+
+  def __init__(self, code):
+    super().__init__(code)
+    self.code = code
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, HOST_LOST), (403, FAILED)])
+@pytest.mark.parametrize("at", ["is_dir", "read_bytes", "iterdir", "checkpoint"])
+def test_a_silent_bucket_of_weights_may_answer_a_rerun(donor, monkeypatch, status, code, at):
+  origin = donor[0] / ("weights.safetensors" if at == "read_bytes" else "run")
+
+  def fail(*unused, **options):
+    if at != "checkpoint":
+      raise Silent(status)
+    error = Exception("as Orbax wraps what TensorStore raises")
+    word = "UNAVAILABLE" if status == 503 else "PERMISSION_DENIED"
+    raise error from ValueError(f"{word}: Error reading gs://bucket/run/checkpoints")
+
+  if at == "checkpoint":
+    monkeypatch.setattr(run_folder, "_read_step", fail)
+  else:
+    monkeypatch.setattr(type(storage.path_of(str(origin))), at, fail)
+  with pytest.raises(WeightsError, match=r"cannot be read .*the same command again\.$") as error:
+    read.load(str(origin))
+  assert error.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+  ("reason", "code"),
+  [
+    (urllib.error.HTTPError("https://x.y", 503, "busy", None, None), HOST_LOST),
+    (urllib.error.HTTPError("https://x.y", 404, "no", None, None), FAILED),
+    (urllib.error.URLError(TimeoutError("timed out")), HOST_LOST),
+    (http.client.IncompleteRead(b""), HOST_LOST),
+  ],
+  ids=str,
+)
+def test_an_address_that_does_not_answer_may_answer_a_rerun(monkeypatch, reason, code):
+  def urlopen(*unused, **options):
+    raise reason
+
+  monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+  with pytest.raises(WeightsError, match=r"cannot be read") as error:
+    read.load("https://x.y/net-01234567.pth")
+  assert error.value.exit_code == code
 
 
 def test_a_run_begins_with_them_and_a_resume_never_reads_them(config, donor, tmp_path, caplog):

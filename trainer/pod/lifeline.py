@@ -308,7 +308,7 @@ class Lifeline:
       {
         "verdict": self._verdict,
         "stop": self._stop,
-        "now": time.time(),
+        "now": time.monotonic(),
         "window": self._newest,
       }
     )

@@ -58,6 +58,7 @@ class Pod:
     self._note: tuple[int, float] | None = None
     self._notes: dict[int, float] = {}
     self._stop_reported = False  # by any host
+    self._reported = False  # by this host, that it has failed
     self._gathers = 0
     self._left = threading.Event()
     self._dying = threading.Lock()
@@ -197,7 +198,7 @@ class Pod:
     return any(self.gather(name, value).values())
 
   def exchange(self, step: int, seconds: float) -> dict[int, float]:
-    """Report a time of this host's clock for the window that ends with `step`, without waiting.
+    """Report a time of this host's monotonic clock for the window up to `step`, without waiting.
 
     Returns:
       The times of all hosts, in seconds by the clock of host 0, for the newest window that all have
@@ -219,7 +220,8 @@ class Pod:
     best, offset = float("inf"), 0.0  # clock of host 0 minus ours, by the quickest reply
     while True:
       note = self._note and (self._note[0], self._note[1] + offset)
-      asked = time.time()
+      # No clock of the day: those jump when they are set.
+      asked = time.monotonic()
       try:
         stop = preemption.requested()
         reply = line.ask("alive", point=self._point, note=note, seen=seen, stop=stop)
@@ -227,7 +229,7 @@ class Pod:
         if self._left.is_set():
           return
         self._give_up(f"host 0, which coordinates, cannot be reached: {error}", HOST_LOST)
-      answered = time.time()
+      answered = time.monotonic()
       if answered - asked < best:
         best, offset = answered - asked, reply["now"] - (asked + answered) / 2
       if reply["notes"] is not None:
@@ -237,7 +239,8 @@ class Pod:
       if self._left.is_set():
         line.ask("bye")
         return
-      if reply["verdict"] and reply["verdict"][0] != self.host:
+      # A verdict on this host that it has not given itself is on its silence: it was suspended.
+      if reply["verdict"] and not (reply["verdict"][0] == self.host and self._reported):
         self._give_up(*reply["verdict"][1:])
       stuck = time.monotonic() - self._since
       if stuck > self._limits.stuck_seconds:
@@ -266,6 +269,7 @@ class Pod:
     os._exit(code)
 
   def _line_failed(self, sentence: str, code: int, line: Line) -> None:
+    self._reported = True
     try:
       line.ask("failed", sentence=sentence, code=code)
     except OSError:

@@ -27,7 +27,9 @@ class WallClock:
     self.noted: dict[str, Any] | None = None  # what `start` returned
     self._cause = "other"
     self._since = time.monotonic()
-    self._first_start = time.time()  # not monotonic, but the same on all machines
+    # By the clock of the day, which all machines share; it may be set while this process runs.
+    self._first_start = time.time()
+    self._offset = self._first_start - self._since
 
   def switch(self, cause: str) -> str:
     """Count time towards `cause` from now on, and return the cause before."""
@@ -93,8 +95,9 @@ class WallClock:
   def since_first_start(self) -> dict[str, float]:
     """Return seconds by cause, with `restart`; they sum up to the time since the first start."""
     seconds = self.read()
+    total = self._since + self._offset - self._first_start
     # Negative only by as much as the clocks of two machines differ.
-    return seconds | {"restart": max(0.0, time.time() - self._first_start - sum(seconds.values()))}
+    return seconds | {"restart": max(0.0, total - sum(seconds.values()))}
 
   def goodput(self) -> float:
     """Return the share of the time since the first start that went into steps that count."""

@@ -149,7 +149,7 @@ class Telemetry:
       self._profile(step)
     if self._chief:
       SCREEN.steps(step, self._total_steps, self._facts)
-    self._pending.append((step, metrics, time.time()))
+    self._pending.append((step, metrics, time.monotonic()))
     if len(self._pending) > LAG:
       self._absorb()
 

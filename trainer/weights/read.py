@@ -1,11 +1,12 @@
 """Reads weights of any origin: a workdir, a file of safetensors or torch.save, here or remote."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
+import http.client
 import pathlib
 import re
-from typing import Any
+from typing import TypeVar
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,8 +20,10 @@ from trainer.weights import about as about_lib
 from trainer.weights import foreign, run_folder, safetensors, torch_file
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
-from trainer.weights.errors import WeightsError
+from trainer.weights.errors import WeightsError, unreadable
 from trainer.workdir import storage
+
+T = TypeVar("T")
 
 DIGEST = "sha256_of_tensors"  # metadata of our own files
 _TIMEOUT_SECONDS = 60.0
@@ -61,7 +64,8 @@ def load(origin: str, averaged: bool = True) -> Loaded:
     averaged: whether averages over steps are taken where there are both.
 
   Raises:
-    WeightsError: one sentence, if it is missing, damaged, refused, or not the one meant.
+    WeightsError: one sentence, if it is missing, damaged, refused, or not the one meant; or if its
+      storage cannot be read, which a later try may do.
   """
   if origin.startswith("https://"):
     data = _download(origin)
@@ -70,11 +74,14 @@ def load(origin: str, averaged: bool = True) -> Loaded:
       path = storage.path_of(origin)
     except ConfigError as error:
       raise WeightsError(str(error).replace("--workdir ", "")) from error
-    if run_folder.is_one(path):
+    if _asked(origin, lambda: run_folder.is_one(path)):
       net, leaves, facts = run_folder.read(origin, averaged)
       tensors = {net.torch_name(leaf): net.theirs(leaf, leaves[leaf]) for leaf in leaves}
       return Loaded(origin, "a workdir", tensors, facts)
-    data = _read_file(path, origin)
+    try:
+      data = np.frombuffer(_asked(origin, path.read_bytes), np.uint8)
+    except MemoryError as error:
+      raise WeightsError(f"{origin} needs more memory than there is.") from error
   try:
     return _decode(origin, data, averaged)
   except WeightsError as error:
@@ -110,17 +117,16 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
   return result.hexdigest()
 
 
-def _read_file(path: Any, origin: str) -> np.ndarray:
+def _asked(origin: str, question: Callable[[], T]) -> T:
+  """Return the answer of the storage of weights; raise WeightsError if there is none."""
   try:
-    return np.frombuffer(path.read_bytes(), np.uint8)
+    return question()
   except FileNotFoundError as error:
     raise WeightsError(f"There is no file or folder {origin}.") from error
-  except MemoryError as error:
-    raise WeightsError(f"{origin} needs more memory than there is.") from error
   except Exception as error:
-    if not (isinstance(error, OSError) or storage.is_failure(error)):
+    if not storage.is_failure(error):
       raise
-    raise WeightsError(f"{origin} cannot be read ({storage.first_line(error)}).") from error
+    raise unreadable(origin, error) from error
 
 
 def _download(address: str) -> np.ndarray:
@@ -138,8 +144,12 @@ def _download(address: str) -> np.ndarray:
       while chunk := response.read(_CHUNK):
         found.update(chunk)
         parts.append(chunk)
-  except (OSError, ValueError, urllib.error.URLError) as error:
-    raise WeightsError(f"{url} cannot be read ({storage.first_line(error)}).") from error
+  except urllib.error.HTTPError as error:
+    raise unreadable(url, error) from error
+  except (OSError, ValueError, http.client.HTTPException) as error:
+    # What urllib wraps says whether it may pass.
+    reason = getattr(error, "reason", None)
+    raise unreadable(url, reason if isinstance(reason, Exception) else error) from error
   if not found.hexdigest().startswith(match[1]):
     raise WeightsError(
       f"{url} has the SHA-256 {found.hexdigest()}, not {match[1]}; it is damaged, or another file."
@@ -181,9 +191,9 @@ def read_model(
   """
   if config is None and not origin.startswith("https://"):
     path = storage.path_of(origin)
-    if not path.exists():
+    if not _asked(origin, path.exists):
       raise WeightsError(f"There is no file or folder {origin}.")
-    if run_folder.is_one(path):
+    if _asked(origin, lambda: run_folder.is_one(path)):
       return run_folder.read(origin, averaged)
   loaded = load(origin, averaged)
   if config is None:

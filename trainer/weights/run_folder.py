@@ -23,7 +23,7 @@ from trainer.reporting.clock import WallClock
 from trainer.state import Tree, Variables, fingerprints
 from trainer.weights import net as net_lib
 from trainer.weights.about import About
-from trainer.weights.errors import WeightsError
+from trainer.weights.errors import WeightsError, unreadable
 from trainer.workdir import storage
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.files import open_workdir, read_json, write_json
@@ -45,12 +45,17 @@ def read(path: str, averaged: bool) -> tuple[net_lib.Net, net_lib.Leaves, About]
     averaged: whether averages over steps are taken where the run keeps them.
 
   Raises:
-    WeightsError: if there is no checkpoint that can be read.
+    WeightsError: if there is no checkpoint that can be read, or their storage is silent.
     NoDevices: if JAX cannot use the devices that it is asked for.
   """
   mesh.device_count()
   workdir = Workdir(storage.path_of(path))
-  steps = sorted(_steps(workdir.checkpoints), reverse=True)
+  try:
+    steps = sorted(_steps(workdir.checkpoints), reverse=True)
+  except Exception as error:
+    if not storage.is_failure(error):
+      raise
+    raise unreadable(path, error) from error
   if not steps:
     raise WeightsError(
       f"{path} holds no checkpoint; give the --workdir of a run that has saved one, or a file."
@@ -62,6 +67,8 @@ def read(path: str, averaged: bool) -> tuple[net_lib.Net, net_lib.Leaves, About]
       raise
     # What Orbax raises on damaged checkpoints; it wraps errors of TensorStore in a bare Exception.
     except Exception as error:
+      if lost := storage.lost(error):  # which says nothing about the checkpoint
+        raise unreadable(path, lost) from error
       reason = storage.first_line(error.__cause__ or error)
       logging.warning("Checkpoint %s cannot be read: %s.", workdir.checkpoints / str(step), reason)
   raise WeightsError(

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from configs.names import natural
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import DONE, ConfigError, TrainerError
 from trainer.models import packing
 from trainer.pod.pod import Pod
 from trainer.program import Program
@@ -86,15 +86,15 @@ def on_all_hosts(
     TrainerError: one sentence: what `make` raises on any host; or if two hosts read different
       weights.
   """
-  made, trouble = list[T](), ""
+  made, trouble, code = list[T](), "", DONE
   try:
     made.append(make())
   except TrainerError as error:
-    trouble = f"{field}: {error}"
-  seen = pod.gather(field, [trouble, digest(made[0]) if made and pod.hosts > 1 else ""])
-  for host, (words, theirs) in sorted(seen.items()):
+    trouble, code = f"{field}: {error}", error.exit_code
+  seen = pod.gather(field, [trouble, digest(made[0]) if made and pod.hosts > 1 else "", code])
+  for host, (words, theirs, code) in sorted(seen.items()):
     if words:
-      raise WeightsError(words if host == pod.host else f"Host {host}: {words}")
+      raise WeightsError(words if host == pod.host else f"Host {host}: {words}", code)
     if theirs != seen[0][1]:
       raise ConfigError(
         f"Host {host} reads other weights at {field}={origin} than host 0; give all hosts the same "

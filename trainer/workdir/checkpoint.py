@@ -46,8 +46,6 @@ _ITEMS = ("params", "batch_stats", "others", "opt_state", "ema", "masks")
 # What damaged checkpoints were seen to raise when they are read. Any other error (no memory, no
 # permission, no network) proves nothing about the checkpoint, which then must not be set aside.
 _DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError)
-_LOST = (FileNotFoundError, NotADirectoryError)
-_UNREACHABLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
 
 class Checkpointer:
@@ -88,7 +86,7 @@ class Checkpointer:
       # A later try finds what is left: host 0 may remove the only save, a torn one, from a bucket
       # while this host lists it.
       trouble = storage.Problem.of(error)
-      lasting = trouble.lasting and not isinstance(error, _LOST)
+      lasting = trouble.lasting and not isinstance(error, storage.MISSING)
       raise trouble._replace(lasting=lasting).ends(f"{self._directory} cannot be read") from error
     self._newest = self._manager.latest_step()  # of the checkpoints that are whole
     self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -364,14 +362,12 @@ class Checkpointer:
 
   def _damage(self, step: int, error: Exception) -> str:
     """Return how a checkpoint is damaged, by the error of reading it; raise any other error."""
-    # Orbax wraps errors of TensorStore in a bare Exception.
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    unreachable = storage.is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
-    if not isinstance(cause, _DAMAGE) and not unreachable:
-      raise error
-    if unreachable and not isinstance(cause, _LOST):
+    if lost := storage.lost(error):
       what = f"Checkpoint {self._directory / str(step)} cannot be read"
-      raise storage.failed(what, cause) from error
+      raise storage.failed(what, lost) from error
+    cause = storage.cause_of(error)
+    if not isinstance(cause, _DAMAGE):
+      raise error
     return storage.first_line(cause)
 
   def _best(self, steps: Sequence[int]) -> int | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import json
-import time
+import secrets
 from typing import Any
 
 from absl import logging
@@ -27,14 +27,16 @@ def open_workdir(workdir: str, pod: Pod) -> epath.Path:
     ConfigError: if it is another folder than that of host 0.
   """
   path = storage.path_of(workdir)
-  probe, first = Workdir(path).probe(pod.host), Workdir(path).probe(0)
+  # Of this start alone: another one in the same folder may write and remove its own meanwhile.
+  probe = Workdir(path).probe(pod.host, secrets.token_hex(8))
   trouble = storage.problem(path)
   if trouble:
     raise trouble.ends(f"--workdir {path} cannot be used by host {pod.host}")
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe.write_text(str(time.time()))
+    probe.write_text(probe.name)
     written = pod.gather("workdir", probe.read_text())[0]
+    first = path / written
     seen = first.read_text() if first.exists() else None
     pod.gather("workdir is seen", None)
     probe.unlink()

@@ -170,14 +170,20 @@ class Lease:
 
   def __post_init__(self) -> None:
     self._done = threading.Event()
-    self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+    self._lock, self._written = threading.Lock(), 0.0
+    self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
   def check(self) -> None:
     """Raise if another run has taken the workdir, as it may after a long silence of this one.
 
+    After such a silence, of a process or machine that was suspended, the storage is asked here: the
+    thread that renews may come a moment too late.
+
     Raises:
       WorkdirBusy: naming the other.
     """
+    if _now() - self._written > self.seconds:
+      self._renew()
     if self.lost:
       raise WorkdirBusy(self.lost)
 
@@ -215,6 +221,7 @@ class Lease:
         )
       first = text
       time.sleep(_POLL)
+    self._written = _now()
     self._thread.start()
 
   def release(self) -> None:
@@ -238,16 +245,24 @@ class Lease:
     self.owner["renewed"] = time.time()
     return json.dumps(self.owner, indent=2) + "\n"
 
+  def _keep(self) -> None:
+    while not self.lost and not self._done.wait(self.seconds / _RENEWALS):
+      self._renew()
+
   def _renew(self) -> None:
-    while not self._done.wait(self.seconds / _RENEWALS):
+    with self._lock:
+      asked = _now()
       try:
         found = self.store.read()
         if found and self._is_own(found[0]):
-          self.store.replace(self._text(), found[1])
-        elif found or not self.store.create(self._text()):
+          renewed = self.store.replace(self._text(), found[1])
+        else:
+          renewed = found is None and self.store.create(self._text())
+        if renewed:
+          self._written = asked
+        elif not found or not self._is_own(found[0]):
           theirs = _words(_parse(found[0])) if found else "another process"
           self.lost = f"This workdir was taken over by {theirs}; this run has to stop."
-          return
       except Exception as error:  # whatever the storage has, the next renewal may succeed
         logging.warning("The lease could not be renewed (%s).", storage.first_line(error))
 
@@ -277,6 +292,11 @@ def hold(path: epath.Path, workdir: epath.Path, seconds: float) -> Iterator[Leas
     yield lease
   finally:
     lease.release()
+
+
+def _now() -> float:
+  """Return seconds of a clock that is never set, and also runs while the machine is suspended."""
+  return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _owner() -> dict[str, Any]:

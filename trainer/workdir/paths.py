@@ -115,6 +115,6 @@ class Workdir:
     """Folder of compiled programs."""
     return self.path / "compiled"
 
-  def probe(self, host: int) -> epath.Path:
+  def probe(self, host: int, token: str) -> epath.Path:
     """File that a host writes to find out whether the folder can be written; short-lived."""
-    return self.path / f".probe-{host}"
+    return self.path / f".probe-{host}-{token}"

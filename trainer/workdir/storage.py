@@ -7,6 +7,7 @@ Of all errors of a storage, one rule says how a run ends: one that has refused (
 right, no room) ends it with 2, one that was silent or busy with 76.
 """
 
+import errno
 import importlib.util
 import os
 import re
@@ -69,6 +70,33 @@ def in_bucket(path: epath.Path) -> bool:
   return str(path).startswith(_PREFIX)
 
 
+# What says of a checkpoint that it is not whole, though any storage may say it.
+MISSING = (FileNotFoundError, NotADirectoryError)
+_UNREACHABLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+
+def cause_of(error: Exception) -> Exception:
+  """Return what Orbax has raised, which wraps errors of TensorStore in a bare Exception."""
+  return error.__cause__ if isinstance(error.__cause__, Exception) else error
+
+
+def lost(error: Exception) -> Exception | None:
+  """Return the storage's error by which Orbax could not read a checkpoint; None if it was read.
+
+  Such an error proves nothing about the checkpoint.
+  """
+  cause = cause_of(error)
+  failed = is_failure(cause) or any(word in str(cause) for word in _UNREACHABLE)
+  return cause if failed and not isinstance(cause, MISSING) else None
+
+
+# What mends an error of the system whose own words do not say it.
+_REMEDIES = {
+  errno.EFBIG: "raise the limit of the size of a file (ulimit -f), or give another file system",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
 class Problem(NamedTuple):
   """Why a storage cannot be used; JSON-able.
 
@@ -83,7 +111,8 @@ class Problem(NamedTuple):
   @classmethod
   def of(cls, error: Exception) -> "Problem":
     """Return what an error says."""
-    return cls(first_line(error), not may_pass(error))
+    remedies = [words for number, words in _REMEDIES.items() if number in remote.numbers(error)]
+    return cls("; ".join([first_line(error), *remedies]), not may_pass(error))
 
   def ends(self, what: str) -> StorageError:
     """Return the error that ends a run; `what` says what could not be done."""
