@@ -162,6 +162,9 @@ def make_train_step(
     shards: Tree,
   ) -> tuple[_Sums, Variables]:
     """Return means over the batch, and the new statistics, those of BN for each group."""
+    like = params
+    if accumulation_steps > 1 and config.model.get("bn_together", False):
+      params = norm.as_rows(params, statistics.batch_stats)
 
     def one(
       statistics: Variables, batch: Batch, micro_batch: jax.Array | int
@@ -196,7 +199,9 @@ def make_train_step(
     )
     numbers = jnp.arange(accumulation_steps)
     (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
-    return jax.tree.map(lambda x: x / accumulation_steps, total), statistics
+    total = jax.tree.map(lambda x: x / accumulation_steps, total)
+    grads = jax.tree.map(lambda x, like: x.reshape(like.shape), total.grads, like)
+    return total._replace(grads=grads), statistics
 
   def train_step(
     state: TrainState, batch: Batch, requests: jax.Array, taught: Variables | None = None

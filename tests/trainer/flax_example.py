@@ -39,6 +39,7 @@ LEVERS = (
   "accumulation_steps=8",
   "accumulation_steps=8 model.pool_first=True",
   f"accumulation_steps=8 {_STEM}",
+  f"accumulation_steps=8 {_STEM} model.bn_together=True model.zeros_last=True",
   f"accumulation_steps=8 {_STEM} model.bn_group=32",
   f"accumulation_steps=4 {_STEM}",
 )

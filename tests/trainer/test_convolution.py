@@ -55,6 +55,38 @@ def test_gradients(kind, kernel, stride, size, padding):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+  ("kernel", "stride", "groups", "padding", "dilated"),
+  [
+    (1, 2, 1, [(0, 0)] * 2, False),
+    (1, 3, 1, [(0, 0)] * 2, False),
+    (1, 2, 2, [(0, 0)] * 2, True),
+    (1, 2, 1, AROUND, True),
+    (3, 2, 1, AROUND, True),
+    (1, 1, 1, [(0, 0)] * 2, False),
+  ],
+)
+def test_zeros_come_in_behind_the_convolution(kernel, stride, groups, padding, dilated):
+  options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 6, 9, 4))
+    kernels = rng.normal(size=(kernel, kernel, 4 // groups, 6))
+
+    def gradients(convolve):
+      def loss(x, kernels):
+        y = convolve(x, kernels, (stride, stride), padding, **options)
+        return jax.numpy.sum(jax.numpy.sin(y)), y
+
+      return jax.grad(loss, (0, 1), has_aux=True)
+
+    ours = gradients(convolution.zeros_last)
+    results = [f(x, kernels) for f in (ours, gradients(jax.lax.conv_general_dilated))]
+    of_x = str(jax.make_jaxpr(lambda x, kernels: ours(x, kernels)[0][0])(x, kernels))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12), *results)
+  assert (f"lhs_dilation=({stride}, {stride})" in of_x) == dilated or stride == 1
+
+
 def compiled(groups):
   """Returns the program of a CPU for the gradients of two convolutions in a loop."""
 

@@ -53,7 +53,16 @@ def test_first_loss_is_that_of_a_guess_and_a_repeated_batch_is_learnt(config, ba
 
 
 @pytest.mark.slow
-def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows():
+@pytest.mark.parametrize(
+  "variant",
+  [
+    {"pool_first": True, "row_pairs": True},
+    {"bn_together": True, "zeros_last": True},
+    {"bn_together": True, "pool_first": True, "bn_group": "8"},
+  ],
+  ids=lambda fields: " ".join(fields),
+)
+def test_a_step_is_the_same_with_fields_that_save_time_on_tpus(variant):
   """In float32; in bfloat16 it is as near to that of float32 as the plain step is."""
   rng = np.random.default_rng(0)
   batch = {
@@ -66,7 +75,8 @@ def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows():
     config.global_batch_size = config.eval.batch_size = 32
     config.data.image_size = 64
     config.model.update({"dtype": dtype, "zero_init_residual": False})
-    config.model.pool_first = config.model.row_pairs = fields
+    config.model.bn_group = variant.get("bn_group", "global")
+    config.model.update(fields)
     config.accumulation_steps, config.optimizer.warmup_epochs = 2, 0.0
     (_, state), metrics = run_steps(config, batch)
     # The first momentum of SGD is the gradient.
@@ -76,12 +86,14 @@ def test_a_step_is_the_same_with_the_pool_first_and_pairs_of_rows():
   def distances(leaves):
     return np.array([np.linalg.norm(x - y) for x, y in zip(leaves, exact, strict=True)])
 
-  exact = step("float32", False)
+  exact = step("float32", {})
   sizes = np.array([np.linalg.norm(leaf) for leaf in exact])
-  assert (distances(step("float32", True)) <= 1e-5 * sizes).all()
-  plain, other = (distances(step("bfloat16", fields)) for fields in (False, True))
-  assert (other <= 1.25 * plain + 0.005 * sizes).all()
-  assert (plain > 0.1 * sizes).any()  # so much is the rounding of this net
+  assert (distances(step("float32", variant)) <= 1e-5 * sizes).all()
+  plain, other = (distances(step("bfloat16", fields)) / sizes for fields in ({}, variant))
+  # Where rounding is half of a gradient, that of one leaf differs by a third on another processor.
+  assert np.mean(other) <= 1.1 * np.mean(plain)
+  assert (other <= 2 * plain + 0.005).all()
+  assert (plain > 0.1).any()  # so much is the rounding of this net
 
 
 def test_label_smoothing_changes_the_loss_as_defined(config, batch):

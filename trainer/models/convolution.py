@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
+_NO_PADS = ((0, 0), (0, 0))
 _Pads = tuple[tuple[int, int], ...]
 _Pair = tuple[jax.Array, jax.Array]
 
@@ -36,10 +37,55 @@ def dense(
   return _whole_if_thin(y, rows)
 
 
+def zeros_last(
+  x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any
+) -> jax.Array:
+  """Return what `dense` does; the gradient of x takes less time where a 1x1 kernel has a stride.
+
+  It is zero between the pixels that are read. Ordinarily zeros are put between those of a cotangent
+  first, and a TPU multiplies them all; here they are put in behind the convolution.
+  """
+  height, width = strides
+  if kernel.shape[:2] != (1, 1) or height == 1 or height != width:
+    return dense(x, kernel, strides, padding, **options)
+  if options["feature_group_count"] > 1 or any(map(any, padding)) or _space() > 1:
+    return dense(x, kernel, strides, padding, **options)
+  return _pointwise(x, kernel, height)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  return _plain(stride, _NO_PADS, 1, x, kernel)
+
+
+def _pointwise_forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, _Pair]:
+  return _plain(stride, _NO_PADS, 1, x, kernel), (x, kernel)
+
+
+def _pointwise_backward(stride: int, saved: _Pair, cotangent: jax.Array) -> _Pair:
+  x, kernel = saved
+  _, pull = jax.vjp(functools.partial(_plain, stride, _NO_PADS, 1, x), kernel)
+  read = _plain(1, _NO_PADS, 1, cotangent, kernel.swapaxes(2, 3))
+  ends = [
+    (0, n - stride * (outputs - 1) - 1, stride - 1)
+    for n, outputs in zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
+  ]
+  of_x = jax.lax.pad(read, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+  return of_x, *pull(cotangent)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def _space() -> int:
+  """Return how many devices the height of images is split over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape["space"] if "space" in mesh.auto_axes else 1
+
+
 def _whole_if_thin(x: jax.Array, rows: int) -> jax.Array:
   """Return x [N, H, W, C], whole along H if the smaller maps of a convolution have so few rows."""
-  mesh = jax.sharding.get_abstract_mesh()
-  space = mesh.shape["space"] if "space" in mesh.auto_axes else 1
+  space = _space()
   if space == 1 or rows > space:
     return x
   free = P.UNCONSTRAINED

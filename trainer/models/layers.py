@@ -49,6 +49,7 @@ class Layers:
     base_width: channels of each group there, in a stage of 64 channels.
     se_ratio: channels of squeeze-and-excitation over those that leave the block; 0 for none.
     blur: whether a convolution with stride blurs its input first; see BlurredConv.
+    zeros_last: whether convolutions are `convolution.zeros_last`.
     norm_options: further arguments of every BatchNorm.
   """
 
@@ -66,6 +67,7 @@ class Layers:
     base_width: int = 64,
     se_ratio: float = 0.0,
     blur: bool = False,
+    zeros_last: bool = False,
     **norm_options: Any,
   ):
     self.dtype = jnp.dtype(dtype)
@@ -80,6 +82,7 @@ class Layers:
     self.base_width = base_width
     self.se_ratio = se_ratio
     self.blur = blur
+    self.convolve = convolution.zeros_last if zeros_last else convolution.dense
     self.norm_options = norm_options
 
   def drawn_from(self, rngs: nnx.Rngs) -> Self:
@@ -114,7 +117,7 @@ class Layers:
       param_dtype=self.param_dtype,
       rngs=self.rngs,
       kernel_init=nnx.initializers.zeros_init() if zero else _KERNEL_INIT,
-      conv_general_dilated=convolution.dense,
+      conv_general_dilated=self.convolve,
     )
 
   def norm(self, channels: int, last_of_branch: bool = False) -> BatchNorm:

@@ -150,6 +150,7 @@ class _Trunk(staged.Staged):
       base_width=fields["base_width"],
       se_ratio=fields["se_ratio"],
       blur=fields["blurpool"] != "none",
+      zeros_last=fields["zeros_last"],
       **norm.options(fields, shards),
     )
     return cls(fields, num_classes, layers)
