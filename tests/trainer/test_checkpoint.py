@@ -18,6 +18,7 @@ from trainer.errors import FAILED, ConfigError, StorageError
 from trainer.pod.pod import Pod
 from trainer.state import fingerprints
 from trainer.workdir.checkpoint import Checkpointer
+from trainer.workdir.paths import Workdir
 
 ALONE = Pod(tiny.get_config().pod)
 
@@ -162,6 +163,32 @@ def test_a_workdir_that_goes_away_under_a_run_is_said_as_it_is(tmp_path, program
     save(checkpointer, program, [5])
   assert raised.value.exit_code == FAILED and "Training goes on" not in caplog.text
   assert not (tmp_path / "run").exists()  # a path that is no mount any more is not filled
+  checkpointer.close()
+
+
+def test_a_save_under_way_as_the_workdir_goes_away_is_not_taken_for_whole(
+  tmp_path, program, caplog, monkeypatch
+):
+  """It makes the folders that it misses: where a mount was, on the disk behind it."""
+  caplog.set_level("INFO")
+  run = Workdir(epath.Path(tmp_path) / "run")
+  checkpointer = open_checkpointer(run.path, program)
+  run.config.write_text("{}")  # as every start does
+  save(checkpointer, program, [3])
+  original = checkpointer._manager.save
+
+  def late(*args, **options):
+    run.path.rename(tmp_path / "gone")
+    original(*args, **options)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+
+  monkeypatch.setattr(checkpointer._manager, "save", late)
+  checkpointer.save(4, make_state(program, 4), {"best": None, "wall_seconds": {}})
+  checkpointer.poll(wait=True)
+  with pytest.raises(StorageError, match=r"unmounted.*There is no whole checkpoint\.") as raised:
+    save(checkpointer, program, [5])
+  assert raised.value.exit_code == FAILED
+  assert "Checkpoint 4 is saved" not in caplog.text and kept(tmp_path / "gone") == [3]
   checkpointer.close()
 
 

@@ -94,6 +94,7 @@ class Checkpointer:
     self._broken = False  # whether the manager has failed, and with it the last save
     self._failed = False  # whether any save has failed
     self._problem: storage.Problem | None = None  # of the last save that has failed
+    self._began = False  # whether the start of the run has written its files
     self._waits = False  # whether the run ends with the save under way
     self._last_time = time.monotonic()
     self._retry_time: float | None = None
@@ -207,11 +208,12 @@ class Checkpointer:
 
   def _want_of_room(self, items: dict[str, Tree]) -> storage.Problem | None:
     """Return why the disk cannot take a checkpoint, if it cannot."""
+    if self._is_gone():
+      return self._gone()
     try:
       free = shutil.disk_usage(self._directory).free
     except FileNotFoundError:
-      self._newest = None
-      return storage.Problem("the folder was removed, renamed or unmounted under this run", True)
+      return self._gone()
     except OSError as error:
       return storage.Problem.of(error)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _ROOM_FOR_FILES
@@ -220,6 +222,19 @@ class Checkpointer:
     sizes = f"{free / 2**20:.0f} MiB free, {needed / 2**20:.0f} needed"
     return storage.Problem(f"{os.strerror(errno.ENOSPC)}: {sizes}", True)
 
+  def _is_gone(self) -> bool:
+    """Whether the folder of a disk has lost all that the start of the run has written.
+
+    A save under way makes the folders that it misses, on whatever disk is there without the mount.
+    """
+    there = any(file.exists() for file in self._workdir.of_start)
+    self._began |= there
+    return self._began and not there
+
+  def _gone(self) -> storage.Problem:
+    self._newest = None
+    return storage.Problem("the folder was removed, renamed or unmounted under this run", True)
+
   def poll(self, wait: bool = False) -> None:
     """Note how the save in flight ended, if it has; with `wait`, wait until it has."""
     if self._in_flight is None or not (wait or self._in_flight[1].done()):
@@ -227,6 +242,10 @@ class Checkpointer:
     (step, written), self._in_flight = self._in_flight, None
     try:
       seconds = written.result()
+      if not storage.in_bucket(self._directory) and self._is_gone():
+        self._broken = self._failed = True
+        self._save_failed(step, self._gone())
+        return
       self._newest = step
       logging.info("Checkpoint %d is saved, in %.1f s beside the steps.", step, seconds)
     except Exception as error:  # errors of buckets are of many kinds

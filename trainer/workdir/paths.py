@@ -56,6 +56,11 @@ class Workdir:
     return self.path / "environment.json"
 
   @property
+  def of_start(self) -> tuple[epath.Path, ...]:
+    """Files that each start writes, and nothing but a start."""
+    return self.config, self.starts, self.data, self.environment
+
+  @property
   def ended(self) -> epath.Path:
     """Why the newest start ended without a result, if it was by a failure."""
     return self.path / "ended.json"

@@ -111,8 +111,12 @@ class Problem(NamedTuple):
   @classmethod
   def of(cls, error: Exception) -> "Problem":
     """Return what an error says."""
-    remedies = [words for number, words in _REMEDIES.items() if number in remote.numbers(error)]
-    return cls("; ".join([first_line(error), *remedies]), not may_pass(error))
+    words = first_line(error)
+    for number in sorted(remote.numbers(error)):
+      reason = os.strerror(number)  # which the long texts of TensorStore have at their end
+      words += f"; {reason}" if reason not in words else ""
+      words += f"; {_REMEDIES[number]}" if number in _REMEDIES else ""
+    return cls(words, not may_pass(error))
 
   def ends(self, what: str) -> StorageError:
     """Return the error that ends a run; `what` says what could not be done."""
