@@ -16,7 +16,7 @@ import pytest
 from configs import base
 from trainer import models, state
 from trainer.models import layers, stack
-from trainer.models.norm import BatchNorm
+from trainer.models.norm import BatchNorm, as_rows
 
 
 def config_of(name, **fields):
@@ -401,13 +401,19 @@ def test_vectors_of_a_norm_computed_together_are_the_same(group, shards, shifted
       loss = jnp.sum(jnp.sin(y) * weights[:, : y.shape[1], : y.shape[2]])
       return loss, (y, norm.mean.get_value(), norm.var.get_value())
 
-    together, apart = (
-      jax.value_and_grad(functools.partial(run, each), (0, 1, 2), has_aux=True)(images, scale, bias)
-      for each in (True, False)
+    together, rows, apart = (
+      jax.value_and_grad(functools.partial(run, each), (0, 1, 2), has_aux=True)(images, *vectors)
+      for each, vectors in (
+        (True, (scale, bias)),
+        (True, as_rows({"scale": scale, "bias": bias}, {"mean": jnp.asarray(mean)}).values()),
+        (False, (scale, bias)),
+      )
     )
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), together, apart
-    )
+    assert rows[1][1].shape == rows[1][2].shape == (1, 3)
+    for each in together, jax.tree.map(lambda x, like: x.reshape(like.shape), rows, apart):
+      jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), each, apart
+      )
   (of_images, of_scale, of_bias) = apart[1]
   assert of_images.any() and (of_scale.all() and of_bias.all() if affine else True)
 
