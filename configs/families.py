@@ -1,13 +1,14 @@
 """Model families by name; a family owns its fields, see `trainer.models.family.Family`."""
 
 from collections.abc import Mapping
+import importlib.util
 from typing import Any
 
 from configs import names, own_packages
 from configs.fields import Fields
 
-# Its fields are in a module without JAX, so that a help or a refusal comes in a moment: that of
-# trainer.models.vit:ViT in trainer.models.vit_fields, by the name of the family in capitals.
+# Its fields may stand in a module without JAX, so that a help or a refusal comes in a moment: those
+# of trainer.models.vit:ViT in trainer.models.vit_fields, by the name of the family in capitals.
 FAMILIES = {
   "resnet": "trainer.models.resnet:ResNet",
   "cifar_resnet": "trainer.models.resnet:CifarResNet",
@@ -42,13 +43,13 @@ def fields(name: str) -> Fields:
   if name in FAMILIES:
     own_packages.check("trainer")  # of those who have imported none of it so far
     module, _, _ = FAMILIES[name].partition(":")
-    own: Fields = names.find({}, f"{module}_fields:{name.upper()}", "config.model.name")
-  else:
-    found = getattr(find(name), "FIELDS", None)
-    if not isinstance(found, Mapping):
-      raise ValueError(
-        f"config.model.name is {name!r}, which is no subclass of trainer.models.family.Family with "
-        "FIELDS."
-      )
-    own = found
-  return own
+    if importlib.util.find_spec(f"{module}_fields"):
+      own: Fields = names.find({}, f"{module}_fields:{name.upper()}", "config.model.name")
+      return own
+  found = getattr(find(name), "FIELDS", None)
+  if not isinstance(found, Mapping):
+    raise ValueError(
+      f"config.model.name is {name!r}, which is no subclass of trainer.models.family.Family with "
+      "FIELDS."
+    )
+  return found

@@ -1,4 +1,4 @@
-"""One small net of each family from scratch on 10 classes of ImageNet: same images, like cost.
+"""Small nets of most families from scratch on 10 classes of ImageNet: same images, like cost.
 
     python -m input_pipeline.prepare --tar imagenette.tar --out data/imagenette
     python -m trainer --config=configs/imagenette_families.py:vit --workdir=runs/vit \\

@@ -10,7 +10,8 @@ import re
 import jax
 import pytest
 
-from configs import base, families, page
+from configs import base, families
+from tests.configs import golden
 from tests.readme_tables import check_tests
 from trainer import config as config_lib
 
@@ -116,9 +117,7 @@ def test_fields_exist(readme):
 
 
 def test_tables_of_fields_are_current():
-  text = text_of("configs/fields.md")
-  printed = text.split("<!-- fields: begin -->\n")[1].split("<!-- fields: end -->")[0]
-  assert printed == page.markdown() + "\n", "put what `python -m configs --markdown` prints there"
+  assert golden.FIELDS.read_text() == golden.fields_page(), "python -m tests.configs.golden"
 
 
 @each_readme

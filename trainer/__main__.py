@@ -58,8 +58,11 @@ flags.DEFINE_string("checkpoint", "newest", "What --mode=eval evaluates: newest,
 flags.DEFINE_bool("verbose", False, "Print every parameter and how it is split over the devices.")
 
 
-def _only_ours(unraisable: Any) -> None:
-  """The same for TensorStore's error in the event loop of a failed save, which Orbax has closed."""
+def _show_unraisable(unraisable: Any) -> None:
+  """Show an exception that nobody can catch, but for one of a failed save, which is told elsewhere.
+
+  That is TensorStore's, in an event loop that Orbax has closed.
+  """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
@@ -76,7 +79,7 @@ def _check_place(path: str, workdir: str) -> None:
 
 def main(argv: list[str]) -> int:
   """Run one mode; return the exit code of trainer.errors."""
-  sys.unraisablehook = _only_ours
+  sys.unraisablehook = _show_unraisable
   screen.log_to_screen()
   stop.waits_for = lambda: screen.SCREEN.waits_for
   try:

@@ -14,7 +14,7 @@ import optax
 from configs import image_sizes
 from trainer import models
 from trainer.models import packing
-from trainer.rngs import streams
+from trainer.models.rngs import streams
 
 # A pytree of arrays, or of their shapes; its exact structure is the business of who made it.
 Tree = Any
@@ -168,7 +168,7 @@ def make_init(
 
   def create() -> nnx.Module:
     # Streams that the model keeps are seeded in each step; their first keys are never used.
-    rngs = streams(jax.random.key(0), params=jax.random.key(config.seed))
+    rngs = streams(default=jax.random.key(0), params=jax.random.key(config.seed))
     size = image_size or max(image_sizes.distinct(config.data))
     return models.create(config.model, image_size=size, rngs=rngs, shards=shards)
 

@@ -124,7 +124,7 @@ def make_train_step(
   """
   accumulation_steps = config.accumulation_steps
   average = averages.make_average(config, ema_start)
-  learn = distill.make_loss(config, losses.make_loss(config.loss), mesh, teacher)
+  loss_of = distill.make_loss(config, losses.make_loss(config.loss), mesh, teacher)
   inputs = augment.make_inputs(config, augment_until)
   frozen = config.optimizer.freeze
   own_metrics = _own_metrics(config)
@@ -132,7 +132,7 @@ def make_train_step(
   def loss_fn(
     params: Params,
     statistics: Variables,
-    taught: Variables | None,
+    teacher_weights: Variables | None,
     batch: Batch,
     key: jax.Array,
     step: jax.Array,
@@ -145,7 +145,7 @@ def make_train_step(
     images, targets = inputs(key_augment, batch, step)
     logits = net(images)
     targets = optax.smooth_labels(targets, config.label_smoothing)
-    of_examples, measured = learn(logits, targets, images, taught)
+    of_examples, measured = loss_of(logits, targets, images, teacher_weights)
     sown = family.reap(net)
     loss = sum(sown.losses, of_examples.mean())
     top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
@@ -156,7 +156,7 @@ def make_train_step(
   def gradients(
     params: Params,
     statistics: Variables,
-    taught: Variables | None,
+    teacher_weights: Variables | None,
     batch: Batch,
     step: jax.Array,
     shards: Tree,
@@ -166,12 +166,12 @@ def make_train_step(
     if accumulation_steps > 1 and config.model.get("bn_together", False):
       params = norm.as_rows(params, statistics.batch_stats)
 
-    def one(
+    def of_micro_batch(
       statistics: Variables, batch: Batch, micro_batch: jax.Array | int
     ) -> tuple[_Sums, Variables]:
       key = step_key(config.seed, step, micro_batch)
       (loss, (top1, own, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, statistics, taught, batch, key, step
+        params, statistics, teacher_weights, batch, key, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs; in shards it is scattered in each round.
@@ -181,16 +181,18 @@ def make_train_step(
       carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
     ) -> tuple[tuple[_Sums, Variables], None]:
       total, statistics = carry
-      sums, statistics = one(statistics, *micro_batch)
+      sums, statistics = of_micro_batch(statistics, *micro_batch)
       return (jax.tree.map(jnp.add, total, sums), statistics), None
 
     if config.model.get("row_pairs", False):
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
     if accumulation_steps == 1:
-      return one(statistics, batch, 0)
+      return of_micro_batch(statistics, batch, 0)
     micro_batches = split(batch, accumulation_steps)
-    shapes = jax.eval_shape(one, statistics, jax.tree.map(lambda x: x[0], micro_batches), 0)
+    shapes = jax.eval_shape(
+      of_micro_batch, statistics, jax.tree.map(lambda x: x[0], micro_batches), 0
+    )
     # Averages start the same in all groups; the mean over groups may wait until the last
     # micro-batch, being linear.
     start = (
@@ -204,7 +206,7 @@ def make_train_step(
     return total._replace(grads=grads), statistics
 
   def train_step(
-    state: TrainState, batch: Batch, requests: jax.Array, taught: Variables | None = None
+    state: TrainState, batch: Batch, requests: jax.Array, teacher_weights: Variables | None = None
   ) -> tuple[TrainState, StepOutput]:
     # Parameters are whole where they meet activations, and in shards where they are updated
     # (sharding_rules). Said at both places, the compiler gathers and scatters parameters, and never
@@ -213,7 +215,7 @@ def make_train_step(
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
     (loss, top1, grads, own), statistics = gradients(
-      whole, statistics, taught, batch, state.step, shards
+      whole, statistics, teacher_weights, batch, state.step, shards
     )
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     old_params = jax.lax.with_sharding_constraint(state.params, shards)

@@ -189,7 +189,7 @@ def _open(
     for split in evaluated
   ]
   if train_source is None:
-    train_source = eval_sources[0]  # an evaluation needs no more than some length of an epoch
+    train_source = eval_sources[0]  # of which an evaluation uses the length alone
   trained = slices.parse(config.data.train_split)
   for name in evaluated:
     if trained.whole and slices.parse(name).name == trained.name:

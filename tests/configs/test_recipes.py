@@ -77,6 +77,8 @@ def test_a_trial_takes_some_steps_resumes_and_evaluates(name, shards, tmp_path):
   if config.data.crop == "random_resized":  # else images must be as large as the net's
     config.data.path = str(shards)
   trial.shrink(config)
+  # Later ones would be compiled, and no step takes them.
+  config.data.image_sizes = ", ".join(config.data.image_sizes.split(", ")[:2])
   config_lib.validate(config)
   steps = []
   for _ in range(2):

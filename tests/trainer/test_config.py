@@ -195,7 +195,7 @@ def test_what_may_change_between_runs_of_one_workdir(field, value, refused):
   "overrides, words",
   [
     ({"augment": "mixup(alpha=0.2)"}, ["config.augment is 'mixup(alpha=0.2)'", "row_pairs"]),
-    ({"data.image_size": 223}, ["config.data.image_size has 223", "an even size"]),
+    ({"data.image_size": 223}, ["config.data.image_size is 223, an odd", "an even size"]),
     ({"mesh.space": 2}, ["config.mesh.space = 2", "config.model.row_pairs is True"]),
   ],
 )

@@ -129,7 +129,7 @@ def test_branches_start_at_zero():
 
 def test_kept_branches_are_not_rescaled():
   paths = stack.Paths(jax.random.key(1), np.array([0.0, 0.25], np.float32), rescale=False)
-  scale = np.asarray(paths.scale(1, paths.rates[1], 1000))
+  scale = np.asarray(paths.of_block(1, paths.rates[1], 1000))
   assert set(np.unique(scale)) == {0, 1} and scale.mean() == pytest.approx(0.75, abs=0.05)
 
 

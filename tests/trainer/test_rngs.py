@@ -6,7 +6,7 @@ import numpy as np
 
 from configs import base
 from trainer import models
-from trainer.rngs import streams
+from trainer.models.rngs import streams
 
 
 def made_of(rngs):
@@ -23,14 +23,15 @@ def made_of(rngs):
 
 def test_keys_are_those_of_nnx():
   keys = {"default": jax.random.key(3), "params": jax.random.key(7)}
-  ours, theirs = (make(keys["default"], params=keys["params"]) for make in (streams, nnx.Rngs))
+  ours, theirs = (make(**keys) for make in (streams, nnx.Rngs))
   for draw in (lambda r: r.params(), lambda r: r.dropout(), lambda r: r.params()):
     one, other = (jax.random.key_data(draw(rngs)) for rngs in (ours, theirs))
     np.testing.assert_array_equal(one, other)
 
 
 def test_a_net_is_the_same_program_and_asks_no_traced_value_for_its_sharding(monkeypatch):
-  expected = made_of(lambda: nnx.Rngs(jax.random.key(0), params=jax.random.key(1)))
+  keys = {"default": jax.random.key(0), "params": jax.random.key(1)}
+  expected = made_of(lambda: nnx.Rngs(**keys))
   asked, sharding = [], jax.core.Tracer.sharding
 
   def counted(tracer):
@@ -38,5 +39,5 @@ def test_a_net_is_the_same_program_and_asks_no_traced_value_for_its_sharding(mon
     return sharding.fget(tracer)
 
   monkeypatch.setattr(jax.core.Tracer, "sharding", property(counted))
-  assert made_of(lambda: streams(jax.random.key(0), params=jax.random.key(1))) == expected
+  assert made_of(lambda: streams(**keys)) == expected
   assert len(asked) < 4  # not at each of 62 draws

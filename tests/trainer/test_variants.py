@@ -135,7 +135,7 @@ def test_names_of_torch(name, fields, leaf, theirs):
 
 
 FIELDS = {
-  "depth": 26,
+  "depth": 26,  # of four blocks a stage: with three the scanned program is no shorter
   "width": 0.25,
   "num_classes": 10,
   "dtype": "float64",
@@ -220,18 +220,18 @@ def test_scan_refuses_blocks_that_differ():
   model = models.create(config, image_size=8, rngs=nnx.Rngs(0))
   blocks = [model.stage1_block1, model.stage1_block2, model.stage2_block2]
   with pytest.raises(ValueError, match="must be equal"):
-    stack.run(blocks, jnp.zeros((1, 2, 2, 1)), first=0, paths=None, scan=True, remat="none")
+    stack.run(blocks, jnp.zeros((1, 2, 2, 1)), first=0, extras=None, scan=True, remat="none")
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
   paths = stack.Paths(jax.random.key(1), np.array([0.0, 0.25], np.float32))
-  scale = np.asarray(paths.scale(1, paths.rates[1], 4000))
+  scale = np.asarray(paths.of_block(1, paths.rates[1], 4000))
   assert scale.shape == (4000, 1, 1, 1)
   assert set(np.unique(scale)) == {np.float32(0), np.float32(1 / 0.75)}
   assert scale.mean() == pytest.approx(1, abs=0.05)
-  np.testing.assert_array_equal(paths.scale(0, paths.rates[0], 9), 1)
+  np.testing.assert_array_equal(paths.of_block(0, paths.rates[0], 9), 1)
   # Blocks draw for themselves; an example keeps its draw whatever the block does.
-  assert (np.asarray(paths.scale(0, paths.rates[1], 4000)) != scale).any()
+  assert (np.asarray(paths.of_block(0, paths.rates[1], 4000)) != scale).any()
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_every_branch_and_layer_draws_its_own_and_evaluation_nothing():
   masks = {np.asarray(layer(ones)).tobytes() for layer in layers}
   assert len(masks) == 1 + 3 * 3
   assert net.drop_path_rates == (0, 0.25, 0.5)
-  kept = vit.stack.Paths(jax.random.key(0), np.full(3, 0.5), (2, 1)).scale(1, 0.5, 64)
+  kept = vit.stack.Paths(jax.random.key(0), np.full(3, 0.5), (2, 1)).of_block(1, 0.5, 64)
   assert kept.shape == (64, 2, 1) and set(np.unique(kept)) == {0, 2}
   assert 0.2 < np.mean(kept[:, 0] == kept[:, 1]) < 0.8
   logits = model.merge(variables, None)(IMAGES)

@@ -166,6 +166,19 @@ class TestNames:
     guess = foreign.guess(shapes | more | {"fc.weight": (7, 512)})
     assert (guess.name, guess.classes) == (name, 7)
 
+  @pytest.mark.parametrize(
+    ("more", "name"),
+    [
+      (("norm.running_mean", "stem.conv.weight"), "resnetv2_18"),
+      (("norm.running_mean", "stem.conv1.weight"), "resnetv2_18d"),
+      (("stem.conv.weight",), "resnetv2_18 without batch norm"),
+    ],
+  )
+  def test_guesses_nets_with_the_norm_before_the_convolution(self, more, name):
+    blocks = [f"stages.{stage}.blocks.{block}" for stage in range(4) for block in range(2)]
+    shapes = {f"{block}.conv2.weight": (64, 64, 3, 3) for block in blocks}
+    assert foreign.guess(shapes | dict.fromkeys(more, (64,))).name == name
+
   def test_guesses_nothing(self):
     assert str(foreign.guess({"head.0.weight": (3, 3)})) == "no net of this family"
 

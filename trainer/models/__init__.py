@@ -88,16 +88,18 @@ def create(
 
 
 def same_leaves(model_config: ml_collections.ConfigDict, *image_sizes: int) -> bool:
-  """Whether such a model has the same variables, in the same shapes, for all sizes of images.
+  """Whether such a model has the same variables, in the same shapes, for all these image sizes.
 
   Nothing is computed.
   """
   from flax import nnx
   import jax
 
+  from trainer.models.rngs import streams
+
   def leaves(image_size: int) -> Any:
     def variables() -> Any:
-      model = create(model_config, image_size=image_size, rngs=nnx.Rngs(jax.random.key(0)))
+      model = create(model_config, image_size=image_size, rngs=streams(default=jax.random.key(0)))
       return nnx.to_pure_dict(nnx.state(model))
 
     return jax.eval_shape(variables)

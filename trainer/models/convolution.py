@@ -1,4 +1,4 @@
-"""Convolutions of maps that are too thin to be split, and gradients that are fast on a CPU.
+"""Convolutions of maps that are too thin to be split, and gradients that are fast on a CPU or TPU.
 
 Where the height of images is split over the axis `space` of the mesh in context, a map that has no
 more rows than the axis has devices is whole on each of them. Split, it would be convolved wrongly

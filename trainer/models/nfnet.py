@@ -224,11 +224,11 @@ class _Signals(NamedTuple):
     rates = self.paths.rates if self.paths else np.zeros_like(self.betas)
     return np.stack([rates, self.betas], axis=1)
 
-  def scale(
+  def of_block(
     self, number: jax.Array | int, rate: jax.Array, examples: int
   ) -> tuple[jax.Array, jax.Array | None]:
     """Return (beta, factors [examples, 1, 1, 1] or None)."""
-    return rate[1], self.paths and self.paths.scale(number, rate[0], examples)
+    return rate[1], self.paths and self.paths.of_block(number, rate[0], examples)
 
 
 def betas(numbers: Sequence[int], alpha: float) -> list[float]:

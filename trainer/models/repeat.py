@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 from flax import nnx
 import jax
 
+from trainer.models.rngs import streams
+
 Part = TypeVar("Part", bound=nnx.Module)
 
 
@@ -27,7 +29,7 @@ def repeat(
   key, graphdefs = rngs.params.key.get_value(), []
 
   def draw(count: jax.Array, _: None) -> tuple[jax.Array, Any]:
-    own = nnx.Rngs(params=key)
+    own = streams(params=key)
     own.params.count.set_value(count)
     graphdef, state = nnx.split(make(own))
     graphdefs.append(graphdef)

@@ -117,12 +117,12 @@ class _Trunk(staged.Staged):
     if fields["row_pairs"] and space > 1:
       raise ValueError(
         f"{name} is {size}, whose height config.mesh.space = {space} would split, and "
-        "config.model.row_pairs is True; set one of them to 1 or False."
+        "config.model.row_pairs is True; set config.mesh.space to 1, or row_pairs to False."
       )
     if fields["row_pairs"] and size % 2 and name.startswith("config.data.image_size"):
       raise ValueError(
-        f"{name} has {size}, which config.model.row_pairs cannot part into pairs of rows; set that "
-        "to False, or take an even size."
+        f"{name} is {size}, an odd number of rows, and config.model.row_pairs is True; set that to "
+        "False, or take an even size."
       )
 
   @classmethod

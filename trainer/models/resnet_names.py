@@ -86,10 +86,11 @@ def _variant(
 ) -> str:
   """Return the name of a net of known depth; `inner` is the shape of its first 3x3 kernel."""
   se = "se" if f"{start}.se.fc1.weight" in shapes else ""
-  deep = "conv1.0.weight" in shapes
+  deep = "conv1.0.weight" in shapes or "stem.conv1.weight" in shapes
   groups = inner[0] // max(inner[1], 1)
   if start.startswith("stages"):
-    return f"resnetv2_{depth}"
+    name = f"resnetv2_{depth}{'d' if deep else ''}"
+    return name if "norm.running_mean" in shapes else f"{name} without batch norm"
   if bottleneck and groups > 1:
     return f"{se}resnext{depth}{'d' if deep else ''}_{groups}x{inner[1]}d"
   if bottleneck and inner[0] == 128:

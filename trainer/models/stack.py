@@ -46,7 +46,7 @@ class Extras(Protocol):
     """See the class."""
     ...
 
-  def scale(self, number: jax.Array | int, rate: jax.Array, examples: int, /) -> Any:
+  def of_block(self, number: jax.Array | int, rate: jax.Array, examples: int, /) -> Any:
     """Return the second argument of a block, by its number in the net and its row of `rates`."""
     ...
 
@@ -66,7 +66,7 @@ class Paths(NamedTuple):
   shape: tuple[int, ...] = (1, 1, 1)
   rescale: bool = True
 
-  def scale(self, number: jax.Array | int, rate: jax.Array, examples: int) -> jax.Array:
+  def of_block(self, number: jax.Array | int, rate: jax.Array, examples: int) -> jax.Array:
     """Return [examples, *shape]: 0 where a branch of the block is skipped, else 1/(1 - rate)."""
     key = jax.random.fold_in(self.key, number)
     kept = jax.random.bernoulli(key, 1 - rate, (examples, *self.shape))
@@ -74,7 +74,13 @@ class Paths(NamedTuple):
 
 
 def run(
-  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Extras | None, scan: bool, remat: str
+  blocks: Sequence[Block],
+  x: jax.Array,
+  *,
+  first: int,
+  extras: Extras | None,
+  scan: bool,
+  remat: str,
 ) -> jax.Array:
   """Return the output of the last block for x [N, ...].
 
@@ -82,27 +88,27 @@ def run(
     blocks: of one stage; all but the first are equal in shape.
     x: input of the first.
     first: its number in the net, from 0.
-    paths: None where blocks get nothing but their input.
+    extras: None where blocks get nothing but their input.
     scan: whether the equal blocks are one block in a loop, traced and compiled once. What is left
       for each block is to stack its leaves, and what the optimizer does.
     remat: a key of REMAT.
   """
   alone = blocks[:1] if scan and len(blocks) > 2 else blocks
   for number, block in enumerate(alone, first):
-    scale = paths and paths.scale(number, paths.rates[number], x.shape[0])
+    extra = extras and extras.of_block(number, extras.rates[number], x.shape[0])
     if remat == "none":
-      x = block(x, scale)
+      x = block(x, extra)
     else:
       graphdef, state = _split(block)
-      x, statistics = jax.checkpoint(_pure(graphdef), policy=REMAT[remat])(state, x, scale)
+      x, statistics = jax.checkpoint(_pure(graphdef), policy=REMAT[remat])(state, x, extra)
       nnx.update(block, statistics)
   if len(alone) < len(blocks):
-    x = _scan(blocks[1:], x, first=first + 1, paths=paths, remat=remat)
+    x = _scan(blocks[1:], x, first=first + 1, extras=extras, remat=remat)
   return x
 
 
 def _scan(
-  blocks: Sequence[Block], x: jax.Array, *, first: int, paths: Extras | None, remat: str
+  blocks: Sequence[Block], x: jax.Array, *, first: int, extras: Extras | None, remat: str
 ) -> jax.Array:
   """Return the output of equal blocks, run in a loop."""
   graphdefs, states = zip(*map(_split, blocks), strict=True)
@@ -115,10 +121,10 @@ def _scan(
 
   def body(x: jax.Array, block: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
     state, number, rate = block
-    return apply(state, x, paths and paths.scale(number, rate, x.shape[0]))
+    return apply(state, x, extras and extras.of_block(number, rate, x.shape[0]))
 
   numbers = np.arange(first, first + len(blocks))
-  rates = paths.rates[numbers] if paths else np.zeros(len(blocks), np.float32)
+  rates = extras.rates[numbers] if extras else np.zeros(len(blocks), np.float32)
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
   x, statistics = jax.lax.scan(body, x, (stacked, jnp.asarray(numbers), jnp.asarray(rates)))
   for i, block in enumerate(blocks):
@@ -136,9 +142,9 @@ def _pure(
 ) -> Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]:
   """Return a block as a function of its arrays: (arrays, x, extra) -> (y, new statistics)."""
 
-  def apply(state: Any, x: jax.Array, scale: Any) -> tuple[jax.Array, Any]:
+  def apply(state: Any, x: jax.Array, extra: Any) -> tuple[jax.Array, Any]:
     block = nnx.merge(graphdef, state, copy=True)
-    y = block(x, scale)
+    y = block(x, extra)
     return y, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat))
 
   return apply

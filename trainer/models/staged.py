@@ -84,7 +84,7 @@ class Staged(Stacked):
     outputs, first = {}, 0
     for s, number in enumerate(self.numbers, 1):
       blocks = [getattr(self, name) for name in self.blocks[first : first + number]]
-      x = stack.run(blocks, x, first=first, paths=extras, scan=self.scan, remat=self.remat)
+      x = stack.run(blocks, x, first=first, extras=extras, scan=self.scan, remat=self.remat)
       outputs[f"stage{s}"] = x
       first += number
     return outputs

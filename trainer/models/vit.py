@@ -315,7 +315,7 @@ class ViT(staged.Stacked):
       x = self.dropout(x)
     paths = self._draw_paths(shape=(2, 1))
     blocks = [getattr(self, name) for name in self.blocks]
-    return stack.run(blocks, x, first=0, paths=paths, scan=self.scan, remat=self.remat)
+    return stack.run(blocks, x, first=0, extras=paths, scan=self.scan, remat=self.remat)
 
   def _added(self, rows: int, columns: int) -> jax.Array:
     """Return what is added to the tokens of a grid of patches, [1, tokens, width]."""

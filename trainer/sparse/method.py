@@ -150,7 +150,7 @@ class Sparse:
 
     def change(grads: Params, masks: Tree) -> tuple[Params, optax.OptState, Tree]:
       new = self._changed(grads, params, by_path(masks), state.step)
-      # What is left of this step is what the optimizer counts.
+      # Of the optimizer's step only its counts are kept.
       _, counted = optimizer.update(apply(masks, grads), state.opt_state, params)
       opt_state = self._restarted(
         state.opt_state, counted, optimizer.init(params), params, by_path(masks), new

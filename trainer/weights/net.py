@@ -13,7 +13,7 @@ from configs import base
 from trainer import mesh, models
 from trainer.augment import normalize
 from trainer.errors import ConfigError
-from trainer.rngs import streams
+from trainer.models.rngs import streams
 from trainer.state import Model, Variables, path_name, split
 from trainer.weights import foreign
 
@@ -111,7 +111,7 @@ def build(config: ml_collections.ConfigDict, dtype: str = "float32") -> Net:
     # `split` needs no streams that a merge would seed: evaluation draws nothing.
     model, variables = split(
       models.create(
-        model_config, image_size=config.data.image_size, rngs=streams(jax.random.key(0))
+        model_config, image_size=config.data.image_size, rngs=streams(default=jax.random.key(0))
       )
     )
     made.append(model)

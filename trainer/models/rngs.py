@@ -19,9 +19,9 @@ class Stream(nnx.RngStream):
     return key
 
 
-def streams(default: jax.Array, **keys: jax.Array) -> nnx.Rngs:
-  """Return nnx.Rngs(default, **keys), made of `Stream`."""
-  rngs = nnx.Rngs(default, **keys)
-  for name, key in {"default": default, **keys}.items():
+def streams(**keys: jax.Array) -> nnx.Rngs:
+  """Return nnx.Rngs(**keys), made of `Stream`."""
+  rngs = nnx.Rngs(**keys)
+  for name, key in keys.items():
     setattr(rngs, name, Stream(key, tag=name))
   return rngs
