@@ -6,7 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, InputLost
 from input_pipeline.remote import fsspec as remote
 from input_pipeline.remote import has_scheme
 from input_pipeline.sources import layout
@@ -58,6 +58,7 @@ def find_splits(path: str, allow: Sequence[str] = ()) -> DataSet:
   Raises:
     DataError: there is no such data set, this token may not read it, it is not parquet, files of a
       numbered series are missing, or of which split a file is is not clear.
+    InputLost: the hub or a server is silent.
   """
   datasets = _import_datasets()
   where = path.removeprefix(HF_PREFIX)
@@ -81,7 +82,9 @@ def find_splits(path: str, allow: Sequence[str] = ()) -> DataSet:
   except DataError:
     raise
   except Exception as e:  # of `datasets`, its hub library, fsspec and their HTTP clients
-    raise DataError(f"{path} cannot be opened: {remote.said(e)}; {_advice(e)}.") from e
+    passes = remote.is_failure(e) and remote.may_pass(e) and "OfflineMode" not in repr(e)
+    kind = InputLost if passes else DataError
+    raise kind(f"{path} cannot be opened: {remote.said(e)}; {_advice(e)}.") from e
   for split, of_split in found.splits.items():
     for file in of_split:
       if not file.endswith(".parquet"):

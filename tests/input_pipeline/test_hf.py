@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import loader, sources
-from input_pipeline.errors import DataError
+from input_pipeline.errors import DataError, InputLost
 from input_pipeline.sources import parquet_files
 from tests.input_pipeline.conftest import data_config, encoded, picture
 
@@ -314,3 +314,23 @@ def test_closing_ends_all_threads_at_once(parquet):
     for thread in mine:
       thread.join(timeout=20)
     assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize(
+  ("error", "kind"),
+  [
+    (ConnectionError("Couldn't reach 'me/x' on the Hub (ConnectTimeout)"), InputLost),
+    (TimeoutError("timed out"), InputLost),
+    (ConnectionError("Couldn't reach 'me/x' on the Hub (OfflineModeIsEnabled)"), DataError),
+    (FileNotFoundError("Dataset 'me/x' doesn't exist on the Hub"), DataError),
+  ],
+  ids=str,
+)
+def test_a_silent_hub_may_answer_a_rerun(monkeypatch, error, kind):
+  def builder(*unused, **options):
+    raise error
+
+  monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+  with pytest.raises(DataError, match="hf:me/x cannot be opened") as raised:
+    sources.open_source(data_config("hf:me/x"), "train", 10)
+  assert type(raised.value) is kind

@@ -326,6 +326,14 @@ def test_fields_that_are_read_without_jax_are_those_of_the_models():
   assert tuple(nfnet.DEPTHS) == nfnet_fields.DEPTHS
 
 
+def test_a_family_of_the_registry_may_keep_its_fields_in_its_class(monkeypatch):
+  from configs import families
+
+  monkeypatch.setitem(families.FAMILIES, "mixer", f"{HERE}:Mixer")
+  assert families.fields("mixer") is outside.Mixer.FIELDS
+  assert base.get_config("mixer").model.patch == 4
+
+
 def test_help_shows_the_fields_of_the_config():
   def run(*flags):
     command = [sys.executable, "-m", "trainer", *flags]

@@ -14,6 +14,7 @@ from input_pipeline import loader
 from input_pipeline.errors import DataError, InputLost, UnusableData
 from tests.trainer import tiny
 from tests.trainer.shared import fingerprints, run, trainer
+from tests.trainer.test_data import images
 from trainer import train as train_lib
 from trainer.errors import FAILED, HOST_LOST, RunFailed, exit_code
 from trainer.reporting import events
@@ -232,6 +233,30 @@ def test_files_that_hang_the_threads_that_read_them(tmp_path, overrides):
   run(1, 1, trainer(tmp_path / "run", *overrides, config=file))
   run(1, 1, trainer(tmp_path / "quiet", *overrides, config=file))
   assert fingerprints(tmp_path / "run", 40) == fingerprints(tmp_path / "quiet", 40)
+
+
+def test_a_folder_that_is_unmounted_under_a_run(tmp_path, config, monkeypatch):
+  """One file that is gone costs a record. All of them are no bad records: a rerun may find them."""
+  folder, away = images(tmp_path / "data", ["cat", "dog"]), tmp_path / "away"
+  config.data.kind, config.data.path, config.model.num_classes = "folder", str(folder), 2
+  config.data.threads = 0
+  train_lib.train(config, str(tmp_path / "quiet"))
+  original = loader.BatchIterator.__next__
+
+  def unmounting(self):
+    unmounting.made += 1
+    if unmounting.made == 4:
+      folder.rename(away)
+    return original(self)
+
+  unmounting.made = 0
+  monkeypatch.setattr(loader.BatchIterator, "__next__", unmounting)
+  code, words = refused(config, tmp_path / "run")
+  assert code == HOST_LOST and "train was removed, renamed or unmounted under this run" in words
+  assert saved(tmp_path / "run") == [3] and "the same command resumes" in words
+  away.rename(folder)
+  train_lib.train(config, str(tmp_path / "run"))
+  assert fingerprints(tmp_path / "run", 6) == fingerprints(tmp_path / "quiet", 6)
 
 
 def test_exit_codes_of_errors():
