@@ -58,7 +58,7 @@ def test_first_loss_is_that_of_a_guess_and_a_repeated_batch_is_learnt(config, ba
   [
     {"pool_first": True, "row_pairs": True},
     {"bn_together": True, "zeros_last": True},
-    {"bn_together": True, "pool_first": True, "bn_group": "8"},
+    {"bn_together": True, "bn_group": "8"},
   ],
   ids=lambda fields: " ".join(fields),
 )
