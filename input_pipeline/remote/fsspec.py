@@ -15,6 +15,10 @@ from input_pipeline.remote import has_scheme
 
 T = TypeVar("T")
 
+# Otherwise gcsfs asks for the type of each bucket by gRPC, which blocks for a minute if denied. It
+# looks when it is imported, which `datasets` may do too.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 CHAIN = "::"
 # Limit of one request; gcsfs tries six times, with pauses of half a minute in all.
 _REQUEST_SECONDS = 60.0
@@ -68,8 +72,6 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def limit_requests() -> None:
   """Set time limits for the file systems of fsspec, and disable the listings cache of gcsfs."""
-  # Otherwise gcsfs asks for the type of each bucket by gRPC, which blocks for a minute if denied.
-  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   import aiohttp  # comes with gcsfs and with datasets
 
   limit = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
