@@ -1,13 +1,11 @@
 """A workdir in a bucket, on a loopback server: what a run writes, and what a refusal does."""
 
 import importlib.util
-import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 import types
 
@@ -365,27 +363,6 @@ def test_small_files_that_cannot_be_written_or_read(server, workdir, status, cap
   server.refuse(ANY_WRITE, status)
   files.write_json(path, {}, needed=False)
   assert "final.json could not be written" in caplog.text
-
-
-def test_a_small_file_that_is_replaced_while_it_is_read_is_whole(server, workdir, caplog):
-  """As owner.json is, of which only the time of its renewal changes, and its length with it."""
-  path, done = workdir / "owner.json", threading.Event()
-  storage.write_whole(path, "{}")
-
-  def replace():
-    for number in itertools.count():
-      storage.write_whole(path, json.dumps({"renewed": "1" * (1 + 40 * (number % 2))}))
-      if done.is_set():
-        return
-
-  writer = threading.Thread(target=replace)
-  writer.start()
-  try:
-    for _ in range(50):
-      assert files.read_json(path) is not None, caplog.text
-  finally:
-    done.set()
-    writer.join()
 
 
 def test_curves_that_cannot_be_written_do_not_end_a_run(server, workdir, monkeypatch, caplog):

@@ -1,6 +1,8 @@
 """The small files of a workdir: whole, absent, or refused with one sentence."""
 
 import errno
+import itertools
+import json
 import os
 import threading
 
@@ -127,3 +129,25 @@ def test_starts_at_the_same_time_do_not_disturb_each_other(tmp_path):
   for thread in threads:
     thread.join()
   assert not failed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("server")
+def test_a_small_file_that_is_replaced_while_it_is_read_is_whole(caplog):
+  """As owner.json is, of which only the time of its renewal changes, and its length with it."""
+  path, done = storage.path_of("gs://bucket/files") / "owner.json", threading.Event()
+  storage.write_whole(path, "{}")
+
+  def replace():
+    for number in itertools.count():
+      storage.write_whole(path, json.dumps({"renewed": "1" * (1 + 40 * (number % 2))}))
+      if done.is_set():
+        return
+
+  writer = threading.Thread(target=replace)
+  writer.start()
+  try:
+    for _ in range(50):
+      assert files.read_json(path) is not None, caplog.text
+  finally:
+    done.set()
+    writer.join()

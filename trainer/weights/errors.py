@@ -1,6 +1,6 @@
 """What is wrong with a file of weights."""
 
-from trainer.errors import FAILED, HOST_LOST, TrainerError
+from trainer.errors import FAILED, TrainerError
 from trainer.workdir import storage
 
 
@@ -14,9 +14,5 @@ class WeightsError(TrainerError):
 
 def unreadable(origin: str, error: Exception) -> WeightsError:
   """Return what ends a run whose weights a storage does not give; it may do so later."""
-  passes = storage.may_pass(error)
-  advice = "run the same command again" if passes else "mend that, then run the same command again"
-  return WeightsError(
-    f"{origin} cannot be read ({storage.first_line(error)}); {advice}.",
-    HOST_LOST if passes else FAILED,
-  )
+  ended = storage.failed(f"{origin} cannot be read", error)
+  return WeightsError(str(ended), ended.exit_code)
