@@ -18,24 +18,23 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 import resource
 import sys
 import tempfile
-import threading
-import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 import ml_collections
 
 from configs import recipes
-from launch import preflight_table, preflight_text
-from launch.cloud.preflight import DOES_NOT_FIT
+from input_pipeline.errors import DataError
+from launch import preflight_compile, preflight_table, preflight_text
+from launch.preflight_compile import DoesNotFitError
 from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
 if TYPE_CHECKING:
+  from launch import preflight_known
   from trainer import program as program_lib
   from trainer.tools import estimate
 
@@ -60,6 +59,12 @@ flags.DEFINE_string(
   "compiled", None, "Folder for the compiled programs, for the first start on the topology."
 )
 flags.DEFINE_string(
+  "known",
+  None,
+  "Folder of estimates by step: one that differs from a step there in learning rates and lengths "
+  "alone is not compiled again.",
+)
+flags.DEFINE_string(
   "recipes",
   None,
   "Print a table of the reports in this folder, one of each recipe; with --topology, make those "
@@ -70,13 +75,10 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
-_PROGRESS_SECONDS = 10.0
-
-
-class DoesNotFitError(TrainerError):
-  """A step needs more memory than a chip has."""
-
-  exit_code = DOES_NOT_FIT
+_ADVICE = (
+  "Use more chips, halve config.global_batch_size, double config.accumulation_steps or set "
+  "config.model.remat where the model has it; --find_batch finds the largest batch that fits."
+)
 
 
 def topology_devices(topology: str, slices: int) -> list:
@@ -111,7 +113,7 @@ def topology_devices(topology: str, slices: int) -> list:
     ).devices
   except Exception as error:
     raise ConfigError(
-      f"--topology={topology}: {_first_line(error)} {_topologies(topology)}"
+      f"--topology={topology}: {preflight_compile.first_line(error)} {_topologies(topology)}"
     ) from error
 
 
@@ -139,12 +141,18 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
     TrainerError: with one sentence if config and topology do not fit, or the memory is too small.
   """
   devices = topology_devices(FLAGS.topology, FLAGS.slices)
-  from launch import preflight_checks
+  from launch import preflight_checks, preflight_known
   from trainer import config as config_lib
+  from trainer import data
   from trainer import program as program_lib
   from trainer.tools import estimate
   from trainer.weights import teacher as teacher_lib
 
+  if not config.model.num_classes and not config.data.path:
+    raise ConfigError(
+      "config.model.num_classes is 0, as many as the data have: give it, or --config.data.path."
+    )
+  config = data.with_classes(config)
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
   name = command_line.name_of(sys.argv)
@@ -152,11 +160,15 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   teacher = teacher_lib.read(config) if config.distill.weight else None
   program = program_lib.build(config, examples, devices, teacher=teacher)
   where = estimate.pod(devices)
+  # Where programs are to be kept, all are compiled.
+  known = preflight_known.Known(
+    None if FLAGS.compiled else FLAGS.known, FLAGS.topology, FLAGS.slices, program.mesh
+  )
   # What is wrong with it shows before anything compiles.
   found = FLAGS.from_checkpoint and preflight_checks.checkpoint(FLAGS.from_checkpoint, program)
   try:
     with preflight_checks.kept(FLAGS.compiled) as programs:
-      report = _report(program, where, name, screen)
+      report = _report(program, where, name, known, screen)
   except DoesNotFitError as error:
     if not FLAGS.find_batch:
       raise DoesNotFitError(f"{error} {_ADVICE}") from error
@@ -175,7 +187,11 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
 
 
 def _report(
-  program: "program_lib.Program", where: "estimate.Pod", name: str, screen: TextIO
+  program: "program_lib.Program",
+  where: "estimate.Pod",
+  name: str,
+  known: "preflight_known.Known",
+  screen: TextIO,
 ) -> dict[str, Any]:
   """Returns what the compiled steps of a program are.
 
@@ -183,6 +199,7 @@ def _report(
     program: of the run.
     where: its chips.
     name: of the run file.
+    known: estimates of steps that were compiled before.
     screen: gets lines of progress.
 
   Raises:
@@ -196,6 +213,7 @@ def _report(
   chip = program.mesh.devices.flat[0].device_kind
   report: dict[str, Any] = {
     "config": name,
+    "fields": _fields(),
     "topology": FLAGS.topology,
     "slices": where.slices,
     "libtpu": importlib.metadata.version("libtpu"),
@@ -221,20 +239,26 @@ def _report(
     work = forward[size]
     if mode == "train":
       work = flops.FORWARD_PASSES * work + flops.teacher_flops(program.teacher, size)
-    step, seconds = _compile(program, mode, sizes, screen)
-    compiling += seconds
-    figures = estimate.step(
-      step,
-      program.mesh,
-      batch_size=batch,
-      flops=batch * work,
-      training=mode == "train",
-    )
+    lowered = preflight_compile.lower(program, mode, sizes, screen)
+    about = (mode, batch, work)
+    figures = known.find(lowered, *about)
+    if figures is None:
+      step, seconds = preflight_compile.compile_step(program, lowered, mode, sizes, screen)
+      figures = {"compile_seconds": seconds} | estimate.step(
+        step,
+        program.mesh,
+        batch_size=batch,
+        flops=batch * work,
+        training=mode == "train",
+      )
+      known.keep(figures, lowered, *about)
+    else:
+      what = preflight_compile.name_of(mode, sizes)
+      print(f"{what}: estimate of --known", file=screen, flush=True)
+    compiling += figures["compile_seconds"]
     if mode == "train":
       figures["as_asked"] = preflight_checks.as_asked(figures, program)
-    report["steps"].append(
-      {"mode": mode, **sizes, "per_chip": batch / where.chips, "compile_seconds": seconds} | figures
-    )
+    report["steps"].append({"mode": mode, **sizes, "per_chip": batch / where.chips} | figures)
   trained = [each for each in report["steps"] if each["mode"] == "train"]
   evaluated = report["steps"][-1]
   fastest = max(each["images_per_second"] for each in trained)
@@ -252,52 +276,6 @@ def _report(
     dollars_per_chip_hour=FLAGS.dollars_per_chip_hour,
   )
   return report
-
-
-def _compile(program: Any, mode: Any, sizes: dict[str, int], screen: TextIO) -> tuple[Any, float]:
-  """Returns a compiled step and the seconds that it took.
-
-  Raises:
-    DoesNotFitError: by how much, and what to change.
-    ConfigError: if the compiler refuses it for another reason.
-  """
-  import jax
-
-  from trainer.tools import layers
-
-  what = f"{mode} step, {sizes['batch_size']} images of {sizes['image_size']} px"
-  model = layers.structure(program.model, program.abstract_state.raw())
-  with _progress(f"{what}: tracing", screen), layers.named(model):
-    lowered = program.lower(mode, **sizes)
-  start = time.perf_counter()
-  try:
-    with _progress(f"{what}: compiling", screen):
-      return program.finish(lowered, mode), time.perf_counter() - start
-  except jax.errors.JaxRuntimeError as error:
-    if over := _too_large(str(error)):
-      raise DoesNotFitError(f"The {what} do not fit: {over}.") from error
-    raise ConfigError(f"The compiler refuses the {what}: {_first_line(error)}") from error
-
-
-_ADVICE = (
-  "Use more chips, halve config.global_batch_size, double config.accumulation_steps or set "
-  "config.model.remat where the model has it; --find_batch finds the largest batch that fits."
-)
-
-
-def _too_large(message: str) -> str:
-  """Returns by how much a program exceeds the memory; "" if a message is of something else."""
-  size = r"\(?([\d.]+)([KMGT])\)?"
-  found = re.search(rf"HLO temporaries {size} exceeds available HBM {size}", message) or re.search(
-    rf"Used {size} of {size} hbm", message
-  )
-  if not found:
-    return "the chip's memory is too small" if "RESOURCE_EXHAUSTED" in message else ""
-  needed, there = (float(found[i]) * 2.0 ** (10 * "_KMGT".index(found[i + 1]) - 30) for i in (1, 3))
-  return (
-    f"they need {needed:.2f} GiB of the {there:.2f} of a chip's memory, "
-    f"{needed - there:.2f} too much"
-  )
 
 
 def _find_batch(
@@ -327,8 +305,10 @@ def _find_batch(
     # As many steps as the run has: of fewer a warm-up may be too long, and memory asks for none.
     scaled = -(-examples * tried.global_batch_size // config.global_batch_size)
     candidate = program_lib.build(tried, scaled, devices, teacher=program.teacher)
+    sizes = candidate.sizes("train")
     try:
-      _compile(candidate, "train", candidate.sizes("train"), screen)
+      lowered = preflight_compile.lower(candidate, "train", sizes, screen)
+      preflight_compile.compile_step(candidate, lowered, "train", sizes, screen)
     except DoesNotFitError:
       return False
     return True
@@ -354,25 +334,6 @@ def largest(fits: Callable[[int], bool], start: int, known: bool = False) -> int
 
 
 @contextlib.contextmanager
-def _progress(what: str, screen: TextIO) -> Iterator[None]:
-  """Write a line now and then while the body runs."""
-  start, done = time.perf_counter(), threading.Event()
-
-  def watch() -> None:
-    while not done.wait(_PROGRESS_SECONDS):
-      print(f"{what} for {time.perf_counter() - start:.0f} s", file=screen, flush=True)
-
-  thread = threading.Thread(target=watch, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    done.set()
-    thread.join()
-  print(f"{what}: {time.perf_counter() - start:.0f} s", file=screen, flush=True)
-
-
-@contextlib.contextmanager
 def _without_chatter() -> Iterator[TextIO]:
   """Yield the standard error of this process; what libtpu writes there by itself is dropped."""
   sys.stderr.flush()
@@ -387,16 +348,16 @@ def _without_chatter() -> Iterator[TextIO]:
       os.dup2(kept, 2)
 
 
+def _fields() -> dict[str, Any]:
+  """Returns the fields of the config that the command line sets."""
+  flag: Any = FLAGS["config"]
+  return dict(flag.override_values)
+
+
 def _examples(name: str) -> int:
   """Returns the training examples that a run file is written for; ImageNet's if it is no recipe."""
   files = {recipe.partition(":")[0] for recipe in recipes.names()}
   return recipes.examples(name) if name.partition(":")[0] in files else 1_281_167
-
-
-def _first_line(error: Exception) -> str:
-  """Returns the message of an XLA error, without its code and its trace."""
-  line = str(error).strip().splitlines()[0]
-  return re.sub(r"^[A-Z_]+: ", "", line).rstrip(".") + "."
 
 
 def _table(folder: str, words: list[str]) -> int:
@@ -420,7 +381,9 @@ def main(argv: list[str]) -> int:
     with _without_chatter() as screen:
       report = preflight(FLAGS.config, screen)
     print(json.dumps(report, indent=2) if FLAGS.json else preflight_text.text(report), flush=True)
-  except TrainerError as error:
+  except (TrainerError, DataError) as error:
+    if FLAGS.json and isinstance(error, DoesNotFitError):
+      print(json.dumps({"fields": _fields(), "refused": str(error)}, indent=2))
     print(f"preflight: {error}", file=sys.stderr)
     return error.exit_code if isinstance(error, DoesNotFitError) else FAILED
   return DONE

@@ -12,6 +12,7 @@ from launch.cloud.preflight import DOES_NOT_FIT
 
 _COLUMNS = (
   "recipe",
+  "with",
   "images a chip",
   "fits",
   "memory, GiB",
@@ -40,14 +41,13 @@ def make(folder: pathlib.Path, words: Sequence[str]) -> None:
     command = [
       *(sys.executable, "-m", "launch.preflight", "--json"),
       f"--config=configs/{module}.py{colon}{variant}",
+      f"--known={folder / 'steps'}",
       *words,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    last = (done.stderr.strip().splitlines() or ["?"])[-1]
-    if done.returncode == 0:
+    if done.returncode in (0, DOES_NOT_FIT):
       _file(folder, name).write_text(done.stdout)
-    elif done.returncode == DOES_NOT_FIT:
-      _file(folder, name).write_text(json.dumps({"refused": last}))
+    last = (done.stderr.strip().splitlines() or ["?"])[-1]
     print(f"{name}: {last}", file=sys.stderr, flush=True)
 
 
@@ -74,14 +74,16 @@ def _file(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _row(name: str, report: dict[str, Any]) -> list[str]:
+  fields = " ".join(f"{field}={value}" for field, value in report["fields"].items())
+  head = [f"`{name}`", f"`{fields}`" if fields else ""]
   if "refused" in report:
-    return [name, "", f"no: {report['refused']}", *[""] * (len(_COLUMNS) - 3)]
+    return [*head, "", f"no: {report['refused']}", *[""] * (len(_COLUMNS) - 4)]
   # Of several image sizes the largest: it is the slowest, and decides what fits.
   step = max(
     (each for each in report["steps"] if each["mode"] == "train"), key=lambda each: each["cycles"]
   )
   return [
-    name,
+    *head,
     f"{step['per_chip']:g}",
     "yes",
     f"{step['memory']['total'] / 2**30:.1f}",

@@ -14,7 +14,13 @@ import pytest
 
 from configs import smoke
 from launch import preflight as preflight_lib
-from launch import preflight_checks, preflight_table, preflight_text
+from launch import (
+  preflight_checks,
+  preflight_compile,
+  preflight_known,
+  preflight_table,
+  preflight_text,
+)
 from tests.trainer import tiny
 from trainer import program as program_lib
 from trainer.errors import ConfigError
@@ -108,7 +114,7 @@ def test_memory_that_does_not_suffice():
     "too much",
     "config.accumulation_steps",
     "--find_batch",
-    code=preflight_lib.DOES_NOT_FIT,
+    code=preflight_compile.DOES_NOT_FIT,
   )
 
 
@@ -276,12 +282,13 @@ def test_no_batch_is_compiled_twice_and_none_is_longer_than_the_run(monkeypatch,
   config, asked = smoke.get_config(), []
   config.global_batch_size = 128
 
-  def compiled(program, mode, sizes, screen):
+  def compiled(program, lowered, mode, sizes, screen):
     asked.append(sizes["batch_size"])
     if sizes["batch_size"] > most:
-      raise preflight_lib.DoesNotFitError("They do not fit.")
+      raise preflight_compile.DoesNotFitError("They do not fit.")
 
-  monkeypatch.setattr(preflight_lib, "_compile", compiled)
+  monkeypatch.setattr(preflight_compile, "lower", lambda *_: None)
+  monkeypatch.setattr(preflight_compile, "compile_step", compiled)
   program = program_lib.build(config, smoke.EXAMPLES)
   found = preflight_lib._find_batch(program, smoke.EXAMPLES, 1, sys.stderr, fits_now)
   assert most - (16 if fits_now else 2) < found <= most and len(asked) == len(set(asked))
@@ -320,7 +327,7 @@ OVER = "Ran out of memory on HBM, the total memory required for HLO temporaries"
   ],
 )
 def test_words_of_the_compiler_about_memory(message, words):
-  found = preflight_lib._too_large(message)
+  found = preflight_compile._too_large(message)
   assert words in found
   assert bool(words) == bool(found)
 
@@ -339,27 +346,89 @@ def test_table_of_what_was_made(tmp_path, monkeypatch):
   report = {
     "steps": [step | {"cycles": 1e7, "ms": 7.0}, step, step | {"mode": "eval", "cycles": 1e9}],
     "run": {"hours": {"total": 2.5}, "chip_hours": 1040.0},
+    "fields": {},
   }
+  refused = {"fields": {"model.scan": True, "mesh.fsdp": 4}, "refused": "they need too much"}
   monkeypatch.setattr(preflight_table.recipes, "names", lambda: ["smoke", "a:b", "c", "d"])
   asked = []
 
   def run(command, **_):
     asked.append(command[3:])
-    code = 3 if "configs/c.py" in command[4] else 0
-    return subprocess.CompletedProcess(command, code, json.dumps(report), "x\npreflight: too large")
+    if "configs/c.py" in command[4]:
+      return subprocess.CompletedProcess(command, 3, json.dumps(refused), "x\npreflight: too large")
+    return subprocess.CompletedProcess(command, 0, json.dumps(report), "x")
 
   monkeypatch.setattr(preflight_table.subprocess, "run", run)
   (tmp_path / "d.json").write_text(json.dumps(report))
   preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
   assert asked == [
-    ["--json", f"--config=configs/{name}", "--topology=v5e:4x4"]
+    [
+      *("--json", f"--config=configs/{name}", f"--known={tmp_path / 'steps'}"),
+      "--topology=v5e:4x4",
+    ]
     for name in ("smoke.py", "a.py:b", "c.py")
   ]
   preflight_table.make(tmp_path, ["--topology=v5e:4x4"])
   assert len(asked) == 3  # what is there is not made again
   (tmp_path / "smoke.json").unlink()
   lines = preflight_table.text(tmp_path).splitlines()
-  assert lines[2] == "| a:b | 64 | yes | 3.0 | 60.0 | 1,066 | 21 % | 2.5 | 1,040 | 300 |"
-  assert lines[3].startswith("| c |  | no: preflight: too large | ")
+  assert lines[2] == "| `a:b` |  | 64 | yes | 3.0 | 60.0 | 1,066 | 21 % | 2.5 | 1,040 | 300 |"
+  assert lines[3].startswith("| `c` | `model.scan=True mesh.fsdp=4` |  | no: they need too much | ")
   assert lines[-1] == "Not compiled: smoke."
   assert len({line.count("|") for line in lines[:-2]}) == 1
+
+
+A_STEP = """
+  %cst = stablehlo.constant dense<1.014770e+05> : tensor<f32>
+  %cst_0 = stablehlo.constant dense<[0.000000e+00, 2.502000e+03, -3.1E-2]> : tensor<3xf32>
+  %c = stablehlo.constant dense<12> : tensor<i32>
+  %0 = stablehlo.add %arg0, %cst : tensor<f32>
+"""
+
+
+@pytest.mark.parametrize(
+  "old, new, same",
+  [
+    ("1.014770e+05", "3.615880e+05", True),  # another length
+    ("-3.1E-2", "0.899999976", True),
+    ("1.014770e+05", "1.000000e+00", False),  # the compiler may drop what it scales
+    ("0.000000e+00", "5.000000e-01", False),
+    ("<12>", "<24>", False),  # perhaps rounds of a loop
+    ("%arg0", "%arg1", False),
+    ("tensor<f32>", "tensor<bf16>", False),
+  ],
+)
+def test_steps_that_differ_in_values_alone_are_one(old, new, same):
+  other = A_STEP.replace(old, new)
+  assert other != A_STEP
+  before, after = map(preflight_known.without_values, (A_STEP, other))
+  assert (before == after) == same
+
+
+@needs_libtpu
+def test_a_step_that_is_known_is_not_compiled_again(tmp_path):
+  def run(*args):
+    return preflight(
+      *("--json", "--topology=v5e:1x1", "--config=configs/smoke.py", f"--known={tmp_path}", *args)
+    )
+
+  first, slower = run(), run("--config.optimizer.lr_per_256=0.05", "--config.total_epochs=3.0")
+  assert first.returncode == slower.returncode == 0, first.stderr + slower.stderr
+  for mode in ("train", "eval"):
+    assert f"{mode} step" in first.stderr and "compiling:" in first.stderr
+  assert "compiling" not in slower.stderr and slower.stderr.count("estimate of --known") == 2
+  first, slower = (json.loads(each.stdout) for each in (first, slower))
+  assert slower["steps"] == first["steps"]
+  assert slower["run"]["train_steps"] != first["run"]["train_steps"]
+  assert slower["fields"] == {"optimizer.lr_per_256": 0.05, "total_epochs": 3.0}
+  other = run("--config.model.depth=14")
+  assert "train step" in other.stderr and "compiling:" in other.stderr
+  for file in tmp_path.iterdir():
+    file.write_text("{")
+  assert_refused(run(), "--known: ", str(tmp_path), "is damaged", "remove it")
+
+
+@needs_libtpu
+def test_the_number_of_classes_is_that_of_the_data_or_must_be_said():
+  args = ("--topology=v5e:1x1", "--config=configs/own_images.py")
+  assert_refused(preflight(*args), "config.model.num_classes is 0", "--config.data.path")
