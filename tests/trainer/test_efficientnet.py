@@ -176,8 +176,9 @@ DROPS = {"drop_path": 0.5, "dropout": 0.3}
 
 
 @pytest.mark.slow
-def test_scan_and_remat_change_no_number():
+def test_scan_remat_and_norms_together_change_no_number():
   unrolled = Step("efficientnet", **SMALL, **DROPS)
+  Step("efficientnet", **SMALL, **DROPS, bn_together=True).check_equals(unrolled, times=100)
   recomputed = Step("efficientnet", **SMALL, **DROPS, remat="convs")
   scanned = Step("efficientnet", **SMALL, **DROPS, remat="convs", scan=True)
   recomputed.check_equals(unrolled)

@@ -165,18 +165,20 @@ class Step:
       results = lowered.compile()(self.variables, x, jax.random.key(5))
     self.loss, self.grads, self.statistics = jax.device_get(results)
 
-  def check_equals(self, other):
-    """Fails unless another one has the same numbers."""
+  def check_equals(self, other, times=1):
+    """Fails unless another one has the same numbers, but for so many times the usual rounding."""
     # The same leaves, by name and shape: a checkpoint of one is a checkpoint of the other.
     same_shapes = jax.tree.map(lambda a, b: a.shape == b.shape, self.variables, other.variables)
     assert all(jax.tree.leaves(same_shapes))
-    assert self.loss == pytest.approx(other.loss, rel=1e-13)
+    assert self.loss == pytest.approx(other.loss, rel=times * 1e-13)
     for mine, expected in ((self.grads, other.grads), (self.statistics, other.statistics)):
       # Some gradients are 0 but for rounding, as of a bias that a norm takes out again.
-      rounding = 1e-14 * max((np.abs(x).max() for x in jax.tree.leaves(expected)), default=0.0)
+      rounding = (
+        times * 1e-14 * max((np.abs(x).max() for x in jax.tree.leaves(expected)), default=0.0)
+      )
       jax.tree.map(
         lambda a, b, rounding=rounding: np.testing.assert_allclose(
-          a, b, rtol=0, atol=1e-11 * np.abs(b).max() + rounding
+          a, b, rtol=0, atol=times * 1e-11 * np.abs(b).max() + rounding
         ),
         mine,
         expected,
