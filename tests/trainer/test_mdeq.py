@@ -13,6 +13,7 @@ import pytest
 from configs import base
 from tests.trainer import tiny
 from tests.trainer.shared import assert_refused
+from tests.trainer.test_variants import Step
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
 from trainer import models, program, state, step
@@ -108,6 +109,13 @@ def test_weights_that_were_not_trained_here_are_at_the_fixed_point():
   np.testing.assert_allclose(run(model, variables), run(solved, variables), rtol=1e-6)
   unrolled = run(model, variables._replace(others={"steps_taken": jnp.int32(5)}))
   assert np.abs(unrolled - run(solved, variables)).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_norms_together_change_no_number():
+  fields = tiny.get_config("mdeq").model.to_dict() | {"dtype": "float64"}
+  del fields["name"]
+  Step("mdeq", **fields | {"bn_together": True}).check_equals(Step("mdeq", **fields))
 
 
 @pytest.fixture(scope="module")
