@@ -3,16 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
+from configs.names import counted
+
 _WIDTH = 24  # of a bar
 
 
 def text(report: dict[str, Any]) -> str:
   """Return the lines of a report; see launch.preflight."""
-  what = (
-    f"{report['config']} on {report['slices']} x {report['topology']}: {report['chips']} chips "
-    f"({report['chip']}), {report['devices']} devices, {report['hosts']} host(s), mesh "
-    f"{report['mesh']}"
-  )
+  slices, chips, devices = report["slices"], report["chips"], report["devices"]
+  parts = [
+    f"{counted(chips, 'chip')} ({report['chip']})",
+    *[counted(devices, "device")] * (devices != chips),
+    counted(report["hosts"], "host"),
+    "mesh " + " ".join(f"{axis}={size}" for axis, size in report["mesh"].items()),
+  ]
+  where = f"{slices} x {report['topology']}" if slices > 1 else report["topology"]
+  what = f"{report['config']} on {where}: {', '.join(parts)}"
   by = f"All times are estimates, by libtpu {report['libtpu']}."
   lines = [what, by, f"They leave out {report['leaves_out']}.", ""]
   lines += _section("State", report["shardings"])

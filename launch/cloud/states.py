@@ -323,7 +323,8 @@ def _active(world: World, memory: Memory, settings: Settings) -> Action:
       )
     return _unguarded(world, memory, settings) or Action(
       "start",
-      f"starting attempt {memory.attempt} on {memory.hosts} host(s){trouble}",
+      f"starting attempt {memory.attempt} on {memory.hosts} host"
+      f"{'s' * (memory.hosts != 1)}{trouble}",
       attempt=memory.attempt,
     )
   return _started(world, memory, settings)
