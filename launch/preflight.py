@@ -244,7 +244,7 @@ def _report(
     figures = known.find(lowered, *about)
     if figures is None:
       step, seconds = preflight_compile.compile_step(program, lowered, mode, sizes, screen)
-      figures = {"compile_seconds": seconds} | estimate.step(
+      figures = {"compile_cpu_seconds": seconds} | estimate.step(
         step,
         program.mesh,
         batch_size=batch,
@@ -255,7 +255,7 @@ def _report(
     else:
       what = preflight_compile.name_of(mode, sizes)
       print(f"{what}: estimate of --known", file=screen, flush=True)
-    compiling += figures["compile_seconds"]
+    compiling += figures["compile_cpu_seconds"]
     if mode == "train":
       figures["as_asked"] = preflight_checks.as_asked(figures, program)
     report["steps"].append({"mode": mode, **sizes, "per_chip": batch / where.chips} | figures)

@@ -21,7 +21,7 @@ _COLUMNS = (
   "MFU",
   "hours",
   "chip-hours",
-  "compiled in, s",
+  "compiled in, CPU-s",
 )
 
 
@@ -92,5 +92,5 @@ def _row(name: str, report: dict[str, Any]) -> list[str]:
     f"{100 * step['mfu']:.0f} %",
     f"{report['run']['hours']['total']:.1f}",
     f"{report['run']['chip_hours']:,.0f}",
-    f"{sum(each['compile_seconds'] for each in report['steps']):.0f}",
+    f"{sum(each['compile_cpu_seconds'] for each in report['steps']):.0f}",
   ]

@@ -54,7 +54,7 @@ def _step(step: dict[str, Any], report: dict[str, Any]) -> list[str]:
   )
   fit = (
     f"fits: {mib(used)} of {mib(all_of_it)} a device, {mib(all_of_it - used)} free; compiled in "
-    f"{step['compile_seconds']:.0f} s"
+    f"{step['compile_cpu_seconds']:.0f} CPU-seconds"
   )
   parts = [f"{what} {mib(size)}" for what, size in step["memory"].items() if what != "total"]
   lines = [speed, floor]
