@@ -60,6 +60,8 @@ def text(folder: pathlib.Path) -> str:
   }
   lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
   lines += [f"| {' | '.join(_row(name, report))} |" for name, report in reports.items()]
+  if any("*" in line for line in lines):
+    lines += ["", "* has loops whose rounds are not known, and count once."]
   if missing := _missing(folder):
     lines += ["", f"Not compiled: {', '.join(missing)}."]
   return "\n".join(lines)
@@ -86,11 +88,16 @@ def _row(name: str, report: dict[str, Any]) -> list[str]:
     *head,
     f"{step['per_chip']:g}",
     "yes",
-    f"{step['memory']['total'] / 2**30:.1f}",
-    f"{step['ms']:.1f}",
-    f"{step['images_per_second_per_chip']:,.0f}",
-    f"{100 * step['mfu']:.0f} %",
-    f"{report['run']['hours']['total']:.1f}",
-    f"{report['run']['chip_hours']:,.0f}",
-    f"{sum(each['compile_cpu_seconds'] for each in report['steps']):.0f}",
+    _short(step["memory"]["total"] / 2**30),
+    _short(step["ms"]) + "*" * bool(step["unknown_loops"]),
+    _short(step["images_per_second_per_chip"]),
+    f"{100 * step['mfu']:.1f} %",
+    _short(report["run"]["hours"]["total"]),
+    _short(report["run"]["chip_hours"]),
+    _short(sum(each["compile_cpu_seconds"] for each in report["steps"])),
   ]
+
+
+def _short(value: float) -> str:
+  """Return a number with three digits that count."""
+  return f"{float(f'{value:.3g}'):,g}"

@@ -342,9 +342,14 @@ def test_table_of_what_was_made(tmp_path, monkeypatch):
     "images_per_second_per_chip": 1066.0,
     "mfu": 0.214,
     "compile_cpu_seconds": 100.0,
+    "unknown_loops": [],
   }
   report = {
-    "steps": [step | {"cycles": 1e7, "ms": 7.0}, step, step | {"mode": "eval", "cycles": 1e9}],
+    "steps": [
+      step | {"cycles": 1e7, "ms": 7.0},
+      step | {"unknown_loops": ["while.1"]},
+      step | {"mode": "eval", "cycles": 1e9},
+    ],
     "run": {"hours": {"total": 2.5}, "chip_hours": 1040.0},
     "fields": {},
   }
@@ -372,10 +377,11 @@ def test_table_of_what_was_made(tmp_path, monkeypatch):
   assert len(asked) == 3  # what is there is not made again
   (tmp_path / "smoke.json").unlink()
   lines = preflight_table.text(tmp_path).splitlines()
-  assert lines[2] == "| `a:b` |  | 64 | yes | 3.0 | 60.0 | 1,066 | 21 % | 2.5 | 1,040 | 300 |"
+  assert lines[2] == "| `a:b` |  | 64 | yes | 3 | 60* | 1,070 | 21.4 % | 2.5 | 1,040 | 300 |"
   assert lines[3].startswith("| `c` | `model.scan=True mesh.fsdp=4` |  | no: they need too much | ")
+  assert lines[-3] == "* has loops whose rounds are not known, and count once."
   assert lines[-1] == "Not compiled: smoke."
-  assert len({line.count("|") for line in lines[:-2]}) == 1
+  assert len({line.count("|") for line in lines[:-4]}) == 1
 
 
 A_STEP = """
