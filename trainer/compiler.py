@@ -12,6 +12,10 @@ Options = dict[str, str | bool]
 # shard, in a loop that passes the sums around a ring. With 4 of 64 channels at a time that leaves
 # the matrix units empty.
 _TPU_TRAINING: Options = {"xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false"}
+# Without it the compiler (libtpu 0.0.42) splits the sum over slices of a large kernel over few of
+# the chips of each slice, 16 of 256 for instance, which send a sixteenth each. What is smaller than
+# this it joins, and each chip sends its part of that.
+_TPU_SLICES: Options = {"xla_tpu_dcn_all_reduce_combiner_threshold_bytes": str(2**22)}
 # From jaxlib 0.11 on, sums and products go to YNNPACK together with what feeds them. In bfloat16
 # it then returns numbers of 1e33 for the mean of a 1x1 convolution of the sum of two batch norms
 # with ReLU, which ends MDEQ (seen with 0.11.2 and 0.12.0). No option of 0.10 has this name.
@@ -19,15 +23,16 @@ _CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _FUSES = tuple(int(part) for part in jaxlib.version.__version__.split(".")[:2]) >= (0, 11)
 
 
-def options(platform: str, *, training: bool = False) -> Options | None:
+def options(platform: str, *, training: bool = False, slices: bool = False) -> Options | None:
   """Return what to compile with, for `jax.jit` or `jax.stages.Lowered.compile`.
 
   Args:
     platform: of the devices, as "tpu".
     training: whether the program is a training step.
+    slices: whether the devices are of several slices.
   """
   if platform == "tpu" and training:
-    return _TPU_TRAINING
+    return _TPU_TRAINING | (_TPU_SLICES if slices else {})
   return _CPU if platform == "cpu" and _FUSES else None
 
 

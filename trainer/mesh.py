@@ -87,6 +87,11 @@ def make_mesh(
   )
 
 
+def crosses_slices(mesh: Mesh) -> bool:
+  """Return whether there are devices of several slices, which a slow network joins."""
+  return len({_slice(device) for device in mesh.devices.flat}) > 1
+
+
 def _slice(device: jax.Device) -> int:
   return getattr(device, "slice_index", 0)  # only TPUs have it
 

@@ -215,7 +215,9 @@ class Program:
   def finish(self, lowered: jax.stages.Lowered, mode: Mode) -> jax.stages.Compiled:
     """Compile what was traced before."""
     platform = self.mesh.devices.flat[0].platform
-    return lowered.compile(compiler.options(platform, training=mode == "train"))
+    slices = mesh_lib.crosses_slices(self.mesh)
+    options = compiler.options(platform, training=mode == "train", slices=slices)
+    return lowered.compile(options)
 
   def empty_batch(
     self, mode: Mode, hosts: int, *, image_size: int, batch_size: int

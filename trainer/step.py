@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -71,8 +72,8 @@ class _Sums(NamedTuple):
   """What is added up over micro-batches, each a mean over one of them.
 
   Attributes:
-    loss: scalar.
-    top1: scalar, a share.
+    loss: scalar; over several slices that of each example, added up.
+    top1: a share, likewise.
     grads: as the parameters.
     own: scalars that the model and its teacher measure.
   """
@@ -127,7 +128,16 @@ def make_train_step(
   loss_of = distill.make_loss(config, losses.make_loss(config.loss), mesh, teacher)
   inputs = augment.make_inputs(config, augment_until)
   frozen = config.optimizer.freeze
+  for_micro_batches = functools.partial(
+    models.family_of(config.model).for_micro_batches, fields=models.own_fields(config.model)
+  )
   own_metrics = _own_metrics(config)
+  # In a computation that sends to other slices the compiler of TPUs (libtpu 0.0.42) hardly makes
+  # operations of several results, such as sums of batch norm beside a convolution. So nothing is
+  # sent in the loop over micro-batches, which is one even if there is one, nor in the branch that
+  # updates the state.
+  apart = guarded and mesh_lib.crosses_slices(mesh)
+  looped = accumulation_steps > 1 or apart
 
   def loss_fn(
     params: Params,
@@ -136,7 +146,7 @@ def make_train_step(
     batch: Batch,
     key: jax.Array,
     step: jax.Array,
-  ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array], Variables]]:
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, jax.Array], Variables]]:
     key_augment, key_model = jax.random.split(key)
     params = finetune.stop_gradients(frozen, params)
     net = model.merge(statistics._replace(params=params), key_model)
@@ -148,10 +158,13 @@ def make_train_step(
     of_examples, measured = loss_of(logits, targets, images, teacher_weights)
     sown = family.reap(net)
     loss = sum(sown.losses, of_examples.mean())
-    top1 = jnp.mean(jnp.argmax(logits, -1) == batch["label"], dtype=logits.dtype)
+    hits = jnp.argmax(logits, -1) == batch["label"]
     measured |= sown.metrics
     own = {name: measured[name] for name in own_metrics}
-    return loss, (top1, own, model.variables(net)._replace(params={}))
+    statistics = model.variables(net)._replace(params={})
+    if apart:  # else the sums over devices that means need would stay in the loop
+      return loss, (sum(sown.losses, of_examples), hits.astype(logits.dtype), own, statistics)
+    return loss, (loss, jnp.mean(hits, dtype=logits.dtype), own, statistics)
 
   def gradients(
     params: Params,
@@ -160,21 +173,30 @@ def make_train_step(
     batch: Batch,
     step: jax.Array,
     shards: Tree,
+    requests: jax.Array,
   ) -> tuple[_Sums, Variables]:
     """Return means over the batch, and the new statistics, those of BN for each group."""
-    like = params
-    if accumulation_steps > 1 and config.model.get("bn_together", False):
-      params = norm.as_rows(params, statistics.batch_stats)
+    in_loop, pull = params, lambda grads: (grads,)
+    if looped:
+      in_loop, pull = jax.vjp(
+        lambda params: for_micro_batches(params, statistics.batch_stats), params
+      )
+      # Those of another form are not in shards.
+      shards = jax.tree.map(
+        lambda x, like, sharding: sharding if x.shape == like.shape else mesh_lib.replicated(mesh),
+        *(in_loop, params, shards),
+      )
 
     def of_micro_batch(
       statistics: Variables, batch: Batch, micro_batch: jax.Array | int
     ) -> tuple[_Sums, Variables]:
       key = step_key(config.seed, step, micro_batch)
-      (loss, (top1, own, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        params, statistics, teacher_weights, batch, key, step
+      grads, (loss, top1, own, statistics) = jax.grad(loss_fn, has_aux=True)(
+        in_loop, statistics, teacher_weights, batch, key, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
-      # of TPUs; in shards it is scattered in each round.
+      # of TPUs, if nothing lies between it and the sum over rounds; in shards it is scattered in
+      # each round.
       return _Sums(loss, top1, mesh_lib.scatter(grads, shards), own), statistics
 
     def accumulate(
@@ -187,7 +209,7 @@ def make_train_step(
     if config.model.get("row_pairs", False):
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
-    if accumulation_steps == 1:
+    if not looped:
       return of_micro_batch(statistics, batch, 0)
     micro_batches = split(batch, accumulation_steps)
     shapes = jax.eval_shape(
@@ -199,10 +221,22 @@ def make_train_step(
       jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
       jax.tree.map(norm.for_groups, statistics, shapes[1]),
     )
-    numbers = jnp.arange(accumulation_steps)
-    (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
+    if accumulation_steps == 1:
+
+      def only_round(number: jax.Array, carry: tuple[_Sums, Variables]) -> tuple[_Sums, Variables]:
+        # Else the compiler would move what does not depend on the number out of the loop again.
+        return accumulate(carry, jax.lax.optimization_barrier((batch, number)))[0]
+
+      # It may not know either that there is one round.
+      rounds = jnp.where(jnp.max(requests) >= FAIL, 0, 1)
+      total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
+    else:
+      numbers = jnp.arange(accumulation_steps)
+      (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
     total = jax.tree.map(lambda x: x / accumulation_steps, total)
-    grads = jax.tree.map(lambda x, like: x.reshape(like.shape), total.grads, like)
+    (grads,) = pull(total.grads)
+    if apart:
+      total = total._replace(loss=jnp.mean(total.loss), top1=jnp.mean(total.top1))
     return total._replace(grads=grads), statistics
 
   def train_step(
@@ -215,31 +249,43 @@ def make_train_step(
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
     (loss, top1, grads, own), statistics = gradients(
-      whole, statistics, teacher_weights, batch, state.step, shards
+      whole, statistics, teacher_weights, batch, state.step, shards, requests
     )
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
-    old_params = jax.lax.with_sharding_constraint(state.params, shards)
-    masks: Tree = None
-    more: list[jax.Array] = []
-    if sparse is None:
-      updates, opt_state = optimizer.update(grads, state.opt_state, old_params)
-      params = optax.apply_updates(old_params, updates)
+    if apart:  # else the compiler would move sums over devices into the branch below
+      loss, top1, own, batch_stats = jax.lax.optimization_barrier((loss, top1, own, batch_stats))
+    # In the shards of the update, so that the compiler joins a guard with that.
+    old = dataclasses.replace(state, params=jax.lax.with_sharding_constraint(state.params, shards))
+
+    def update() -> tuple[TrainState, jax.Array]:
+      masks: Tree = None
+      more: list[jax.Array] = []
+      mean = grads
+      if sparse is None:
+        updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+        params = optax.apply_updates(old.params, updates)
+      else:
+        mean, params, opt_state, masks, more = sparse.step(optimizer, grads, old.params, state)
+      ema = state.ema
+      if ema is not None:
+        ema = average(ema, params, batch_stats, state.step)
+        if sparse is not None:
+          ema = sparse.mask_averages(ema, masks, state.step)
+      means = [loss, top1, optax.tree.norm(mean), optax.tree.norm(params), schedule(state.step)]
+      metrics = jnp.stack([*means, *(own[name] for name in own_metrics), *more])
+      others = statistics.others
+      new = TrainState(state.step + 1, params, batch_stats, others, opt_state, ema, masks)
+      return new, metrics.astype(loss.dtype)
+
+    if apart:
+      nothing = old, jnp.zeros(len(metric_names(config)), loss.dtype)
+      new, metrics = jax.lax.cond(jnp.max(requests) >= FAIL, lambda: nothing, update)
     else:
-      grads, params, opt_state, masks, more = sparse.step(optimizer, grads, old_params, state)
-    ema = state.ema
-    if ema is not None:
-      ema = average(ema, params, batch_stats, state.step)
-      if sparse is not None:
-        ema = sparse.mask_averages(ema, masks, state.step)
-    means = [loss, top1, optax.tree.norm(grads), optax.tree.norm(params), schedule(state.step)]
-    metrics = jnp.stack([*means, *(own[name] for name in own_metrics), *more])
-    new = TrainState(state.step + 1, params, batch_stats, statistics.others, opt_state, ema, masks)
+      new, metrics = update()
     request = jnp.max(requests)
-    if guarded:
-      # In the shards of the update, so that the compiler joins it with that.
-      old = dataclasses.replace(state, params=old_params)
+    if guarded and not apart:
       new = jax.tree.map(lambda x, y: jnp.where(request >= FAIL, x, y), old, new)
-    return new, StepOutput(metrics.astype(loss.dtype), request)
+    return new, StepOutput(metrics, request)
 
   return train_step
 

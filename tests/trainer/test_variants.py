@@ -1,6 +1,7 @@
 """Residual nets by field: published sizes, names, scan and remat, stochastic depth, blur."""
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -424,9 +425,9 @@ def test_pool_before_the_norm_and_pairs_of_rows_change_neither_outputs_nor_gradi
   with jax.enable_x64(True):
     images = np.random.default_rng(0).normal(size=(8, 18, 14, 3))
 
-    def stem(pool_first, paired=False):
+    def stem(pool_first, paired, in_loop):
       config = config_of("resnet", depth=18, width=0.125, dtype="float64", pool_first=pool_first)
-      config.update({"activation": "elu", "bn_shifted": True, "bn_group": "2"})
+      config.update({"row_pairs": paired, "activation": "elu", "bn_shifted": True, "bn_group": "2"})
       model, variables = state.split(
         nnx.eval_shape(
           lambda: models.create(config, image_size=32, shards=2, rngs=nnx.Rngs(0, params=0))
@@ -440,6 +441,9 @@ def test_pool_before_the_norm_and_pairs_of_rows_change_neither_outputs_nor_gradi
       statistics = {"mean": np.linspace(-1, 1, 8), "var": np.ones(8)}
 
       def run(weights, images):
+        if in_loop:
+          form = models.family_of(config).for_micro_batches
+          weights = form(weights, {"stem_bn": statistics}, models.own_fields(config))
         net = model.merge(
           variables._replace(
             params=variables.params | weights,
@@ -454,7 +458,7 @@ def test_pool_before_the_norm_and_pairs_of_rows_change_neither_outputs_nor_gradi
       return jax.value_and_grad(run, (0, 1), has_aux=True)(weights, images)
 
     *others, behind = jax.device_get(
-      jax.jit(lambda: [stem(True), stem(False, True), stem(True, True), stem(False)])()
+      jax.jit(lambda: [stem(*form) for form in itertools.product((True, False), repeat=3)])()
     )
   for other in others:
     jax.tree.map(

@@ -160,6 +160,25 @@ class Family(nnx.Module):
     return constructor(**fields, num_classes=num_classes, dtype=dtype, rngs=rngs)
 
   @classmethod
+  def for_micro_batches(
+    cls, params: Mapping[str, Any], batch_stats: Mapping[str, Any], fields: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Return parameters in the form in which the loop over micro-batches of a step has them.
+
+    What a model does with a parameter first, such as to pad it, is then done once and not in every
+    round. More than that: its gradient is summed over micro-batches in that form. Where nothing
+    lies between its sum over devices and that over micro-batches, the compiler of TPUs moves the
+    former behind the loop. By default they stay as they are.
+
+    Args:
+      params: nested dict of arrays.
+      batch_stats: likewise.
+      fields: values of FIELDS.
+    """
+    del batch_stats, fields
+    return dict(params)
+
+  @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:
     """Return the name of a leaf in a state dict of torchvision or timm; by default its own.
 

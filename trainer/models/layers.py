@@ -241,18 +241,23 @@ def row_pairs(x: jax.Array) -> jax.Array:
   return x.reshape(n, height // 2, width, 2 * channels)
 
 
-def conv_of_row_pairs(conv: nnx.Conv, x: jax.Array) -> jax.Array:
-  """Return conv(images), a 7x7 convolution of stride 2, for x = row_pairs(images).
+def kernel_of_row_pairs(kernel: jax.Array) -> jax.Array:
+  """Return a kernel [7, 7, I, O] as that of `conv_of_row_pairs`, [4, 7, 2I, O].
 
-  It is a convolution of 4 by 7 with stride 2 along rows only, of the same weights and zeros for an
-  eighth row: half of a space to depth (Ying et al., arXiv:1811.06992).
+  The same weights and zeros for an eighth row: half of a space to depth (Ying et al.,
+  arXiv:1811.06992).
   """
-  kernel = jnp.pad(conv.kernel.get_value(), ((1, 0), (0, 0), (0, 0), (0, 0)))
+  kernel = jnp.pad(kernel, ((1, 0), (0, 0), (0, 0), (0, 0)))
   _, width, inputs, outputs = kernel.shape
   kernel = kernel.reshape(4, 2, width, inputs, outputs).swapaxes(1, 2)
+  return kernel.reshape(4, width, 2 * inputs, outputs)
+
+
+def conv_of_row_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Return a 7x7 convolution of stride 2 of images, for x = row_pairs(images): of 4x7 here."""
   return jax.lax.conv_general_dilated(
     x,
-    kernel.reshape(4, width, 2 * inputs, outputs).astype(x.dtype),
+    kernel.astype(x.dtype),
     (1, 2),
     ((2, 1), (3, 3)),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),

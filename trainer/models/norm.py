@@ -82,9 +82,8 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.ones(channels, wide))
 
   def directions(self) -> jax.Array:
-    """Return, for each channel, 1 if the output rises with the input and -1 if it falls."""
-    scale = jax.lax.stop_gradient(self.scale.get_value())
-    return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+    """Return `directions` of the scale."""
+    return directions(self.scale.get_value())
 
   def __call__(
     self, x: jax.Array, pool: Callable[[jax.Array], jax.Array] | None = None
@@ -139,6 +138,12 @@ class BatchNorm(nnx.Module):
       if bias is not None:
         y = y + bias
     return y.astype(self.dtype).reshape(shape)
+
+
+def directions(scale: jax.Array) -> jax.Array:
+  """Return, for each channel, 1 if the output rises with the input and -1 if it falls."""
+  scale = jax.lax.stop_gradient(scale)
+  return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
 
 
 class _Cells(NamedTuple):

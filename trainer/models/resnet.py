@@ -12,7 +12,6 @@ string keys: these become the names of checkpoint leaves.
 
 import abc
 from collections.abc import Mapping, Sequence
-import functools
 from typing import Any, ClassVar, Self
 
 from flax import nnx
@@ -21,7 +20,14 @@ import jax
 from configs.fields import Fields
 from trainer.models import names, norm, resnet_fields, resnet_names, staged
 from trainer.models.blocks import BasicBlock, Block, Bottleneck
-from trainer.models.layers import Layers, conv_of_row_pairs, max_pool, refuse_split, scaled
+from trainer.models.layers import (
+  Layers,
+  conv_of_row_pairs,
+  kernel_of_row_pairs,
+  max_pool,
+  refuse_split,
+  scaled,
+)
 from trainer.models.repeat import repeat
 
 # Depth: (blocks of each stage, whether they are bottlenecks).
@@ -124,6 +130,13 @@ class _Trunk(staged.Staged):
         f"{name} is {size}, an odd number of rows, and config.model.row_pairs is True; set that to "
         "False, or take an even size."
       )
+
+  @classmethod
+  def for_micro_batches(
+    cls, params: Mapping[str, Any], batch_stats: Mapping[str, Any], fields: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Return vectors of batch norms as rows, with `bn_together`; see Family."""
+    return norm.as_rows(params, batch_stats) if fields["bn_together"] else dict(params)
 
   @classmethod
   def build(
@@ -263,6 +276,20 @@ class ResNet(_Trunk):
     if fields["pool_first"]:
       resnet_fields.check_pool_first(fields)
 
+  @classmethod
+  def for_micro_batches(
+    cls, params: Mapping[str, Any], batch_stats: Mapping[str, Any], fields: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Return the kernel before the pool as `_stem` needs it too, marked by a first axis of 1."""
+    number = "3" if fields["stem"] == "deep" else ""
+    conv, bn = f"stem_conv{number}", f"stem_bn{number}"
+    in_loop = super().for_micro_batches(params, batch_stats, fields)
+    if fields["pool_first"] or fields["row_pairs"]:
+      scale = params[bn]["scale"] if fields["pool_first"] else None
+      kernel = _stem_kernel(params[conv]["kernel"], scale, paired=fields["row_pairs"])
+      in_loop[conv] = {"kernel": kernel[None]}
+    return in_loop
+
   def _build_stem(self, channels: int, fields: Mapping[str, Any], layers: Layers) -> None:
     self.deep, self.blurs_pool = fields["stem"] == "deep", fields["blurpool"] == "all"
     self.pools_by_conv = fields["stem_pool"] == "conv"
@@ -290,22 +317,40 @@ class ResNet(_Trunk):
       x = self.activation(self.stem_bn1(self.stem_conv1(x)))
       x = self.activation(self.stem_bn2(self.stem_conv2(x)))
     conv = self.stem_conv3 if self.deep else self.stem_conv
-    convolve = functools.partial(conv_of_row_pairs, conv) if paired else conv
-    if self.preact:  # the first block starts with norm and activation
-      x = convolve(x)
-    else:
+    own, bn, scale = conv.kernel.get_value(), None, None
+    in_loop = own.ndim > 4  # see `for_micro_batches`
+    if not self.preact:  # else the first block starts with norm and activation
       bn = self.stem_bn3 if self.deep else self.stem_bn
-      if self.pool_first and not bn.use_running_average:
-        # The signs are in the kernel, where they cost nothing.
-        kernel = conv.kernel.get_value()
-        conv.kernel.set_value(kernel * bn.directions())
-        x = bn(convolve(x), max_pool)
-        conv.kernel.set_value(kernel)
-        return self.activation(x)
-      x = self.activation(bn(convolve(x)))
+      if self.pool_first and (in_loop or not bn.use_running_average):
+        scale = bn.scale.get_value()
+    kernel = own.reshape(own.shape[1:]) if in_loop else _stem_kernel(own, scale, paired=paired)
+    if paired:
+      x = conv_of_row_pairs(x, kernel)
+    else:
+      conv.kernel.set_value(kernel)
+      x = conv(x)
+      conv.kernel.set_value(own)
+    if bn is not None and scale is not None:
+      return self.activation(bn(x, max_pool))
+    if bn is not None:
+      x = self.activation(bn(x))
     if self.pools_by_conv:
       return self.activation(self.stem_pool_bn(self.stem_pool_conv(x)))
     return max_pool(x, blurred=self.blurs_pool)
+
+
+def _stem_kernel(kernel: jax.Array, scale: jax.Array | None, *, paired: bool) -> jax.Array:
+  """Return the kernel of the last convolution of the stem as its computation needs it.
+
+  Args:
+    kernel: as a checkpoint has it.
+    scale: of the norm behind it, whose signs are put in the kernel, where they cost nothing; None
+      to leave them out.
+    paired: whether it is for pairs of rows.
+  """
+  if scale is not None:
+    kernel = kernel * norm.directions(scale)
+  return kernel_of_row_pairs(kernel) if paired else kernel
 
 
 class ResNetRS(ResNet):
