@@ -132,9 +132,9 @@ def make_train_step(
     models.family_of(config.model).for_micro_batches, fields=models.own_fields(config.model)
   )
   own_metrics = _own_metrics(config)
-  # In a computation that sends to other slices the compiler of TPUs (libtpu 0.0.42) hardly makes
-  # operations of several results, such as sums of batch norm beside a convolution. So nothing is
-  # sent in the loop over micro-batches, which is one even if there is one, nor in the branch that
+  # In a computation that sends to other slices the compiler of TPUs (libtpu 0.0.42) makes few
+  # operations of several results, as of sums of batch norm beside a convolution. So nothing is sent
+  # in the loop over micro-batches, which there is for a single one too, nor in the branch that
   # updates the state.
   apart = guarded and mesh_lib.crosses_slices(mesh)
   looped = accumulation_steps > 1 or apart
