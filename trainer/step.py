@@ -173,7 +173,6 @@ def make_train_step(
     batch: Batch,
     step: jax.Array,
     shards: Tree,
-    requests: jax.Array,
   ) -> tuple[_Sums, Variables]:
     """Return means over the batch, and the new statistics, those of BN for each group."""
     in_loop, pull = params, lambda grads: (grads,)
@@ -228,7 +227,7 @@ def make_train_step(
         return accumulate(carry, jax.lax.optimization_barrier((batch, number)))[0]
 
       # It may not know either that there is one round.
-      rounds = jnp.where(jnp.max(requests) >= FAIL, 0, 1)
+      rounds = jnp.where(step < 0, 0, 1)
       total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
     else:
       numbers = jnp.arange(accumulation_steps)
@@ -249,7 +248,7 @@ def make_train_step(
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
     (loss, top1, grads, own), statistics = gradients(
-      whole, statistics, teacher_weights, batch, state.step, shards, requests
+      whole, statistics, teacher_weights, batch, state.step, shards
     )
     batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
     if apart:  # else the compiler would move sums over devices into the branch below
