@@ -23,6 +23,7 @@ import ml_collections
 import optax
 
 from configs import base, names
+from trainer import compiler
 from trainer.state import BatchStats, Params, Tree
 
 _FIELD = "config.optimizer.ema_rule"
@@ -124,7 +125,8 @@ def make_average(config: ml_collections.ConfigDict, start: int = 0) -> Average:
       kept = update(kept, averaged, step)
     else:
       # A branch, not a product with 0: the steps between then read and write no averages.
-      kept = jax.lax.cond(step % every == 0, update, lambda kept, *_: kept, kept, averaged, step)
+      with compiler.one_in(every):
+        kept = jax.lax.cond(step % every == 0, update, lambda kept, *_: kept, kept, averaged, step)
     return raw | kept
 
   return average

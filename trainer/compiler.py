@@ -1,6 +1,7 @@
 """Options of XLA without which a program is slow, or wrong."""
 
 from collections.abc import Callable
+import contextlib
 from typing import Any
 
 import jax
@@ -39,3 +40,11 @@ def options(platform: str, *, training: bool = False, slices: bool = False) -> O
 def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:
   """Return `jax.jit` of a function, with the options for the devices of this process."""
   return jax.jit(function, compiler_options=options(jax.default_backend()))
+
+
+def one_in(steps: int) -> contextlib.AbstractContextManager[None]:
+  """Name a `lax.cond` inside as one whose dearest branch is taken once in so many steps.
+
+  Nothing but the names of operations changes, by which trainer.tools.tpu_cost weighs the branches.
+  """
+  return jax.named_scope(f"one_in_{steps}")

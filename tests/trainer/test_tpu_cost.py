@@ -169,6 +169,35 @@ def test_loops_count_as_often_as_they_turn(old, new, rounds):
   assert line.unknown_loops == (() if rounds else ("while.1",))
 
 
+@pytest.mark.parametrize(
+  "op_name, cycles",
+  [
+    ("jit(train_step)/cond", 900),  # the dearest, if it is not known how often each is taken
+    ("jit(train_step)/one_in_100/cond", 0.01 * 900 + 0.99 * 100),
+    ("jit(train_step)/one_in_100/cond/branch_1_fun/cond", 900),
+  ],
+)
+def test_a_branch_counts_as_often_as_it_is_taken(op_name, cycles):
+  branches = [
+    line
+    for name, spent in (("usual", 100), ("rare", 900))
+    for line in (
+      f"%{name} (p: f32[8,128]) -> f32[8,128] {{",
+      f"  %x.{name} = {ON} parameter(0)",
+      fusion(f"of.{name}", f"x.{name}", cycles=spent),
+      "}",
+    )
+  ]
+  text = program(
+    f"  ROOT %result = {ON} conditional(%x, %w, %w), branch_computations={{%usual, %rare}}, "
+    f'metadata={{op_name="{op_name}"}}',
+    computations=branches,
+  )
+  line = tpu_cost.time_line(text, DEVICE)
+  assert line.cycles == pytest.approx(cycles)
+  assert sum(line.by_kind().values()) == pytest.approx(cycles)
+
+
 def test_collectives():
   reduce = "replica_groups={{0,1,2,3}}, to_apply=%add"
   text = program(

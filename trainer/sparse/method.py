@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from configs import base, sparsity_fields
+from trainer import compiler
 from trainer.errors import ConfigError
 from trainer.models import packing
 from trainer.sparse import layers as layers_lib
@@ -161,7 +162,8 @@ class Sparse:
     if self.config.sparsity.name == "static":
       params, opt_state, new = take(grads, masks)
     else:
-      params, opt_state, new = jax.lax.cond(self.due(state.step), change, take, grads, masks)
+      with compiler.one_in(self.config.sparsity.every_steps):
+        params, opt_state, new = jax.lax.cond(self.due(state.step), change, take, grads, masks)
     return Update(own, params, opt_state, new, self._metrics(masks, new))
 
   def due(self, step: jax.Array) -> jax.Array:
@@ -179,7 +181,8 @@ class Sparse:
     """
     if self.config.sparsity.name == "static":
       return ema
-    params = jax.lax.cond(self.due(step), apply, lambda _, params: params, masks, ema["params"])
+    with compiler.one_in(self.config.sparsity.every_steps):
+      params = jax.lax.cond(self.due(step), apply, lambda _, params: params, masks, ema["params"])
     return ema | {"params": params}
 
   def drop_fraction(self, step: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ _FREE = frozenset(
 )
 _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|\w*Sharding\w*)"')
 _CALLS = ("while", "conditional", "call")
+_ONE_IN = re.compile(r"\bone_in_(\d+)/cond$")
 _WITH_COLLECTIVES = ("fusion", "async-start")
 HBM = 0
 # A collective, and devices that share it.
@@ -213,7 +214,8 @@ class _Walk:
       return
     work = self._work(instruction)
     if opcode in _CALLS:
-      line.include(*self._called(instruction))
+      for inner, rounds in self._called(instruction):
+        line.include(inner, rounds)
     elif opcode.endswith("-done"):
       line.wait(instruction.operands[0], work)
     elif found := self._collectives(instruction):
@@ -277,16 +279,22 @@ class _Walk:
       for found in collectives.read(f"{self._header}\n{computation}\n{line}")
     ]
 
-  def _called(self, instruction: hlo.Instruction) -> tuple[TimeLine, float]:
-    """Return the time line of a loop's round, or of what is called, and how often it runs."""
+  def _called(self, instruction: hlo.Instruction) -> list[tuple[TimeLine, float]]:
+    """Return the time lines of what is called, and how often each runs in a step.
+
+    Of branches that is the dearest, and the cheapest too where trainer.compiler.one_in names them.
+    """
     if instruction.opcode != "while":
-      lines = [self.run(name) for name in instruction.called]
-      return max(lines, key=lambda each: each.cycles), 1
+      lines = sorted(map(self.run, instruction.called), key=lambda each: each.cycles)
+      if named := _ONE_IN.search(instruction.op_name):
+        share = 1 / int(named[1])
+        return [(lines[-1], share), (lines[0], 1 - share)]
+      return [(lines[-1], 1)]
     body = self.run(instruction.attribute("body") or "")
     rounds = self._rounds(instruction)
     if rounds is None:
       self._unknown.append(instruction.name)
-    return body, rounds or 1
+    return [(body, rounds or 1)]
 
   def _rounds(self, loop: hlo.Instruction) -> int | None:
     """Return how often a loop runs that counts from 0 to a constant, as those of scans do."""
