@@ -1,10 +1,13 @@
 """What every model family keeps to: exact resumes in both dtypes, on any mesh."""
 
+import jax
+import optax
 import pytest
 
 from configs import families as families_lib
 from tests.trainer import tiny
 from tests.trainer.shared import StopAt, fingerprints
+from trainer import models, state
 from trainer import train as train_lib
 from trainer.errors import Preempted
 
@@ -54,3 +57,28 @@ def test_stopped_anywhere_the_result_is_bitwise_the_same(family, dtype, tmp_path
   assert 0 < max(int(p.name) for p in (tmp_path / "stopped" / "checkpoints").iterdir()) < 6
   train_lib.train(config, str(tmp_path / "stopped"))
   assert fingerprints(tmp_path / "stopped", 6) == fingerprints(tmp_path / "quiet", 6)
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in families_lib.FAMILIES if "bn_together" in families_lib.fields(name)]
+)
+def test_vectors_of_norms_are_rows_in_the_loop_over_micro_batches(name):
+  config = tiny.get_config(name)
+  family = models.family_of(config.model)
+  _, init = state.make_init(config, optax.identity(), 1, 64)
+  plain = jax.eval_shape(init).raw()
+
+  def shapes(together):
+    config.model.bn_together = together
+    in_loop = jax.eval_shape(
+      lambda variables: family.for_micro_batches(
+        variables.params, variables.batch_stats, models.own_fields(config.model)
+      ),
+      plain,
+    )
+    return [leaf.shape for leaf in jax.tree.leaves(in_loop)]
+
+  before = [leaf.shape for leaf in jax.tree.leaves(plain.params)]
+  assert shapes(False) == before
+  changed = [(x, y) for x, y in zip(before, shapes(True), strict=True) if x != y]
+  assert changed and all(y == (*x[:-1], 1, x[-1]) for x, y in changed)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from configs.fields import Fields
+from trainer.models import norm
 from trainer.models.names import Looks
 
 
@@ -168,15 +169,14 @@ class Family(nnx.Module):
     What a model does with a parameter first, such as to pad it, is then done once and not in every
     round. More than that: its gradient is summed over micro-batches in that form. Where nothing
     lies between its sum over devices and that over micro-batches, the compiler of TPUs moves the
-    former behind the loop. By default they stay as they are.
+    former behind the loop. By default vectors of batch norms are rows with `bn_together`.
 
     Args:
       params: nested dict of arrays.
       batch_stats: likewise.
       fields: values of FIELDS.
     """
-    del batch_stats, fields
-    return dict(params)
+    return norm.as_rows(params, batch_stats) if fields.get("bn_together") else dict(params)
 
   @classmethod
   def torch_name(cls, leaf: str, fields: Mapping[str, Any]) -> str:

@@ -132,13 +132,6 @@ class _Trunk(staged.Staged):
       )
 
   @classmethod
-  def for_micro_batches(
-    cls, params: Mapping[str, Any], batch_stats: Mapping[str, Any], fields: Mapping[str, Any]
-  ) -> dict[str, Any]:
-    """Return vectors of batch norms as rows, with `bn_together`; see Family."""
-    return norm.as_rows(params, batch_stats) if fields["bn_together"] else dict(params)
-
-  @classmethod
   def build(
     cls,
     fields: Mapping[str, Any],
