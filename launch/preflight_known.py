@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from trainer import tools
+from trainer import compiler, tools
 from trainer.errors import ConfigError
 
 _CONSTANT = re.compile(r"(?<=stablehlo\.constant dense<).*?(?=> : tensor<(?:\d+x)*(?:bf|f)\d+>)")
@@ -46,12 +46,13 @@ class Known:
       *place: what else the estimates depend on, as the topology.
     """
     self._folder = pathlib.Path(folder).expanduser() if folder else None
-    # Estimates of another compiler, or by another account, are others.
-    sources = sorted(pathlib.Path(tools.__file__).parent.glob("*.py"))
+    # Estimates of another compiler, with other options or by another account, are others.
+    sources = [compiler.__file__, *sorted(pathlib.Path(tools.__file__).parent.glob("*.py"))]
     self._place = [
       *map(str, place),
       importlib.metadata.version("libtpu"),
-      *(hashlib.sha256(each.read_bytes()).hexdigest() for each in sources),
+      *(os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")),
+      *(hashlib.sha256(pathlib.Path(each).read_bytes()).hexdigest() for each in sources),
     ]
 
   def find(self, lowered: jax.stages.Lowered, *about: Any) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 from etils import epath
 import jax
@@ -409,6 +410,27 @@ def test_steps_that_differ_in_values_alone_are_one(old, new, same):
   assert other != A_STEP
   before, after = map(preflight_known.without_values, (A_STEP, other))
   assert (before == after) == same
+
+
+@pytest.mark.parametrize("change", ["program", "place", "about", "options", "libtpu"])
+def test_what_else_decides_an_estimate_makes_it_another(change, tmp_path, monkeypatch):
+  program = types.SimpleNamespace(as_text=lambda: A_STEP)
+  monkeypatch.setattr(preflight_known.importlib.metadata, "version", lambda name: "0.0.42.1")
+  monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+  preflight_known.Known(tmp_path, "v5e:2x2").keep({"cycles": 5}, program, "train", 64)
+  assert preflight_known.Known(tmp_path, "v5e:2x2").find(program, "train", 64) == {"cycles": 5}
+  place, about = "v5e:2x2", ("train", 64)
+  if change == "program":
+    program.as_text = lambda: A_STEP.replace("<12>", "<24>")
+  elif change == "place":
+    place = "v5e:4x4"
+  elif change == "about":
+    about = ("train", 128)
+  elif change == "options":
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=8192")
+  else:
+    monkeypatch.setattr(preflight_known.importlib.metadata, "version", lambda name: "0.0.52")
+  assert preflight_known.Known(tmp_path, place).find(program, *about) is None
 
 
 @needs_libtpu
