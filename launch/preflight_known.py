@@ -47,12 +47,13 @@ class Known:
     """
     self._folder = pathlib.Path(folder).expanduser() if folder else None
     # Estimates of another compiler, with other options or by another account, are others.
-    sources = [compiler.__file__, *sorted(pathlib.Path(tools.__file__).parent.glob("*.py"))]
+    account = pathlib.Path(tools.__file__).parent
+    sources = [pathlib.Path(compiler.__file__), *sorted(account.glob("*.py"))]
     self._place = [
       *map(str, place),
       importlib.metadata.version("libtpu"),
       *(os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")),
-      *(hashlib.sha256(pathlib.Path(each).read_bytes()).hexdigest() for each in sources),
+      *(hashlib.sha256(each.read_bytes()).hexdigest() for each in sources),
     ]
 
   def find(self, lowered: jax.stages.Lowered, *about: Any) -> dict[str, Any] | None:
