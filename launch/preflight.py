@@ -34,7 +34,6 @@ from trainer import command_line
 from trainer.errors import DONE, FAILED, ConfigError, TrainerError
 
 if TYPE_CHECKING:
-  from launch import preflight_known
   from trainer import program as program_lib
   from trainer.tools import estimate
 
@@ -141,7 +140,7 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
     TrainerError: with one sentence if config and topology do not fit, or the memory is too small.
   """
   devices = topology_devices(FLAGS.topology, FLAGS.slices)
-  from launch import preflight_checks, preflight_known
+  from launch import preflight_checks
   from trainer import config as config_lib
   from trainer import data
   from trainer import program as program_lib
@@ -160,15 +159,11 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
   teacher = teacher_lib.read(config) if config.distill.weight else None
   program = program_lib.build(config, examples, devices, teacher=teacher)
   where = estimate.pod(devices)
-  # Where programs are to be kept, all are compiled.
-  known = preflight_known.Known(
-    None if FLAGS.compiled else FLAGS.known, FLAGS.topology, FLAGS.slices, program.mesh
-  )
   # What is wrong with it shows before anything compiles.
   found = FLAGS.from_checkpoint and preflight_checks.checkpoint(FLAGS.from_checkpoint, program)
   try:
     with preflight_checks.kept(FLAGS.compiled) as programs:
-      report = _report(program, where, name, known, screen)
+      report = _report(program, where, name, screen)
   except DoesNotFitError as error:
     if not FLAGS.find_batch:
       raise DoesNotFitError(f"{error} {_ADVICE}") from error
@@ -187,11 +182,7 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
 
 
 def _report(
-  program: "program_lib.Program",
-  where: "estimate.Pod",
-  name: str,
-  known: "preflight_known.Known",
-  screen: TextIO,
+  program: "program_lib.Program", where: "estimate.Pod", name: str, screen: TextIO
 ) -> dict[str, Any]:
   """Returns what the compiled steps of a program are.
 
@@ -199,13 +190,12 @@ def _report(
     program: of the run.
     where: its chips.
     name: of the run file.
-    known: estimates of steps that were compiled before.
     screen: gets lines of progress.
 
   Raises:
     TrainerError: if a step does not fit.
   """
-  from launch import preflight_checks
+  from launch import preflight_checks, preflight_known
   from trainer import mesh as mesh_lib
   from trainer.reporting import flops
   from trainer.tools import estimate
@@ -240,8 +230,11 @@ def _report(
     if mode == "train":
       work = flops.FORWARD_PASSES * work + flops.teacher_flops(program.teacher, size)
     lowered = preflight_compile.lower(program, mode, sizes, screen)
-    about = (mode, batch, work)
-    figures = known.find(lowered, *about)
+    known, figures = None, None
+    if FLAGS.known and not FLAGS.compiled:  # where programs are to be kept, all are compiled
+      about = (FLAGS.topology, FLAGS.slices, program.mesh, mode, batch, work)
+      known = preflight_known.path(FLAGS.known, lowered, *about)
+      figures = preflight_known.find(known)
     if figures is None:
       step, seconds = preflight_compile.compile_step(program, lowered, mode, sizes, screen)
       figures = {"compile_cpu_seconds": seconds} | estimate.step(
@@ -251,7 +244,8 @@ def _report(
         flops=batch * work,
         training=mode == "train",
       )
-      known.keep(figures, lowered, *about)
+      if known:
+        preflight_known.keep(known, figures)
     else:
       what = preflight_compile.name_of(mode, sizes)
       print(f"{what}: estimate of --known", file=screen, flush=True)

@@ -417,8 +417,10 @@ def test_what_else_decides_an_estimate_makes_it_another(change, tmp_path, monkey
   program = types.SimpleNamespace(as_text=lambda: A_STEP)
   monkeypatch.setattr(preflight_known.importlib.metadata, "version", lambda name: "0.0.42.1")
   monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-  preflight_known.Known(tmp_path, "v5e:2x2").keep({"cycles": 5}, program, "train", 64)
-  assert preflight_known.Known(tmp_path, "v5e:2x2").find(program, "train", 64) == {"cycles": 5}
+  kept = preflight_known.path(str(tmp_path), program, "v5e:2x2", "train", 64)
+  preflight_known.keep(kept, {"cycles": 5})
+  again = preflight_known.path(str(tmp_path), program, "v5e:2x2", "train", 64)
+  assert preflight_known.find(again) == {"cycles": 5}
   place, about = "v5e:2x2", ("train", 64)
   if change == "program":
     program.as_text = lambda: A_STEP.replace("<12>", "<24>")
@@ -430,7 +432,8 @@ def test_what_else_decides_an_estimate_makes_it_another(change, tmp_path, monkey
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=8192")
   else:
     monkeypatch.setattr(preflight_known.importlib.metadata, "version", lambda name: "0.0.52")
-  assert preflight_known.Known(tmp_path, place).find(program, *about) is None
+  other = preflight_known.path(str(tmp_path), program, place, *about)
+  assert preflight_known.find(other) is None
 
 
 @needs_libtpu
