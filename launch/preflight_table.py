@@ -23,6 +23,11 @@ _COLUMNS = (
   "chip-hours",
   "compiled in, CPU-s",
 )
+# Of loops that end by their values, and make more than 1 % of a step.
+_MARKS = {
+  "≤": "has a loop that may end before, and counts with all its rounds.",
+  "*": "has a loop whose rounds are not known, and counts with one.",
+}
 
 
 def make(folder: pathlib.Path, words: Sequence[str]) -> None:
@@ -60,8 +65,7 @@ def text(folder: pathlib.Path) -> str:
   }
   lines = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
   lines += [f"| {' | '.join(_row(name, report))} |" for name, report in reports.items()]
-  if any("*" in line for line in lines):
-    lines += ["", "* has loops whose rounds are not known, and count once."]
+  lines += [f"\n{mark} {words}" for mark, words in _MARKS.items() if mark in "".join(lines)]
   if missing := _missing(folder):
     lines += ["", f"Not compiled: {', '.join(missing)}."]
   return "\n".join(lines)
@@ -89,13 +93,20 @@ def _row(name: str, report: dict[str, Any]) -> list[str]:
     f"{step['per_chip']:g}",
     "yes",
     _short(step["memory"]["total"] / 2**30),
-    _short(step["ms"]) + "*" * bool(step["unknown_loops"]),
+    _marked(step),
     _short(step["images_per_second_per_chip"]),
     f"{100 * step['mfu']:.1f} %",
     _short(report["run"]["hours"]["total"]),
     _short(report["run"]["chip_hours"]),
     _short(sum(each["compile_cpu_seconds"] for each in report["steps"])),
   ]
+
+
+def _marked(step: dict[str, Any]) -> str:
+  """Return the time of a step, with the marks of the loops that decide on more than 1 % of it."""
+  long = [each["most"] for each in step["open_loops"] if each["cycles"] > 0.01 * step["cycles"]]
+  most, once = _MARKS
+  return most * any(long) + _short(step["ms"]) + once * (None in long)
 
 
 def _short(value: float) -> str:

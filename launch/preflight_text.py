@@ -58,8 +58,7 @@ def _step(step: dict[str, Any], report: dict[str, Any]) -> list[str]:
   )
   parts = [f"{what} {mib(size)}" for what, size in step["memory"].items() if what != "total"]
   lines = [speed, floor]
-  if step["unknown_loops"]:
-    lines.append(f"counted once, for want of their rounds: {', '.join(step['unknown_loops'])}")
+  lines += [_loop(each, step["cycles"]) for each in step["open_loops"]]
   lines += [fit, f"memory: {', '.join(parts)}"]
   lines += _table(
     "largest temporaries, by the layer that wrote them",
@@ -121,6 +120,12 @@ def _table(
       for name, value in values.items()
     ),
   ]
+
+
+def _loop(loop: dict[str, Any], of_step: float) -> str:
+  counts = f"with its {loop['most']} rounds at most" if loop["most"] else "with one round"
+  share = 100 * loop["cycles"] / of_step
+  return f"{loop['name']} ends by its values, and counts {counts}: {share:.1f} % of the step"
 
 
 def _collective(each: dict[str, Any]) -> str:

@@ -147,7 +147,7 @@ def test_step_of_a_small_net(tmp_path):
     assert sum(step["cycles_by_kind"].values()) == pytest.approx(step["cycles"], rel=1e-3)
     assert sum(step["cycles_by_layer"].values()) == pytest.approx(step["cycles"], rel=1e-2)
     assert "stage3_block1/conv2" in step["cycles_by_layer"]
-    assert not step["unknown_loops"]
+    assert not step["open_loops"]
     # The gradients, or counts: no statistics of batch norm cross devices.
     assert {each["kind"] for each in step["collectives"]} == {"all-reduce"}
     assert all(each["axes"] == ["data"] for each in step["collectives"])
@@ -334,6 +334,7 @@ def test_words_of_the_compiler_about_memory(message, words):
 
 
 def test_table_of_what_was_made(tmp_path, monkeypatch):
+  loop = {"name": "while.1", "cycles": 1e7}
   step = {
     "mode": "train",
     "per_chip": 64.0,
@@ -343,12 +344,12 @@ def test_table_of_what_was_made(tmp_path, monkeypatch):
     "images_per_second_per_chip": 1066.0,
     "mfu": 0.214,
     "compile_cpu_seconds": 100.0,
-    "unknown_loops": [],
+    "open_loops": [],
   }
   report = {
     "steps": [
       step | {"cycles": 1e7, "ms": 7.0},
-      step | {"unknown_loops": ["while.1"]},
+      step | {"open_loops": [loop | {"most": None}, loop | {"most": 8, "cycles": 8e5}]},
       step | {"mode": "eval", "cycles": 1e9},
     ],
     "run": {"hours": {"total": 2.5}, "chip_hours": 1040.0},
@@ -380,7 +381,7 @@ def test_table_of_what_was_made(tmp_path, monkeypatch):
   lines = preflight_table.text(tmp_path).splitlines()
   assert lines[2] == "| `a:b` |  | 64 | yes | 3 | 60* | 1,070 | 21.4 % | 2.5 | 1,040 | 300 |"
   assert lines[3].startswith("| `c` | `model.scan=True mesh.fsdp=4` |  | no: they need too much | ")
-  assert lines[-3] == "* has loops whose rounds are not known, and count once."
+  assert lines[-3] == "* has a loop whose rounds are not known, and counts with one."
   assert lines[-1] == "Not compiled: smoke."
   assert len({line.count("|") for line in lines[:-4]}) == 1
 

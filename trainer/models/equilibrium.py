@@ -87,17 +87,20 @@ def solve(f: Callable[[State], State], z0: State, solver: Solver) -> Solution:
     return jnp.isfinite(residual) & (fixed | (residual >= solver.tolerance))
 
   def step(now: _Progress) -> _Progress:
-    z, memory = advance(now.memory, now.z, now.g, now.step)
-    z = _where(now.active, z, now.z)
-    g = subtract(f(z), z)
-    found = residual(z, g)
-    better = now.active & (found < now.best.residual)
-    best = Solution(
-      _where(better, z, now.best.z),
-      jnp.where(better, found, now.best.residual),
-      now.best.iterations + now.active,
-    )
-    return _Progress(now.step + 1, z, g, memory, best, now.active & unfinished(found))
+    with jax.named_scope("solver"):
+      z, memory = advance(now.memory, now.z, now.g, now.step)
+      z = _where(now.active, z, now.z)
+    value = f(z)
+    with jax.named_scope("solver"):
+      g = subtract(value, z)
+      found = residual(z, g)
+      better = now.active & (found < now.best.residual)
+      best = Solution(
+        _where(better, z, now.best.z),
+        jnp.where(better, found, now.best.residual),
+        now.best.iterations + now.active,
+      )
+      return _Progress(now.step + 1, z, g, memory, best, now.active & unfinished(found))
 
   g0 = subtract(f(z0), z0)
   first = residual(z0, g0)

@@ -75,7 +75,8 @@ def step(
     cycles_by_kind and cycles_by_layer; what the collectives are and take; norm_groups, how many of
     them sum the moments of batch norms or their gradients, by their devices; memory in bytes;
     temporaries, the largest by layer in bytes; estimated_cycles, the sum of what the compiler
-    gives; and unknown_loops, which count as one round.
+    gives; and open_loops, those that end by their values: name, the rounds that they take at most,
+    all of which count, or None, where one counts, and their cycles.
   """
   text = compiled.as_text() or ""
   where = pod(mesh.devices.flatten().tolist())
@@ -102,7 +103,7 @@ def step(
     "norm_groups": _norm_groups(line),
     "memory": memory(compiled),
     "temporaries": dict(list(live.largest(text, training=training).items())[:8]),
-    "unknown_loops": list(line.unknown_loops),
+    "open_loops": [dataclasses.asdict(each) for each in line.open_loops],
   }
 
 

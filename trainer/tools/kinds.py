@@ -34,7 +34,7 @@ _NOISE = re.compile(
   r"one_in_\d+|shard_map|custom_(jvp|vjp)_call\w*|jit|pjit|scan|vmap)?$"
 )
 # What a loop over blocks stacks and slices is of no layer.
-_OF_BLOCKS = re.compile(r"jvp\(.*/while/body/")
+_OF_BLOCKS = re.compile(r"jvp\(.*/while/(body|cond)/")
 _NORM = re.compile(r"(^|[/_.])(bn|norm|\w*BatchNorm|\w*LayerNorm)", re.IGNORECASE)
 _ADDS = ("add", "add_any")
 _COLLECTIVE = re.compile(rf"({collectives.KINDS}|recv|send)(-start|-done)?$")

@@ -118,18 +118,33 @@ class Transfer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+  """A loop that ends by its values, so that its program does not say how often it turns.
+
+  Attributes:
+    name: of the loop.
+    most: its rounds at most, all of which count; None if no bound could be read, and one counts.
+    cycles: of what counts, in a step.
+  """
+
+  name: str
+  most: int | None
+  cycles: float
+
+
+@dataclasses.dataclass(frozen=True)
 class TimeLine:
   """The estimate of a step on each device.
 
   Attributes:
     items: operations and waits, in their order.
     transfers: collectives.
-    unknown_loops: loops whose number of rounds could not be read, and counts as 1.
+    open_loops: loops that end by their values.
   """
 
   items: tuple[Item, ...]
   transfers: tuple[Transfer, ...]
-  unknown_loops: tuple[str, ...]
+  open_loops: tuple[Loop, ...]
 
   @property
   def cycles(self) -> float:
@@ -199,14 +214,13 @@ class _Walk:
     self._work = work
     # What a collective without groups needs to be read.
     self._header = text.partition("\n")[0]
-    self._unknown: list[str] = []
 
   def run(self, computation: str) -> TimeLine:
     """Return the time line of a computation."""
     line = _Line(self._device)
     for instruction in self._module.computations[computation]:
       self._step(instruction, line)
-    return line.close(tuple(dict.fromkeys(self._unknown)))
+    return line.close()
 
   def _step(self, instruction: hlo.Instruction, line: "_Line") -> None:
     name, opcode = instruction.name, instruction.opcode
@@ -214,8 +228,11 @@ class _Walk:
       return
     work = self._work(instruction)
     if opcode in _CALLS:
-      for inner, rounds in self._called(instruction):
-        line.include(inner, rounds)
+      if opcode == "while":
+        self._turn(instruction, line)
+      else:
+        for inner, share in self._called(instruction):
+          line.include(inner, share)
     elif opcode.endswith("-done"):
       line.wait(instruction.operands[0], work)
     elif found := self._collectives(instruction):
@@ -284,31 +301,44 @@ class _Walk:
 
     Of branches that is the dearest, and the cheapest too where trainer.compiler.one_in names them.
     """
-    if instruction.opcode != "while":
-      lines = sorted(map(self.run, instruction.called), key=lambda each: each.cycles)
-      if named := _ONE_IN.search(instruction.op_name):
-        share = 1 / int(named[1])
-        return [(lines[-1], share), (lines[0], 1 - share)]
-      return [(lines[-1], 1)]
-    body = self.run(instruction.attribute("body") or "")
-    rounds = self._rounds(instruction)
-    if rounds is None:
-      self._unknown.append(instruction.name)
-    return [(body, rounds or 1)]
+    lines = sorted(map(self.run, instruction.called), key=lambda each: each.cycles)
+    if named := _ONE_IN.search(instruction.op_name):
+      share = 1 / int(named[1])
+      return [(lines[-1], share), (lines[0], 1 - share)]
+    return [(lines[-1], 1)]
 
-  def _rounds(self, loop: hlo.Instruction) -> int | None:
-    """Return how often a loop runs that counts from 0 to a constant, as those of scans do."""
+  def _turn(self, loop: hlo.Instruction, line: "_Line") -> None:
+    """Take the rounds of a loop."""
+    most, is_open = self._rounds(loop)
+    rounds = most or 1
+    body = self.run(loop.attribute("body") or "")
+    line.include(body, rounds)
+    if is_open:  # by sums over the batch, often; a counter is compared beside the rest
+      condition = self.run(loop.attribute("condition") or "")
+      line.include(condition, rounds)
+      line.note(Loop(loop.name, most, rounds * (body.cycles + condition.cycles)))
+
+  def _rounds(self, loop: hlo.Instruction) -> tuple[int | None, bool]:
+    """Return how often a loop turns at most, and whether it may end before.
+
+    The first is of loops that count from 0 to a constant, as those of scans do; None for others.
+    """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.line):
-      return int(known[1])
+      return int(known[1]), False
     condition = self._module.computations[loop.attribute("condition") or ""]
     parts = [each for part in condition for each in (part, *self._module.inside(part))]
+    compared = {name for part in parts if "direction=LT" in part.line for name in part.operands}
+    constants = [part for part in parts if part.opcode == "constant"]
+    # In a fusion the constant may be an operand, with another name inside.
+    limits = [part for part in constants if part.name in compared] or constants
     bounds = {
       found[1]
-      for part in parts
+      for part in limits
       if (found := re.search(r" [su]\d+\[\]\S* constant\((\d+)\)", part.line))
     }
-    compared = any("direction=LT" in part.line for part in parts)
-    return int(bounds.pop()) if compared and len(bounds) == 1 else None
+    if not compared or len(bounds) != 1:
+      return None, True
+    return int(bounds.pop()), any(part.opcode == "and" for part in parts)
 
 
 class _Line:
@@ -323,6 +353,7 @@ class _Line:
     self._links_free = 0.0
     self._transfers: list[tuple[str, Transfer]] = []
     self._waited: dict[str, float] = {}
+    self._open_loops: list[Loop] = []
 
   def compute(self, item: Item) -> None:
     """Take the time of an operation; copies get the bandwidth that it leaves."""
@@ -344,6 +375,13 @@ class _Line:
     self._transfers += [
       ("", dataclasses.replace(each, rounds=each.rounds * rounds)) for each in inner.transfers
     ]
+    self._open_loops += [
+      dataclasses.replace(each, cycles=each.cycles * rounds) for each in inner.open_loops
+    ]
+
+  def note(self, loop: Loop) -> None:
+    """Keep a loop that ends by its values."""
+    self._open_loops.append(loop)
 
   def copy(self, name: str, work: kinds.Work, size: float) -> None:
     """Start to copy so many bytes."""
@@ -386,7 +424,7 @@ class _Line:
       self._copies[name] = max(0.0, size - left)
       left = max(0.0, left - size)
 
-  def close(self, unknown_loops: tuple[str, ...]) -> TimeLine:
+  def close(self) -> TimeLine:
     """Return the time line."""
     transfers = tuple(
       dataclasses.replace(
@@ -396,7 +434,7 @@ class _Line:
       else each
       for name, each in self._transfers
     )
-    return TimeLine(tuple(self._items), transfers, unknown_loops)
+    return TimeLine(tuple(self._items), transfers, tuple(self._open_loops))
 
 
 def _moved(start: hlo.Instruction) -> float:
