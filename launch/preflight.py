@@ -217,18 +217,18 @@ def _report(
     "leaves_out": estimate.LEAVES_OUT,
     "steps": [],
   }
-  forward: dict[int, int] = {}
   compiling = 0.0
   for mode, sizes in [
     *(("train", sizes) for sizes in program.all_sizes("train")),
     ("eval", program.sizes("eval")),
   ]:
     size, batch = sizes["image_size"], sizes["batch_size"]
-    if size not in forward:
-      forward[size] = flops.forward_flops(program.model, program.abstract_state.raw(), size)
-    work = forward[size]
+    net = program.model, program.abstract_state.raw(), size
     if mode == "train":
-      work = flops.FORWARD_PASSES * work + flops.teacher_flops(program.teacher, size)
+      work = flops.training_flops(*net, program.config.optimizer.freeze)
+      work += flops.teacher_flops(program.teacher, size)
+    else:
+      work = flops.forward_flops(*net)
     lowered = preflight_compile.lower(program, mode, sizes, screen)
     known, figures = None, None
     if FLAGS.known and not FLAGS.compiled:  # where programs are to be kept, all are compiled

@@ -10,6 +10,7 @@ rate of a parameter group does in torch.
 """
 
 from collections.abc import Sequence
+import functools
 import re
 from typing import Any
 
@@ -108,9 +109,7 @@ def wrap(
     rule = _scaled(rule, scales)
   if fields.freeze:
     rules = {True: rule, False: optax.set_to_zero()}
-    rule = optax.partition(
-      rules, lambda params: _map(params, lambda name, _: not re.search(fields.freeze, name))
-    )
+    rule = optax.partition(rules, functools.partial(trained, fields.freeze))
   return rule
 
 
@@ -134,6 +133,11 @@ def _scaled(
     return jax.tree.map_with_path(scale, updates), state
 
   return optax.GradientTransformation(rule.init, update)
+
+
+def trained(pattern: str, params: Params) -> Tree:
+  """Return whether each parameter is trained, as a tree of `params`' form; "" leaves them all."""
+  return _map(params, lambda name, _: not (pattern and re.search(pattern, name)))
 
 
 def frozen(pattern: str, params: Params) -> dict[str, Any]:

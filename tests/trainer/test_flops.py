@@ -1,5 +1,6 @@
 """Model FLOPs against published counts, and the peak of what the devices are."""
 
+import math
 import types
 
 import pytest
@@ -53,12 +54,45 @@ def test_unknown_chips_have_no_peak():
 
 def test_seconds_at_peak_of_a_step():
   program = program_of("resnet", 50, 224)
-  work = flops.step_flops(
-    program.model, program.abstract_state.for_eval(), image_size=224, batch_size=128
-  )
+  work = 128 * flops.training_flops(program.model, program.abstract_state.for_eval(), 224)
   seconds = work / flops.peak([device("TPU v5 lite", 0, 0, 0)])
   # 3 * 2 * 4.09e9 * 128 / 197e12
   assert seconds == pytest.approx(15.9e-3, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+  "name, fields",
+  [
+    ("resnet", {"depth": 50}),
+    ("resnet", {"depth": 50, "scan": True, "pool_first": True, "bn_together": True}),
+    ("vit", {"variant": "Ti"}),
+    ("mdeq", {}),
+  ],
+)
+def test_what_is_frozen_needs_fewer_products(name, fields):
+  config = base.get_config(name)
+  config.model.update(fields)
+  program = program_lib.build(config, num_examples=1000)
+  net = program.model, program.abstract_state.raw(), 64
+  forward = flops.forward_flops(*net)
+  head = 2 * math.prod(program.abstract_state.params["head"]["kernel"].shape)
+  # Nothing in front of the head needs a gradient, nor does the input of the head.
+  assert flops.training_flops(*net, "^(?!head/)") == forward + head
+  # Of the head but the gradient of its kernel all is wanted: that of its input too.
+  most = flops.training_flops(*net, "^head/kernel")
+  assert 3 * forward - 2 * head > most > 2.5 * forward
+  assert flops.training_flops(*net) == 3 * forward
+
+
+def test_frozen_stages_need_no_gradient():
+  """Multiply-adds of ResNet-18 by hand: gradients of stage 4, and of the inputs of its end."""
+  program = program_of("resnet", 18, 224)
+  net = program.model, program.abstract_state.raw(), 224
+  first = 7 * 7 * 256 * 512 * 9, 7 * 7 * 256 * 512  # 3x3 and the shortcut, of frozen inputs
+  others = 3 * 7 * 7 * 512 * 512 * 9
+  head = 512 * 1000
+  wanted = 2 * (sum(first) + 2 * (others + head))
+  assert flops.training_flops(*net, "^(stem|stage[123])") == flops.forward_flops(*net) + wanted
 
 
 def test_flops_of_smaller_images():

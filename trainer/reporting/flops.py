@@ -4,25 +4,27 @@ Model FLOPs are those of the mathematics, not of the program: 2 for each multipl
 convolutions and matrix products, padding included (as papers and torchvision count), and none for
 normalisation, activations, pooling, loss and optimizer. A loop that may end early counts in full,
 and of two ways the longer. A training step counts as three forward passes: the backward pass of a
-convolution is two of its size, for the gradients of its input and of its kernel. The forward pass
-of a teacher is one more, of its own net. Recomputation to save memory does not count. The quotient
-is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
+convolution is two of its size, for the gradients of its input and of its kernel. Where parameters
+are frozen, a product counts once, and once more for each factor that needs a gradient. The forward
+pass of a teacher is one more, of its own net. Recomputation to save memory does not count. The
+quotient is the model FLOPs utilisation (MFU) of arXiv:2204.02311, appendix B.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import math
-from typing import cast
+from typing import Any, cast
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
 
+from trainer import finetune
 from trainer.distill import Teacher
 from trainer.program import Program
 from trainer.reporting.chips import CHIPS
 from trainer.state import Model, Variables
 
-FORWARD_PASSES = 3  # that a training step counts as
+_PASSES = 3  # that a training step counts as
 
 
 def peak(devices: Sequence[jax.Device]) -> float | None:
@@ -42,34 +44,99 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
 
 def forward_flops(model: Model, variables: Variables, image_size: int) -> int:
   """Return the model FLOPs of one image; nothing is computed, `variables` may be abstract."""
+  return _flops(model, variables, image_size, jax.tree.map(lambda _: False, variables))
+
+
+def training_flops(model: Model, variables: Variables, image_size: int, freeze: str = "") -> int:
+  """Return the model FLOPs of one image in a training step, but for those of a teacher.
+
+  Args:
+    model: that is trained.
+    variables: of it.
+    image_size: of its images.
+    freeze: see `config.optimizer.freeze`.
+  """
+  if not freeze:
+    return _PASSES * forward_flops(model, variables, image_size)
+  trained = jax.tree.map(lambda _: False, variables)._replace(
+    params=finetune.trained(freeze, variables.params)
+  )
+  return _flops(model, variables, image_size, trained)
+
+
+def teacher_flops(teacher: Teacher | None, image_size: int) -> int:
+  """Return the model FLOPs of one image that a training step has for its teacher; 0 without one."""
+  return forward_flops(teacher.model, teacher.variables, image_size) if teacher else 0
+
+
+def _flops(model: Model, variables: Variables, image_size: int, trained: Variables) -> int:
+  """Return the FLOPs of one image and of the gradients of what is trained."""
 
   def forward(variables: Variables, image: jax.Array) -> jax.Array:
     return model.merge(variables, None)(image)
 
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  return 2 * _multiply_adds(jax.make_jaxpr(forward)(variables, image).eqns)
+  program = jax.make_jaxpr(forward)(variables, image).jaxpr
+  return 2 * _multiply_adds(program, [*jax.tree.leaves(trained), False])[0]
 
 
-def _multiply_adds(eqns: Iterable[core.JaxprEqn]) -> int:
-  """Return the multiply-adds of all convolutions and matrix products, once per round of a scan."""
+def _multiply_adds(program: core.Jaxpr, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
+  """Return the multiply-adds of a program, and which of its results need a gradient.
+
+  A convolution or matrix product counts once, and once more for each operand that needs a gradient,
+  which is a product of the same size; those of a scan once per round.
+
+  Args:
+    program: what is counted.
+    wanted: which of its arguments need a gradient.
+  """
+  needs = dict(zip(program.invars, wanted, strict=True))
+
+  def need(variables: Sequence[Any]) -> list[bool]:
+    return [not isinstance(each, core.Literal) and needs.get(each, False) for each in variables]
+
   total = 0
-  for eqn in eqns:
-    if eqn.primitive.name == "conv_general_dilated":
-      kernel = _shape(eqn.invars[1])
-      outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-      total += math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // outputs
-    elif eqn.primitive.name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += math.prod(_shape(eqn.outvars[0])) * math.prod(
-        _shape(eqn.invars[0])[axis] for axis in contracted
-      )
+  for eqn in program.eqns:
+    inputs = need(eqn.invars)
+    outputs = [any(inputs)] * len(eqn.outvars)
+    name = eqn.primitive.name
+    inner = list(core.jaxprs_in_params(eqn.params))
+    if name in _PRODUCTS:
+      total += (1 + sum(inputs)) * _PRODUCTS[name](eqn)
+    elif name in ("scan", "while"):
+      count, outputs = _of_loop(eqn, inputs)
+      total += count
+    elif name == "cond":
+      counts, results = zip(*(_multiply_adds(each, inputs[1:]) for each in inner), strict=True)
+      total += max(counts)
+      outputs = list(map(any, zip(*results, strict=True)))
+    elif len(inner) == 1 and len(inner[0].invars) == len(inputs):
+      count, outputs = _multiply_adds(inner[0], inputs)
+      total += count
     else:
-      inner = [_multiply_adds(jaxpr.eqns) for jaxpr in core.jaxprs_in_params(eqn.params)]
-      name, rounds = eqn.primitive.name, eqn.params.get("length", 1)
-      if name == "while":
-        rounds = _rounds(eqn.params["cond_jaxpr"].jaxpr)
-      total += rounds * (max(inner) if name == "cond" else sum(inner))
-  return total
+      total += sum(_multiply_adds(each, [any(inputs)] * len(each.invars))[0] for each in inner)
+    needs.update(zip(eqn.outvars, outputs, strict=True))
+  return total, need(program.outvars)
+
+
+def _of_loop(eqn: core.JaxprEqn, inputs: list[bool]) -> tuple[int, list[bool]]:
+  """Return what `_multiply_adds` does, for a loop."""
+  params = eqn.params
+  if eqn.primitive.name == "scan":
+    body, rounds = params["jaxpr"].jaxpr, params["length"]
+    first = params["num_consts"]
+    last = first + params["num_carry"]
+  else:
+    body, rounds = params["body_jaxpr"].jaxpr, _rounds(params["cond_jaxpr"].jaxpr)
+    inputs = inputs[params["cond_nconsts"] :]
+    first, last = params["body_nconsts"], len(inputs)
+  while True:
+    count, outputs = _multiply_adds(body, inputs)
+    # What a round makes of an argument goes into the next one.
+    carried = [a or b for a, b in zip(inputs[first:last], outputs, strict=False)]
+    if carried == inputs[first:last]:
+      return rounds * count, [*carried, *outputs[len(carried) :]]
+    inputs = [*inputs[:first], *carried, *inputs[last:]]
 
 
 def _rounds(condition: core.Jaxpr) -> int:
@@ -82,26 +149,23 @@ def _rounds(condition: core.Jaxpr) -> int:
   return max(bounds, default=1)
 
 
+def _of_convolution(eqn: core.JaxprEqn) -> int:
+  kernel = _shape(eqn.invars[1])
+  outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+  return math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // outputs
+
+
+def _of_matrices(eqn: core.JaxprEqn) -> int:
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  lengths = _shape(eqn.invars[0])
+  return math.prod(_shape(eqn.outvars[0])) * math.prod(lengths[axis] for axis in contracted)
+
+
+_PRODUCTS = {"conv_general_dilated": _of_convolution, "dot_general": _of_matrices}
+
+
 def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
   return cast(jax.core.ShapedArray, variable.aval).shape
-
-
-def step_flops(
-  model: Model,
-  variables: Variables,
-  *,
-  image_size: int,
-  batch_size: int,
-  teacher: Teacher | None = None,
-) -> int:
-  """Return the model FLOPs of a training step; see `forward_flops`."""
-  of_image = FORWARD_PASSES * forward_flops(model, variables, image_size)
-  return batch_size * (of_image + teacher_flops(teacher, image_size))
-
-
-def teacher_flops(teacher: Teacher | None, image_size: int) -> int:
-  """Return the model FLOPs of one image that a training step has for its teacher; 0 without one."""
-  return forward_flops(teacher.model, teacher.variables, image_size) if teacher else 0
 
 
 class Work:
@@ -137,9 +201,11 @@ def work(program: Program, peak: float | None) -> Work:
   lengths, variables = program.lengths, program.abstract_state.for_eval()
   if not peak and len(lengths.sizes) == 1:
     return Work([(0, 1.0)])
-  batch, teacher = program.config.global_batch_size, program.teacher
+  config = program.config
   each = {
-    size: step_flops(program.model, variables, image_size=size, batch_size=batch, teacher=teacher)
+    size: training_flops(program.model, variables, size, config.optimizer.freeze)
+    + teacher_flops(program.teacher, size)
     for size in {size for _, size in lengths.sizes}
   }
-  return Work([(first - lengths.offset, each[size]) for first, size in lengths.sizes])
+  batch = config.global_batch_size
+  return Work([(first - lengths.offset, batch * each[size]) for first, size in lengths.sizes])

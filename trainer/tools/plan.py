@@ -107,11 +107,10 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
   sizes = np.array([image_sizes.at(lengths.sizes, int(step)) for step in steps])
   net = ml_collections.FrozenConfigDict(config.model), int(max(image_sizes.distinct(config.data)))
   _, variables = _traced(*net)
-  forward = {int(size): _forward_flops(*net, int(size)) for size in set(sizes)}
   teacher = teacher_lib.read(config) if config.distill.teacher else None
+  own = {int(size): _flops(*net, int(size), config.optimizer.freeze) for size in set(sizes)}
   each = {
-    size: flops.FORWARD_PASSES * own + flops.teacher_flops(teacher, size)
-    for size, own in forward.items()
+    size: training + flops.teacher_flops(teacher, size) for size, (_, training) in own.items()
   }
   work = [(first, config.global_batch_size * each[size]) for first, size in lengths.sizes]
   return Plan(
@@ -122,7 +121,7 @@ def make(config: ml_collections.ConfigDict, name: str, examples: int = 0) -> Pla
     rates,
     sizes,
     params=sum(x.size for x in jax.tree.leaves(variables.params)),
-    forward_flops=forward[int(sizes.max())],
+    forward_flops=own[int(sizes.max())][0],
     train_flops=flops.Work(work).between(0, lengths.total),
     sparse=sparse_lib.make(config, variables.params, lengths.total),
     teacher=teacher,
@@ -140,8 +139,12 @@ def _traced(fields: ml_collections.FrozenConfigDict, image_size: int) -> tuple[M
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_flops(fields: ml_collections.FrozenConfigDict, largest: int, image_size: int) -> int:
-  return flops.forward_flops(*_traced(fields, largest), image_size)
+def _flops(
+  fields: ml_collections.FrozenConfigDict, largest: int, image_size: int, freeze: str
+) -> tuple[int, int]:
+  """Return the FLOPs of an image, of its forward pass and in a training step."""
+  net = *_traced(fields, largest), image_size
+  return flops.forward_flops(*net), flops.training_flops(*net, freeze)
 
 
 def _examples(config: ml_collections.ConfigDict, name: str) -> int:
