@@ -167,7 +167,7 @@ def write_whole(path: epath.Path, text: str) -> None:
   if in_bucket(path):
     path.write_text(text)
   else:
-    partial = path.parent / f"{path.name}.tmp"
+    partial = path.parent / f"{path.name}.{os.getpid()}.tmp"
     with open(partial, "w", encoding="utf-8") as file:
       file.write(text)
       file.flush()
