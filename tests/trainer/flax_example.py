@@ -189,14 +189,15 @@ def compiled(
     compile_step: makes it, unless it is kept.
     kept: file of its text; None for none.
   """
+  from trainer.tools import estimate
+
   facts = kept and kept.with_suffix(".json")
   if kept and facts and kept.exists():
     return kept.read_text(), json.loads(facts.read_text()) if facts.exists() else {}
   start = time.perf_counter()
   step = compile_step()
-  memory: Any = step.memory_analysis()
   found = {
-    "temporaries, MiB": memory.temp_size_in_bytes / 2**20,
+    "temporaries, MiB": estimate.memory(step)["temporary"] / 2**20,
     "compiled in, s": time.perf_counter() - start,
   }
   text = step.as_text() or ""

@@ -104,6 +104,26 @@ def test_collectives_by_axis():
   assert (both["ms"], both["waited_ms"], both["first"], both["last"]) == (4.0, 2.0, 0.5, 0.9)
 
 
+@pytest.mark.parametrize("peak, temporary", [(9000, 700), (1250, 150), (900, 0)])
+def test_memory_counts_the_smaller_figure_for_temporaries(peak, temporary):
+  """A peak is of all memories, and too large for small programs."""
+  found = types.SimpleNamespace(
+    argument_size_in_bytes=1000,
+    output_size_in_bytes=1100,
+    alias_size_in_bytes=1000,
+    temp_size_in_bytes=700,
+    generated_code_size_in_bytes=30,
+    peak_memory_in_bytes=peak,
+  )
+  assert estimate.memory(types.SimpleNamespace(memory_analysis=lambda: found)) == {
+    "arguments": 1000,
+    "outputs": 100,
+    "temporary": temporary,
+    "program": 30,
+    "total": 1130 + temporary,
+  }
+
+
 def test_what_is_in_memory_at_the_worst_moment():
   def op_name(layer):
     return f"jit(train_step)/jvp({layer})/mul"
