@@ -50,9 +50,10 @@ def test_sizes_are_as_published(variant, classes, size, parameters, of_function)
   assert count(variables.others) == 1
 
 
-def net_of(**fields):
+def net_of(size=16, **fields):
   """Returns a small model, and random variables of which no leaf is constant."""
   config = tiny.get_config("mdeq")
+  config.data.image_size = size
   config.model.update(fields)
   model, shapes = shapes_of(config)
   rng = np.random.default_rng(0)
@@ -211,10 +212,11 @@ def test_solvers_compute_in_float32_whatever_the_dtype():
 @pytest.mark.parametrize("solver", ["broyden", "anderson"])
 def test_gradients_of_a_net_are_those_of_unrolled_steps(gradient, solver):
   """Where f is a contraction; the phantom of so many steps is the gradient through them."""
+  images = np.random.default_rng(1).normal(size=(2, 32, 32, 3))
   with jax.enable_x64(True):
 
     def gradients(**fields):
-      model, variables = net_of(dtype="float64", variant="small", **fields)
+      model, variables = net_of(32, dtype="float64", variant="small", **fields)
       params = jax.tree.map(np.copy, variables.params)
       for i in range(4):
         params["function"][f"post{i}_norm"]["scale"] *= 0.02
@@ -223,7 +225,7 @@ def test_gradients_of_a_net_are_those_of_unrolled_steps(gradient, solver):
 
       def loss(params):
         net = model.merge(variables._replace(params=params), jax.random.key(0))
-        return jnp.sum(jnp.square(net(IMAGES.astype(np.float64))))
+        return jnp.sum(jnp.square(net(images)))
 
       return jax.jit(jax.grad(loss))(params)
 

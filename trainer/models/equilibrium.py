@@ -73,6 +73,18 @@ def solve(f: Callable[[State], State], z0: State, solver: Solver) -> Solution:
     z0: where to start.
     solver: how.
   """
+  shapes = [x.shape for x in z0]
+
+  def whole(rows: State) -> State:
+    return tuple(x.reshape(shape) for x, shape in zip(rows, shapes, strict=True))
+
+  # As rows, states and what is kept of them have no last axis of a few channels, which a TPU would
+  # pad to 128.
+  found = _solve(lambda rows: _rows(f(whole(rows))), _rows(z0), solver)
+  return found._replace(z=whole(found.z))
+
+
+def _solve(f: Callable[[State], State], z0: State, solver: Solver) -> Solution:
   advance, memory = {"broyden": _broyden, "anderson": _anderson}[solver.name](solver, z0)
   fixed = solver.stop == "fixed"
 
@@ -302,6 +314,11 @@ def _store(many: State, one: State, slot: jax.Array) -> State:
   return tuple(
     jax.lax.dynamic_update_index_in_dim(x, y, slot, 0) for x, y in zip(many, one, strict=True)
   )
+
+
+def _rows(z: State) -> State:
+  """Return a state with all values of an example in one axis."""
+  return tuple(x.reshape(len(x), -1) for x in z)
 
 
 def _where(condition: jax.Array, a: State, b: State) -> State:
