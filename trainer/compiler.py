@@ -48,3 +48,8 @@ def one_in(steps: int) -> contextlib.AbstractContextManager[None]:
   Nothing but the names of operations changes, by which trainer.tools.tpu_cost weighs the branches.
   """
   return jax.named_scope(f"one_in_{steps}")
+
+
+def one_round() -> contextlib.AbstractContextManager[None]:
+  """Name a loop inside as one that turns once, though its program does not say so."""
+  return jax.named_scope("one_round")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from trainer import augment, averages, distill, finetune, losses, models
+from trainer import augment, averages, compiler, distill, finetune, losses, models
 from trainer import mesh as mesh_lib
 from trainer.models import family, layers, norm
 from trainer.pod.requests import FAIL
@@ -228,7 +228,8 @@ def make_train_step(
 
       # It may not know either that there is one round.
       rounds = jnp.where(step < 0, 0, 1)
-      total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
+      with compiler.one_round():
+        total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
     else:
       numbers = jnp.arange(accumulation_steps)
       (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))

@@ -159,6 +159,7 @@ UNFINISHED = [
   [
     ("", "", 8, None),
     ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}', 5, None),
+    ("body=%body", 'body=%body, metadata={op_name="jit(step)/one_round/while"}', 1, None),
     (LESS, "\n".join([*UNFINISHED, LESS]), 8, None),
     (
       LESS,

@@ -31,7 +31,7 @@ KINDS = (
 # Parts of a path that name a transformation, not a layer.
 _NOISE = re.compile(
   r"^(while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|remat\d*|"
-  r"one_in_\d+|shard_map|custom_(jvp|vjp)_call\w*|jit|pjit|scan|vmap)?$"
+  r"one_in_\d+|one_round|shard_map|custom_(jvp|vjp)_call\w*|jit|pjit|scan|vmap)?$"
 )
 # What a loop over blocks stacks and slices is of no layer.
 _OF_BLOCKS = re.compile(r"jvp\(.*/while/(body|cond)/")

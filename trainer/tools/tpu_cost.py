@@ -39,6 +39,7 @@ _FREE = frozenset(
 _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|\w*Sharding\w*)"')
 _CALLS = ("while", "conditional", "call")
 _ONE_IN = re.compile(r"\bone_in_(\d+)/cond$")
+_ONE_ROUND = re.compile(r"\bone_round/while$")
 _WITH_COLLECTIVES = ("fusion", "async-start")
 HBM = 0
 # A collective, and devices that share it.
@@ -325,6 +326,8 @@ class _Walk:
     """
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.line):
       return int(known[1]), False
+    if _ONE_ROUND.search(loop.op_name):
+      return 1, False
     condition = self._module.computations[loop.attribute("condition") or ""]
     parts = [each for part in condition for each in (part, *self._module.inside(part))]
     compared = {name for part in parts if "direction=LT" in part.line for name in part.operands}
