@@ -132,6 +132,57 @@ def test_what_has_no_estimate_takes_its_bytes():
   assert line.by_layer()["stem"] == pytest.approx(1228.8)
 
 
+STACK = "f32[16,8,128]{2,1,0:T(8,128)}"
+SLICE = f"{STACK.replace('16', '1')} dynamic-slice(%s, %i, %z, %z), dynamic_slice_sizes={{1,8,128}}"
+UPDATE = f"{STACK} dynamic-update-slice(%s, %u, %i, %z, %z)"
+
+
+@pytest.mark.parametrize(
+  "parts, touched",
+  [
+    # A slice of the stack and the other operand are read, the sum is written on the chip.
+    ([f"%a = {SLICE}", f"%b = {ARRAY} bitcast(%a)", f"ROOT %c = {ON} add(%b, %u)"], 2 * 4096),
+    # Two slices.
+    (
+      [f"%a = {SLICE}", f"%b = {SLICE}", f"ROOT %c = {ON} subtract(%a, %b, %u)"],
+      3 * 4096,
+    ),
+    # All of the stack, in spite of a slice of it.
+    ([f"%a = {SLICE}", f"ROOT %c = {ON} custom(%a, %s, %u)"], 17 * 4096),
+    # The update is read, and written into its place.
+    ([f"ROOT %c = {UPDATE}"], 2 * 4096),
+    ([f"%c = {UPDATE}", f"ROOT %d = {STACK} bitcast(%c)"], 2 * 4096),
+    # A copy is updated: all of it is read and written.
+    ([f"%s.1 = {STACK} copy(%s)", f"ROOT %c = {UPDATE.replace('%s', '%s.1')}"], 33 * 4096),
+  ],
+)
+def test_of_stacked_arrays_the_slice_is_moved(parts, touched):
+  result = STACK if "dynamic-update" in "".join(parts) else ON
+  text = program(
+    '  %n = s32[]{:S(6)} custom-call(), custom_call_target="number"',
+    f'  %stack = {STACK} custom-call(), custom_call_target="AllocateBuffer"',
+    f"  ROOT %out = {result} fusion(%stack, %w, %n), kind=kLoop, calls=%part",
+    computations=[
+      "%part (s: f32[16,8,128], u: f32[8,128], i: s32[]) -> f32[8,128] {",
+      f"  %s = {STACK} parameter(0)",
+      f"  %u = {ARRAY} parameter(1)",
+      "  %i = s32[]{:S(6)} parameter(2)",
+      *(f"  {part}" for part in parts),
+      "}",
+    ],
+  )
+  (found,) = (item for item in tpu_cost.time_line(text, DEVICE).items if item.name == "out")
+  assert found.hbm_bytes == touched
+
+
+def test_an_update_outside_of_a_fusion():
+  text = program(
+    f'  %stack = {STACK} custom-call(), custom_call_target="AllocateBuffer"',
+    f"  ROOT %out = {STACK} dynamic-update-slice(%stack, %w, %i, %z, %z)",
+  )
+  assert items(text)["out"] == pytest.approx(2 * 409.6)
+
+
 LOOP = [
   "%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {",
   f"  %state = (s32[], {ARRAY}) parameter(0)",

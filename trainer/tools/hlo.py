@@ -1,6 +1,6 @@
 """The text of a compiled program, read into computations and instructions in their order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -95,6 +95,54 @@ class Module:
     """All instructions by name, which is unique in a program."""
     return {each.name: each for lines in self.computations.values() for each in lines}
 
+  def touched(self, instruction: Instruction) -> list[Array]:
+    """Return the arrays that an instruction reads and writes, or their part.
+
+    Of one that it takes slices of, those; of one that it updates in place, what it writes.
+    """
+    parts: tuple[Instruction, ...] = (instruction,)
+    names = dict(enumerate(instruction.operands))
+    if instruction.opcode == "fusion" and instruction.called[0] in self.computations:
+      parts = self.computations[instruction.called[0]]
+      found = [(re.search(r" parameter\((\d+)\)", part.line), part.name) for part in parts]
+      names = {int(number[1]): name for number, name in found if number}
+    read, written = self._parts(parts, frozenset(names.values()))
+    arrays: list[Array] = []
+    for number, operand in enumerate(instruction.operands):
+      if operand in self.instructions:
+        arrays += _of_size(self.instructions[operand].arrays, read.get(names.get(number, "")))
+    root = next((part for part in parts if part.is_root), instruction)
+    results = root.operands if root.opcode == "tuple" else (root.name,)
+    for number, array in enumerate(instruction.arrays):
+      result = results[number] if number < len(results) else ""
+      arrays += _of_size((array,), written.get(result))
+    return arrays
+
+  def _parts(
+    self, lines: Sequence[Instruction], inputs: frozenset[str]
+  ) -> tuple[dict[str, float], dict[str, float]]:
+    """Return bytes that are read of inputs, and written of results, if that is not all of them."""
+    same: dict[str, str] = {}  # names of an array in another shape, by the one that it has first
+    read: dict[str, float] = {}
+    written: dict[str, float] = {}
+    whole: set[str] = set()
+    for line in lines:
+      sources = [same.get(name, name) for name in line.operands]
+      if line.opcode == "bitcast":
+        same[line.name] = sources[0]
+        if sources[0] in written:
+          written[line.name] = written[sources[0]]
+        continue
+      size = None
+      if line.opcode == "dynamic-slice":
+        size = line.arrays[0].bytes
+      elif line.opcode == "dynamic-update-slice" and sources[0] in inputs:
+        size, written[line.name] = 0.0, self.instructions[line.operands[1]].arrays[0].bytes
+      if size is not None:
+        read[sources[0]] = read.get(sources[0], 0.0) + size
+      whole.update(sources if size is None else sources[1:])
+    return {name: size for name, size in read.items() if name not in whole}, written
+
   def inside(self, instruction: Instruction) -> Iterator[Instruction]:
     """Yield the instructions of all computations that an instruction calls, at any depth."""
     for name in instruction.called:
@@ -124,6 +172,10 @@ def parse(text: str) -> Module:
   if not entry:
     raise ValueError("the text of a compiled program has an ENTRY computation; this has none")
   return Module(entry, {name: tuple(lines) for name, lines in computations.items()})
+
+
+def _of_size(arrays: tuple[Array, ...], size: float | None) -> tuple[Array, ...]:
+  return arrays if size is None else (dataclasses.replace(arrays[0], bytes=size),)
 
 
 def _instruction(line: str, found: re.Match[str]) -> Instruction:

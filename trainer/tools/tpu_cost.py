@@ -241,12 +241,7 @@ class _Walk:
     elif opcode.endswith("-start"):
       line.copy(name, work, _moved(instruction))
     elif opcode not in ("send", "recv"):
-      touched = instruction.arrays + tuple(
-        array
-        for operand in instruction.operands
-        if operand in self._module.instructions
-        for array in self._module.instructions[operand].arrays
-      )
+      touched = self._module.touched(instruction)
       in_hbm = sum(array.bytes for array in touched if array.space == HBM)
       cycles = instruction.cycles
       if cycles is None:
