@@ -44,40 +44,45 @@ def peak(devices: Sequence[jax.Device]) -> float | None:
 
 def forward_flops(model: Model, variables: Variables, image_size: int) -> int:
   """Return the model FLOPs of one image; nothing is computed, `variables` may be abstract."""
-  return _flops(model, variables, image_size, jax.tree.map(lambda _: False, variables))
+  return image_flops(model, variables, image_size)[0]
 
 
 def training_flops(model: Model, variables: Variables, image_size: int, freeze: str = "") -> int:
-  """Return the model FLOPs of one image in a training step, but for those of a teacher.
+  """Return the model FLOPs of one image in a training step, but for those of a teacher."""
+  return image_flops(model, variables, image_size, freeze)[1]
+
+
+def image_flops(
+  model: Model, variables: Variables, image_size: int, freeze: str = ""
+) -> tuple[int, int]:
+  """Return the model FLOPs of one image, of its forward pass and in a training step.
 
   Args:
     model: that is trained.
-    variables: of it.
+    variables: of it; may be abstract.
     image_size: of its images.
     freeze: see `config.optimizer.freeze`.
   """
-  if not freeze:
-    return _PASSES * forward_flops(model, variables, image_size)
-  trained = jax.tree.map(lambda _: False, variables)._replace(
-    params=finetune.trained(freeze, variables.params)
-  )
-  return _flops(model, variables, image_size, trained)
-
-
-def teacher_flops(teacher: Teacher | None, image_size: int) -> int:
-  """Return the model FLOPs of one image that a training step has for its teacher; 0 without one."""
-  return forward_flops(teacher.model, teacher.variables, image_size) if teacher else 0
-
-
-def _flops(model: Model, variables: Variables, image_size: int, trained: Variables) -> int:
-  """Return the FLOPs of one image and of the gradients of what is trained."""
 
   def forward(variables: Variables, image: jax.Array) -> jax.Array:
     return model.merge(variables, None)(image)
 
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   program = jax.make_jaxpr(forward)(variables, image).jaxpr
-  return 2 * _multiply_adds(program, [*jax.tree.leaves(trained), False])[0]
+
+  def count(trained: Variables) -> int:
+    return 2 * _multiply_adds(program, [*jax.tree.leaves(trained), False])[0]
+
+  nothing = jax.tree.map(lambda _: False, variables)
+  own = count(nothing)
+  if not freeze:
+    return own, _PASSES * own
+  return own, count(nothing._replace(params=finetune.trained(freeze, variables.params)))
+
+
+def teacher_flops(teacher: Teacher | None, image_size: int) -> int:
+  """Return the model FLOPs of one image that a training step has for its teacher; 0 without one."""
+  return forward_flops(teacher.model, teacher.variables, image_size) if teacher else 0
 
 
 def _multiply_adds(program: core.Jaxpr, wanted: Sequence[bool]) -> tuple[int, list[bool]]:

@@ -143,8 +143,7 @@ def _flops(
   fields: ml_collections.FrozenConfigDict, largest: int, image_size: int, freeze: str
 ) -> tuple[int, int]:
   """Return the FLOPs of an image, of its forward pass and in a training step."""
-  net = *_traced(fields, largest), image_size
-  return flops.forward_flops(*net), flops.training_flops(*net, freeze)
+  return flops.image_flops(*_traced(fields, largest), image_size, freeze)
 
 
 def _examples(config: ml_collections.ConfigDict, name: str) -> int:

@@ -37,7 +37,7 @@ _FREE = frozenset(
   )
 )
 _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|\w*Sharding\w*)"')
-_CALLS = ("while", "conditional", "call")
+_CALLS = ("conditional", "call")
 _ONE_IN = re.compile(r"\bone_in_(\d+)/cond$")
 _ONE_ROUND = re.compile(r"\bone_round/while$")
 _WITH_COLLECTIVES = ("fusion", "async-start")
@@ -228,12 +228,11 @@ class _Walk:
     if opcode in _FREE or _FREE_CALLS.search(instruction.line):
       return
     work = self._work(instruction)
-    if opcode in _CALLS:
-      if opcode == "while":
-        self._turn(instruction, line)
-      else:
-        for inner, share in self._called(instruction):
-          line.include(inner, share)
+    if opcode == "while":
+      self._turn(instruction, line)
+    elif opcode in _CALLS:
+      for inner, share in self._called(instruction):
+        line.include(inner, share)
     elif opcode.endswith("-done"):
       line.wait(instruction.operands[0], work)
     elif found := self._collectives(instruction):
