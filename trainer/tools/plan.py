@@ -176,6 +176,8 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
     f"{_first_rate(plan.rates[0])}, {plan.rates[peak]:.3g} at epoch "
     f"{plan.steps[peak] / lengths.per_epoch:.3g}, {plan.rates[-1]:.3g} at last"
   )
+  freezes = bool(config.optimizer.freeze)
+  passes = "forward pass and needed gradients of" if freezes else "3 forward passes"
   lines = {
     "model": f"{family}, {plan.params:,} parameters, {plan.forward_flops / 2e9:.3g} G multiply-adds"
     f" an image at {plan.sizes.max()} px",
@@ -193,7 +195,7 @@ def text(plan: Plan, images_per_second: float = 0.0) -> str:
     "device": config.augment or "nothing",
     "averages": _averages(config),
     "evaluated": f"{plan.evaluations} times, on {data.eval_split}",
-    "work": f"{plan.train_flops / 1e18:.3g} EFLOP to train (3 forward passes an image, 2 for each "
+    "work": f"{plan.train_flops / 1e18:.3g} EFLOP to train ({passes} an image, 2 for each "
     "multiply-add)",
   }
   if plan.sparse:
