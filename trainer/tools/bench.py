@@ -1,5 +1,6 @@
-"""What the trainer costs beside its steps, one command for each cost:
+"""What a training step costs, and what the trainer costs beside it, one command for each cost:
 
+    python -m trainer.bench step      images/s of a ResNet-50 step over those of Flax's example
     python -m trainer.bench loop      steps per second of `train()` over those of the bare step
     python -m trainer.bench save      time that steps lose to an asynchronous save over its duration
     python -m trainer.bench startup   seconds to the first step of a second start over the first
@@ -43,6 +44,7 @@ from trainer.state import TrainState
 from trainer.tools import collectives
 from trainer.tools.depth import bench_depth
 from trainer.tools.hosts import bench_hosts
+from trainer.tools.step_speed import bench_step
 from trainer.workdir.checkpoint import Checkpointer
 from trainer.workdir.paths import Workdir
 
@@ -356,6 +358,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"--{option.replace('_', '-')}", type=type(default), default=default, help=text
       )
 
+  add(
+    "step",
+    bench_step,
+    ours=("", "fields of ours as in 'accumulation_steps=8 model.pool_first=True', rows apart by ;"),
+    batch_size=(16, "images per step on each device"),
+    image_size=(224, "pixels"),
+    dtype=("", "of activations; bfloat16 on accelerators and float32 on a CPU without it"),
+    steps=(2, "steps of each side in each round"),
+    rounds=(5, "rounds after the first, each with all sides"),
+  )
   add(
     "loop",
     bench_loop,
