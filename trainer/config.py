@@ -240,12 +240,15 @@ def check_split(config: ml_collections.ConfigDict, *, num_devices: int) -> None:
     ("eval.batch_size", config.eval.batch_size, shards),
   ):
     if size % parts:
-      what = f"{num_devices} devices"
-      what += f" (config.mesh.space = {space} share an example)" if space > 1 else ""
-      what += f" times config.accumulation_steps = {steps}" if parts != shards else ""
+      factors = [f"{num_devices} devices"] if num_devices > 1 else []
+      if space > 1:
+        factors[0] += f" (config.mesh.space = {space} share an example)"
+      if parts != shards:
+        factors.append(f"config.accumulation_steps = {steps}")
+      do = "do" if num_devices > 1 else "does"
       raise ConfigError(
-        f"config.{field} is {size}, which {what} do not divide; the nearest that fits is "
-        f"{max(1, round(size / parts)) * parts}."
+        f"config.{field} is {size}, which {' times '.join(factors)} {do} not divide; the nearest "
+        f"that fits is {max(1, round(size / parts)) * parts}."
       )
   try:
     models.family_of(config.model).check_split(

@@ -77,6 +77,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.names import counted
 from input_pipeline.errors import BadRecordError, DataError
 from input_pipeline.sources import layout
 from input_pipeline.tools import contact_sheet
@@ -229,7 +230,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _draw(path: str, views: Sequence[np.ndarray], captions: Sequence[str], count: int) -> None:
-  title = f"{len(views):,} of {count:,} images"
+  title = f"{len(views):,} of {counted(count, 'image')}"
   # The font of Pillow itself has Latin letters only.
   plain = [caption.encode("ascii", "replace").decode() for caption in captions]
   section = contact_sheet.Section(title, np.stack(views), plain, np.zeros(len(views), bool))
@@ -285,7 +286,7 @@ def _run(program: str, options: argparse.Namespace, overrides: list[str]) -> int
   if options.json:
     print(json.dumps(rows, indent=2, ensure_ascii=False))
   elif options.csv:
-    print(f"{options.csv}: {len(rows) - skipped:,} images, {skipped:,} skipped")
+    print(f"{options.csv}: {counted(len(rows) - skipped, 'image')}, {skipped:,} skipped")
   else:
     for line in _table(rows):
       print(line)

@@ -37,7 +37,7 @@ def test_both_steps_run_in_turns(capsys, monkeypatch):
   [
     ("model.dept=18", "'model.dept=18' is not FIELD=VALUE"),
     ("accumulation_steps=three", "'accumulation_steps=three' is not FIELD=VALUE"),
-    ("accumulation_steps=3", "config.accumulation_steps = 3 do not divide"),
+    ("accumulation_steps=3", "is 4, which config.accumulation_steps = 3 does not divide"),
   ],
 )
 def test_fields_that_cannot_be(field, words):
