@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-_IMAGENET = 1_281_167  # training examples of ILSVRC2012
+IMAGENET = 1_281_167  # training examples of ILSVRC2012
 _FOLDER = pathlib.Path(__file__).parent
 _WIDTH = 100
 _RUN_FILE = ("--config=", "-config=")  # as a command line has it
@@ -44,7 +44,7 @@ def title(name: str) -> str:
 
 def examples(name: str) -> int:
   """Return the training examples that a recipe is written for."""
-  return getattr(_module(name), "EXAMPLES", _IMAGENET)
+  return getattr(_module(name), "EXAMPLES", IMAGENET)
 
 
 def top1(name: str) -> str:

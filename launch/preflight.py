@@ -351,7 +351,7 @@ def _fields() -> dict[str, Any]:
 def _examples(name: str) -> int:
   """Returns the training examples that a run file is written for; ImageNet's if it is no recipe."""
   files = {recipe.partition(":")[0] for recipe in recipes.names()}
-  return recipes.examples(name) if name.partition(":")[0] in files else 1_281_167
+  return recipes.examples(name) if name.partition(":")[0] in files else recipes.IMAGENET
 
 
 def _table(folder: str, words: list[str]) -> int:

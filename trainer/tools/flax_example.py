@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 CLASSES, SIZE = 1000, 224
+_STEPS_PER_EPOCH = 1252  # of 1,024 images
 
 
 class Block(nn.Module):
@@ -75,12 +76,12 @@ class State(NamedTuple):
 
 
 def make_step(
-  dtype: Any = jnp.bfloat16, steps_per_epoch: int = 1252
+  dtype: Any = jnp.bfloat16,
 ) -> tuple[Callable[[], State], Callable[[State, Any, Any], tuple[State, Any]]]:
   """Return init() -> state and step(state, images, labels) -> (state, metrics)."""
   net = ResNet50(dtype=dtype)
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, 0.4, 5 * steps_per_epoch, 100 * steps_per_epoch
+    0.0, 0.4, 5 * _STEPS_PER_EPOCH, 100 * _STEPS_PER_EPOCH
   )
   optimizer = optax.sgd(schedule, momentum=0.9, nesterov=True)
 

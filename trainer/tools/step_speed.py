@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import checks, imagenet_resnet50
+from configs import checks, imagenet_resnet50, recipes
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
 from trainer import program as program_lib
@@ -52,7 +52,7 @@ def our_program(
       raise ConfigError(f"--ours: {field!r} is not FIELD=VALUE of a config ({error}).") from error
   config_lib.validate(config)
   config_lib.check_split(config, num_devices=len(devices))
-  return program_lib.build(config, 1_281_167, devices)
+  return program_lib.build(config, recipes.IMAGENET, devices)
 
 
 def _ours(program: program_lib.Program, batch: dict[str, np.ndarray]) -> Callable[[], jax.Array]:
