@@ -74,11 +74,6 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("eval_examples", 50_000, "Examples of an evaluation.", lower_bound=1)
 
-_ADVICE = (
-  "Use more chips, halve config.global_batch_size, double config.accumulation_steps or set "
-  "config.model.remat where the model has it; --find_batch finds the largest batch that fits."
-)
-
 
 def topology_devices(topology: str, slices: int) -> list:
   """Returns descriptions of the devices of TPU slices, to compile for.
@@ -165,8 +160,9 @@ def preflight(config: ml_collections.ConfigDict, screen: TextIO) -> dict[str, An
     with preflight_checks.kept(FLAGS.compiled) as programs:
       report = _report(program, where, name, screen)
   except DoesNotFitError as error:
-    if not FLAGS.find_batch:
-      raise DoesNotFitError(f"{error} {_ADVICE}") from error
+    if not FLAGS.find_batch or error.mode == "eval":
+      advice = preflight_checks.advice(config, error.mode, where.chips)
+      raise DoesNotFitError(f"{error} {advice}", error.mode) from error
     most = _find_batch(program, examples, where.chips, screen)
     raise DoesNotFitError(
       f"{error} Of a training step {most} images a chip fit"

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
+from configs.names import counted
 from launch.preflight_text import mib
 from trainer import config as config_lib
 from trainer import mesh as mesh_lib
@@ -24,8 +25,37 @@ from trainer.state import Tree, path_name
 from trainer.workdir.checkpoint import FORMAT, items_of
 from trainer.workdir.paths import Workdir
 
+# With fewer images of a micro-batch on a chip a step takes two to three times as long for the same
+# arithmetic: launch/estimates.md, "Recipes".
+_FEW = 8
 _GATHERED = 0.1  # share of the parameters from which an all-gather is one of theirs
 _KEY_PART = re.compile(r"hash of serialized (.+): (\w+)$")
+
+
+def advice(config: ml_collections.ConfigDict, mode: str, chips: int) -> str:
+  """Return what to change where a step does not fit.
+
+  Args:
+    config: of the run.
+    mode: of the step, "train" or "eval".
+    chips: that compute it.
+  """
+  if mode == "eval":
+    return f"Use more chips or a smaller config.eval.batch_size than {config.eval.batch_size}."
+  at_once = config.global_batch_size // config.accumulation_steps // chips
+  few = at_once < 2 * _FEW
+  ways = ["use more chips", "halve config.global_batch_size"]
+  if at_once > 1:
+    ways.append("double config.accumulation_steps")
+  if config.model.get("remat") == "none":
+    ways.insert(0 if few else len(ways), "set config.model.remat=blocks")
+  words = f"{', '.join(ways[:-1])} or {ways[-1]}; --find_batch finds the largest batch that fits."
+  if few:
+    words += (
+      f" A chip has {counted(at_once, 'image')} of a micro-batch: with fewer than {_FEW} a step "
+      "takes two to three times as long."
+    )
+  return words[0].upper() + words[1:]
 
 
 def as_asked(step: Mapping[str, Any], program: program_lib.Program) -> list[dict[str, Any]]:

@@ -19,9 +19,17 @@ _PROGRESS_SECONDS = 10.0
 
 
 class DoesNotFitError(TrainerError):
-  """A step needs more memory than a chip has."""
+  """A step needs more memory than a chip has.
+
+  Attributes:
+    mode: of the step, "train" or "eval".
+  """
 
   exit_code = DOES_NOT_FIT
+
+  def __init__(self, message: str, mode: str = "train"):
+    super().__init__(message)
+    self.mode = mode
 
 
 def name_of(mode: str, sizes: Mapping[str, int]) -> str:
@@ -50,7 +58,7 @@ def compile_step(
   """Returns a compiled step and the CPU-seconds that it took.
 
   Raises:
-    DoesNotFitError: by how much, and what to change.
+    DoesNotFitError: by how much.
     ConfigError: if the compiler refuses it for another reason.
   """
   import jax
@@ -63,7 +71,7 @@ def compile_step(
       return program.finish(lowered, mode), time.process_time() - start
   except jax.errors.JaxRuntimeError as error:
     if over := _too_large(str(error)):
-      raise DoesNotFitError(f"The {what} do not fit: {over}.") from error
+      raise DoesNotFitError(f"The {what} do not fit: {over}.", mode) from error
     raise ConfigError(f"The compiler refuses the {what}: {first_line(error)}") from error
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import pathlib
 import signal
@@ -13,7 +14,7 @@ from etils import epath
 import jax
 import pytest
 
-from configs import smoke
+from configs import imagenet_resnet50, smoke
 from launch import preflight as preflight_lib
 from launch import (
   preflight_checks,
@@ -307,6 +308,45 @@ def test_the_largest_batch_of_a_config_that_does_not_fit():
   assert "--find_batch finds" not in result.stderr
   most = int(result.stderr.split("--config.global_batch_size=")[1].split(".")[0])
   assert 0 < most < 4096
+
+
+@pytest.mark.parametrize(
+  "fields, first, others, slow",
+  [
+    (
+      {},
+      "Use more chips",
+      ["double config.accumulation_steps", "or set config.model.remat"],
+      False,
+    ),
+    ({"accumulation_steps": 8}, "Set config.model.remat=blocks", ["double"], True),
+    ({"accumulation_steps": 8, "model.remat": "blocks"}, "Use more", ["or double"], True),
+    ({"accumulation_steps": 64}, "Set config.model.remat=blocks", ["or halve"], True),
+  ],
+)
+def test_what_to_change_where_a_training_step_does_not_fit(fields, first, others, slow):
+  """Before micro-batches of so few images that a step takes twice as long, blocks twice."""
+  config = imagenet_resnet50.get_config()
+  config.update_from_flattened_dict(fields)
+  words = preflight_checks.advice(config, "train", 16)
+  assert words.startswith(first) and "--find_batch" in words
+  assert all(each in words for each in others)
+  assert ("fewer than 8 a step takes" in words) == slow
+
+
+def test_what_to_change_where_an_evaluation_does_not_fit():
+  """Training batches and their micro-batches have no part in it."""
+
+  def finish(lowered, mode):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.")
+
+  sizes = {"batch_size": 1024, "image_size": 224}
+  with pytest.raises(preflight_compile.DoesNotFitError, match="The eval step, 1024") as caught:
+    program = types.SimpleNamespace(finish=finish)
+    preflight_compile.compile_step(program, None, "eval", sizes, io.StringIO())
+  assert caught.value.mode == "eval"
+  words = preflight_checks.advice(imagenet_resnet50.get_config(), "eval", 16)
+  assert "config.eval.batch_size than 1024" in words and "global_batch_size" not in words
 
 
 OVER = "Ran out of memory on HBM, the total memory required for HLO temporaries"
