@@ -5,6 +5,8 @@ unit in the name. Where a field exists as `*_epochs` and `*_steps`, at most one 
 `trainer.config` turns both into steps.
 """
 
+import re
+
 import ml_collections
 
 from configs import data_fields, families, sparsity_fields
@@ -72,6 +74,17 @@ RUN: Fields = {
     "(WORKDIR/compiled) | a folder, local or gs:// | '' for nowhere. The environment variable "
     "JAX_COMPILATION_CACHE_DIR takes precedence.",
     resume=YES,
+  ),
+  "compiler_options": Field(
+    "",
+    "Options of XLA for the training step beside those of trainer/compiler.py, as in "
+    "'xla_tpu_async_copy_bandwidth_scaling_factor=0.55 xla_other=true'. They are of one kind of "
+    "device: others refuse them.",
+    check=Check(
+      "NAME=VALUE of options that begin with xla_, apart by spaces",
+      lambda v: all(re.fullmatch(r"xla_\w+=\S+", each) for each in v.split()),
+    ),
+    resume=ASK,
   ),
   "init_from": Field(
     "",

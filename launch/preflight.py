@@ -228,7 +228,8 @@ def _report(
     lowered = preflight_compile.lower(program, mode, sizes, screen)
     known, figures = None, None
     if FLAGS.known and not FLAGS.compiled:  # where programs are to be kept, all are compiled
-      about = (FLAGS.topology, FLAGS.slices, program.mesh, mode, batch, work)
+      options = program.config.compiler_options
+      about = (FLAGS.topology, FLAGS.slices, program.mesh, mode, batch, work, options)
       known = preflight_known.path(FLAGS.known, lowered, *about)
       figures = preflight_known.find(known)
     if figures is None:

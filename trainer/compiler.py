@@ -24,7 +24,7 @@ _CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _FUSES = tuple(int(part) for part in jaxlib.version.__version__.split(".")[:2]) >= (0, 11)
 
 
-def options(platform: str, *, training: bool = False, slices: bool = False) -> Options | None:
+def options(platform: str, *, training: bool = False, slices: bool = False) -> Options:
   """Return what to compile with, for `jax.jit` or `jax.stages.Lowered.compile`.
 
   Args:
@@ -34,7 +34,14 @@ def options(platform: str, *, training: bool = False, slices: bool = False) -> O
   """
   if platform == "tpu" and training:
     return _TPU_TRAINING | (_TPU_SLICES if slices else {})
-  return _CPU if platform == "cpu" and _FUSES else None
+  return _CPU if platform == "cpu" and _FUSES else {}
+
+
+def parse(words: str) -> Options:
+  """Return the options of `config.compiler_options`, as in "xla_a=0.55 xla_b=true"."""
+  pairs = (word.split("=", 1) for word in words.split())
+  booleans = {"true": True, "false": False}
+  return {name: booleans.get(value.lower(), value) for name, value in pairs}
 
 
 def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:

@@ -213,11 +213,22 @@ class Program:
     return self.finish(self.lower(mode, image_size=image_size, batch_size=batch_size), mode)
 
   def finish(self, lowered: jax.stages.Lowered, mode: Mode) -> jax.stages.Compiled:
-    """Compile what was traced before."""
+    """Compile what was traced before.
+
+    Raises:
+      ConfigError: the compiler refuses an option of `config.compiler_options`.
+    """
     platform = self.mesh.devices.flat[0].platform
     slices = mesh_lib.crosses_slices(self.mesh)
     options = compiler.options(platform, training=mode == "train", slices=slices)
-    return lowered.compile(options)
+    given = compiler.parse(self.config.compiler_options) if mode == "train" else {}
+    try:
+      return lowered.compile(options | given)
+    except jax.errors.JaxRuntimeError as error:
+      words = first_line(error).removeprefix("INVALID_ARGUMENT: ")
+      if any(name in words for name in given):
+        raise ConfigError(f"config.compiler_options, on {platform}: {words}.") from error
+      raise
 
   def empty_batch(
     self, mode: Mode, hosts: int, *, image_size: int, batch_size: int

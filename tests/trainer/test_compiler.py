@@ -1,4 +1,4 @@
-"""What the compiler of CPUs makes of bfloat16 is near what it makes of float32."""
+"""Options of the compiler: the trainer's own, and those of a config."""
 
 from flax import nnx
 import jax
@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer import compiler
+from tests.trainer import tiny
+from trainer import compiler, program
+from trainer import config as config_lib
+from trainer.errors import ConfigError
 from trainer.models.convolution import convolve
 
 
@@ -38,3 +41,41 @@ def test_the_end_of_a_residual_net_in_bfloat16(size, channels, outputs):
   wide = [array.astype(jnp.float32) for array in (x, y)]
   exact = np.asarray(_two_branches(*wide, kernel, moments, jnp.float32))
   np.testing.assert_allclose(found, exact, rtol=0, atol=0.02 * np.abs(exact).max())
+
+
+def test_options_of_the_config_are_of_the_training_step_alone(tmp_path):
+  config = tiny.get_config()
+  config.compiler_options = f"xla_dump_to={tmp_path} xla_dump_hlo_as_text=True"
+  config_lib.validate(config)
+  built = program.build(config, 64)
+  built.compile("eval", **built.sizes("eval"))
+  assert not list(tmp_path.iterdir())
+  built.compile("train", **built.sizes("train"))
+  assert any("train_step" in file.name for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ("xla_nothing=1", "^config.compiler_options, on cpu: No such compile option: 'xla_nothing'.$"),
+    ("xla_cpu_enable_fast_math=much", "'much' is not a valid bool value"),
+    ("xla_tpu_scoped_vmem_limit_kib=16384", "on cpu: No .*xla_tpu_scoped_vmem_limit_kib"),
+  ],
+)
+def test_options_that_the_compiler_refuses(options, words):
+  config = tiny.get_config()
+  config.compiler_options = options
+  config_lib.validate(config)
+  built = program.build(config, 64)
+  with pytest.raises(ConfigError, match=words):
+    built.compile("train", **built.sizes("train"))
+
+
+@pytest.mark.parametrize(
+  "options", ["fast", "xla_cpu_enable_fast_math", "tpu_x=1", "xla_a=1,xla b"]
+)
+def test_options_that_are_none(options):
+  config = tiny.get_config()
+  config.compiler_options = options
+  with pytest.raises(ConfigError, match=r"config.compiler_options .*NAME=VALUE"):
+    config_lib.validate(config)
