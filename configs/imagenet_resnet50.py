@@ -21,6 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.label_smoothing = 0.0  # as in the published recipe
 
   config.model.depth = 50
+  # The same mathematics in a tenth less time on a TPU: launch/estimates.md.
+  config.model.pool_first = True
+  config.model.bn_together = True
+  config.model.zeros_last = True
 
   config.optimizer.lr_per_256 = 0.1
   config.optimizer.warmup_epochs = 5.0

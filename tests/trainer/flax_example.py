@@ -4,10 +4,10 @@
 
 compiles both for the same chips, one after the other, and prints their estimates by
 trainer.tools.tpu_cost, by kind, with the ratio of ours to the example's. Each `--ours` is a row of
-configs/imagenet_resnet50.py with these fields; without any there are those of LEVERS. With
-`--texts=FOLDER` the compiled programs are kept there, and those found there are not compiled again.
-It needs libtpu, runs nothing, and takes minutes for each step. `python -m trainer.bench step` runs
-the same steps on the devices that there are.
+configs/imagenet_resnet50.py with these fields, or as it is if they are ""; without any there are
+those of LEVERS. With `--texts=FOLDER` the compiled programs are kept there, and those found there
+are not compiled again. It needs libtpu, runs nothing, and takes minutes for each step.
+`python -m trainer.bench step` runs the same steps on the devices that there are.
 """
 
 import argparse
@@ -23,15 +23,18 @@ import jax
 from trainer.tools import flax_example
 
 # Fields of our step, by rows of the table. BN is over a device's own examples where none says else.
+_PLAIN = "model.pool_first=False model.bn_together=False model.zeros_last=False"
 _STEM = "model.pool_first=True model.row_pairs=True"
+_NO_VECTORS = "model.bn_together=False model.zeros_last=False"
 LEVERS = (
-  "accumulation_steps=1",
-  "accumulation_steps=8",
-  "accumulation_steps=8 model.pool_first=True",
+  _PLAIN,
+  "",
+  f"accumulation_steps=8 {_PLAIN}",
+  f"accumulation_steps=8 model.pool_first=True {_NO_VECTORS}",
+  f"accumulation_steps=8 {_STEM} {_NO_VECTORS}",
   f"accumulation_steps=8 {_STEM}",
-  f"accumulation_steps=8 {_STEM} model.bn_together=True model.zeros_last=True",
-  f"accumulation_steps=8 {_STEM} model.bn_group=32",
-  f"accumulation_steps=4 {_STEM}",
+  f"accumulation_steps=8 {_STEM} {_NO_VECTORS} model.bn_group=32",
+  f"accumulation_steps=4 {_STEM} {_NO_VECTORS}",
 )
 
 
@@ -135,7 +138,7 @@ def main(arguments: list[str]) -> None:
       *(f"{facts[name][fact]:.0f}" if fact in facts[name] else "" for fact in measured),
       *(f"{line.by_kind().get(kind, 0) / 1e6:.1f}" for kind in kinds),
     ]
-    print(f"| {name} | {' | '.join(cells)} |")
+    print(f"| {name or 'ours'} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
