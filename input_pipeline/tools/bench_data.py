@@ -9,15 +9,12 @@ from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 
-from configs import base
+from configs import base, recipes
 from input_pipeline import image, records
 from input_pipeline.errors import DataError
 from input_pipeline.prepare import shards
 from input_pipeline.sources import Source, catalog, open_source
 from input_pipeline.sources.array_record import ArrayRecordSource
-
-# Examples of ImageNet. A sample is repeated to as many, because shuffling few costs more.
-_IMAGENET = 1_281_167
 
 
 class Sample(Source):
@@ -31,7 +28,7 @@ class Sample(Source):
     self._source = source
 
   def __len__(self) -> int:
-    return _IMAGENET
+    return recipes.IMAGENET  # shuffling few costs more
 
   def __getitem__(self, index: int) -> records.Record:
     return self._source[self._indices[index % len(self._indices)]]
