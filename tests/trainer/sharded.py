@@ -63,6 +63,7 @@ FAMILIES = {
     "2": (2, GROUP),
     "4": (4, GROUP),
     "8": (8, GROUP),
+    "together": (8, GROUP | {"model.bn_together": True}),
     "all": (8, GROUP | ALL),
   },
   "device": {

@@ -139,11 +139,14 @@ def test_statistics_within_a_device_cross_no_device(seen):
   # averages in it; the other is the scalar by which hosts agree on stops and saves.
   assert seen["float32"]["device"]["device"]["train_collectives"] == {"all-reduce": 2}
   assert seen["float32"]["device"]["half"]["train_collectives"] == {"all-reduce": 2}
-  for mode in ("2", "4"):
-    assert seen["float64"]["group"][mode]["train_collectives"] == {"all-reduce": 2}
-  assert (
-    seen["float64"]["group"]["8"]["train_collectives"]["all-reduce"] > 2
-  )  # two devices share a group
+  group = {name: mode["train_collectives"] for name, mode in seen["float64"]["group"].items()}
+  assert group["2"] == group["4"] == {"all-reduce": 2}
+  assert group["8"]["all-reduce"] > 2  # two devices share a group
+
+
+def test_norms_computed_together_send_their_moments_once(seen):
+  group = {name: mode["train_collectives"] for name, mode in seen["float64"]["group"].items()}
+  assert group["together"] == group["8"]
 
 
 def test_collectives_are_those_of_the_layout(seen):

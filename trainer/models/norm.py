@@ -181,14 +181,14 @@ class _Cells(NamedTuple):
     small.
     """
     y = x if origin is None else x - self.spread(origin, x)
-    mean, var = self.of_group(jnp.mean(y, self.axes(x)), jnp.mean(jnp.square(y), self.axes(x)))
-    return mean if origin is None else mean + origin, var
-
-  def of_group(self, mean: jax.Array, square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return mean and variance of each cell's group, by the moments of each cell."""
     # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-    mean, square = self.share(mean), self.share(square)
-    return mean, jnp.maximum(0.0, square - jnp.square(mean))
+    mean, square = (self.share(jnp.mean(each, self.axes(x))) for each in (y, jnp.square(y)))
+    return mean if origin is None else mean + origin, _variance(mean, square)
+
+
+def _variance(mean: jax.Array, square: jax.Array) -> jax.Array:
+  """Return the variance by E[x] and E[x^2]."""
+  return jnp.maximum(0.0, square - jnp.square(mean))
 
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -220,11 +220,11 @@ def _of_sums(
   values: int,
   origin: jax.Array | None,
   scale: jax.Array | None,
-  cells: _Cells,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Return mean, variance, 1 over the deviation and factor, by sums of so many values a cell."""
-  mean, var = cells.of_group(*(each / values for each in sums))
+  mean, square = (each / values for each in sums)
+  var = _variance(mean, square)
   root = jax.lax.rsqrt(var + epsilon)
   mean = mean if origin is None else mean + origin
   return mean, var, root, root if scale is None else root * scale
@@ -240,9 +240,12 @@ def _vectors_forward(
 ) -> tuple[tuple[_Pair, _Pair], tuple[Any, ...]]:
   y = x if origin is None else x - cells.spread(origin, x)
   axes = cells.axes(x)
-  sums = jax.lax.optimization_barrier((jnp.sum(y, axes), jnp.sum(jnp.square(y), axes)))
+  # Those of a group over several devices cross here alone: the backward pass has them.
+  sums = jax.lax.optimization_barrier(
+    tuple(cells.share(jnp.sum(each, axes)) for each in (y, jnp.square(y)))
+  )
   values = x.size // sums[0].size
-  mean, var, _, factor = _of_sums(sums, values, origin, scale, cells, epsilon)
+  mean, var, _, factor = _of_sums(sums, values, origin, scale, epsilon)
   shift = -mean * factor if bias is None else bias - mean * factor
   return (jax.lax.optimization_barrier((factor, shift)), (mean, var)), (x, sums, origin, scale)
 
@@ -255,7 +258,7 @@ def _vectors_backward(
   # Else the compiler takes what the forward pass has computed of the sums.
   sums, of_factor, of_shift = jax.lax.optimization_barrier((sums, of_factor, of_shift))
   values = x.size // sums[0].size
-  mean, _, root, factor = _of_sums(sums, values, origin, scale, cells, epsilon)
+  mean, _, root, factor = _of_sums(sums, values, origin, scale, epsilon)
   of_scale = root * (of_factor - mean * of_shift)
   # The gradient of x, by its distance from the mean and by the mean.
   slope = cells.share(root * factor * of_scale) / -values
