@@ -444,6 +444,10 @@ RUN: Fields = {
   ),
 }
 
+# Fields of config.model with which a ResNet with a max-pool computes the same in fewer cycles of a
+# TPU, by estimate: launch/estimates.md.
+SAVE_TIME = {"pool_first": True, "bn_together": True, "zeros_last": True}
+
 # Durations that are given in epochs or in steps: X_epochs, X_steps.
 DURATIONS = ("total", "optimizer.warmup", "eval.every", "checkpoint.every")
 

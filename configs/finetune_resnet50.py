@@ -34,6 +34,7 @@ def get_config(variant: str = "layers") -> ml_collections.ConfigDict:
   config.label_smoothing = 0.1
 
   config.model.depth = 50
+  config.model.update(base.SAVE_TIME)
   config.data.crop_area = (0.25, 1.0)  # a short run gains little from tiny crops
 
   # A tenth of the rate of training from scratch, a hundredth for the stem.

@@ -56,6 +56,7 @@ def get_config(variant: str = "rn50_16") -> ml_collections.ConfigDict:
   config.label_smoothing = 0.1
 
   config.model.depth = depth
+  config.model.update(base.SAVE_TIME)
   config.model.blurpool = "convs"
   config.model.zero_init_residual = False
   config.model.bn_group = "512"

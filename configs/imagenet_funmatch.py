@@ -26,6 +26,8 @@ def get_config(epochs: str = "300") -> ml_collections.ConfigDict:
   config.total_epochs = float(epochs)
   config.label_smoothing = 0.0
 
+  config.model.update(base.SAVE_TIME)
+
   config.distill.weight = 1.0
   config.distill.temperature = 1.0
   # The same mixed images for both nets: one share for the batch, the larger one for the image.

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.total_epochs = 90.0
   config.label_smoothing = 0.0
 
+  config.model.update(base.SAVE_TIME)
   config.model.bn_group = "32"  # of one worker
 
   config.data.operations = "color_jitter(brightness=0.4, contrast=0.4, saturation=0.4)"

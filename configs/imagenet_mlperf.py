@@ -33,6 +33,7 @@ def get_config(batch: str = "4096") -> ml_collections.ConfigDict:
   config.total_epochs = epochs
   config.label_smoothing = 0.1
 
+  config.model.update(base.SAVE_TIME)
   config.model.bn_group = bn_group
 
   config.data.crop_area = (0.05, 1.0)

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.total_epochs = 90.0
   config.label_smoothing = 0.1
 
+  config.model.update(base.SAVE_TIME)
   config.model.bn_group = "256"
 
   config.optimizer.lr_per_256 = 0.256

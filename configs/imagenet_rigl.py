@@ -41,6 +41,8 @@ def get_config(variant: str = "erk80") -> ml_collections.ConfigDict:
   config.total_epochs, config.total_steps = 0.0, times * _STEPS
   config.label_smoothing = 0.1
 
+  config.model.update(base.SAVE_TIME)
+
   config.sparsity.name = "rigl"
   config.sparsity.sparsity = sparsity
   config.sparsity.distribution = distribution

@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.label_smoothing = 0.1
   config.augment = "mix(mixup=0.2, cutmix=1.0, switch=0.5, group=256)"
 
+  config.model.update(base.SAVE_TIME)
   config.model.drop_path = 0.05
   config.model.bn_group = "256"
 

@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.total_epochs = 90.0
   config.label_smoothing = 0.0
 
+  config.model.update(base.SAVE_TIME)
   config.model.zero_init_residual = False
   config.model.bn_group = "32"  # of one GPU
 

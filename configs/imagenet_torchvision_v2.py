@@ -29,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     "mix(mixup=0.2, cutmix=1.0, switch=0.5, group=128, box='torchvision')"
   )
 
+  config.model.update(base.SAVE_TIME)
   config.model.zero_init_residual = False
   config.model.bn_group = "128"
 
