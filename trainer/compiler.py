@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 
 Options = dict[str, str | bool]
@@ -47,6 +48,27 @@ def parse(words: str) -> Options:
 def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:
   """Return `jax.jit` of a function, with the options for the devices of this process."""
   return jax.jit(function, compiler_options=options(jax.default_backend()))
+
+
+def before_widening(function: Callable[..., Any], *arguments: Any) -> Any:
+  """Return the dtypes of what a function returns, before it widened them at last.
+
+  The gradient of a parameter that is cast to bfloat16 first is computed in bfloat16 and then cast
+  to float32: bfloat16 holds it without loss.
+  """
+  jaxpr, returned = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  equation_of = {id(each): equation for equation in jaxpr.eqns for each in equation.outvars}
+
+  def dtype(variable: Any) -> Any:
+    equation = equation_of.get(id(variable))
+    name = equation.primitive.name if equation else ""
+    if name == "sharding_constraint":
+      return dtype(equation.invars[0])
+    before = equation.invars[0].aval.dtype if name == "convert_element_type" else None
+    after = variable.aval.dtype
+    return before if before and jnp.promote_types(before, after) == after else after
+
+  return jax.tree.unflatten(jax.tree.structure(returned), map(dtype, jaxpr.jaxpr.outvars))
 
 
 def one_in(steps: int) -> contextlib.AbstractContextManager[None]:

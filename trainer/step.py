@@ -68,6 +68,22 @@ Statistics = tuple[BatchStats, jax.Array]
 StatisticsStep = Callable[[Variables, Statistics, Batch], Statistics]
 
 
+class _Inputs(NamedTuple):
+  """What the model and the loss get of a micro-batch.
+
+  Attributes:
+    images: [N, S, S, 3], normalised and augmented, in the dtype of the model.
+    targets: [N, classes], not smoothed.
+    labels: int32 [N].
+    key: of the randomness of the model.
+  """
+
+  images: jax.Array
+  targets: jax.Array
+  labels: jax.Array
+  key: jax.Array
+
+
 class _Sums(NamedTuple):
   """What is added up over micro-batches, each a mean over one of them.
 
@@ -143,22 +159,19 @@ def make_train_step(
     params: Params,
     statistics: Variables,
     teacher_weights: Variables | None,
-    batch: Batch,
-    key: jax.Array,
+    made: _Inputs,
     step: jax.Array,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, jax.Array], Variables]]:
-    key_augment, key_model = jax.random.split(key)
     params = finetune.stop_gradients(frozen, params)
-    net = model.merge(statistics._replace(params=params), key_model)
+    net = model.merge(statistics._replace(params=params), made.key)
     finetune.freeze_norms(frozen, net)
     family.set_steps_taken(net, step + 1)
-    images, targets = inputs(key_augment, batch, step)
-    logits = net(images)
-    targets = optax.smooth_labels(targets, config.label_smoothing)
-    of_examples, measured = loss_of(logits, targets, images, teacher_weights)
+    logits = net(made.images)
+    targets = optax.smooth_labels(made.targets, config.label_smoothing)
+    of_examples, measured = loss_of(logits, targets, made.images, teacher_weights)
     sown = family.reap(net)
     loss = sum(sown.losses, of_examples.mean())
-    hits = jnp.argmax(logits, -1) == batch["label"]
+    hits = jnp.argmax(logits, -1) == made.labels
     measured |= sown.metrics
     own = {name: measured[name] for name in own_metrics}
     statistics = model.variables(net)._replace(params={})
@@ -186,54 +199,61 @@ def make_train_step(
         *(in_loop, params, shards),
       )
 
-    def of_micro_batch(
-      statistics: Variables, batch: Batch, micro_batch: jax.Array | int
-    ) -> tuple[_Sums, Variables]:
-      key = step_key(config.seed, step, micro_batch)
+    def make(batch: Batch, micro_batch: jax.Array | int) -> _Inputs:
+      key_augment, key_model = jax.random.split(step_key(config.seed, step, micro_batch))
+      return _Inputs(*inputs(key_augment, batch, step), batch["label"], key_model)
+
+    def of_micro_batch(statistics: Variables, made: _Inputs) -> tuple[_Sums, Variables]:
       grads, (loss, top1, own, statistics) = jax.grad(loss_fn, has_aux=True)(
-        in_loop, statistics, teacher_weights, batch, key, step
+        in_loop, statistics, teacher_weights, made, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs, if nothing lies between it and the sum over rounds; in shards it is scattered in
       # each round.
       return _Sums(loss, top1, mesh_lib.scatter(grads, shards), own), statistics
 
-    def accumulate(
-      carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
-    ) -> tuple[tuple[_Sums, Variables], None]:
+    def accumulate(carry: tuple[_Sums, Variables], made: _Inputs) -> tuple[_Sums, Variables]:
       total, statistics = carry
-      sums, statistics = of_micro_batch(statistics, *micro_batch)
-      return (jax.tree.map(jnp.add, total, sums), statistics), None
+      sums, statistics = of_micro_batch(statistics, made)
+      return jax.tree.map(lambda total, x: total + x.astype(total.dtype), total, sums), statistics
 
     if config.model.get("row_pairs", False):
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
     if not looped:
-      return of_micro_batch(statistics, batch, 0)
+      return of_micro_batch(statistics, make(batch, 0))
     micro_batches = split(batch, accumulation_steps)
-    shapes = jax.eval_shape(
-      of_micro_batch, statistics, jax.tree.map(lambda x: x[0], micro_batches), 0
-    )
+    first = make(jax.tree.map(lambda x: x[0], micro_batches), 0)
+    shapes = jax.eval_shape(of_micro_batch, statistics, first)
+    dtypes = jax.tree.map(lambda x: x.dtype, shapes[0])
+    if accumulation_steps == 1:
+      # Nothing is added up, so that gradients may cross as they are computed.
+      dtypes = compiler.before_widening(of_micro_batch, statistics, first)[0]
     # Averages start the same in all groups; the mean over groups may wait until the last
     # micro-batch, being linear.
     start = (
-      jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0]),
+      jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), shapes[0], dtypes),
       jax.tree.map(norm.for_groups, statistics, shapes[1]),
     )
     if accumulation_steps == 1:
 
       def only_round(number: jax.Array, carry: tuple[_Sums, Variables]) -> tuple[_Sums, Variables]:
         # Else the compiler would move what does not depend on the number out of the loop again.
-        return accumulate(carry, jax.lax.optimization_barrier((batch, number)))[0]
+        return accumulate(carry, jax.lax.optimization_barrier((first, number))[0])
 
       # It may not know either that there is one round.
       rounds = jnp.where(step < 0, 0, 1)
       with compiler.one_round():
         total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
     else:
-      numbers = jnp.arange(accumulation_steps)
-      (total, statistics), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
-    total = jax.tree.map(lambda x: x / accumulation_steps, total)
+      (total, statistics), _ = jax.lax.scan(
+        lambda carry, micro_batch: (accumulate(carry, make(*micro_batch)), None),
+        start,
+        (micro_batches, jnp.arange(accumulation_steps)),
+      )
+    total = jax.tree.map(
+      lambda x, like: x.astype(like.dtype) / accumulation_steps, total, shapes[0]
+    )
     (grads,) = pull(total.grads)
     if apart:
       total = total._replace(loss=jnp.mean(total.loss), top1=jnp.mean(total.top1))

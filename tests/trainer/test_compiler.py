@@ -79,3 +79,22 @@ def test_options_that_are_none(options):
   config.compiler_options = options
   with pytest.raises(ConfigError, match=r"config.compiler_options .*NAME=VALUE"):
     config_lib.validate(config)
+
+
+def test_what_was_widened_at_last_is_kept_in_the_dtype_before():
+  def gradients(params, x):
+    def loss(params):
+      narrow = {name: each.astype(jnp.bfloat16) for name, each in params.items()}
+      doubled = 2 * params["scaled"]
+      y = x @ narrow["kernel"] @ narrow["twice"] @ narrow["twice"] @ doubled.astype(jnp.bfloat16)
+      return jnp.sum(y.astype(jnp.float32) + params["wide"]), y
+
+    grads, y = jax.grad(loss, has_aux=True)(params)
+    return grads, y, y.astype(jnp.int32), 1
+
+  params = {name: jnp.ones((4, 4)) for name in ("kernel", "twice", "scaled", "wide")}
+  grads, *others = compiler.before_widening(gradients, params, jnp.ones((4, 4), jnp.bfloat16))
+  names = {name for name, dtype in grads.items() if dtype == jnp.bfloat16}
+  assert names == {"kernel", "twice"}
+  assert {grads[name] for name in grads.keys() - names} == {jnp.dtype("float32")}
+  assert others == [jnp.bfloat16, jnp.int32, jnp.int32]  # float to integer is no widening
