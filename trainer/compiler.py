@@ -51,7 +51,7 @@ def jit(function: Callable[..., Any]) -> jax.stages.Wrapped:
 
 
 def before_widening(function: Callable[..., Any], *arguments: Any) -> Any:
-  """Return the dtypes of what a function returns, before it widened them at last.
+  """Return the dtypes of what a function returns, of floats those before it widened them at last.
 
   The gradient of a parameter that is cast to bfloat16 first is computed in bfloat16 and then cast
   to float32: bfloat16 holds it without loss.
@@ -59,14 +59,18 @@ def before_widening(function: Callable[..., Any], *arguments: Any) -> Any:
   jaxpr, returned = jax.make_jaxpr(function, return_shape=True)(*arguments)
   equation_of = {id(each): equation for equation in jaxpr.eqns for each in equation.outvars}
 
-  def dtype(variable: Any) -> Any:
+  def dtype(variable: Any) -> jnp.dtype:
+    after: jnp.dtype = variable.aval.dtype
     equation = equation_of.get(id(variable))
     name = equation.primitive.name if equation else ""
+    if equation is None or name not in ("sharding_constraint", "convert_element_type"):
+      return after
+    (of,) = equation.invars
     if name == "sharding_constraint":
-      return dtype(equation.invars[0])
-    before = equation.invars[0].aval.dtype if name == "convert_element_type" else None
-    after = variable.aval.dtype
-    return before if before and jnp.promote_types(before, after) == after else after
+      return dtype(of)
+    before: jnp.dtype = of.aval.dtype
+    is_float = jnp.issubdtype(before, jnp.inexact)
+    return before if is_float and jnp.promote_types(before, after) == after else after
 
   return jax.tree.unflatten(jax.tree.structure(returned), map(dtype, jaxpr.jaxpr.outvars))
 

@@ -186,8 +186,8 @@ def make_train_step(
     batch: Batch,
     step: jax.Array,
     shards: Tree,
-  ) -> tuple[_Sums, Variables]:
-    """Return means over the batch, and the new statistics, those of BN for each group."""
+  ) -> tuple[_Sums, norm.Joined, Tree]:
+    """Return means over the batch, running averages, those of BN for each group, and the others."""
     in_loop, pull = params, lambda grads: (grads,)
     if looped:
       in_loop, pull = jax.vjp(
@@ -212,52 +212,63 @@ def make_train_step(
       # each round.
       return _Sums(loss, top1, mesh_lib.scatter(grads, shards), own), statistics
 
-    def accumulate(carry: tuple[_Sums, Variables], made: _Inputs) -> tuple[_Sums, Variables]:
-      total, statistics = carry
-      sums, statistics = of_micro_batch(statistics, made)
-      return jax.tree.map(lambda total, x: total + x.astype(total.dtype), total, sums), statistics
+    def joined(new: Variables) -> tuple[norm.Joined, Tree]:
+      return norm.join_groups(new.batch_stats, statistics.batch_stats), new.others
 
     if config.model.get("row_pairs", False):
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
     if not looped:
-      return of_micro_batch(statistics, make(batch, 0))
+      total, new = of_micro_batch(statistics, make(batch, 0))
+      return total, *joined(new)
     micro_batches = split(batch, accumulation_steps)
     first = make(jax.tree.map(lambda x: x[0], micro_batches), 0)
-    shapes = jax.eval_shape(of_micro_batch, statistics, first)
-    dtypes = jax.tree.map(lambda x: x.dtype, shapes[0])
-    if accumulation_steps == 1:
-      # Nothing is added up, so that gradients may cross as they are computed.
-      dtypes = compiler.before_widening(of_micro_batch, statistics, first)[0]
-    # Averages start the same in all groups; the mean over groups may wait until the last
-    # micro-batch, being linear.
-    start = (
-      jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), shapes[0], dtypes),
-      jax.tree.map(norm.for_groups, statistics, shapes[1]),
-    )
+    shapes, of_statistics = jax.eval_shape(of_micro_batch, statistics, first)
     if accumulation_steps == 1:
 
-      def only_round(number: jax.Array, carry: tuple[_Sums, Variables]) -> tuple[_Sums, Variables]:
+      def only_round(
+        number: jax.Array, carry: tuple[_Sums, tuple[norm.Joined, Tree]]
+      ) -> tuple[_Sums, tuple[norm.Joined, Tree]]:
         # Else the compiler would move what does not depend on the number out of the loop again.
-        return accumulate(carry, jax.lax.optimization_barrier((first, number))[0])
+        made, _ = jax.lax.optimization_barrier((first, number))
+        sums, new = of_micro_batch(statistics, made)
+        # The compiler moves sums over devices behind the loop only from where they are added up.
+        total = jax.tree.map(lambda zero, x: zero + x.astype(zero.dtype), carry[0], sums)
+        return total, joined(new)
 
+      # One summand is kept without loss in the dtype in which it was computed, and crosses in that.
+      dtypes, _ = compiler.before_widening(of_micro_batch, statistics, first)
+      zeros = jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), shapes, dtypes)
+      unset = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(joined, of_statistics)
+      )
       # It may not know either that there is one round.
       rounds = jnp.where(step < 0, 0, 1)
       with compiler.one_round():
-        total, statistics = jax.lax.fori_loop(0, rounds, only_round, start)
+        total, (batch_stats, others) = jax.lax.fori_loop(0, rounds, only_round, (zeros, unset))
     else:
-      (total, statistics), _ = jax.lax.scan(
-        lambda carry, micro_batch: (accumulate(carry, make(*micro_batch)), None),
-        start,
-        (micro_batches, jnp.arange(accumulation_steps)),
+
+      def accumulate(
+        carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
+      ) -> tuple[tuple[_Sums, Variables], None]:
+        total, statistics = carry
+        sums, statistics = of_micro_batch(statistics, make(*micro_batch))
+        return (jax.tree.map(jnp.add, total, sums), statistics), None
+
+      # Averages start the same in all groups; the mean over groups may wait until the last
+      # micro-batch, being linear.
+      start = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        jax.tree.map(norm.for_groups, statistics, of_statistics),
       )
-    total = jax.tree.map(
-      lambda x, like: x.astype(like.dtype) / accumulation_steps, total, shapes[0]
-    )
+      numbers = jnp.arange(accumulation_steps)
+      (total, new), _ = jax.lax.scan(accumulate, start, (micro_batches, numbers))
+      batch_stats, others = joined(new)
+    total = jax.tree.map(lambda x, like: x.astype(like.dtype) / accumulation_steps, total, shapes)
     (grads,) = pull(total.grads)
     if apart:
       total = total._replace(loss=jnp.mean(total.loss), top1=jnp.mean(total.top1))
-    return total._replace(grads=grads), statistics
+    return total._replace(grads=grads), batch_stats, others
 
   def train_step(
     state: TrainState, batch: Batch, requests: jax.Array, teacher_weights: Variables | None = None
@@ -268,10 +279,10 @@ def make_train_step(
     shards = mesh_lib.state_shardings(config, mesh, {"opt_state": state.params})["opt_state"]
     whole = jax.lax.with_sharding_constraint(state.params, mesh_lib.replicated(mesh))
     statistics = Variables({}, state.batch_stats, state.others)
-    (loss, top1, grads, own), statistics = gradients(
+    (loss, top1, grads, own), averages_of_groups, others = gradients(
       whole, statistics, teacher_weights, batch, state.step, shards
     )
-    batch_stats = norm.average_groups(statistics.batch_stats, state.batch_stats)
+    batch_stats = norm.average_groups(averages_of_groups, state.batch_stats)
     if apart:  # else the compiler would move sums over devices into the branch below
       loss, top1, own, batch_stats = jax.lax.optimization_barrier((loss, top1, own, batch_stats))
     # In the shards of the update, so that the compiler joins a guard with that.
@@ -293,7 +304,6 @@ def make_train_step(
           ema = sparse.mask_averages(ema, masks, state.step)
       means = [loss, top1, optax.tree.norm(mean), optax.tree.norm(params), schedule(state.step)]
       metrics = jnp.stack([*means, *(own[name] for name in own_metrics), *more])
-      others = statistics.others
       new = TrainState(state.step + 1, params, batch_stats, others, opt_state, ema, masks)
       return new, metrics.astype(loss.dtype)
 

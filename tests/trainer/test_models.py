@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from trainer import models
 from trainer.models import resnet
-from trainer.models.norm import BatchNorm, average_groups
+from trainer.models.norm import BatchNorm, average_groups, join_groups
 
 
 def model_config(**fields):
@@ -356,7 +356,8 @@ def test_groups_of_consecutive_examples(group, shards, groups):
   mean, var = parts.mean(1), parts.var(1)
   expected = (parts - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
   np.testing.assert_allclose(y, expected.reshape(x.shape), rtol=1e-3, atol=1e-4)
-  stats = average_groups(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)), before)
+  after = join_groups(nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat)), before)
+  stats = average_groups(after, before)
   np.testing.assert_allclose(stats["mean"], 0.25 * mean.mean(0), rtol=1e-4)
   np.testing.assert_allclose(stats["var"], 0.75 + 0.25 * var.mean(0), rtol=1e-4)
 

@@ -29,7 +29,7 @@ class BatchNorm(nnx.Module):
   `mean` and `var`, all [channels] and float32 (float64 if `dtype` is).
 
   Several groups leave `mean` and `var` with a leading axis, each group with its own average:
-  `average_groups` then takes the mean over them, for all layers at once.
+  `join_groups` and `average_groups` then take the mean over them, for all layers at once.
 
   Args:
     channels: length of the last axis.
@@ -407,27 +407,56 @@ def _share(moments: jax.Array, groups: int) -> jax.Array:
   )
 
 
-def average_groups(batch_stats: Any, like: Any) -> Any:
-  """Take the mean over groups of the running averages [groups, C] of all layers, which leaves [C].
+class Joined(NamedTuple):
+  """Running averages of all layers, those of groups in one array.
 
-  Nothing in a step waits for it, and layers are joined, so that it costs a step one all-reduce.
+  Attributes:
+    single: as the tree of them, with None for those of groups.
+    grouped: [groups, values], the others one behind the other; None if there is none.
+  """
+
+  single: Any
+  grouped: jax.Array | None
+
+
+def join_groups(batch_stats: Any, like: Any) -> Joined:
+  """Join what a step has made of running averages.
 
   Args:
     batch_stats: tree of arrays after a step, [groups, C] where a BatchNorm has several groups, or
       [blocks, groups, C] of stacked blocks.
     like: the same tree before the step, without groups.
   """
-  leaves, structure = jax.tree.flatten(batch_stats)
-  grouped = [i for i, old in enumerate(jax.tree.leaves(like)) if leaves[i].ndim > old.ndim]
-  if not grouped:
-    return batch_stats
-  shapes = [leaves[i].shape[:-2] + leaves[i].shape[-1:] for i in grouped]
-  flat = [jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1) for x in map(leaves.__getitem__, grouped)]
-  ends = np.cumsum([x.shape[-1] for x in flat])
-  joined = jnp.mean(jnp.concatenate(flat, axis=1), axis=0)
-  for i, shape, mean in zip(grouped, shapes, jnp.split(joined, ends[:-1]), strict=True):
-    leaves[i] = mean.reshape(shape)
-  return jax.tree.unflatten(structure, leaves)
+  single = jax.tree.map(lambda x, old: x if x.ndim == old.ndim else None, batch_stats, like)
+  grouped = [
+    jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1)
+    for x, old in zip(jax.tree.leaves(batch_stats), jax.tree.leaves(like), strict=True)
+    if x.ndim > old.ndim
+  ]
+  return Joined(single, jnp.concatenate(grouped, axis=1) if grouped else None)
+
+
+def average_groups(joined: Joined, like: Any) -> Any:
+  """Return the running averages [C] of all layers, the mean over groups where there are several.
+
+  Nothing in a step waits for that mean, and being of one array it costs a step one all-reduce.
+
+  Args:
+    joined: after a step.
+    like: the tree of running averages before it.
+  """
+  if joined.grouped is None:
+    return joined.single
+  leaves, structure = jax.tree.flatten(like)
+  single = jax.tree.leaves(joined.single, is_leaf=lambda x: x is None)
+  grouped = [old for old, alone in zip(leaves, single, strict=True) if alone is None]
+  ends = np.cumsum([old.size for old in grouped])
+  parts = iter(jnp.split(jnp.mean(joined.grouped, axis=0), ends[:-1]))
+  means = [
+    next(parts).reshape(old.shape) if alone is None else alone
+    for old, alone in zip(leaves, single, strict=True)
+  ]
+  return jax.tree.unflatten(structure, means)
 
 
 def for_groups(average: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
