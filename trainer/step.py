@@ -159,9 +159,10 @@ def make_train_step(
     params: Params,
     statistics: Variables,
     teacher_weights: Variables | None,
-    made: _Inputs,
+    make: Callable[[], _Inputs],
     step: jax.Array,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, dict[str, jax.Array], Variables]]:
+    made = make()
     params = finetune.stop_gradients(frozen, params)
     net = model.merge(statistics._replace(params=params), made.key)
     finetune.freeze_norms(frozen, net)
@@ -199,13 +200,15 @@ def make_train_step(
         *(in_loop, params, shards),
       )
 
-    def make(batch: Batch, micro_batch: jax.Array | int) -> _Inputs:
+    def make_inputs(batch: Batch, micro_batch: jax.Array | int) -> _Inputs:
       key_augment, key_model = jax.random.split(step_key(config.seed, step, micro_batch))
       return _Inputs(*inputs(key_augment, batch, step), batch["label"], key_model)
 
-    def of_micro_batch(statistics: Variables, made: _Inputs) -> tuple[_Sums, Variables]:
+    def of_micro_batch(
+      statistics: Variables, make: Callable[[], _Inputs]
+    ) -> tuple[_Sums, Variables]:
       grads, (loss, top1, own, statistics) = jax.grad(loss_fn, has_aux=True)(
-        in_loop, statistics, teacher_weights, made, step
+        in_loop, statistics, teacher_weights, make, step
       )
       # Left whole, the sum over devices is moved behind the loop over micro-batches by the compiler
       # of TPUs, if nothing lies between it and the sum over rounds; in shards it is scattered in
@@ -219,11 +222,15 @@ def make_train_step(
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
     if not looped:
-      total, new = of_micro_batch(statistics, make(batch, 0))
+      total, new = of_micro_batch(statistics, lambda: make_inputs(batch, 0))
       return total, *joined(new)
     micro_batches = split(batch, accumulation_steps)
-    first = make(jax.tree.map(lambda x: x[0], micro_batches), 0)
-    shapes, of_statistics = jax.eval_shape(of_micro_batch, statistics, first)
+    first = make_inputs(jax.tree.map(lambda x: x[0], micro_batches), 0)
+
+    def of_first() -> tuple[_Sums, Variables]:
+      return of_micro_batch(statistics, lambda: first)
+
+    shapes, of_statistics = jax.eval_shape(of_first)
     if accumulation_steps == 1:
 
       def only_round(
@@ -231,13 +238,13 @@ def make_train_step(
       ) -> tuple[_Sums, tuple[norm.Joined, Tree]]:
         # Else the compiler would move what does not depend on the number out of the loop again.
         made, _ = jax.lax.optimization_barrier((first, number))
-        sums, new = of_micro_batch(statistics, made)
+        sums, new = of_micro_batch(statistics, lambda: made)
         # The compiler moves sums over devices behind the loop only from where they are added up.
         total = jax.tree.map(lambda zero, x: zero + x.astype(zero.dtype), carry[0], sums)
         return total, joined(new)
 
       # One summand is kept without loss in the dtype in which it was computed, and crosses in that.
-      dtypes, _ = compiler.before_widening(of_micro_batch, statistics, first)
+      dtypes, _ = compiler.before_widening(of_first)
       zeros = jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), shapes, dtypes)
       unset = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(joined, of_statistics)
@@ -252,7 +259,7 @@ def make_train_step(
         carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
       ) -> tuple[tuple[_Sums, Variables], None]:
         total, statistics = carry
-        sums, statistics = of_micro_batch(statistics, make(*micro_batch))
+        sums, statistics = of_micro_batch(statistics, lambda: make_inputs(*micro_batch))
         return (jax.tree.map(jnp.add, total, sums), statistics), None
 
       # Averages start the same in all groups; the mean over groups may wait until the last

@@ -182,7 +182,8 @@ class _Cells(NamedTuple):
     """
     y = x if origin is None else x - self.spread(origin, x)
     # Not stacked: the compiler sends both at once, and on a TPU no vector is moved for that.
-    mean, square = (self.share(jnp.mean(each, self.axes(x))) for each in (y, jnp.square(y)))
+    moments = jnp.mean(y, self.axes(x)), jnp.mean(jnp.square(y), self.axes(x))
+    mean, square = map(self.share, moments)
     return mean if origin is None else mean + origin, _variance(mean, square)
 
 
@@ -241,9 +242,8 @@ def _vectors_forward(
   y = x if origin is None else x - cells.spread(origin, x)
   axes = cells.axes(x)
   # Those of a group over several devices cross here alone: the backward pass has them.
-  sums = jax.lax.optimization_barrier(
-    tuple(cells.share(jnp.sum(each, axes)) for each in (y, jnp.square(y)))
-  )
+  sums = jnp.sum(y, axes), jnp.sum(jnp.square(y), axes)
+  sums = jax.lax.optimization_barrier((cells.share(sums[0]), cells.share(sums[1])))
   values = x.size // sums[0].size
   mean, var, _, factor = _of_sums(sums, values, origin, scale, epsilon)
   shift = -mean * factor if bias is None else bias - mean * factor
