@@ -200,7 +200,7 @@ def make_train_step(
         *(in_loop, params, shards),
       )
 
-    def make_inputs(batch: Batch, micro_batch: jax.Array | int) -> _Inputs:
+    def inputs_of(batch: Batch, micro_batch: jax.Array | int) -> _Inputs:
       key_augment, key_model = jax.random.split(step_key(config.seed, step, micro_batch))
       return _Inputs(*inputs(key_augment, batch, step), batch["label"], key_model)
 
@@ -222,10 +222,10 @@ def make_train_step(
       # As bytes, and before the loop: inside, the compiler would move pixels in float32.
       batch = batch | {"image": layers.row_pairs(batch["image"])}
     if not looped:
-      total, new = of_micro_batch(statistics, lambda: make_inputs(batch, 0))
+      total, new = of_micro_batch(statistics, lambda: inputs_of(batch, 0))
       return total, *joined(new)
     micro_batches = split(batch, accumulation_steps)
-    first = make_inputs(jax.tree.map(lambda x: x[0], micro_batches), 0)
+    first = inputs_of(jax.tree.map(lambda x: x[0], micro_batches), 0)
 
     def of_first() -> tuple[_Sums, Variables]:
       return of_micro_batch(statistics, lambda: first)
@@ -259,7 +259,7 @@ def make_train_step(
         carry: tuple[_Sums, Variables], micro_batch: tuple[Batch, jax.Array]
       ) -> tuple[tuple[_Sums, Variables], None]:
         total, statistics = carry
-        sums, statistics = of_micro_batch(statistics, lambda: make_inputs(*micro_batch))
+        sums, statistics = of_micro_batch(statistics, lambda: inputs_of(*micro_batch))
         return (jax.tree.map(jnp.add, total, sums), statistics), None
 
       # Averages start the same in all groups; the mean over groups may wait until the last
