@@ -72,7 +72,8 @@ class _Inputs(NamedTuple):
   """What the model and the loss get of a micro-batch.
 
   Attributes:
-    images: [N, S, S, 3], normalised and augmented, in the dtype of the model.
+    images: [N, S, S, 3], normalised and augmented, in the dtype of the model; [N, S/2, S, 6] with
+      row_pairs.
     targets: [N, classes], not smoothed.
     labels: int32 [N].
     key: of the randomness of the model.
@@ -207,6 +208,8 @@ def make_train_step(
     def of_micro_batch(
       statistics: Variables, make: Callable[[], _Inputs]
     ) -> tuple[_Sums, Variables]:
+      # Inputs are made within: before it, another order of operations would change the last bits of
+      # every run.
       grads, (loss, top1, own, statistics) = jax.grad(loss_fn, has_aux=True)(
         in_loop, statistics, teacher_weights, make, step
       )
@@ -225,6 +228,8 @@ def make_train_step(
       total, new = of_micro_batch(statistics, lambda: inputs_of(batch, 0))
       return total, *joined(new)
     micro_batches = split(batch, accumulation_steps)
+    # Of the only round they are made before the loop: bytes it would copy into the order of axes of
+    # the first convolution.
     first = inputs_of(jax.tree.map(lambda x: x[0], micro_batches), 0)
 
     def of_first() -> tuple[_Sums, Variables]:

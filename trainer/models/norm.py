@@ -412,7 +412,7 @@ class Joined(NamedTuple):
 
   Attributes:
     single: as the tree of them, with None for those of groups.
-    grouped: [groups, values], the others one behind the other; None if there is none.
+    grouped: [groups, values], those of a layer behind those of another; None if none has groups.
   """
 
   single: Any
