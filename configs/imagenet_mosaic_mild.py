@@ -27,8 +27,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss = "sigmoid_cross_entropy(reduction='sum')"
   config.label_smoothing = 0.08
 
-  config.model.update(base.SAVE_TIME)
-  config.model.pool_first = False  # maxima are blurred
   config.model.blurpool = "all"
   config.model.zero_init_residual = False
   config.model.head_bias_init = -math.log(1000)
